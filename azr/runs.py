@@ -1,0 +1,611 @@
+"""The run directory: configuration, metrics, samples, checkpoints, resume and signals of one training run.
+
+    with StopRequest() as stop, Run.open(Path("runs/tiny-0"), config, resume="auto") as run:
+        if run.resumed: tensors, state, path = run.load_checkpoint()
+        run.log({"step": 1, "train/loss": 0.3})             # the first step's line says 1; 0 is "before training"
+        with stop.shield(): run.save_checkpoint(1, policy.save_adapter, tensors, state, info, keep=True)
+
+The directory is the only state and the process can die at any instant. A checkpoint is written aside, synced, and
+renamed; what a resume finds is the newest one whose checksums hold; log lines that are newer than it are cut off, so a
+resumed run writes the same lines again. One process at a time holds the directory (an advisory lock, freed by the
+kernel when the process dies).
+
+Left out: copies to a bucket or hub, and any pickle: tensors are safetensors, all else is JSON (keys become strings).
+torch is imported only to write or read a checkpoint. The file knows nothing of tasks and can be lifted out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Settings that cannot change what a step computes, so a resume may be given other values.
+RESUME_MAY_CHANGE = frozenset(
+    "steps max_hours price_per_hour save_every save_minutes eval_every eval_samples out resume config dry_run".split())
+KEEP_STATES = 2                                     # the newest checkpoints that keep what a resume needs
+DUPLICATE_SECONDS = 0.1                             # a launcher that forwards Ctrl-C delivers it twice: one request
+LOGS = ("metrics.jsonl", "samples.jsonl")
+UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")      # all that a start killed in its first instants leaves
+STEP_DIRECTORY = re.compile(r"step_(\d+)")
+LINE_STEP = re.compile(rb'\{"step": (\d+)[,}]')     # log lines start with their step: a cut need not parse gigabytes
+VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy", "flash-attn")
+
+
+class RunError(ValueError):
+    """One clear line: what is wrong with a run directory and what to do. A script prints it and exits 2."""
+
+
+def say(text: str) -> None:
+    """One loud line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- JSON
+
+def plain(value: Any, where: str = "value", finite: bool = True) -> Any:
+    """`value` as JSON types. finite: NaN and infinities become None (JSON has none). TypeError names the place."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) or not finite else None
+    if isinstance(value, Path):
+        return str(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value), where, finite)
+    if isinstance(value, dict):
+        return {str(key): plain(item, f"{where}[{key!r}]", finite) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]", finite) for index, item in enumerate(value)]
+    if isinstance(value, (set, frozenset)):
+        return sorted(plain(item, where, finite) for item in value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:          # scalars of numpy and torch
+        return plain(value.item(), where, finite)
+    raise TypeError(f"{where}: a {type(value).__name__} cannot be written as JSON")
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Writes readable JSON so that a reader sees the old file or the new one, never a part. NaN becomes null."""
+    _replace(Path(path), json.dumps(plain(value, Path(path).name), indent=2, allow_nan=False) + "\n")
+
+
+def write_jsonl_atomic(path: Path, rows: Iterable[dict]) -> None:
+    """The same for one JSON object a line."""
+    _replace(Path(path), "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        _sync(aside)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """fsync of a file or directory; some network file systems refuse it for directories."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read ({error})") from error
+
+
+# ---------------------------------------------------------------- reading a run
+
+def read_metrics(run_dir: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a torn last line is left out. RunError if there is none or an inner line is bad."""
+    return list(read_lines(Path(run_dir) / "metrics.jsonl"))
+
+
+def read_samples(run_dir: Path) -> Iterator[dict]:
+    """The lines of samples.jsonl one by one (they can be gigabytes); a torn last line is left out."""
+    return read_lines(Path(run_dir) / "samples.jsonl")
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    if not path.is_file():
+        raise RunError(f"{path}: no such file; {path.parent} is not a run directory or has not logged anything yet")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                if not file.read(1):                # a run that is being written, or died in a write
+                    return
+                raise RunError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+# ---------------------------------------------------------------- checkpoints on disk
+
+def step_directories(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of the finished checkpoints, oldest first; adapters whose state was pruned included."""
+    parent = Path(run_dir) / "checkpoints"
+    matches = [(STEP_DIRECTORY.fullmatch(path.name), path) for path in parent.iterdir()] if parent.is_dir() else []
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file has the size and SHA-256 it was written with."""
+    try:
+        sums = json.loads((checkpoint / "state" / "checksums.json").read_text())
+        for name, entry in sums.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
+            if _sha256(path) != entry["sha256"]:
+                return f"{name} has another checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its checksums cannot be read ({error})"
+    return None
+
+
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed, and what is wrong with each newer one."""
+    faults = []
+    for _, path in reversed(step_directories(run_dir)):
+        if not (path / "state" / "checksums.json").exists():
+            continue                                # an adapter that was kept without its state
+        wrong = fault(path)
+        if wrong is None:
+            return path, faults
+        faults.append(f"{path}: {wrong}")
+    return None, faults
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> None:
+    """state/ of a checkpoint; the checksums come last and cover every file of the checkpoint."""
+    from safetensors.torch import save_file
+
+    folder = directory / "state"
+    folder.mkdir()
+    # A clone drops what safetensors refuses: shared storage and views of something larger.
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+              folder / "tensors.safetensors")
+    (folder / "state.json").write_text(json.dumps(plain(state, "state", finite=False)), encoding="utf-8")
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(directory)): {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            for path in files}
+    (folder / "checksums.json").write_text(json.dumps(sums, indent=2))
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
+
+
+def _remove(directory: Path) -> None:
+    """Out of sight first, so that a kill half-way leaves nothing that looks like a checkpoint."""
+    aside = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+    os.rename(directory, aside)
+    shutil.rmtree(aside)
+
+
+def _end_of(path: Path, step: int) -> int:
+    """Where a log ends after its last line of `step`, in bytes. RunError if such a line follows a bad or newer one."""
+    offset, end = 0, None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            match = LINE_STEP.match(line)
+            if match is None or not line.endswith(b"}\n") or int(match[1]) > step:
+                end = offset if end is None else end
+            elif end is not None:
+                raise RunError(f"{path}, line {number}: step {int(match[1])} follows a bad or newer line; the log is "
+                               "damaged, repair it or start a new run with --out")
+            offset += len(line)
+    return offset if end is None else end
+
+
+def _cut(path: Path, end: int) -> int:
+    """Truncates a log; returns the bytes that went."""
+    if more := path.stat().st_size - end:
+        os.truncate(path, end)
+        _sync(path)
+    return more
+
+
+# ---------------------------------------------------------------- the run
+
+class Run:
+    """One run directory, held by this process. Attributes: `dir`, `config`, `step` (steps completed), `resumed`."""
+
+    def __init__(self, directory: Path, config: dict) -> None:
+        self.dir, self.config = directory, plain(config, "config")
+        self.step, self.resumed = 0, False
+        self._checkpoint: Path | None = None        # the one to resume from
+        self._lock, self._files = None, {}
+
+    @classmethod
+    def open(cls, out: Path, config: dict, resume: str = "none") -> Run:
+        """Starts or continues a run.
+
+        resume "none": `out` must be absent or empty. "auto": continues the newest intact checkpoint of `out`; without
+        any it starts afresh, and says so. Else a run directory to continue (instead of `out`).
+        RunError, and nothing is changed: `out` holds something else, is held by another process, was started with
+        other settings (RESUME_MAY_CHANGE may differ), or has only broken checkpoints.
+        """
+        out = Path(out) if resume in ("auto", "none") else Path(resume)
+        run = cls(out, {**config, "out": str(out)} if "out" in config else config)
+        holds = run._look(resume)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            run._take_lock()
+            if holds:
+                run._continue(must=resume != "auto")
+            write_json_atomic(out / "config.json", run.config)
+            (out / "checkpoints").mkdir(exist_ok=True)
+            for stale in [*out.glob("*.tmp-*"), *out.glob("checkpoints/step_*.tmp-*")]:
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            # Unbuffered: a line is one write, so a kill tears at most the last one.
+            run._files = {name: open(out / name, "ab", buffering=0) for name in LOGS}
+        except (OSError, RunError) as error:
+            run.close()
+            raise error if isinstance(error, RunError) else RunError(f"{out}: cannot be a run directory ({error})")
+        return run
+
+    def _look(self, resume: str) -> bool:
+        """Whether there is a run to continue; RunError for what is not one. Changes nothing."""
+        if self.dir.exists() and not self.dir.is_dir():
+            raise RunError(f"{self.dir}: is a file; --out names a directory")
+        holds = self.dir.is_dir() and not all(UNDER_WAY.fullmatch(path.name) for path in self.dir.iterdir())
+        if resume == "none":
+            if holds:
+                raise RunError(f"{self.dir}: is not empty; continue with --resume auto, or choose another --out")
+            return False
+        if holds and not (self.dir / "config.json").is_file():
+            raise RunError(f"{self.dir}: is not a run directory (it has files but no config.json)")
+        if not holds and resume != "auto":
+            raise RunError(f"{self.dir}: there is no run to resume; --resume takes a run directory, auto or none")
+        if not holds:
+            say(f"resume: {self.dir} holds no run yet, starting from step 0")
+        return holds
+
+    def _take_lock(self) -> None:
+        """Exclusive for this process: two of them writing one run would mix their checkpoints."""
+        self._lock = open(self.dir / "lock", "a+")
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                self._lock.seek(0)
+                holder = self._lock.read().strip() or "unknown"
+                raise RunError(f"{self.dir}: process {holder} is writing to this run; stop it first") from error
+            say(f"warning: {self.dir}: this file system has no locks ({error}); run one process only in this directory")
+            return
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+
+    def _continue(self, must: bool) -> None:
+        """Finds the checkpoint to resume from and takes the logs back to it."""
+        checkpoint, faults = newest_intact(self.dir)
+        if checkpoint is None:
+            if faults or step_directories(self.dir) or must:
+                reason = "; ".join(faults) or "no checkpoint with a state"
+                raise RunError(f"{self.dir}: nothing to resume from ({reason}); start a new run with --out")
+            say(f"resume: {self.dir} has no checkpoint yet, starting again from step 0")
+        else:
+            stored = _read_json(self.dir / "config.json")
+            if changes := config_changes(stored, self.config):
+                raise RunError(f"{self.dir}: cannot resume with other settings ({'; '.join(changes)}); "
+                               "repeat the old ones, or start a new run with --out")
+            self._checkpoint, self.resumed = checkpoint, True
+            self.step = int(STEP_DIRECTORY.fullmatch(checkpoint.name)[1])
+        logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
+        ends = [_end_of(path, self.step if checkpoint else -1) for path in logs]     # all, before anything is changed
+        went = sum(map(_cut, logs, ends))
+        for wrong in faults:
+            say(f"warning: broken checkpoint, going back to {checkpoint}: {wrong}")
+        for step, path in step_directories(self.dir):
+            if step > self.step:                    # broken: out of the way of the one that will be written again
+                shutil.rmtree(path.with_name(f"{path.name}.broken"), ignore_errors=True)
+                os.rename(path, path.with_name(f"{path.name}.broken"))
+        if checkpoint:
+            say(f"resume: {checkpoint}" + (f"; cut {went} bytes of newer log lines" if went else ""))
+
+    def close(self) -> None:
+        """Frees the files and the lock; the run can be opened again."""
+        for file in [*self._files.values(), self._lock]:
+            if file:
+                file.close()
+        self._files, self._lock = {}, None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    # -------- logs
+
+    def log(self, metrics: dict) -> None:
+        """Appends one line to metrics.jsonl: flat keys, among them "step" (written first). NaN and infinities: null."""
+        for key, value in metrics.items():
+            if isinstance(value, dict):
+                raise TypeError(f"metric {key!r} is a dict; metrics are flat, join the names with '/'")
+        self._append("metrics.jsonl", [metrics])
+
+    def log_samples(self, samples: list[dict]) -> None:
+        """Appends to samples.jsonl, one line a sample, each with its "step"."""
+        self._append("samples.jsonl", samples)
+
+    def _append(self, name: str, rows: list[dict]) -> None:
+        rows = [{"step": 0} | plain(row, name) | {"step": int(row["step"])} for row in rows]
+        data = memoryview("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii"))
+        try:
+            while data:                             # a raw write may take a part, on a nearly full disk
+                data = data[self._files[name].write(data):]
+        except OSError as error:
+            raise self._disk_error(f"writing {name}", error) from error
+
+    # -------- checkpoints
+
+    def save_checkpoint(self, step: int, save_adapter: Callable[[Path], None], tensors: dict[str, Tensor],
+                        state: dict, info: dict, keep: bool = False) -> Path:
+        """Writes checkpoints/step_N, then prunes; returns its path.
+
+        `save_adapter(directory)` writes the PEFT files, `info` becomes azr.json, `tensors` and `state` (JSON types)
+        are what a resume needs. keep: the adapter stays for good (only its state/ is pruned); without it the
+        checkpoint goes once two newer ones exist. A step that has its checkpoint is not written again: its state
+        cannot differ. RunError on a full disk or another write error: no trace of it stays, older ones are whole.
+        """
+        final = self.dir / "checkpoints" / f"step_{step}"
+        aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+        try:
+            from safetensors import SafetensorError         # its writer reports a full disk this way, not as OSError
+            if not (final / "state" / "checksums.json").exists():
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+                save_adapter(aside)
+                (aside / "azr.json").write_text(json.dumps(plain(info, "azr.json"), indent=2) + "\n", encoding="utf-8")
+                if keep:
+                    (aside / "keep").touch()                # in the same rename: a kill in between would lose the mark
+                _write_state(aside, tensors, state)
+                for file in self._files.values():           # the logs are never behind a checkpoint
+                    os.fsync(file.fileno())
+                os.rename(aside, final)
+                _sync(final.parent)
+            elif keep:
+                (final / "keep").touch()
+        except (OSError, SafetensorError) as error:
+            raise self._disk_error(f"writing checkpoint {step}", error) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.step, self._checkpoint = step, final
+        self._prune()
+        return final
+
+    def _prune(self) -> None:
+        paths = [path for _, path in step_directories(self.dir) if (path / "state").exists()]
+        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-KEEP_STATES:]
+        try:
+            for path in paths:
+                if path in newest:
+                    continue
+                if (path / "keep").exists():
+                    # Checksums first: without them it is an adapter without state, not a broken checkpoint.
+                    (path / "state" / "checksums.json").unlink(missing_ok=True)
+                    shutil.rmtree(path / "state")
+                else:
+                    _remove(path)
+        except OSError as error:
+            say(f"warning: old checkpoints could not be pruned ({error})")
+
+    def load_checkpoint(self) -> tuple[dict[str, Tensor], dict, Path]:
+        """(tensors on the CPU, state, directory) of the checkpoint that `open` found intact; RunError if none."""
+        if self._checkpoint is None:
+            raise RunError(f"{self.dir}: has no checkpoint to load")
+        from safetensors.torch import load_file
+
+        tensors = load_file(self._checkpoint / "state" / "tensors.safetensors")
+        return tensors, _read_json(self._checkpoint / "state" / "state.json"), self._checkpoint
+
+    def _disk_error(self, what: str, error: Exception) -> RunError:
+        good, _ = newest_intact(self.dir)
+        remedy = f"the last good checkpoint is {good}, continue with --resume auto" if good else "no checkpoint yet"
+        return RunError(f"{self.dir}: {what} failed ({error}), check the disk; {remedy}")
+
+    # -------- environment
+
+    def environment(self, **more: Any) -> dict:
+        """Writes environment.json: versions, machine, commit, and `more` (sandbox state, attention, ...); returns it.
+
+        On a resume the earlier ones stay under "previous", and a changed version is said: it can change the numbers.
+        """
+        path, now = self.dir / "environment.json", plain({**describe_environment(), "step": self.step, **more})
+        if path.exists():
+            earlier = _read_json(path)
+            now["previous"] = [*earlier.pop("previous", []), earlier]
+            before, after = earlier.get("versions", {}), now["versions"]
+            if changed := [f"{name} {before.get(name)} -> {after[name]}" for name in after
+                           if before.get(name) != after[name]]:
+                say(f"warning: resumed with other versions, the numbers may differ: {', '.join(changed)}")
+        write_json_atomic(path, now)
+        return now
+
+
+def config_changes(old: dict, new: dict) -> list[str]:
+    """The settings that differ and may not, as "name: old -> new"."""
+    missing = "(absent)"
+    return [f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}" for key in sorted({*old, *new})
+            if key not in RESUME_MAY_CHANGE and old.get(key, missing) != new.get(key, missing)]
+
+
+def describe_environment() -> dict:
+    """Versions (None: not installed), commit of the code, platform, CPUs, GPU. Imports nothing that is not loaded."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    torch = sys.modules.get("torch")
+    gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"versions": versions, "git": _commit(), "platform": platform.platform(), "cpu_count": cpus, "gpu": gpu,
+            "threads": torch.get_num_threads() if torch is not None else None,
+            "command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+
+
+def _commit() -> str | None:
+    """The commit of this code, with "-dirty" if tracked files differ from it; None outside a git checkout."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], timeout=10,
+                              cwd=Path(__file__).parent, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+# ---------------------------------------------------------------- random numbers
+
+def rng_state(**generators: random.Random) -> tuple[dict[str, Tensor], dict]:
+    """The state of Python's, numpy's (if loaded) and torch's generators (CPU, every GPU) and of the `generators` given.
+
+    Returns (tensors, JSON types): what `save_checkpoint` takes. The names of the tensors start with "rng/".
+    """
+    import torch
+
+    tensors = {"rng/torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"rng/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": None,
+                             "generators": {name: rng.getstate() for name, rng in generators.items()}}
+    if numpy := sys.modules.get("numpy"):
+        kind, keys, *rest = numpy.random.get_state()
+        state["numpy"] = [kind, keys.tolist(), *rest]
+    return tensors, state
+
+
+def set_rng_state(tensors: dict[str, Tensor], state: dict, **generators: random.Random) -> None:
+    """Puts back what `rng_state` gave, `generators` by the same names (KeyError: unknown); ignores other tensors."""
+    import torch
+
+    for name, rng in generators.items():
+        rng.setstate(_tupled(state["generators"][name]))
+    random.setstate(_tupled(state["python"]))
+    if state["numpy"] is not None:
+        import numpy
+        kind, keys, *rest = state["numpy"]
+        numpy.random.set_state((kind, numpy.asarray(keys, dtype=numpy.uint32), *rest))
+    torch.set_rng_state(tensors["rng/torch"])
+    saved = sorted(name for name in tensors if name.startswith("rng/cuda"))
+    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(saved) != present:
+        say(f"warning: the run had {len(saved)} GPU(s), here are {present}: random numbers will differ")
+    for name in saved[:present]:
+        torch.cuda.set_rng_state(tensors[name], int(name.removeprefix("rng/cuda")))
+
+
+def _tupled(state: Sequence) -> tuple:
+    version, internal, gauss = state                # JSON has made lists of the tuples
+    return version, tuple(internal), gauss
+
+
+# ---------------------------------------------------------------- signals
+
+class StopNow(BaseException):
+    """A stop was requested: drop the step in progress, save the snapshot taken at its start, exit 0.
+
+    Not an Exception, so that code which catches those (a retry after out-of-memory) lets it through.
+    """
+
+
+class StopRequest:
+    """SIGINT and SIGTERM as `StopNow` in the main thread; a second one ends the process at once (exit code 130).
+
+    Inside `shield()` the request waits for the end of the block. Python drops an exception that is raised while a
+    finaliser runs, so long loops also call `check()`, which raises again whatever was requested. SIGUSR1 sets
+    `save_requested`; who has saved sets it back.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None           # name of the signal
+        self.save_requested = False
+        self._shields, self._deferred, self._when, self._old = 0, False, 0.0, {}
+
+    def __enter__(self) -> StopRequest:
+        self._old = {number: signal.signal(number, self._on_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _on_save(self, number: int, frame: object) -> None:
+        self.save_requested = True
+
+    def _on_stop(self, number: int, frame: object) -> None:
+        name = signal.Signals(number).name
+        if self.requested is not None:
+            if time.monotonic() - self._when < DUPLICATE_SECONDS:
+                return
+            self._tell(f"{name}: second request, quitting at once without saving")
+            os._exit(130)
+        self.requested, self._when = name, time.monotonic()
+        self._tell(f"{name}: stopping; a second one quits at once")
+        self._deferred = bool(self._shields)
+        self.check()
+
+    def _tell(self, text: str) -> None:
+        with contextlib.suppress(OSError):          # the terminal may be gone
+            os.write(2, f"\n{text}\n".encode())     # not print: the handler may have interrupted one
+
+    def check(self) -> None:
+        """Raises StopNow if a stop was requested, unless shielded."""
+        if self.requested and not self._shields:
+            raise StopNow(self.requested)
+
+    @contextlib.contextmanager
+    def shield(self) -> Iterator[None]:
+        """Holds a request back until the block ends, also when it ends by an exception. Shields nest.
+
+        For what must not be left half done. Keep it short: a spot instance is gone 30 s after its SIGTERM.
+        """
+        self._shields += 1
+        try:
+            yield
+        finally:
+            self._shields -= 1
+            if self._deferred and not self._shields:
+                self._deferred = False
+                raise StopNow(self.requested)

@@ -1,0 +1,141 @@
+"""Shapes against published totals, the memory plan against reference figures, presets against each other."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from azr import plan
+from azr.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, Shape, choose_preset, plan_memory, shape_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("size, total", [
+    ("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512),
+    ("14B", 14_770_033_664)])
+def test_parameter_totals_are_those_of_the_published_checkpoints(size, total):
+    assert QWEN25[size].parameters == total
+    assert shape_of(f"Qwen/Qwen2.5-Coder-{size}") == shape_of(f"Qwen/Qwen2.5-{size}-Instruct") == QWEN25[size]
+
+
+def test_parameters_equal_those_of_a_real_model(tmp_path):
+    """A Qwen2 and a Llama with grouped heads and untied tables, built by transformers; LoRA counted by PEFT."""
+    import peft
+    import torch
+    import transformers
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 96, "vocab_size": 100}
+    for kind, tied in (("Qwen2", True), ("Qwen2", False), ("Llama", False)):
+        config = getattr(transformers, f"{kind}Config")(**sizes, tie_word_embeddings=tied)
+        config.save_pretrained(tmp_path)
+        shape = shape_of(str(tmp_path))
+        with torch.device("meta"):
+            model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        assert shape.parameters == sum(p.numel() for p in model.parameters()), kind
+        for targets, names in (("all-linear", "all-linear"), ("attention", ["q_proj", "k_proj", "v_proj", "o_proj"])):
+            adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names))
+            assert shape.lora_parameters(4, targets) == sum(
+                p.numel() for p in adapted.parameters() if p.requires_grad), (kind, targets)
+            model = adapted.unload()
+
+
+def test_bytes_against_reference_figures():
+    """GB for NF4 with rank 32 on all matrices, and bytes a token, as worked out independently for 3B and 7B."""
+    for size, weights, lora, kv, layer in (("3B", 2.05, 0.96, 36_864, 182e3), ("7B", 5.55, 1.29, 57_344, 315e3)):
+        shape = QWEN25[size]
+        assert plan.weight_bytes(shape, "nf4") / GB == pytest.approx(weights, rel=0.01)
+        assert 16 * shape.lora_parameters(32) / GB == pytest.approx(lora, rel=0.01)
+        assert shape.kv_bytes == kv
+        assert plan.layer_bytes(shape) == pytest.approx(layer, rel=0.05)
+
+
+@pytest.mark.parametrize("size, tokens, total", [("3B", 4096, 5.0), ("3B", 8192, 6.6), ("3B", 16384, 9.8),
+                                                 ("7B", 4096, 9.9), ("7B", 8192, 12.5), ("7B", 16384, 17.5)])
+def test_training_totals_against_reference_figures(size, tokens, total):
+    preset = dataclasses.replace(PRESETS["24gb"], token_budget=tokens)
+    assert sum(plan.memory(QWEN25[size], preset)["training"].values()) / GB == pytest.approx(total, rel=0.07)
+
+
+def test_what_is_unknown_is_said(tmp_path):
+    for model in ("nobody/model", "Qwen/Qwen2.5-Coder-9B", "qwen-4b", str(tmp_path)):
+        with pytest.raises(PlanError, match="not known offline"):
+            shape_of(model)
+    for text, message in (('{"hidden_size": 1}', "does not give its sizes"), ("{", "config.json"), ("[]", "sizes")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(PlanError, match=message) as caught:
+            shape_of(str(tmp_path))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(PlanError, match="unknown preset 9gb"):
+        choose_preset("9gb", "qwen-3b", None)
+
+
+@pytest.mark.parametrize("free_gib, name", [(7.6, "8gb"), (11.5, "12gb"), (15.6, "16gb"), (23.3, "24gb"), (39, "24gb"),
+                                            (47, "48gb"), (79, "80gb"), (139, "80gb"), (4, "8gb")])
+def test_auto_takes_the_largest_that_is_free(free_gib, name):
+    preset, why = choose_preset("auto", "qwen-3b", int(free_gib * GIB))
+    assert preset.name == name and name in why and f"{free_gib:.1f} GiB" in why
+
+
+def test_choices_without_a_gpu_are_loud():
+    assert choose_preset("auto", "qwen-3b", None)[0].name == "8gb"
+    assert "no GPU" in choose_preset("auto", "qwen-3b", None)[1]
+    assert choose_preset("24gb", "qwen-3b", None)[0] is PRESETS["24gb"]
+    assert choose_preset("auto", "tiny", None)[0] is choose_preset("24gb", "tiny", None)[0] is TINY
+    assert plan.capacity(TINY) is None and plan.capacity(PRESETS["24gb"]) < 24 * GIB
+    assert plan.capacity(PRESETS["24gb"], 5 * GIB) == 5 * GIB
+
+
+def test_every_preset_holds_the_3b_model_and_larger_ones_do_more():
+    previous = None
+    for preset in PRESETS.values():
+        made = plan_memory(QWEN25["3B"], preset, plan.capacity(preset))
+        assert made.fits, preset.name
+        if previous:
+            for field in ("gib", "prompts_per_mode", "max_new_tokens", "max_batch", "token_budget"):
+                assert getattr(preset, field) >= getattr(previous, field)
+        previous = preset
+    for name in ("16gb", "24gb", "48gb", "80gb"):
+        assert plan_memory(QWEN25["7B"], PRESETS[name], plan.capacity(PRESETS[name])).fits, name
+
+
+def test_sizes_are_lowered_until_they_fit_and_only_those():
+    preset = PRESETS["80gb"]
+    made = plan_memory(QWEN25["7B"], preset, 24e9)
+    assert made.fits and made.peak <= 24e9 and len(made.lowered) == 2
+    assert made.preset.max_batch < preset.max_batch and made.preset.token_budget < preset.token_budget
+    assert dataclasses.replace(made.preset, max_batch=preset.max_batch, token_budget=preset.token_budget) == preset
+    assert plan_memory(QWEN25["7B"], preset, None).lowered == []
+
+
+def test_a_plan_that_does_not_fit_names_what_would():
+    small = plan_memory(QWEN25["14B"], PRESETS["8gb"], plan.capacity(PRESETS["8gb"]))
+    assert not small.fits and "DOES NOT FIT" in plan.render(small) and "--preset" in plan.advice(small)
+    tight = plan_memory(QWEN25["7B"], PRESETS["80gb"], 10.5e9)
+    flag = plan.advice(tight)
+    assert not tight.fits and flag.startswith("--")
+    words = flag.split()
+    change = {name[2:].replace("-", "_"): int(value) for name, value in zip(words[::2], words[1::2])}
+    assert plan_memory(tight.shape, dataclasses.replace(tight.preset, **change), 10.5e9).fits
+    huge = dataclasses.replace(QWEN25["14B"], layers=400)
+    assert plan.advice(plan_memory(huge, PRESETS["80gb"], plan.capacity(PRESETS["80gb"]))) is None
+
+
+def test_rendering_is_plain_and_narrow():
+    for model, preset in (("qwen-3b", PRESETS["24gb"]), ("qwen-7b", PRESETS["8gb"]), ("qwen-7b", PRESETS["24gb"])):
+        made = plan_memory(shape_of(model), preset, plan.capacity(preset))
+        text = plan.render(made, model)
+        assert all(len(line) <= 80 for line in text.splitlines()) and text.isascii(), text
+        assert "KV cache" in text and plan.model_path(model) in text
+        assert (f"{made.peak / GB:.2f}" in text) and ("fits" in text) == made.fits
+
+
+def test_no_torch_is_imported_and_aliases_stay_next_to_the_file():
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from azr import plan; "
+            "plan.render(plan.plan_memory(plan.shape_of('qwen-3b'), plan.PRESETS['24gb'], 2e10)); "
+            "print('torch' in sys.modules)")
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert plan.model_path("tiny") == str(ROOT / "azr" / "tiny") and plan.model_path("some/where") == "some/where"
