@@ -160,7 +160,7 @@ PRESETS = {preset.name: preset for preset in (
     Preset("48gb", 48, 48, 2048, 256, 16384),
     Preset("80gb", 80, 64, 4096, 384, 32768),
 )}
-TINY = Preset("tiny", 0, 16, 96, 256, 8192, 160, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
+TINY = Preset("tiny", 0, 16, 128, 256, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
               steps=100, eval_samples=64)
 
 

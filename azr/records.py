@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from azr.prompts import INDUCTION_INPUTS
@@ -136,17 +136,27 @@ class Verdict:
     score: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sample:
-    """A completion with what it was sampled for: the unit of training."""
+    """A completion, what it was sampled for, and what the phases of a step found out about it: the unit of training."""
 
     role: str  # "proposer" | "solver"
     mode: str
-    task: Task | None  # solver: the task; proposer: the task made, if any
+    prompt: str
     prompt_ids: list[int]
-    ids: list[int]
-    log_probs: list[float]
-    finish_reason: str
+    completion: object  # ids, log_probs, finish_reason
+    response: str
+    group: str  # answers to the same prompt share it
+    parsed: Parsed | None = None
+    task: Task | None = None  # proposer: the task made, if valid; solver: the task answered
+    reason: str = ""
+    detail: str = ""
+    correct: bool = False
+    solve_rate: float | None = None
+    reward: float | None = None
+    advantage: float = 0.0
+    old_log_prob: list[float] | None = None  # of the trainer, before the first of several updates
+    entropy: list[float] = field(default_factory=list)  # nats a token
 
 
 SEED_PROGRAM = "def f(a):\n    return a"

@@ -1,0 +1,564 @@
+"""The policy: loading, sampling against transformers' generate, scoring against the naive form, NF4, adapters.
+
+A random Qwen2 stands in for a base model: with a made-up byte-level tokenizer, and with the real Qwen2.5 tokenizer
+where its files are at hand.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config,
+    Qwen2ForCausalLM, Qwen3Config,
+)
+
+from azr import engine, ppo
+from azr.rollout import ChunkedLogProb, LoraSettings, ModelError, Policy, Sampling, micro_batches
+
+REAL_TOKENIZER = Path(__file__).parents[1].parent / "shared" / "data" / "qwen2.5-tokenizer"
+LORA = LoraSettings(rank=8, alpha=16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small matrices: threads only wait for each other, and a loaded machine makes that very slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def made_up_tokenizer():
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    # the pre-tokenizer of Qwen2, which transformers uses for this model type whatever the file says
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    pattern = words + r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator(["def f(x): return x + 1", "answer = f(12)", "<answer>think</answer>"] * 5, trainer)
+    tokenizer.add_tokens([AddedToken("</think>", special=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+
+
+def make_model(directory: Path, tokenizer, vocab: int, tie: bool = True) -> str:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie, initializer_range=0.15,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )
+    model = Qwen2ForCausalLM(config)
+    # a checkpoint's own sampling settings must never be used
+    model.generation_config.update(temperature=0.1, top_k=3, top_p=0.5, repetition_penalty=1.3, do_sample=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> str:
+    return make_model(tmp_path_factory.mktemp("small"), made_up_tokenizer(), vocab=320)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> str:
+    """The real tokenizer (vocabulary 151,936) where it is at hand, else the made-up one with an untied head."""
+    directory = tmp_path_factory.mktemp("real")
+    if REAL_TOKENIZER.is_dir():
+        return make_model(directory, AutoTokenizer.from_pretrained(REAL_TOKENIZER), vocab=151_936)
+    return make_model(directory, made_up_tokenizer(), vocab=320, tie=False)
+
+
+def stirred(policy: Policy, scale: float = 0.05) -> Policy:
+    """Give the LoRA matrices values that change the logits."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in policy.trainable_parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return policy
+
+
+@pytest.fixture(scope="module")
+def policy(small) -> Policy:
+    return stirred(Policy.load(small, quantization="none", lora=LORA))
+
+
+def prompts_of(count: int, low: int = 1, high: int = 40, vocab: int = 300, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(1, vocab) for _ in range(rng.randint(low, high))] for _ in range(count)]
+
+
+def seeds_of(count: int, n: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.getrandbits(64) for _ in range(n)] for _ in range(count)]
+
+
+def naive(model, prompt, response, temperature=1.0):
+    """(log-probs, entropies) of one sequence by a full-logits forward pass."""
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0].double()[len(prompt) - 1 : -1] / temperature
+    log_p = logits.log_softmax(-1)
+    chosen = log_p.gather(-1, torch.tensor(response)[:, None]).squeeze(-1)
+    return chosen, -(log_p.exp() * log_p).sum(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- generate
+
+
+def greedy_reference(policy, prompt, new_tokens):
+    ids = torch.tensor([prompt])
+    out = policy.model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, num_beams=1,
+        temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=policy.pad_id,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("which", ["small", "real"])
+def test_greedy_equals_transformers_generate(which, quantization, request):
+    policy = stirred(Policy.load(request.getfixturevalue(which), quantization, lora=LORA, max_batch=5))
+    count = 12 if which == "small" else 6  # a vocabulary of 151,936 is slow
+    prompts = prompts_of(count)
+    prompts[3] = prompts[5]
+    out = policy.generate(prompts, 1, Sampling(temperature=0, max_new_tokens=20, stop=()), seeds_of(count, 1))
+    policy.model.eval()
+    for prompt, [completion] in zip(prompts, out):
+        assert completion.ids == greedy_reference(policy, prompt, 20)
+
+
+@pytest.mark.parametrize("config_class", [Qwen3Config, LlamaConfig])
+def test_other_architectures_and_untied_heads(config_class, tmp_path):
+    tokenizer = made_up_tokenizer()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_class(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+        num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.15,
+        eos_token_id=0, pad_token_id=0,
+    )).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy = stirred(Policy.load(tmp_path, "none", lora=LORA, max_batch=3))
+    prompts = prompts_of(6)
+    out = policy.generate(prompts, 1, Sampling(temperature=0, max_new_tokens=20, stop=()), seeds_of(6, 1))
+    log_probs, _ = policy.score_lists(prompts, [row[0].ids for row in out])
+    policy.model.eval()
+    for prompt, [completion], expected in zip(prompts, out, log_probs):
+        assert completion.ids == greedy_reference(policy, prompt, 20)
+        assert completion.log_probs == pytest.approx(expected, abs=1e-5)
+
+
+def test_log_probs_equal_a_naive_recomputation(policy):
+    prompts = prompts_of(10)
+    sampling = Sampling(temperature=0.8, top_p=0.9, top_k=50, max_new_tokens=30)
+    out = policy.generate(prompts, 3, sampling, seeds_of(10, 3))
+    with torch.no_grad():
+        for prompt, row in zip(prompts, out):
+            for c in row:
+                expected, _ = naive(policy.model, prompt, c.ids, temperature=0.8)
+                assert torch.allclose(torch.tensor(c.log_probs).double(), expected, atol=1e-5)
+
+
+def test_seeds_reproduce_and_do_not_depend_on_the_batch(small, policy):
+    prompts, seeds = prompts_of(20), seeds_of(20, 4)
+    sampling = Sampling(max_new_tokens=25)
+    first = policy.generate(prompts, 4, sampling, seeds)
+    assert first == policy.generate(prompts, 4, sampling, seeds)  # same batch: bit for bit
+    narrow = stirred(Policy.load(small, "none", lora=LORA, max_batch=4, prefill_tokens=50))
+    ids = lambda out: [[c.ids for c in row] for row in out]  # noqa: E731
+    assert ids(narrow.generate(prompts, 4, sampling, seeds)) == ids(first)
+    assert ids(policy.generate(prompts[5:6], 4, sampling, seeds[5:6])) == ids(first[5:6])
+    other = policy.generate(prompts, 4, sampling, seeds_of(20, 4, seed=9))
+    assert ids(other) != ids(first)
+
+
+def test_identical_prompts_share_one_prefill(small):
+    policy = Policy.load(small, "none", max_batch=6)
+    prefilled = []
+    forward = policy.backbone.forward
+
+    def spy(*args, **kwargs):
+        if kwargs["input_ids"].shape[1] > 1:
+            prefilled.append(kwargs["input_ids"].shape[0])
+        return forward(*args, **kwargs)
+
+    policy.backbone.forward = spy
+    a, b = prompts_of(2, low=5)
+    out = policy.generate([a, b, a, b, a], 8, Sampling(max_new_tokens=6), seeds_of(5, 8))
+    assert sum(prefilled) == 2  # 40 samples through 6 slots, two distinct prompts
+    assert [len(row) for row in out] == [8] * 5
+
+
+def test_after_an_update_it_samples_from_the_new_policy(small):
+    policy = stirred(Policy.load(small, "none", lora=LORA))
+    prompts, sampling = prompts_of(4), Sampling(max_new_tokens=12)
+    before = policy.generate(prompts, 2, sampling, seeds_of(4, 2))
+    stirred(policy, scale=0.2)
+    after = policy.generate(prompts, 2, sampling, seeds_of(4, 2))
+    assert before != after
+    flat = [c for row in after for c in row]
+    log_probs, _ = policy.score_lists([p for p in prompts for _ in range(2)], [c.ids for c in flat])
+    for c, expected in zip(flat, log_probs):
+        assert c.log_probs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("draws, options", [(100_000, {}), (100_000, {"top_p": 0.8, "temperature": 1.3}),
+                                            (20_000, {"top_k": 20})])
+def test_first_tokens_follow_the_softmax(small, draws, options):
+    """Chi-square over many draws with the seeds 0, 1, 2, ..."""
+    policy = Policy.load(small, "none", max_batch=4096)
+    prompt, sampling = prompts_of(1)[0], Sampling(max_new_tokens=1, stop=(), **options)
+    out = policy.generate([prompt], draws, sampling, [range(draws)])
+    counts = torch.bincount(torch.tensor([c.ids[0] for c in out[0]]), minlength=320).double()
+    with torch.no_grad():
+        logits = policy.model(input_ids=torch.tensor([prompt])).logits[0, -1].double() / sampling.temperature
+    p, order = logits.softmax(-1).sort(descending=True)
+    if sampling.top_k:
+        p[sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        p[p.cumsum(-1) - p >= sampling.top_p] = 0
+    expected, counts = p / p.sum() * draws, counts[order]
+    assert counts[expected == 0].sum() == 0
+    large = expected >= 5
+    cells = torch.cat([((counts - expected)[large] ** 2 / expected[large]),
+                       ((counts - expected)[~large].sum() ** 2 / expected[~large].sum().clamp(min=1))[None]])
+    df = int(large.sum()) - (0 if expected[~large].sum() > 0 else 1)
+    # Wilson-Hilferty: the cube root of chi-square / df is nearly normal; 4 standard deviations
+    assert (cells.sum() / df) ** (1 / 3) < 1 - 2 / (9 * df) + 4 * (2 / (9 * df)) ** 0.5
+
+
+def test_uniform_numbers_are_uniform_and_uncorrelated():
+    seeds = engine.seed_tensor(list(range(2000)), "cpu")
+    u = torch.stack([engine.uniform(seeds, torch.full_like(seeds, t)) for t in range(100)])
+    assert 0 <= u.min() and u.max() < 1 and u.unique().numel() == u.numel()
+    cells = torch.bincount((u.flatten() * 256).long(), minlength=256).double()
+    assert ((cells - 781.25) ** 2 / 781.25).sum() < 255 + 4 * (2 * 255) ** 0.5
+    for a, b in ((u[:, 1:], u[:, :-1]), (u[1:], u[:-1])):  # neighbouring seeds, neighbouring positions
+        assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.01
+    assert torch.equal(engine.seed_tensor([-1, 2**64 - 1], "cpu")[:1], engine.seed_tensor([2**64 - 1], "cpu"))
+
+
+def force(policy: Policy, text: str):
+    """Make the head prefer the tokens of `text`, one after the other, whatever came before."""
+    ids = policy.encode(text)
+    steps = iter(ids + [policy.encode("x")[0]] * 1000)
+
+    def head(hidden):
+        logits = torch.zeros(hidden.shape[0], policy.base.config.vocab_size)
+        logits[:, next(steps)] = 50.0
+        return logits
+
+    policy.engine.head = head
+    return ids
+
+
+def test_stop_strings_over_several_tokens(small):
+    policy = Policy.load(small, "none")
+    text = "a </answer b </answer> tail"
+    assert len(policy.encode("</answer>")) > 1
+    force(policy, text)
+    [[c]] = policy.generate([[5, 6]], 1, Sampling(temperature=0, max_new_tokens=60), [[0]])
+    assert c.finish_reason == "stop" and policy.decode(c.ids) == "a </answer b </answer>"
+    assert len(c.ids) == len(c.log_probs)
+
+
+def test_a_stop_string_that_ends_inside_a_token_and_one_that_is_not_ascii(small):
+    policy = Policy.load(small, "none")
+    force(policy, "1 + 2 return 3")
+    [[c]] = policy.generate([[5]], 1, Sampling(temperature=0, max_new_tokens=40, stop=("zz", "+ 2 ret")), [[0]])
+    assert c.finish_reason == "stop" and "+ 2 ret" in policy.decode(c.ids)
+    assert "+ 2 ret" not in policy.decode(c.ids[:-1])
+    force(policy, "né€ 2")
+    [[c]] = policy.generate([[5]], 1, Sampling(temperature=0, max_new_tokens=40, stop=("é€",)), [[0]])
+    assert c.finish_reason == "stop" and policy.decode(c.ids) == "né€"
+
+
+def test_eos_and_length(small):
+    policy = Policy.load(small, "none")
+    eos = policy.tokenizer.eos_token_id
+    force(policy, "12<|endoftext|>34")
+    [[c]] = policy.generate([[5]], 1, Sampling(temperature=0, max_new_tokens=40), [[0]])
+    assert c.finish_reason == "eos" and c.ids[-1] == eos and policy.decode(c.ids) == "12"
+    force(policy, "1234")
+    [[c]] = policy.generate([[5]], 1, Sampling(temperature=0, max_new_tokens=3), [[0]])
+    assert c.finish_reason == "length" and policy.decode(c.ids) == "123"
+
+
+def test_requests_that_cannot_be_served(policy):
+    sampling = Sampling(max_new_tokens=100)
+    with pytest.raises(ValueError, match="prompt 1 has 200 tokens.*context of 256"):
+        policy.generate([[1], [1] * 200], 1, sampling, [[0], [0]])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        policy.generate([[]], 1, sampling, [[0]])
+    with pytest.raises(ValueError, match="seeds"):
+        policy.generate([[1]], 2, sampling, [[0]])
+    for bad in ({"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"max_new_tokens": 0}, {"stop": "x"}):
+        with pytest.raises(ValueError):
+            Sampling(**bad)
+    assert policy.generate([], 4, sampling, []) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- score
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chunked_log_prob_equals_the_naive_form(temperature):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(300, 32, generator=generator, dtype=torch.float32)
+    weight = torch.randn(500, 32, generator=generator) * 0.4
+    target = torch.randint(0, 500, (300,), generator=generator)
+    g_y, g_h = torch.randn(2, 300, generator=generator)
+    for use_y, use_h in ((1, 0), (0, 1), (1, 1)):
+        a, b = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+        log_prob, entropy = ChunkedLogProb.apply(a, weight, target, temperature, 128)
+        log_p = (b @ weight.double().t() / temperature).log_softmax(-1)
+        y, h = log_p.gather(-1, target[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+        assert torch.allclose(log_prob.double(), y, atol=1e-5) and torch.allclose(entropy.double(), h, atol=1e-5)
+        loss = sum(((v * g).sum() for v, g, use in ((log_prob, g_y, use_y), (entropy, g_h, use_h)) if use))
+        loss.backward()
+        sum(((v * g.double()).sum() for v, g, use in ((y, g_y, use_y), (h, g_h, use_h)) if use)).backward()
+        assert (a.grad.double() - b.grad).norm() / b.grad.norm() < 1e-5
+
+
+def test_scores_do_not_depend_on_micro_batches_and_equal_the_naive_form(policy):
+    prompts, responses = prompts_of(12), prompts_of(12, low=0, high=25, seed=1)
+    responses[4] = []
+    whole = policy.score_lists(prompts, responses, temperature=0.9, token_budget=100_000)
+    for budget in (1, 150):
+        parts = policy.score_lists(prompts, responses, temperature=0.9, token_budget=budget)
+        for a, b in zip(whole, parts):
+            for x, y in zip(a, b):
+                assert x == pytest.approx(y, abs=1e-5)
+    with torch.no_grad():
+        for i, (prompt, response) in enumerate(zip(prompts, responses)):
+            assert len(whole[0][i]) == len(response)
+            if response:
+                log_prob, entropy = naive(policy.model, prompt, response, 0.9)
+                assert whole[0][i] == pytest.approx(log_prob.tolist(), abs=1e-5)
+                assert whole[1][i] == pytest.approx(entropy.tolist(), abs=1e-5)
+
+
+def gradient(policy, prompts, responses, advantage, budget):
+    group = torch.arange(len(prompts)) % ppo.GROUPS
+    weight = ppo.token_weights(group, torch.tensor([len(r) for r in responses]))
+    for p in policy.trainable_parameters():
+        p.grad = None
+    for indices, log_prob, entropy, mask in policy.score(prompts, responses, token_budget=budget, with_grad=True):
+        loss = ppo.ppo_token_loss(log_prob, log_prob.detach(), advantage[indices, None]) - 0.1 * entropy
+        ppo.weighted_sum(loss, weight[indices], mask).backward()
+    return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+
+
+def test_micro_batches_and_checkpointing_do_not_change_the_gradient(policy):
+    prompts, responses = prompts_of(16), prompts_of(16, low=1, high=25, seed=1)
+    advantage = torch.randn(16, generator=torch.Generator().manual_seed(0))
+    whole = gradient(policy, prompts, responses, advantage, budget=100_000)
+    assert whole.norm() > 0
+    for budget in (1, 200):
+        assert (gradient(policy, prompts, responses, advantage, budget) - whole).norm() / whole.norm() < 1e-5
+    policy.checkpoint_activations(True)
+    checkpointed = gradient(policy, prompts, responses, advantage, budget=200)
+    policy.checkpoint_activations(False)
+    assert (checkpointed - whole).norm() / whole.norm() < 1e-5
+    # and it is the gradient of the naive form
+    for p in policy.trainable_parameters():
+        p.grad = None
+    weight = ppo.token_weights(torch.arange(16) % ppo.GROUPS, torch.tensor([len(r) for r in responses]))
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        log_prob, entropy = naive(policy.model, prompt, response)
+        (weight[i] * (-advantage[i] * log_prob - 0.1 * entropy).sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    assert (whole - expected).norm() / expected.norm() < 1e-5
+
+
+def test_scoring_leaves_the_callers_grad_mode_alone(policy):
+    for _ in policy.score(prompts_of(4), prompts_of(4, seed=1), token_budget=1):
+        assert torch.is_grad_enabled()
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        policy.score([[1], []], [[1], [1]])
+
+
+def test_micro_batches_keep_the_budget():
+    lengths = [random.Random(0).randint(1, 100) for _ in range(200)]
+    batches = micro_batches(lengths, 400)
+    assert sorted(i for b in batches for i in b) == list(range(200))
+    assert all(len(b) * max(lengths[i] for i in b) <= 400 for b in batches)
+    assert micro_batches([500, 3], 400) == [[0], [1]] and micro_batches([], 10) == []
+
+
+# ------------------------------------------------------------------------------------------------------------ NF4
+
+
+def packed(policy) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.dtype == torch.uint8}
+
+
+def test_nf4_loads_with_double_quantization_and_leaves_head_and_embeddings_alone(small):
+    policy = Policy.load(small, "nf4", lora=LORA)
+    assert {k: policy.info[k] for k in ("quantization", "block_size", "double_quant", "dtype")} == {
+        "quantization": "nf4", "block_size": 64, "double_quant": True, "dtype": "float32"}
+    assert len(packed(policy)) == 14  # 2 layers x 7 linears
+    assert policy.head.weight.dtype == torch.float32 and policy.head.weight is policy.backbone.embed_tokens.weight
+    assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
+
+
+def test_nf4_hand_made_rewards_move_the_policy_the_right_way(real):
+    """Eight samples with rewards +1 and -1 through sampling, scoring and an update."""
+    policy = Policy.load(real, "nf4", lora=LORA, seed=3)
+    prompts = [p for p in prompts_of(4, low=4, high=12) for _ in range(2)]
+    texts = ["<answer>1</answer>", "<answer>2</answer>"] * 4
+    responses = [policy.encode(text) for text in texts]
+    rewards = torch.tensor([1.0, -1.0] * 4)
+    policy.generate(prompts[:2], 1, Sampling(max_new_tokens=4), seeds_of(2, 1))  # evaluation first: it must not repack
+    frozen, before = packed(policy), policy.adapter_state()
+    start, _ = policy.score_lists(prompts, responses)
+    advantage = ppo.lean_advantages(rewards, torch.arange(8) // 2, torch.zeros(8, dtype=torch.int64))
+    assert advantage.sign().tolist() == rewards.tolist()
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-2, weight_decay=0.0)
+    weight = ppo.token_weights(torch.full((8,), 3), torch.tensor([len(r) for r in responses]))
+    for _ in range(2):
+        for indices, log_prob, _, mask in policy.score(prompts, responses, with_grad=True):
+            for row, i in enumerate(indices):  # training and evaluation agree bit for bit at the first step
+                if start is not None:
+                    assert log_prob[row, : len(responses[i])].tolist() == start[i]
+            loss = ppo.ppo_token_loss(log_prob, log_prob.detach(), advantage[indices, None])
+            ppo.weighted_sum(loss, weight[indices], mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        first, start = (start, None) if start is not None else (first, None)
+    end, _ = policy.score_lists(prompts, responses)
+    # the first token that differs between the good and the bad response of a pair
+    at = next(t for t, (a, b) in enumerate(zip(*responses[:2])) if a != b)
+    for i in range(0, 8, 2):
+        assert end[i][at] - first[i][at] > 0 > end[i + 1][at] - first[i + 1][at]
+    assert all(torch.equal(p, frozen[name]) for name, p in packed(policy).items())
+    after = policy.adapter_state()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+
+
+# ------------------------------------------------------------------------------------------------ adapters, loading
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_saved_adapter_loads_with_peft(small, tmp_path, quantization):
+    policy = stirred(Policy.load(small, quantization, lora=LORA))
+    policy.save_adapter(tmp_path / "a")
+    policy.save_adapter(tmp_path / "b")
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                bnb_4bit_compute_dtype=torch.float32)
+    options = {"quantization_config": config} if quantization == "nf4" else {}
+    base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32, device_map={"": "cpu"}, **options)
+    peft_model = PeftModel.from_pretrained(base, tmp_path / "a").train()
+    again = Policy.load(small, quantization, adapter=tmp_path / "a")
+    assert again.info["lora"] == {"rank": 8, "alpha": 16, "targets": "all-linear"}
+    prompts, responses = prompts_of(5), prompts_of(5, low=3, seed=2)
+    wanted, _ = policy.score_lists(prompts, responses)
+    with policy.disable_adapter():
+        plain, _ = policy.score_lists(prompts, responses)
+    assert again.score_lists(prompts, responses)[0] == wanted
+    for i in range(5):
+        with torch.no_grad():
+            assert naive(peft_model, prompts[i], responses[i])[0].tolist() == pytest.approx(wanted[i], abs=1e-4)
+        assert plain[i] != pytest.approx(wanted[i], abs=1e-2)
+
+
+def test_adapter_state_round_trip_keeps_the_parameters(small):
+    policy = stirred(Policy.load(small, "none", lora=LORA))
+    parameters, state = policy.trainable_parameters(), policy.adapter_state()
+    stirred(policy)
+    assert any(not torch.equal(a, b) for a, b in zip(state.values(), policy.adapter_state().values()))
+    policy.load_adapter_state(state)
+    assert all(torch.equal(state[name], value) for name, value in policy.adapter_state().items())
+    assert all(a is b for a, b in zip(parameters, policy.trainable_parameters()))
+    with pytest.raises(ModelError, match="lacks"):
+        policy.load_adapter_state({})
+
+
+def test_the_seed_decides_the_initial_adapter(small):
+    kinds = (("none", 5), ("nf4", 5), ("none", 6))
+    one, same, other = (Policy.load(small, q, lora=LORA, seed=s).adapter_state() for q, s in kinds)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert all(torch.equal(one[name], other[name]) == ("lora_B" in name) for name in one)
+    assert all(not value.any() for name, value in one.items() if "lora_B" in name)
+    random_state = torch.get_rng_state()
+    attention = Policy.load(small, "none", lora=LoraSettings(4, 8, "attention")).adapter_state()
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert len(attention) == 2 * 4 * 2 and all("self_attn" in name for name in attention)
+
+
+def test_encode_adds_nothing_and_decode_keeps_everything_but_eos(policy):
+    text = "def f(x):\n    return x + 12  # </think> é"
+    ids = policy.encode(text)
+    assert policy.decode(ids) == text
+    assert policy.decode(ids + [policy.tokenizer.eos_token_id]) == text
+
+
+def test_loading_says_what_is_wrong(small, tmp_path):
+    stirred(Policy.load(small, "none", lora=LORA)).save_adapter(tmp_path / "adapter")
+
+    def message(*args, **kwargs) -> str:
+        with pytest.raises(ModelError) as caught:
+            Policy.load(*args, **kwargs)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+        return str(caught.value)
+
+    (tmp_path / "empty").mkdir()
+    assert "without config.json" in message(tmp_path / "empty")
+    assert "it holds an adapter" in message(tmp_path / "adapter")
+    assert "int3" in message(small, quantization="int3")
+    assert "not both" in message(small, lora=LORA, adapter=tmp_path / "adapter")
+    assert "is no adapter" in message(small, "none", adapter=tmp_path / "empty")
+    assert "targets" in message(small, "none", lora=LoraSettings(targets="mlp"))
+    assert "rank" in message(small, "none", lora=LoraSettings(rank=0))
+
+    broken = tmp_path / "broken"
+    shutil.copytree(small, broken)
+    (broken / "model.safetensors").write_bytes(b"\x08" * 100)
+    assert "cannot be loaded" in message(broken, "none")
+    (broken / "config.json").write_text("{")
+    assert "no model" in message(broken, "none")
+    shutil.copy(Path(small) / "config.json", broken)
+    (broken / "tokenizer.json").unlink()
+    assert "no usable tokenizer" in message(broken, "none")
+    assert "no such directory" in message(tmp_path / "absent")
+
+    other = make_model(tmp_path / "other", made_up_tokenizer(), vocab=320)
+    weights = Path(other) / "model.safetensors"
+    save_file({k: v for k, v in load_file(weights).items() if "up_proj" not in k}, weights, metadata={"format": "pt"})
+    assert "lack model.layers.0.mlp.up_proj.weight (2 in all)" in message(other, "none")
+    config = json.loads((Path(other) / "config.json").read_text())
+    wide = Qwen2Config(**{**config, "hidden_size": 32})
+    Qwen2ForCausalLM(wide).save_pretrained(other)
+    assert "shape" in message(other, "none", adapter=tmp_path / "adapter")
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "r": 16}))
+    assert "rank" in message(small, "none", adapter=tmp_path / "adapter")
+
+
+def test_a_tokenizer_that_reads_its_files_differently_is_refused(small, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(small, copy)
+    ids = Policy.load(copy, "none").encode("f(12) == 3")
+    check = copy / "tokenizer_check.json"
+    check.write_text(json.dumps({"text": "f(12) == 3", "ids": ids}))
+    Policy.load(copy, "none")
+    check.write_text(json.dumps({"text": "f(12) == 3", "ids": ids[:-1] + [0]}))
+    with pytest.raises(ModelError, match=f"from token {len(ids) - 1} of tokenizer_check.json"):
+        Policy.load(copy, "none")
+    check.write_text("[]")
+    with pytest.raises(ModelError, match="tokenizer_check.json"):
+        Policy.load(copy, "none")

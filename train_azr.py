@@ -1,0 +1,506 @@
+"""Self-play training of one model that proposes small Python tasks and solves them (Absolute Zero, arXiv 2505.03335).
+
+    python train_azr.py                          the embedded tiny model, on any laptop: about 12 minutes, no GPU
+    python train_azr.py --model qwen-3b          4-bit base + LoRA on one GPU
+    python train_azr.py --out runs/a --resume auto     go on after a stop, a crash or a kill
+    python train_azr.py --model qwen-3b --dry-run      what it would use; nothing is trained
+
+A step has five phases: propose, validate, solve, reward and update, record. Ctrl-C or SIGTERM saves and exits 0, a
+second one quits; SIGUSR1 saves and goes on. Exit codes: 0 done or stopped with a checkpoint, 1 gave up (a non-finite
+loss three times in a row), 2 bad input, nothing done.
+
+Left out of the textbook PPO: critic, KL penalty, reference model, learning-rate schedule; as in the published recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from azr import display, plan, ppo
+from azr.benchmarks import EvalResult, evaluate, load_tasks, plot_pass_at_k, powers_of_two, sample_seed
+from azr.config import Config, base_description, parse, resolve
+from azr.display import warn
+from azr.metrics import Clock, sample_row, step_metrics
+from azr.prompts import STOP, propose_prompt, solve_prompt, template_hash
+from azr.rewards import proposer_reward, solver_reward
+from azr.rollout import LoraSettings, ModelError, Policy, Sampling
+from azr.runs import Run, RunError, StopNow, StopRequest, read_lines, write_json_atomic, write_jsonl_atomic
+from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Sample, Task, judge, parse_answer, parse_proposal, validate
+from sandbox import Sandbox, SandboxError
+
+SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
+SEED_ROUNDS = 20
+PROBE = 64  # prompts and answers a role and mode, frozen at step 0, for entropy on fixed data
+BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.99), 0.0, 1.0
+CLIP_LOW, CLIP_HIGH, GAP_CAP = 0.2, 0.2, 2.0
+NON_FINITE_LIMIT = 3
+GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]  # the six groups of the loss
+
+
+class GaveUp(RuntimeError):
+    """Training cannot go on; one line says why. Exit code 1."""
+
+
+class SelfPlay:
+    """The state of a run: policy, optimizer, buffers. Parameters and buffers change only in phases 4 and 5 of a step."""
+
+    def __init__(self, config: Config, policy: Policy, sandbox: Sandbox, run: Run) -> None:
+        self.config, self.policy, self.sandbox, self.run = config, policy, sandbox, run
+        self.template = template_of(config)
+        self.optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.learning_rate, betas=BETAS,
+                                           weight_decay=WEIGHT_DECAY)
+        self.buffers = Buffers()
+        self.sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
+        self.non_finite, self.elapsed, self.completed, self.started = 0, 0.0, 0, False
+        self.exempt: set[str] = set()  # programs that may be trivial: the identity, while there is nothing else
+
+    # ---------------------------------------------------------------- phase 1: propose
+
+    def propose(self, step: int | str, modes: tuple = MODES, count: int | None = None) -> list[Sample]:
+        """One proposal for each of `count` (prompts_per_mode) prompts a mode, with references from the buffers."""
+        rng = random.Random(f"{self.config.seed}/{step}/propose")  # nothing random outlives a step, so a resume is exact
+        asked = []
+        for mode in modes:
+            for _ in range(count or self.config.prompts_per_mode):
+                if mode == "induction":
+                    references = [self.buffers.sample_program(rng)]
+                else:
+                    references = self.buffers.sample(mode, self.config.references, rng)
+                asked.append((mode, references))
+        prompts = [propose_prompt(mode, references, self.template) for mode, references in asked]
+        samples = self.sample("proposer", [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
+        for sample, (mode, references) in zip(samples, asked):
+            program = references[0].program if mode == "induction" else None
+            sample.parsed = parse_proposal(mode, sample.response, program)
+        return samples
+
+    def sample(self, role: str, modes: list[str], prompts: list[str], n: int, key: str) -> list[Sample]:
+        """n responses to each prompt as Samples, in order; `key` makes their seeds."""
+        ids = [self.policy.encode(prompt) for prompt in prompts]
+        seeds = [[sample_seed(self.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
+        completions = self.policy.generate(ids, n, self.sampling, seeds)
+        return [Sample(role=role, mode=mode, prompt=prompt, prompt_ids=tokens, completion=completion,
+                       response=self.policy.decode(completion.ids), group=f"{key}/{i}")
+                for i, (mode, prompt, tokens, row) in enumerate(zip(modes, prompts, ids, completions)) for completion in row]
+
+    # ---------------------------------------------------------------- phase 2: validate
+
+    def validate(self, samples: list[Sample]) -> list[Sample]:
+        """Runs every proposal in the sandbox; each sample gets its verdict and, if valid, its task. Returns the valid ones."""
+        parsed = [sample for sample in samples if sample.parsed.value is not None]
+        verdicts = validate([sample.parsed.value for sample in parsed], self.sandbox, self.buffers.keys(), exempt=self.exempt)
+        for sample in samples:
+            sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
+        for sample, verdict in zip(parsed, verdicts):
+            sample.reason, sample.detail = verdict.reason, verdict.detail
+            sample.task = verdict.task
+        return [sample for sample in samples if sample.task is not None]
+
+    # ---------------------------------------------------------------- phase 3: solve
+
+    def solve(self, step: int, tasks: list[Task], n: int, key: str = "solve") -> list[Sample]:
+        """n judged answers to each task. An answer that no verdict could be had for (reason infra) is left out."""
+        prompts = [solve_prompt(task, self.template) for task in tasks]
+        samples = self.sample("solver", [task.mode for task in tasks], prompts, n, f"{step}/{key}")
+        for i, sample in enumerate(samples):
+            sample.task = tasks[i // n]
+            sample.parsed = parse_answer(sample.mode, sample.response)
+        verdicts = judge([(sample.task, sample.parsed.value) for sample in samples], self.sandbox)
+        for sample, verdict in zip(samples, verdicts):
+            sample.correct, sample.detail = verdict.ok, verdict.detail
+            sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
+        return [sample for sample in samples if sample.reason != "infra"]
+
+    def backfill(self, step: int, valid: list[Sample]) -> list[Task]:
+        """Buffer tasks for modes in which less than half of the proposals are valid, up to that half."""
+        if self.config.solver_tasks == "fresh" or self.config.recipe == "azr":
+            return []
+        rng, wanted = random.Random(f"{self.config.seed}/{step}/backfill"), self.config.prompts_per_mode // 2
+        counts = {mode: sum(sample.mode == mode for sample in valid) for mode in MODES}
+        return [task for mode in MODES for task in self.buffers.sample(mode, max(0, wanted - counts[mode]), rng)]
+
+    # ---------------------------------------------------------------- phase 4: reward and update
+
+    def reward(self, step: int, proposals: list[Sample], answers: list[Sample]) -> list[Sample]:
+        """Rewards and advantages; returns the samples that are trained on (recipe azr: with solver samples of their own)."""
+        rates = solve_rates(answers)
+        for sample in proposals:
+            sample.solve_rate = rates.get(sample.task.hash) if sample.task else None
+            if sample.reason == "infra" or (sample.task and sample.solve_rate is None):
+                sample.reward = None  # the machine failed, not the model: no reward, no training
+                continue
+            sample.reward = proposer_reward(sample.task is not None, sample.parsed.well_formed, sample.solve_rate)
+        trained = answers if self.config.recipe == "lean" else self.solver_samples(step, proposals)
+        for sample in [*answers, *trained]:
+            sample.solve_rate = rates.get(sample.task.hash)
+            sample.reward = solver_reward(sample.correct, sample.parsed.well_formed, self.config.solver_reward)
+        samples = [sample for sample in proposals if sample.reward is not None] + trained
+        advantages(samples, self.config.recipe)
+        return samples
+
+    def solver_samples(self, step: int, proposals: list[Sample]) -> list[Sample]:
+        """Recipe azr: one answer to each of prompts_per_mode tasks a mode, this step's first, the rest from the buffer."""
+        rng, tasks = random.Random(f"{self.config.seed}/{step}/solver"), []
+        for mode in MODES:
+            new = [sample.task for sample in proposals if sample.task and sample.mode == mode]
+            tasks += new + self.buffers.sample(mode, self.config.prompts_per_mode - len(new), rng)
+        return self.solve(step, tasks, 1, "train")
+
+    def update(self, step: int, samples: list[Sample]) -> dict[str, float]:
+        """One optimizer step a minibatch; fills in each sample's entropy and log-probs; returns the train/ metrics."""
+        order = list(range(len(samples)))
+        random.Random(f"{self.config.seed}/{step}/minibatches").shuffle(order)
+        parts = [sorted(order[i :: self.config.minibatches]) for i in range(self.config.minibatches)]
+        if self.config.minibatches > 1:  # several updates: the ratio of PPO needs the log-probs before the first
+            self.old_log_probs(samples)
+        totals: dict[str, float] = {}
+        for part in parts:
+            for name, value in self.optimizer_step(step, [samples[i] for i in part]).items():
+                totals[name] = totals.get(name, 0.0) + value / len(parts)
+        return totals
+
+    def old_log_probs(self, samples: list[Sample]) -> None:
+        log_probs, _ = self.policy.score_lists([s.prompt_ids for s in samples], [s.completion.ids for s in samples],
+                                               self.config.temperature, self.config.token_budget)
+        for sample, log_prob in zip(samples, log_probs):
+            sample.old_log_prob = log_prob
+
+    def optimizer_step(self, step: int, samples: list[Sample]) -> dict[str, float]:
+        """Gradient of the clipped surrogate over all micro-batches, then one AdamW step; skipped if it is not finite."""
+        groups = [GROUPS.index((sample.role, sample.mode)) for sample in samples]
+        lengths = [len(sample.completion.ids) for sample in samples]
+        weight = ppo.token_weights(torch.tensor(groups), torch.tensor(lengths), self.config.loss_weighting)
+        weight, loss_sum, kept = weight.to(self.policy.device), 0.0, []
+        scored = self.policy.score([s.prompt_ids for s in samples], [s.completion.ids for s in samples],
+                                   self.config.temperature, self.config.token_budget, with_grad=True)
+        for indices, log_prob, entropy, mask in scored:
+            batch = [samples[i] for i in indices]
+            sampler = padded([s.completion.log_probs for s in batch], log_prob)
+            old = padded([s.old_log_prob for s in batch], log_prob) if batch[0].old_log_prob else log_prob.detach()
+            advantage = torch.tensor([s.advantage for s in batch], device=log_prob.device)[:, None]
+            guard = ppo.importance_weight(old, sampler, GAP_CAP)
+            token_loss = guard * ppo.ppo_token_loss(log_prob, old, advantage, CLIP_LOW, CLIP_HIGH)
+            loss = ppo.weighted_sum(token_loss, weight[indices], mask)
+            loss.backward()
+            loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
+            kept.append([t[mask] for t in (log_prob.detach(), old, sampler, advantage.expand_as(mask))])
+            for row, sample in enumerate(batch):
+                sample.entropy = entropy[row, : lengths[indices[row]]].tolist()
+        return {"loss": loss_sum, **self.apply_gradient(step, loss_sum, samples), **update_statistics(kept)}
+
+    def apply_gradient(self, step: int, loss: float, samples: list[Sample]) -> dict[str, float]:
+        parameters = self.policy.trainable_parameters()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, GRAD_CLIP).item()
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite:
+            self.optimizer.step()
+            self.non_finite = 0
+        else:
+            self.non_finite += 1
+            path = self.run.dir / f"non_finite_step_{step}.jsonl"
+            write_jsonl_atomic(path, [sample_row(step, sample) for sample in samples])
+            warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped, batch saved to {path}")
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"grad_norm": norm, "skipped": float(not finite)}
+
+    # ---------------------------------------------------------------- phase 5: record
+
+    def record(self, step: int, proposals: list[Sample], answers: list[Sample], trained: list[Sample], more: dict) -> dict:
+        """Valid tasks enter the buffers; metrics.jsonl and samples.jsonl get the step. Returns the metrics."""
+        for sample in proposals:
+            if sample.task is not None:
+                self.buffers.add(sample.task, step)
+        metrics = {"step": step, **step_metrics(proposals, answers, trained, self.config.answers), **more}
+        metrics |= {f"buffer/{mode}/size": self.buffers.size(mode) for mode in MODES}
+        self.run.log(metrics)
+        self.run.log_samples([sample_row(step, sample) for sample in [*proposals, *answers]])
+        return metrics
+
+    # ---------------------------------------------------------------- one step
+
+    def step(self, step: int, stop: StopRequest) -> tuple[dict, list[Sample], list[Sample]]:
+        """The five phases. Until the shield a stop drops the step: `completed` and `snapshot` say what to go back to."""
+        clock = Clock()
+        proposals = self.propose(step)
+        clock.lap("propose")
+        valid = self.validate(proposals)
+        clock.lap("validate")
+        answers = self.solve(step, [sample.task for sample in valid] + self.backfill(step, valid), self.config.answers)
+        clock.lap("solve")
+        samples = self.reward(step, proposals, answers)
+        clock.lap("reward")
+        train = {f"train/{name}": value for name, value in self.update(step, samples).items()}
+        clock.lap("update")
+        evaluated = bool(self.config.eval_every) and step % self.config.eval_every == 0
+        held_out = self.held_out_metrics() if evaluated else {}
+        clock.lap("evaluate")
+        with stop.shield():
+            self.elapsed += clock.total()
+            times = {**clock.metrics(), "time/elapsed": round(self.elapsed, 2)}
+            metrics = self.record(step, proposals, answers, samples, {**train, **held_out, **times})
+            self.completed, last = step, step == self.config.steps
+            self.snapshot = self.tensors(), self.non_finite
+            if evaluated or last or step % self.config.save_every == 0 or stop.save_requested:
+                self.save(keep=evaluated or last)
+                stop.save_requested = False
+        if self.non_finite >= NON_FINITE_LIMIT:
+            raise GaveUp(f"step {step}: {self.non_finite} updates in a row were not finite; lower --learning-rate")
+        return metrics, proposals, answers
+
+    # ---------------------------------------------------------------- seed stage and evaluation
+
+    def seed_stage(self) -> None:
+        """Fills the buffers from nothing but the identity program, with the untrained model and no weight update."""
+        for task in SEED_TASKS.values():
+            self.buffers.add(task, 0)
+        self.exempt = {SEED_PROGRAM}
+        target, sizes = min(SEED_TASKS_PER_MODE, 4 * self.config.prompts_per_mode), self.sizes()
+        for turn in range(SEED_ROUNDS):
+            modes = tuple(mode for mode in MODES if self.buffers.size(mode) < target)
+            if not modes:
+                break
+            for sample in self.validate(self.propose(f"seed-{turn}", modes)):
+                if sample.parsed.well_formed and self.buffers.size(sample.mode) < target:
+                    self.buffers.add(sample.task, 0)
+        self.exempt, sizes = set(), self.sizes()
+        display.say(f"seed stage, from the identity program alone: {sizes} tasks")
+        if min(self.buffers.size(mode) for mode in MODES) < target:
+            warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these")
+
+    def sizes(self) -> str:
+        return ", ".join(f"{mode} {self.buffers.size(mode)}" for mode in MODES)
+
+    def freeze_probe(self) -> None:
+        """probe.jsonl: prompts and answers of every role and mode by the untrained model, for entropy on fixed data."""
+        rng, rows = random.Random(f"{self.config.seed}/probe"), []
+        proposals = self.propose("probe", count=PROBE)
+        tasks = [task for mode in MODES for task in self.buffers.sample(mode, PROBE, rng)]
+        for sample in proposals + self.solve("probe", tasks, 1):
+            rows.append({"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response})
+        write_jsonl_atomic(self.run.dir / "probe.jsonl", rows)
+
+    def held_out(self) -> list[Task]:
+        """--eval-data; tiny: its own; else tasks of the seed stage, frozen when the run starts."""
+        path = self.run.dir / "eval" / "held_out.jsonl"
+        if not path.exists():
+            if self.config.eval_data:
+                tasks = load_tasks(self.config.eval_data)
+            else:
+                warn("held-out tasks: 64 a mode of the seed stage, since no --eval-data was given")
+                rng = random.Random(f"{self.config.seed}/held-out")
+                tasks = [task for mode in MODES for task in self.buffers.sample(mode, 64, rng)]
+            path.parent.mkdir(exist_ok=True)
+            write_jsonl_atomic(path, [task.to_json() for task in tasks])
+        return load_tasks(path)
+
+    def held_out_metrics(self) -> dict:
+        """Greedy accuracy on the held-out tasks."""
+        greedy = dataclasses.replace(self.sampling, temperature=0.0)
+        return evaluate(self.policy, self.held_out(), 1, greedy, self.template, self.sandbox, 0).metrics()
+
+    def pass_at_k_samples(self, name: str) -> EvalResult | None:
+        """--eval-samples answers a held-out task; kept in eval/NAME.json, made only once."""
+        path = self.run.dir / "eval" / f"{name}.json"
+        if not self.config.eval_samples:
+            return None
+        if not path.exists():
+            with display.bar(f"held-out tasks, {self.config.eval_samples} answers each, {name}") as advance:
+                result = evaluate(self.policy, self.held_out(), self.config.eval_samples, self.sampling, self.template,
+                                  self.sandbox, 0, advance)
+            write_json_atomic(path, result.to_json())
+        return EvalResult.from_json(json.loads(path.read_text()))
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies of all that phase 4 changes: adapter and Adam moments, on the CPU."""
+        tensors = {f"adapter/{name}": tensor for name, tensor in self.policy.adapter_state().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"adam/{i}/{name}": value.detach().to("cpu", copy=True) for name, value in moments.items()}
+        return tensors
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.policy.load_adapter_state(
+            {name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")})
+        moments: dict[int, dict] = {}
+        for name, value in tensors.items():
+            if name.startswith("adam/"):
+                _, i, key = name.split("/")
+                moments.setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def save(self, keep: bool) -> Path:
+        state = {"buffers": self.buffers.state_dict(), "non_finite": self.non_finite, "elapsed": self.elapsed}
+        info = {**self.policy.info, "template": self.template, "template_hash": template_hash(self.template)}
+        return self.run.save_checkpoint(self.completed, self.policy.save_adapter, self.tensors(), state, info, keep)
+
+    def load(self) -> None:
+        tensors, state, _ = self.run.load_checkpoint()
+        self.restore(tensors)
+        self.buffers.load_state_dict(state["buffers"])
+        self.non_finite, self.elapsed, self.completed = state["non_finite"], state["elapsed"], self.run.step
+
+    def stopped(self) -> str:
+        """After a stop: drop the step in progress, save what is complete; returns what to tell."""
+        again = f"python train_azr.py --config {self.run.dir / 'config.json'} --resume {self.run.dir}"
+        if not self.started:
+            return f"stopped before the first checkpoint; start again with: {again}"
+        tensors, self.non_finite = self.snapshot
+        self.restore(tensors)
+        return f"saved {self.save(keep=False)}; go on with: {again}"
+
+
+def solve_rates(answers: list[Sample]) -> dict[str, float]:
+    """Share of correct answers a task, format aside; tasks without a single verdict are missing."""
+    judged: dict[str, list[bool]] = {}
+    for sample in answers:
+        judged.setdefault(sample.task.hash, []).append(sample.correct)
+    return {task: sum(correct) / len(correct) for task, correct in judged.items()}
+
+
+def advantages(samples: list[Sample], recipe: str) -> None:
+    """Sets each sample's advantage: lean: per task for solvers, per mode for proposers; azr: TRR++ per (role, mode)."""
+    key = torch.tensor([GROUPS.index((sample.role, sample.mode)) for sample in samples])
+    rewards = torch.tensor([sample.reward for sample in samples])
+    if recipe == "azr":
+        values = ppo.trr_advantages(rewards, torch.tensor([len(sample.completion.ids) for sample in samples]), key)
+    else:
+        number = {group: i for i, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
+        group = torch.tensor([number[sample.group] for sample in samples])
+        values, solver = torch.zeros(len(samples)), key >= len(MODES)
+        values[~solver] = ppo.proposer_advantages(rewards[~solver], key[~solver])
+        values[solver] = ppo.lean_advantages(rewards[solver], group[solver], key[solver])
+    for sample, value in zip(samples, values.tolist()):
+        sample.advantage = value
+
+
+def update_statistics(kept: list[list[torch.Tensor]]) -> dict[str, float]:
+    """Over the response tokens of an optimizer step: (log_prob, old, sampler, advantage), each (tokens,), per micro-batch."""
+    log_prob, old, sampler, advantage = (torch.cat(column) for column in zip(*kept))
+    every = torch.ones_like(log_prob, dtype=torch.bool)
+    gap = ppo.gap_statistics(old, sampler, every, GAP_CAP)
+    return {"log_prob_gap": gap["mean"], "log_prob_gap_max": gap["max"], "gap_capped": gap["capped"], "tokens": len(old),
+            "clip_fraction": ppo.clip_fraction(log_prob, old, advantage, every, CLIP_LOW, CLIP_HIGH)}
+
+
+def padded(rows: list[list[float]], like: torch.Tensor) -> torch.Tensor:
+    """(batch, time) from lists of numbers, zeros behind, on the device of `like`."""
+    out = torch.zeros(like.shape)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = torch.tensor(row)
+    return out.to(like.device)
+
+
+# -------------------------------------------------------------------- the script
+
+
+def train(loop: SelfPlay, stop: StopRequest) -> None:
+    """Seed stage and base measurement (or what a checkpoint says), the steps, the final measurement."""
+    config, start = loop.config, time.monotonic()
+    if loop.run.resumed:
+        loop.load()
+    else:
+        loop.seed_stage()
+        loop.freeze_probe()
+        loop.held_out()
+        loop.pass_at_k_samples("base")
+        loop.save(keep=True)
+    loop.started, loop.snapshot = True, (loop.tensors(), loop.non_finite)
+    lines = display.StepLines(config.steps, config.price_per_hour)
+    lines.header()
+    for step in range(loop.completed + 1, config.steps + 1):
+        metrics, proposals, answers = loop.step(step, stop)
+        lines.show(metrics)
+        if step % 25 == 1 or step == config.steps:
+            display.sample_table(step, proposals, answers)
+        if config.max_hours and time.monotonic() - start > 3600 * config.max_hours and step < config.steps:
+            display.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
+            return
+    conclude(loop)
+
+
+def conclude(loop: SelfPlay) -> None:
+    """Trained against base: the table and the pass@k plot."""
+    rows = [row for row in read_lines(loop.run.dir / "metrics.jsonl") if row["step"] > 0]
+    count = min(10, max(1, len(rows) // 2))
+    display.training_table(rows[:count], rows[-count:])
+    base, trained = loop.pass_at_k_samples("base"), loop.pass_at_k_samples(f"step_{loop.completed}")
+    if base and trained:
+        ks = powers_of_two(loop.config.eval_samples)
+        display.before_after(base, trained, ks)
+        plot = loop.run.dir / "plots" / "pass_at_k.png"
+        plot.parent.mkdir(exist_ok=True)
+        plot_pass_at_k({"base": base, "self-play": trained}, plot, ks)
+        display.say(f"pass@k, base against trained: {plot}")
+    display.where(loop.run.dir)
+
+
+def template_of(config: Config) -> str:
+    """The wording of the prompts: the one a base was trained on, else azr. ModelError if that wording has changed since."""
+    base = base_description(config.model)
+    if base is None:
+        return "azr"
+    if base["template_hash"] != template_hash(base["template"]):
+        raise ModelError(f"{config.model}: was trained on another wording of the {base['template']} prompts; build it again "
+                         "with python -m azr.tiny.make, or undo the change in azr/prompts.py")
+    return base["template"]
+
+
+def start(config: Config, why: str, stop: StopRequest) -> None:
+    """Opens the run directory, loads the model, trains."""
+    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
+    template_of(config)
+    with Run.open(Path(config.out), dataclasses.asdict(config), config.resume) as run:
+        policy = Policy.load(plan.model_path(config.model), config.quantization, lora, seed=config.seed,
+                             max_batch=config.max_batch)
+        if policy.device.type == "cuda":
+            policy.checkpoint_activations()
+        with Sandbox() as sandbox:
+            display.header(config, why, policy, run.environment(sandbox=sandbox.state))
+            loop = SelfPlay(config, policy, sandbox, run)
+            try:
+                train(loop, stop)
+            except StopNow:
+                with stop.shield():
+                    display.say(loop.stopped())
+
+
+def dry_run(config: Config, why: str) -> int:
+    """Prints settings and memory plan; 1 if it does not fit."""
+    preset, _ = plan.choose_preset(config.preset, config.model, plan.free_gpu_bytes())
+    preset = dataclasses.replace(preset, **{f.name: getattr(config, f.name) for f in dataclasses.fields(preset)
+                                            if hasattr(config, f.name) and getattr(config, f.name) is not None})
+    result = plan.plan_memory(plan.shape_of(config.model), preset, plan.capacity(preset, plan.free_gpu_bytes()))
+    print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(result, config.model), sep="\n")
+    return 0 if result.fits else 1
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: see the module."""
+    try:
+        config, why = resolve(parse(arguments, __doc__))
+        if config.dry_run:
+            return dry_run(config, why)
+        with StopRequest() as stop:
+            start(config, why, stop)
+    except (ModelError, RunError, SandboxError, ValueError) as error:
+        print(f"train_azr.py: {error}", file=sys.stderr)
+        return 2
+    except GaveUp as error:
+        print(f"train_azr.py: {error}", file=sys.stderr)
+        return 1
+    except StopNow:
+        pass  # before the run began: nothing to save
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
