@@ -33,7 +33,18 @@ from azr.prompts import STOP, propose_prompt, solve_prompt, template_hash
 from azr.rewards import proposer_reward, solver_reward
 from azr.rollout import LoraSettings, ModelError, Policy, Sampling
 from azr.runs import Run, RunError, StopNow, StopRequest, read_lines, write_json_atomic, write_jsonl_atomic
-from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Sample, Task, judge, parse_answer, parse_proposal, validate
+from azr.tasks import (
+    MODES,
+    SEED_PROGRAM,
+    SEED_TASKS,
+    Buffers,
+    Sample,
+    Task,
+    judge,
+    parse_answer,
+    parse_proposal,
+    validate,
+)
 from sandbox import Sandbox, SandboxError
 
 SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
@@ -50,13 +61,14 @@ class GaveUp(RuntimeError):
 
 
 class SelfPlay:
-    """The state of a run: policy, optimizer, buffers. Parameters and buffers change only in phases 4 and 5 of a step."""
+    """The state of a run: policy, optimizer, buffers. Parameters and buffers change in phases 4 and 5 only."""
 
     def __init__(self, config: Config, policy: Policy, sandbox: Sandbox, run: Run) -> None:
         self.config, self.policy, self.sandbox, self.run = config, policy, sandbox, run
         self.template = template_of(config)
-        self.optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=config.learning_rate, betas=BETAS,
-                                           weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(
+            policy.trainable_parameters(), lr=config.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
+        )
         self.buffers = Buffers()
         self.sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
         self.non_finite, self.elapsed, self.completed, self.started = 0, 0.0, 0, False
@@ -66,7 +78,9 @@ class SelfPlay:
 
     def propose(self, step: int | str, modes: tuple = MODES, count: int | None = None) -> list[Sample]:
         """One proposal for each of `count` (prompts_per_mode) prompts a mode, with references from the buffers."""
-        rng = random.Random(f"{self.config.seed}/{step}/propose")  # nothing random outlives a step, so a resume is exact
+        rng = random.Random(
+            f"{self.config.seed}/{step}/propose"
+        )  # nothing random outlives a step, so a resume is exact
         asked = []
         for mode in modes:
             for _ in range(count or self.config.prompts_per_mode):
@@ -87,16 +101,28 @@ class SelfPlay:
         ids = [self.policy.encode(prompt) for prompt in prompts]
         seeds = [[sample_seed(self.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
         completions = self.policy.generate(ids, n, self.sampling, seeds)
-        return [Sample(role=role, mode=mode, prompt=prompt, prompt_ids=tokens, completion=completion,
-                       response=self.policy.decode(completion.ids), group=f"{key}/{i}")
-                for i, (mode, prompt, tokens, row) in enumerate(zip(modes, prompts, ids, completions)) for completion in row]
+        return [
+            Sample(
+                role=role,
+                mode=mode,
+                prompt=prompt,
+                prompt_ids=tokens,
+                completion=completion,
+                response=self.policy.decode(completion.ids),
+                group=f"{key}/{i}",
+            )
+            for i, (mode, prompt, tokens, row) in enumerate(zip(modes, prompts, ids, completions))
+            for completion in row
+        ]
 
     # ---------------------------------------------------------------- phase 2: validate
 
     def validate(self, samples: list[Sample]) -> list[Sample]:
-        """Runs every proposal in the sandbox; each sample gets its verdict and, if valid, its task. Returns the valid ones."""
+        """Runs every proposal in the sandbox; each sample gets a verdict and, if valid, a task. Returns the valid ones."""
         parsed = [sample for sample in samples if sample.parsed.value is not None]
-        verdicts = validate([sample.parsed.value for sample in parsed], self.sandbox, self.buffers.keys(), exempt=self.exempt)
+        verdicts = validate(
+            [sample.parsed.value for sample in parsed], self.sandbox, self.buffers.keys(), exempt=self.exempt
+        )
         for sample in samples:
             sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
         for sample, verdict in zip(parsed, verdicts):
@@ -130,7 +156,7 @@ class SelfPlay:
     # ---------------------------------------------------------------- phase 4: reward and update
 
     def reward(self, step: int, proposals: list[Sample], answers: list[Sample]) -> list[Sample]:
-        """Rewards and advantages; returns the samples that are trained on (recipe azr: with solver samples of their own)."""
+        """Rewards and advantages; returns what is trained on (recipe azr: with solver samples of their own)."""
         rates = solve_rates(answers)
         for sample in proposals:
             sample.solve_rate = rates.get(sample.task.hash) if sample.task else None
@@ -147,7 +173,7 @@ class SelfPlay:
         return samples
 
     def solver_samples(self, step: int, proposals: list[Sample]) -> list[Sample]:
-        """Recipe azr: one answer to each of prompts_per_mode tasks a mode, this step's first, the rest from the buffer."""
+        """Recipe azr: one answer to prompts_per_mode tasks a mode, this step's first, then of the buffer."""
         rng, tasks = random.Random(f"{self.config.seed}/{step}/solver"), []
         for mode in MODES:
             new = [sample.task for sample in proposals if sample.task and sample.mode == mode]
@@ -168,19 +194,28 @@ class SelfPlay:
         return totals
 
     def old_log_probs(self, samples: list[Sample]) -> None:
-        log_probs, _ = self.policy.score_lists([s.prompt_ids for s in samples], [s.completion.ids for s in samples],
-                                               self.config.temperature, self.config.token_budget)
+        log_probs, _ = self.policy.score_lists(
+            [s.prompt_ids for s in samples],
+            [s.completion.ids for s in samples],
+            self.config.temperature,
+            self.config.token_budget,
+        )
         for sample, log_prob in zip(samples, log_probs):
             sample.old_log_prob = log_prob
 
     def optimizer_step(self, step: int, samples: list[Sample]) -> dict[str, float]:
-        """Gradient of the clipped surrogate over all micro-batches, then one AdamW step; skipped if it is not finite."""
+        """Gradient of the clipped surrogate over all micro-batches, then one AdamW step if it is finite."""
         groups = [GROUPS.index((sample.role, sample.mode)) for sample in samples]
         lengths = [len(sample.completion.ids) for sample in samples]
         weight = ppo.token_weights(torch.tensor(groups), torch.tensor(lengths), self.config.loss_weighting)
         weight, loss_sum, kept = weight.to(self.policy.device), 0.0, []
-        scored = self.policy.score([s.prompt_ids for s in samples], [s.completion.ids for s in samples],
-                                   self.config.temperature, self.config.token_budget, with_grad=True)
+        scored = self.policy.score(
+            [s.prompt_ids for s in samples],
+            [s.completion.ids for s in samples],
+            self.config.temperature,
+            self.config.token_budget,
+            with_grad=True,
+        )
         for indices, log_prob, entropy, mask in scored:
             batch = [samples[i] for i in indices]
             sampler = padded([s.completion.log_probs for s in batch], log_prob)
@@ -213,7 +248,9 @@ class SelfPlay:
 
     # ---------------------------------------------------------------- phase 5: record
 
-    def record(self, step: int, proposals: list[Sample], answers: list[Sample], trained: list[Sample], more: dict) -> dict:
+    def record(
+        self, step: int, proposals: list[Sample], answers: list[Sample], trained: list[Sample], more: dict
+    ) -> dict:
         """Valid tasks enter the buffers; metrics.jsonl and samples.jsonl get the step. Returns the metrics."""
         for sample in proposals:
             if sample.task is not None:
@@ -227,13 +264,15 @@ class SelfPlay:
     # ---------------------------------------------------------------- one step
 
     def step(self, step: int, stop: StopRequest) -> tuple[dict, list[Sample], list[Sample]]:
-        """The five phases. Until the shield a stop drops the step: `completed` and `snapshot` say what to go back to."""
+        """The five phases. Until the shield, a stop drops the step: `snapshot` is what to go back to."""
         clock = Clock()
         proposals = self.propose(step)
         clock.lap("propose")
         valid = self.validate(proposals)
         clock.lap("validate")
-        answers = self.solve(step, [sample.task for sample in valid] + self.backfill(step, valid), self.config.answers)
+        answers = self.solve(
+            step, [sample.task for sample in valid] + self.backfill(step, valid), self.config.answers
+        )
         clock.lap("solve")
         samples = self.reward(step, proposals, answers)
         clock.lap("reward")
@@ -273,7 +312,9 @@ class SelfPlay:
         self.exempt, sizes = set(), self.sizes()
         display.say(f"seed stage, from the identity program alone: {sizes} tasks")
         if min(self.buffers.size(mode) for mode in MODES) < target:
-            warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these")
+            warn(
+                f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these"
+            )
 
     def sizes(self) -> str:
         return ", ".join(f"{mode} {self.buffers.size(mode)}" for mode in MODES)
@@ -284,7 +325,9 @@ class SelfPlay:
         proposals = self.propose("probe", count=PROBE)
         tasks = [task for mode in MODES for task in self.buffers.sample(mode, PROBE, rng)]
         for sample in proposals + self.solve("probe", tasks, 1):
-            rows.append({"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response})
+            rows.append(
+                {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
+            )
         write_jsonl_atomic(self.run.dir / "probe.jsonl", rows)
 
     def held_out(self) -> list[Task]:
@@ -313,8 +356,16 @@ class SelfPlay:
             return None
         if not path.exists():
             with display.bar(f"held-out tasks, {self.config.eval_samples} answers each, {name}") as advance:
-                result = evaluate(self.policy, self.held_out(), self.config.eval_samples, self.sampling, self.template,
-                                  self.sandbox, 0, advance)
+                result = evaluate(
+                    self.policy,
+                    self.held_out(),
+                    self.config.eval_samples,
+                    self.sampling,
+                    self.template,
+                    self.sandbox,
+                    0,
+                    advance,
+                )
             write_json_atomic(path, result.to_json())
         return EvalResult.from_json(json.loads(path.read_text()))
 
@@ -329,13 +380,16 @@ class SelfPlay:
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self.policy.load_adapter_state(
-            {name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")})
+            {name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")}
+        )
         moments: dict[int, dict] = {}
         for name, value in tensors.items():
             if name.startswith("adam/"):
                 _, i, key = name.split("/")
                 moments.setdefault(int(i), {})[key] = value
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.optimizer.load_state_dict(
+            {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        )
 
     def save(self, keep: bool) -> Path:
         state = {"buffers": self.buffers.state_dict(), "non_finite": self.non_finite, "elapsed": self.elapsed}
@@ -383,12 +437,17 @@ def advantages(samples: list[Sample], recipe: str) -> None:
 
 
 def update_statistics(kept: list[list[torch.Tensor]]) -> dict[str, float]:
-    """Over the response tokens of an optimizer step: (log_prob, old, sampler, advantage), each (tokens,), per micro-batch."""
+    """Over the response tokens of an optimizer step: (log_prob, old, sampler, advantage), each (tokens,)."""
     log_prob, old, sampler, advantage = (torch.cat(column) for column in zip(*kept))
     every = torch.ones_like(log_prob, dtype=torch.bool)
     gap = ppo.gap_statistics(old, sampler, every, GAP_CAP)
-    return {"log_prob_gap": gap["mean"], "log_prob_gap_max": gap["max"], "gap_capped": gap["capped"], "tokens": len(old),
-            "clip_fraction": ppo.clip_fraction(log_prob, old, advantage, every, CLIP_LOW, CLIP_HIGH)}
+    return {
+        "log_prob_gap": gap["mean"],
+        "log_prob_gap_max": gap["max"],
+        "gap_capped": gap["capped"],
+        "tokens": len(old),
+        "clip_fraction": ppo.clip_fraction(log_prob, old, advantage, every, CLIP_LOW, CLIP_HIGH),
+    }
 
 
 def padded(rows: list[list[float]], like: torch.Tensor) -> torch.Tensor:
@@ -444,26 +503,33 @@ def conclude(loop: SelfPlay) -> None:
 
 
 def template_of(config: Config) -> str:
-    """The wording of the prompts: the one a base was trained on, else azr. ModelError if that wording has changed since."""
+    """The wording of the prompts: the one a base was trained on, else azr. ModelError if it has changed since."""
     base = base_description(config.model)
     if base is None:
         return "azr"
     if base["template_hash"] != template_hash(base["template"]):
-        raise ModelError(f"{config.model}: was trained on another wording of the {base['template']} prompts; build it again "
-                         "with python -m azr.tiny.make, or undo the change in azr/prompts.py")
+        raise ModelError(
+            f"{config.model}: was trained on another wording of the {base['template']} prompts; build it again "
+            "with python -m azr.tiny.make, or undo the change in azr/prompts.py"
+        )
     return base["template"]
 
 
 def start(config: Config, why: str, stop: StopRequest) -> None:
     """Opens the run directory, loads the model, trains."""
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
+    # Everything that can be refused is refused before the run directory is made.
+    Run.check(Path(config.out), config.resume)
     template_of(config)
-    with Run.open(Path(config.out), dataclasses.asdict(config), config.resume) as run:
-        policy = Policy.load(plan.model_path(config.model), config.quantization, lora, seed=config.seed,
-                             max_batch=config.max_batch)
-        if policy.device.type == "cuda":
-            policy.checkpoint_activations()
-        with Sandbox() as sandbox:
+    if config.eval_data:
+        load_tasks(config.eval_data)
+    policy = Policy.load(
+        plan.model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch
+    )
+    if policy.device.type == "cuda":
+        policy.checkpoint_activations()
+    with Sandbox() as sandbox:
+        with Run.open(Path(config.out), dataclasses.asdict(config), config.resume) as run:
             display.header(config, why, policy, run.environment(sandbox=sandbox.state))
             loop = SelfPlay(config, policy, sandbox, run)
             try:
@@ -476,8 +542,14 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
 def dry_run(config: Config, why: str) -> int:
     """Prints settings and memory plan; 1 if it does not fit."""
     preset, _ = plan.choose_preset(config.preset, config.model, plan.free_gpu_bytes())
-    preset = dataclasses.replace(preset, **{f.name: getattr(config, f.name) for f in dataclasses.fields(preset)
-                                            if hasattr(config, f.name) and getattr(config, f.name) is not None})
+    preset = dataclasses.replace(
+        preset,
+        **{
+            f.name: getattr(config, f.name)
+            for f in dataclasses.fields(preset)
+            if hasattr(config, f.name) and getattr(config, f.name) is not None
+        },
+    )
     result = plan.plan_memory(plan.shape_of(config.model), preset, plan.capacity(preset, plan.free_gpu_bytes()))
     print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(result, config.model), sep="\n")
     return 0 if result.fits else 1

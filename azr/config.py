@@ -27,7 +27,9 @@ class Config:
     steps: int | None = setting(None, "training steps (500; tiny: what fits 15 minutes on two CPU cores)")
     seed: int = setting(0, "every draw of the run follows from it")
     resume: str = setting("none", "auto: go on from the last checkpoint of --out; DIR: of that run; none: a new run")
-    recipe: str = setting("lean", "lean: the answers that measure the solve rate are trained on; azr: as published", ("lean", "azr"))
+    recipe: str = setting(
+        "lean", "lean: the answers that measure the solve rate are trained on; azr: as published", ("lean", "azr")
+    )
     preset: str = setting("auto", "sizes for a GPU memory", ("auto", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb"))
     learning_rate: float | None = setting(None, "of AdamW, constant (tiny 1e-3, else 2e-5)")
     prompts_per_mode: int | None = setting(None, "proposals a mode and step; lower if a step takes too long")
@@ -36,25 +38,48 @@ class Config:
     max_new_tokens: int | None = setting(None, "longest response in tokens; raise if many are cut off ('truncated')")
     temperature: float = setting(1.0, "of sampling and of the trained log-probs")
     minibatches: int = setting(1, "optimizer steps a training step; above 1 the PPO clip becomes active")
-    loss_weighting: str = setting("group", "group: the six (role, mode) groups weigh the same; token: all tokens do", ("group", "token"))
-    solver_tasks: str = setting("backfill", "fresh: only this step's tasks; backfill: topped up from the buffer when few are valid", ("fresh", "backfill"))
-    solver_reward: str = setting("graded", "graded: 1 / -0.5 / -1 for correct / wrong / malformed; binary: 1 / 0", ("graded", "binary"))
+    loss_weighting: str = setting(
+        "group", "group: the six (role, mode) groups weigh the same; token: all tokens do", ("group", "token")
+    )
+    solver_tasks: str = setting(
+        "backfill",
+        "fresh: only this step's tasks; backfill: topped up from the buffer when few are valid",
+        ("fresh", "backfill"),
+    )
+    solver_reward: str = setting(
+        "graded", "graded: 1 / -0.5 / -1 for correct / wrong / malformed; binary: 1 / 0", ("graded", "binary")
+    )
     quantization: str | None = setting(None, "of the frozen base (nf4; tiny none)", ("nf4", "none"))
     lora_rank: int | None = setting(None, "rank of the adapter (32; tiny 16)")
     lora_alpha: float | None = setting(None, "the update is alpha / rank x B A (default 2 x rank)")
     lora_targets: str = setting("all-linear", "which matrices get an adapter", ("all-linear", "attention"))
-    token_budget: int | None = setting(None, "tokens of a training micro-batch; lower when memory is short, the gradient stays")
+    token_budget: int | None = setting(
+        None, "tokens of a training micro-batch; lower when memory is short, the gradient stays"
+    )
     eval_every: int = setting(25, "steps between held-out evaluations; 0: only before and after")
     eval_data: str | None = setting(None, "held-out tasks, a JSON-lines file (tiny: its own)")
-    eval_samples: int | None = setting(None, "answers a held-out task before and after training, for pass@k (tiny 64, else 0)")
+    eval_samples: int | None = setting(
+        None, "answers a held-out task before and after training, for pass@k (tiny 64, else 0)"
+    )
     save_every: int = setting(10, "steps between checkpoints")
     max_hours: float | None = setting(None, "stop with a checkpoint after this many hours")
     price_per_hour: float | None = setting(None, "of the machine, in dollars: prints what the run costs")
     max_batch: int | None = setting(None, "sequences decoded at once; what is learned does not depend on it")
-    dry_run: bool = setting(False, "print the resolved settings and the memory plan, train nothing; exit 1 if it does not fit")
+    dry_run: bool = setting(
+        False, "print the resolved settings and the memory plan, train nothing; exit 1 if it does not fit"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_mode", "answers", "max_new_tokens", "minibatches", "lora_rank", "token_budget", "save_every"):
+        for name in (
+            "steps",
+            "prompts_per_mode",
+            "answers",
+            "max_new_tokens",
+            "minibatches",
+            "lora_rank",
+            "token_budget",
+            "save_every",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -78,14 +103,20 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
         words = [w for w in message.split() if w.startswith("--")]
         known = [option for action in self._actions for option in action.option_strings]
-        near = difflib.get_close_matches(words[0].split("=")[0], known, 1) if words and "unrecognized" in message else []
+        near = (
+            difflib.get_close_matches(words[0].split("=")[0], known, 1) if words and "unrecognized" in message else []
+        )
         self.exit(2, f"{self.prog}: {message}{f' (did you mean {near[0]}?)' if near else ''}\n")
 
 
 def parse(arguments: list[str], description: str) -> Config:
     """The settings of a command line; those of --config FILE lie under those that are typed. Exits 2 on a bad flag."""
-    parser = _Parser(prog="train_azr.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                     allow_abbrev=False)
+    parser = _Parser(
+        prog="train_azr.py",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", metavar="FILE", help="settings saved by an earlier run (its config.json)")
     for f in dataclasses.fields(Config):
         name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
@@ -94,8 +125,14 @@ def parse(arguments: list[str], description: str) -> Config:
         if f.default is False:
             parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
         else:
-            parser.add_argument(name, type=_type(f), choices=f.metadata["choices"] or None, default=argparse.SUPPRESS,
-                                metavar=None if f.metadata["choices"] else _type(f).__name__.upper(), help=text)
+            parser.add_argument(
+                name,
+                type=_type(f),
+                choices=f.metadata["choices"] or None,
+                default=argparse.SUPPRESS,
+                metavar=None if f.metadata["choices"] else _type(f).__name__.upper(),
+                help=text,
+            )
     typed = vars(parser.parse_args(arguments))
     stored = read_config(typed.pop("config")) if typed.get("config") else typed.pop("config", None) or {}
     try:
@@ -129,13 +166,18 @@ def resolve(config: Config) -> tuple[Config, str]:
     tiny = base_description(config.model) is not None
     preset, why = plan.choose_preset(config.preset, "tiny" if tiny else config.model, plan.free_gpu_bytes())
     values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)} | {
-        "out": f"runs/{Path(config.model.rstrip('/')).name}-{config.seed}", "eval_data": None}
+        "out": f"runs/{Path(config.model.rstrip('/')).name}-{config.seed}",
+        "eval_data": None,
+    }
     values["lora_alpha"] = 2.0 * (config.lora_rank or preset.lora_rank)
     held_out = Path(plan.model_path(config.model)) / "held_out.jsonl"
     if held_out.is_file():
         values["eval_data"] = str(held_out)
-    filled = {f.name: values[f.name] for f in dataclasses.fields(Config)
-              if getattr(config, f.name) is None and values.get(f.name) is not None}
+    filled = {
+        f.name: values[f.name]
+        for f in dataclasses.fields(Config)
+        if getattr(config, f.name) is None and values.get(f.name) is not None
+    }
     return dataclasses.replace(config, **filled), why
 
 

@@ -1,4 +1,4 @@
-"""What a run shows: a line a step, tables of sample tasks, the before/after table. Plain lines where there is no terminal."""
+"""What a run shows: a line a step, tables of sample tasks, the before/after table. Plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def numbers(values: list[float]) -> str:
 
 def duration(seconds: float) -> str:
     minutes = int(round(seconds)) // 60
-    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{int(round(seconds)) % 60:02d} min"
+    return (
+        f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{int(round(seconds)) % 60:02d} min"
+    )
 
 
 @contextlib.contextmanager
@@ -61,12 +63,22 @@ def header(config, why: str, policy, environment: dict) -> None:
     """What will be trained, on what, and what protects this machine from what it runs."""
     trained, info = sum(p.numel() for p in policy.trainable_parameters()), policy.info
     base = "4-bit nf4" if info["quantization"] == "nf4" else info["dtype"]
-    say(f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} parameters, fp32)"
-        f", on {environment['gpu'] or 'the CPU'}; {why}")
-    say(f"recipe {config.recipe}: {config.steps} steps of {3 * config.prompts_per_mode} proposals, {config.answers} answers "
-        f"to each valid task, learning rate {config.learning_rate:g}, seed {config.seed}")
-    say("sandbox: " + ", ".join(f"{name} {value}" for name, value in environment["sandbox"].items()
-                                if isinstance(value, (str, bool, int, float))))
+    say(
+        f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} parameters)"
+        f", on {environment['gpu'] or 'the CPU'}; {why}"
+    )
+    say(
+        f"recipe {config.recipe}: {config.steps} steps of {3 * config.prompts_per_mode} proposals, {config.answers} "
+        f"answers to each valid task, learning rate {config.learning_rate:g}, seed {config.seed}"
+    )
+    say(
+        "sandbox: "
+        + ", ".join(
+            f"{name} {value}"
+            for name, value in environment["sandbox"].items()
+            if isinstance(value, (str, bool, int, float))
+        )
+    )
 
 
 class StepLines:
@@ -77,18 +89,24 @@ class StepLines:
         self.seconds: list[float] = []
 
     def header(self) -> None:
-        say(f"each column {INITIALS}: valid proposals %, solved answers %, entropy (nats a token) of proposer and solver")
+        say(
+            f"columns {INITIALS}: valid proposals %, solved answers %, entropy H (nats a token) of proposer ; solver"
+        )
 
     def show(self, metrics: dict) -> None:
         self.seconds.append(metrics["time/step"])
         recent = sorted(self.seconds[-15:])
-        left = recent[len(recent) // 2] * (self.steps - metrics["step"])  # the median: evaluations and the first step aside
+        left = recent[len(recent) // 2] * (
+            self.steps - metrics["step"]
+        )  # the median: evaluations and the first step aside
         entropy = [[metrics[f"{role}/{mode}/entropy"] for mode in MODES] for role in ("proposer", "solver")]
-        line = (f"step {metrics['step']:3d}/{self.steps}"
-                f" | valid {percent([metrics[f'proposer/{mode}/valid_rate'] for mode in MODES])}"
-                f" | solved {percent([metrics[f'solver/{mode}/accuracy'] for mode in MODES])}"
-                f" | H {numbers(entropy[0])} ; {numbers(entropy[1])}"
-                f" | {metrics['time/step']:.1f} s, {duration(left)} left")
+        line = (
+            f"step {metrics['step']:3d}/{self.steps}"
+            f" | valid {percent([metrics[f'proposer/{mode}/valid_rate'] for mode in MODES])}"
+            f" | solved {percent([metrics[f'solver/{mode}/accuracy'] for mode in MODES])}"
+            f" | H {numbers(entropy[0])} ; {numbers(entropy[1])}"
+            f" | {metrics['time/step']:.1f} s, {duration(left)} left"
+        )
         if self.price:
             line += f", ${self.price * metrics['time/elapsed'] / 3600:.2f}"
         say(line)
@@ -104,7 +122,9 @@ def sample_table(step: int, proposals: list[Sample], answers: list[Sample]) -> N
         table.add_column(name, overflow="fold")
     for mode in MODES:
         mine = [sample for sample in proposals if sample.mode == mode]
-        chosen = next((s for s in mine if s.solve_rate is not None and 0 < s.solve_rate < 1), mine[0] if mine else None)
+        chosen = next(
+            (s for s in mine if s.solve_rate is not None and 0 < s.solve_rate < 1), mine[0] if mine else None
+        )
         if chosen is None:
             continue
         tried = [a for a in answers if chosen.task is not None and a.task.hash == chosen.task.hash]
@@ -126,18 +146,31 @@ def brief(response: str, lines: int) -> str:
 def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
     """pass@k on the held-out tasks, base against trained, with 95 % intervals paired over the tasks."""
     samples = base.settings["samples"]
-    table = Table(title=f"held-out tasks, {samples} answers each, T {base.settings['sampling']['temperature']}",
-                  title_justify="left")
+    table = Table(
+        title=f"held-out tasks, {samples} answers each, T {base.settings['sampling']['temperature']}",
+        title_justify="left",
+    )
     for name in ("mode", "what", "base", "trained", "difference [95 % interval, over tasks]"):
         table.add_column(name, justify="left" if name in ("mode", "what") else "right")
     for mode in [*base.modes, None]:
         for k in dict.fromkeys((1, ks[-1])):
             gain = difference(base, trained, k, mode)
-            table.add_row(mode or "all", f"pass@{k}", f"{base.pass_at_k(k, mode).mean:.3f}",
-                          f"{trained.pass_at_k(k, mode).mean:.3f}", signed(gain))
+            table.add_row(
+                mode or "all",
+                f"pass@{k}",
+                f"{base.pass_at_k(k, mode).mean:.3f}",
+                f"{trained.pass_at_k(k, mode).mean:.3f}",
+                signed(gain),
+            )
         name = ("correct_well_formed", "well_formed", mode)
-        table.add_row("", "pass@1, well-formed only", f"{base.share(*name):.3f}", f"{trained.share(*name):.3f}",
-                      signed(well_formed_difference(base, trained, mode)), end_section=True)
+        table.add_row(
+            "",
+            "pass@1, well-formed only",
+            f"{base.share(*name):.3f}",
+            f"{trained.share(*name):.3f}",
+            signed(well_formed_difference(base, trained, mode)),
+            end_section=True,
+        )
     console.print(table)
 
 
@@ -151,10 +184,16 @@ def training_table(first: list[dict], last: list[dict]) -> None:
     table = Table(title=f"while training: mean of the first and the last {len(first)} steps", title_justify="left")
     for name in ("", *MODES):
         table.add_column(name, justify="left" if not name else "right")
-    rows = [("valid proposals", "proposer/{}/valid_rate"), ("solve rate of own proposals", "proposer/{}/solve_rate"),
-            ("learnable (0 < r < 1)", "proposer/{}/learnable_rate"), ("duplicates", "proposer/{}/duplicate_rate"),
-            ("well-formed answers", "solver/{}/well_formed_rate"), ("proposer entropy", "proposer/{}/entropy"),
-            ("solver entropy", "solver/{}/entropy"), ("answer tokens", "solver/{}/response_tokens")]
+    rows = [
+        ("valid proposals", "proposer/{}/valid_rate"),
+        ("solve rate of own proposals", "proposer/{}/solve_rate"),
+        ("learnable (0 < r < 1)", "proposer/{}/learnable_rate"),
+        ("duplicates", "proposer/{}/duplicate_rate"),
+        ("well-formed answers", "solver/{}/well_formed_rate"),
+        ("proposer entropy", "proposer/{}/entropy"),
+        ("solver entropy", "solver/{}/entropy"),
+        ("answer tokens", "solver/{}/response_tokens"),
+    ]
     for title, key in rows:
         cells = [f"{average(first, key.format(mode)):.2f} -> {average(last, key.format(mode)):.2f}" for mode in MODES]
         table.add_row(title, *cells)

@@ -24,25 +24,31 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
     for mode in MODES:
         mine = [sample for sample in proposals if sample.mode == mode]
         valid = [sample for sample in mine if sample.task is not None and sample.solve_rate is not None]
-        metrics |= {f"proposer/{mode}/{name}": value for name, value in {
-            "valid_rate": mean(sample.task is not None for sample in mine),
-            "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
-            "duplicate_rate": mean(sample.reason == "duplicate" for sample in mine),
-            "solve_rate": mean(sample.solve_rate for sample in valid),
-            "learnable_rate": mean(0 < sample.solve_rate < 1 for sample in valid),
-            **_group(mine, [sample for sample in trained if sample.role == "proposer" and sample.mode == mode]),
-        }.items()}
+        metrics |= {
+            f"proposer/{mode}/{name}": value
+            for name, value in {
+                "valid_rate": mean(sample.task is not None for sample in mine),
+                "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
+                "duplicate_rate": mean(sample.reason == "duplicate" for sample in mine),
+                "solve_rate": mean(sample.solve_rate for sample in valid),
+                "learnable_rate": mean(0 < sample.solve_rate < 1 for sample in valid),
+                **_group(mine, [sample for sample in trained if sample.role == "proposer" and sample.mode == mode]),
+            }.items()
+        }
         refused = Counter(sample.reason for sample in mine if sample.task is None)
         metrics |= {f"proposer/{mode}/refused/{reason}": count for reason, count in sorted(refused.items())}
         histogram = Counter(round(sample.solve_rate * n) for sample in valid)
         metrics |= {f"proposer/{mode}/solved_of_{n}/{c}": histogram[c] for c in range(n + 1)}
         mine = [sample for sample in answers if sample.mode == mode]
-        metrics |= {f"solver/{mode}/{name}": value for name, value in {
-            "accuracy": mean(sample.correct for sample in mine),
-            "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
-            "tasks": len({sample.task.hash for sample in mine}),
-            **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
-        }.items()}
+        metrics |= {
+            f"solver/{mode}/{name}": value
+            for name, value in {
+                "accuracy": mean(sample.correct for sample in mine),
+                "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
+                "tasks": len({sample.task.hash for sample in mine}),
+                **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
+            }.items()
+        }
     return metrics
 
 
@@ -61,10 +67,19 @@ def sample_row(step: int, sample: Sample) -> dict:
     """One line of samples.jsonl."""
     parts = {"reward": sample.reward, "well_formed": sample.parsed.well_formed}
     parts |= {"valid": sample.task is not None} if sample.role == "proposer" else {"correct": sample.correct}
-    return {"step": step, "role": sample.role, "mode": sample.mode, "task": sample.task.to_json() if sample.task else None,
-            "prompt": sample.prompt, "response": sample.response, "tokens": len(sample.completion.ids),
-            "finish_reason": sample.completion.finish_reason, "reward": parts, "reason": sample.reason,
-            "solve_rate": sample.solve_rate}
+    return {
+        "step": step,
+        "role": sample.role,
+        "mode": sample.mode,
+        "task": sample.task.to_json() if sample.task else None,
+        "prompt": sample.prompt,
+        "response": sample.response,
+        "tokens": len(sample.completion.ids),
+        "finish_reason": sample.completion.finish_reason,
+        "reward": parts,
+        "reason": sample.reason,
+        "solve_rate": sample.solve_rate,
+    }
 
 
 class Clock:
@@ -83,5 +98,7 @@ class Clock:
         return time.perf_counter() - self.start
 
     def metrics(self) -> dict[str, float]:
-        return {**{f"time/{name}": round(seconds, 4) for name, seconds in self.laps.items()},
-                "time/step": round(self.total(), 4)}
+        return {
+            **{f"time/{name}": round(seconds, 4) for name, seconds in self.laps.items()},
+            "time/step": round(self.total(), 4),
+        }

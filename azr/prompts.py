@@ -12,6 +12,7 @@ embedded model, and a change of wording is a change of the experiment.
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,72 +54,124 @@ def fence(tag: str, text: str) -> str:
 
 # --- azr: for models that read English -----------------------------------------------------------------------------
 
+EXAMPLE_PROGRAM = """```python
+def f(name, info):
+    return ...
+```
+```input
+'John', {'age': 20}
+```
+"""
+
+PROPOSE = """Write one new Python program together with one input for it.
+{goal}
+Make it clearly different from the references below, and demanding: several dependent steps, state that changes,
+recursion, dynamic programming, data structures, string or number manipulation. It should be hard but not impossible:
+a good solver should succeed on some attempts and fail on others.
+
+{program_rules}
+
+{input_rules}
+
+Give exactly two fenced blocks inside the answer tags, first the program, then the input, like this:
+{example}
+Think about an idea and check it against the rules before you write it down.
+{references}"""
+
+PROPOSE_INDUCTION = """Below is a Python function `f`. Write {count} different inputs for it and a short message.
+Another solver will see some of your inputs with their outputs and your message, but not the program, and must write a
+program that also gives the right outputs for the inputs it was not shown. Choose inputs that together reveal what the
+function does, in its special cases too, and that give varied outputs. The message may describe the task or give a
+hint; it must not contain code of the program. The task should be hard but not impossible.
+
+{input_rules}
+
+Give {count} fenced input blocks and one fenced message block inside the answer tags, like this:
+```input
+'John', 20
+```
+```input
+'Sammy', 37
+```
+...
+```message
+Find out how a name and an age are combined.
+```
+
+The function:
+{program}"""
+
+SOLVE_DEDUCTION = """Work out what the function `f` below returns for the given input.
+Answer with the value as a Python literal (strings in quotes) in one fenced block tagged output inside the answer tags,
+like this:
+```output
+{'age': 20}
+```
+
+The program:
+{program}
+The input:
+{input}"""
+
+SOLVE_ABDUCTION = """Find an input for which the function `f` below returns the given output. Any input that gives this
+output is right. Answer with the text between the parentheses of `f(...)`, literal arguments separated by commas, in
+one fenced block tagged input inside the answer tags, like this:
+```input
+'John', 20
+```
+
+The program:
+{program}
+The output:
+{output}"""
+
+SOLVE_INDUCTION = """Write a Python function `f` that turns each input below into its output. It is judged on further
+inputs that are not shown, so find the general rule instead of listing cases.
+{program_rules}
+
+Answer with the whole program in one fenced block tagged python inside the answer tags, like this:
+```python
+def f(a):
+    return a
+```
+
+{pairs}
+The message:
+{message}"""
+
+SOLVE_MATH = "Solve this problem. Put the final answer, inside the answer tags, in \\boxed{}.\n{question}\n"
+
+
+def _fill(text: str, **fields: str) -> str:
+    """Puts each field in its place; braces of programs and values are left alone."""
+    names = re.compile("|".join("{%s}" % name for name in fields))
+    return names.sub(lambda match: fields[match[0][1:-1]], text)
+
 
 def _azr_propose(mode: str, references: list[Task]) -> str:
     if mode == "induction":
-        return _azr_propose_induction(references[0])
+        program = fence("python", references[0].program)
+        return _fill(PROPOSE_INDUCTION, count=str(INDUCTION_INPUTS), input_rules=INPUT_RULES, program=program)
     shown = "".join(
         f"\nReference {i}:\n{fence('python', task.program)}{fence('input', task.input)}"
         for i, task in enumerate(references, 1)
     )
-    return (
-        "Write one new Python program together with one input for it.\n"
-        f"{PROPOSE_GOAL[mode]}\n"
-        "Make it clearly different from the references below, and demanding: several dependent steps, state that "
-        "changes, recursion, dynamic programming, data structures, string or number manipulation. It should be hard but "
-        "not impossible: a good solver should succeed on some attempts and fail on others.\n\n"
-        f"{PROGRAM_RULES}\n\n{INPUT_RULES}\n\n"
-        "Give exactly two fenced blocks inside the answer tags, first the program, then the input, like this:\n"
-        f"{fence('python', 'def f(name, info):' + chr(10) + '    return ...')}{fence('input', repr('John') + ', ' + '{' + repr('age') + ': 20}')}"
-        f"\nThink about an idea and check it against the rules before you write it down.\n{shown}"
-    )
-
-
-def _azr_propose_induction(reference: Task) -> str:
-    return (
-        f"Below is a Python function `f`. Write {INDUCTION_INPUTS} different inputs for it and a short message.\n"
-        "Another solver will see some of your inputs with their outputs and your message, but not the program, and must "
-        "write a program that also gives the right outputs for the inputs it was not shown. Choose inputs that together "
-        "reveal what the function does, in its special cases too, and that give varied outputs. The message may describe "
-        "the task or give a hint; it must not contain code of the program. The task should be hard but not impossible.\n\n"
-        f"{INPUT_RULES}\n\n"
-        f"Give {INDUCTION_INPUTS} fenced input blocks and one fenced message block inside the answer tags, like this:\n"
-        f"{fence('input', repr('John') + ', 20')}{fence('input', repr('Sammy') + ', 37')}...\n"
-        f"{fence('message', 'Find out how a name and an age are combined.')}"
-        f"\nThe function:\n{fence('python', reference.program)}"
-    )
+    return _fill(PROPOSE, goal=PROPOSE_GOAL[mode], program_rules=PROGRAM_RULES, input_rules=INPUT_RULES,
+                 example=EXAMPLE_PROGRAM, references=shown)
 
 
 def _azr_solve(task: Task) -> str:
     if task.mode == "deduction":
-        return (
-            "Work out what the function `f` below returns for the given input.\n"
-            "Answer with the value as a Python literal (strings in quotes) in one fenced block tagged output inside the "
-            f"answer tags, like this:\n{fence('output', '{' + repr('age') + ': 20}')}"
-            f"\nThe program:\n{fence('python', task.program)}\nThe input:\n{fence('input', task.input)}"
-        )
+        return _fill(SOLVE_DEDUCTION, program=fence("python", task.program), input=fence("input", task.input))
     if task.mode == "abduction":
-        return (
-            "Find an input for which the function `f` below returns the given output. Any input that gives this output "
-            "is right.\nAnswer with the text between the parentheses of `f(...)`, literal arguments separated by commas, "
-            f"in one fenced block tagged input inside the answer tags, like this:\n{fence('input', repr('John') + ', 20')}"
-            f"\nThe program:\n{fence('python', task.program)}\nThe output:\n{fence('output', task.output)}"
-        )
+        return _fill(SOLVE_ABDUCTION, program=fence("python", task.program), output=fence("output", task.output))
     if task.mode == "induction":
         pairs = "".join(
             f"Input {i}:\n{fence('input', given)}Output {i}:\n{fence('output', wanted)}"
             for i, (given, wanted) in enumerate(task.visible, 1)
         )
-        return (
-            "Write a Python function `f` that turns each input below into its output. It is judged on further inputs "
-            "that are not shown, so find the general rule instead of listing cases.\n"
-            f"{PROGRAM_RULES}\n\nAnswer with the whole program in one fenced block tagged python inside the answer tags, "
-            f"like this:\n{fence('python', 'def f(a):' + chr(10) + '    return a')}"
-            f"\n{pairs}\nThe message:\n{fence('message', task.message)}"
-        )
-    return (
-        f"Solve this problem. Put the final answer, inside the answer tags, in \\boxed{{}}.\n{task.question}\n"
-    )
+        return _fill(SOLVE_INDUCTION, program_rules=PROGRAM_RULES, pairs=pairs, message=fence("message", task.message))
+    return _fill(SOLVE_MATH, question=task.question)
 
 
 # --- tiny: a word each ----------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ INVALID = -1.0  # a proposal that is refused, or whose think/answer format is br
 
 
 def learnability(solve_rate: float) -> float:
-    """0 if the task is never or always solved, else 1 - r: highest for the hardest task that is solved at all (eq. 4)."""
+    """0 if the task is never or always solved, else 1 - r: highest for the hardest task solved at all (eq. 4)."""
     return 0.0 if solve_rate in (0.0, 1.0) else 1.0 - solve_rate
 
 
@@ -16,7 +16,7 @@ def proposer_reward(valid: bool, well_formed: bool, solve_rate: float | None) ->
 
 
 def solver_reward(correct: bool, well_formed: bool, kind: str = "graded") -> float:
-    """graded: 1 correct, -0.5 wrong but well-formed, -1 malformed (eq. 6); binary: 1 correct and well-formed, else 0."""
+    """graded: 1 correct, -0.5 wrong but well-formed, -1 malformed (eq. 6); binary: 1 if both, else 0."""
     if kind == "binary":
         return float(correct and well_formed)
     if not well_formed:

@@ -270,6 +270,8 @@ class Run:
             run._take_lock()
             if holds:
                 run._continue(must=resume != "auto")
+            elif resume == "auto":
+                say(f"resume: {out} holds no run yet, starting from step 0")
             write_json_atomic(out / "config.json", run.config)
             (out / "checkpoints").mkdir(exist_ok=True)
             for stale in [*out.glob("*.tmp-*"), *out.glob("checkpoints/step_*.tmp-*")]:
@@ -280,6 +282,11 @@ class Run:
             run.close()
             raise error if isinstance(error, RunError) else RunError(f"{out}: cannot be a run directory ({error})")
         return run
+
+    @classmethod
+    def check(cls, out: Path, resume: str = "none") -> None:
+        """RunError if `open` would refuse the directory by what is in it; touches nothing. For before a slow start."""
+        cls(Path(out) if resume in ("auto", "none") else Path(resume), {})._look(resume)
 
     def _look(self, resume: str) -> bool:
         """Whether there is a run to continue; RunError for what is not one. Changes nothing."""
@@ -295,7 +302,7 @@ class Run:
         if not holds and resume != "auto":
             raise RunError(f"{self.dir}: there is no run to resume; --resume takes a run directory, auto or none")
         if not holds:
-            say(f"resume: {self.dir} holds no run yet, starting from step 0")
+            return False
         return holds
 
     def _take_lock(self) -> None:

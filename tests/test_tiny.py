@@ -32,7 +32,9 @@ def tokenizer():
 
 def test_the_base_was_trained_on_these_prompts():
     base = json.loads((TINY / "base.json").read_text())
-    assert base["template_hash"] == template_hash("tiny"), "the prompts changed: build a new base (python -m azr.tiny.make)"
+    assert base["template_hash"] == template_hash("tiny"), (
+        "the prompts changed: build a new base (python -m azr.tiny.make)"
+    )
 
 
 def test_computed_values_are_what_the_programs_return(sandbox):
@@ -47,8 +49,12 @@ def test_every_operation_can_be_drawn_and_held_out_programs_never_are():
     texts = {programs.random_program(rng).text for _ in range(5000)}
     assert 0.01 < sum(recipe.held_out(text) for text in texts) / len(texts) < 0.03
     assert not any(recipe.held_out(recipe.draw(rng)[0].text) for _ in range(500))
-    assert all(recipe.held_out(task.program) for mode in MODES for task in recipe.held_out_tasks(mode, 20)
-               if mode != "induction" or task.program)
+    assert all(
+        recipe.held_out(task.program)
+        for mode in MODES
+        for task in recipe.held_out_tasks(mode, 20)
+        if mode != "induction" or task.program
+    )
 
 
 def test_documents_are_mostly_right_and_noisy_by_design(sandbox):
@@ -59,7 +65,9 @@ def test_documents_are_mostly_right_and_noisy_by_design(sandbox):
         parsed = [parse_proposal(mode, response, program) for _, response in rows]
         if mode == "induction":  # the program is in the prompt
             texts = [prompt.split("```python\n")[1].split("\n```")[0] for prompt, _ in rows]
-            values = [p.value and Proposal(mode, text, p.value.inputs, p.value.message) for p, text in zip(parsed, texts)]
+            values = [
+                p.value and Proposal(mode, text, p.value.inputs, p.value.message) for p, text in zip(parsed, texts)
+            ]
         else:
             values = [p.value for p in parsed]
         valid = sum(v.ok for v in validate([v for v in values if v], sandbox)) / len(rows)
@@ -88,7 +96,9 @@ def test_tokenizer_gives_the_ids_the_model_was_trained_with(tokenizer):
     check = json.loads((TINY / "tokenizer_check.json").read_text())
     assert tokenizer(check["text"], add_special_tokens=False)["input_ids"] == check["ids"]
     for prompt, response in recipe.documents(5, 200):
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response, prompt + response)]
+        ids = [
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response, prompt + response)
+        ]
         assert ids[0] + ids[1] == ids[2] == raw.encode(prompt + response, add_special_tokens=False).ids
         assert tokenizer.decode(ids[2]) == prompt + response
 
@@ -113,11 +123,15 @@ def test_make_goes_on_from_where_it_was_stopped(tmp_path):
 
     from safetensors.torch import load_file
 
-    program = ("import sys; from azr.tiny import make; make.CHUNK = 150; make.main()")
+    program = "import sys; from azr.tiny import make; make.CHUNK = 150; make.main()"
     common = [sys.executable, "-c", program, "--hidden", "32", "--learning-rate", "1e-3"]
     for out, work, tokens in (("a", "a", 12000), ("b", "b", 5000), ("b", "b", 12000)):
-        done = subprocess.run([*common, "--out", tmp_path / out, "--work", tmp_path / f"work-{work}", "--tokens", str(tokens)],
-                              cwd=TINY.parents[1], capture_output=True, text=True)
+        done = subprocess.run(
+            [*common, "--out", tmp_path / out, "--work", tmp_path / f"work-{work}", "--tokens", str(tokens)],
+            cwd=TINY.parents[1],
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert a.keys() == b.keys()

@@ -31,12 +31,23 @@ def held_out(tmp_path_factory):
 
 
 def command(out, held_out, *flags):
-    return [sys.executable, str(ROOT / "train_azr.py"), "--out", str(out), "--eval-data", str(held_out), *SMALL, *map(str, flags)]
+    return [
+        sys.executable,
+        str(ROOT / "train_azr.py"),
+        "--out",
+        str(out),
+        "--eval-data",
+        str(held_out),
+        *SMALL,
+        *map(str, flags),
+    ]
 
 
 def train(out, held_out, *flags, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(out, held_out, *flags), capture_output=True, text=True, timeout=300, env=environment, **options)
+    return subprocess.run(
+        command(out, held_out, *flags), capture_output=True, text=True, timeout=300, env=environment, **options
+    )
 
 
 def reproducible(out) -> list[dict]:
@@ -79,8 +90,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, held_out, tmp
     out, rng, kills = tmp_path / "run", random.Random(5), 0
     flags = ("--steps", 4, "--quantization", quantization, "--resume", "auto")
     while True:
-        process = subprocess.Popen(command(out, held_out, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command(out, held_out, *flags),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
         if kills < 3:
             wait_for(out, 1 + kills, process)
             time.sleep(rng.random())  # a random moment of the step that follows
@@ -108,8 +124,13 @@ def test_sigterm_saves_at_once_and_says_how_to_go_on(finished, held_out, tmp_pat
     whole, quantization, _ = finished
     out = tmp_path / "run"
     flags = ("--steps", 4, "--quantization", quantization)
-    process = subprocess.Popen(command(out, held_out, *flags), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command(out, held_out, *flags),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     wait_for(out, 1, process)
     process.send_signal(signal.SIGTERM)
     shown, errors = process.communicate(timeout=60)
@@ -133,8 +154,15 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
     prompt, response = policy.encode(row["prompt"]), policy.encode(row["response"])
     ours = torch.tensor(policy.score_lists([prompt], [response])[0][0])
 
-    options = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                         bnb_4bit_use_double_quant=True)} if quantization == "nf4" else {}
+    options = (
+        {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            )
+        }
+        if quantization == "nf4"
+        else {}
+    )
     model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -148,20 +176,35 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
     assert (ours - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--model", "/nowhere"], "/nowhere"),
-    (["--lr", "1"], "unrecognized"),
-    (["--learning-rat", "1"], "did you mean --learning-rate?"),
-    (["--steps", "0"], "--steps must be at least 1"),
-    (["--temperature", "0"], "--temperature"),
-    (["--config", "/nowhere.json"], "/nowhere.json"),
-    (["--resume", "/nowhere"], "/nowhere"),
-    (["--eval-data", "/nowhere.jsonl"], "/nowhere.jsonl"),
-])
-def test_bad_input_is_one_line_and_exit_code_2(flags, words, held_out, tmp_path):
-    done = train(tmp_path / "run", held_out, *flags)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train_azr.py")]
-    assert done.returncode == 2 and len(lines) == 1 and words in lines[0], done.stderr
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--lr", "1"], "unrecognized"),
+        (["--learning-rat", "1"], "did you mean --learning-rate?"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--temperature", "0"], "--temperature"),
+        (["--config", "/nowhere.json"], "/nowhere.json"),
+        (["--resume", "/nowhere"], "/nowhere"),
+        (["--eval-data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, held_out, tmp_path, capsys):
+    import train_azr
+
+    try:
+        code = train_azr.main([*command(tmp_path / "run", held_out)[2:], *flags])
+    except SystemExit as stop:  # what argparse does
+        code = stop.code
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train_azr.py")]
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_a_run_that_cannot_start_leaves_no_directory_that_blocks_the_next(held_out, tmp_path):
+    import train_azr
+
+    assert train_azr.main([*command(tmp_path / "run", held_out)[2:], "--model", "/nowhere"]) == 2
+    assert train_azr.main([*command(tmp_path / "run", held_out)[2:], "--steps", "1", "--eval-samples", "1"]) == 0
 
 
 def test_a_directory_that_holds_another_run_is_left_alone(finished, held_out):
@@ -200,15 +243,36 @@ def test_a_real_architecture_with_the_real_tokenizer(tmp_path):
 
     model, tokenizer = tmp_path / "model", AutoTokenizer.from_pretrained(source)
     torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=151_936, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id)).save_pretrained(model)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=151_936,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(model)
     for file in source.iterdir():
         shutil.copy(file, model)
     tasks = (TINY / "held_out.jsonl").read_text().splitlines()[:2]
     (tmp_path / "tasks.jsonl").write_text("\n".join(tasks) + "\n")
-    done = train(tmp_path / "run", tmp_path / "tasks.jsonl", "--model", model, "--steps", 2, "--max-new-tokens", 8,
-                 "--prompts-per-mode", 2, "--eval-samples", 1)
+    done = train(
+        tmp_path / "run",
+        tmp_path / "tasks.jsonl",
+        "--model",
+        model,
+        "--steps",
+        2,
+        "--max-new-tokens",
+        8,
+        "--prompts-per-mode",
+        2,
+        "--eval-samples",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     rows = reproducible(tmp_path / "run")
     assert len(rows) == 2 and rows[0]["train/log_prob_gap"] < 1e-4

@@ -1,4 +1,4 @@
-"""The synthetic text the embedded model is trained on: (prompt, response) pairs in the `tiny` wording of azr/prompts.py.
+"""The synthetic text the embedded model is trained on: (prompt, response) pairs in the `tiny` wording of prompts.py.
 
 Six kinds (propose and solve in three modes) plus one skill that self-play never touches, sorting digits in prose, by
 which forgetting can be measured. Base models are under-sharpened: they can do more than they usually do. So the text
@@ -13,14 +13,26 @@ import random
 
 from azr.prompts import INDUCTION_INPUTS, fence, propose_prompt, solve_prompt
 from azr.tasks import SEED_TASKS, Task
-from azr.tiny.programs import (LETTERS, Program, arguments_text, induction_pairs, random_arguments, random_program,
-                               random_value, run_program)
+from azr.tiny.programs import (
+    LETTERS,
+    Program,
+    arguments_text,
+    induction_pairs,
+    random_arguments,
+    random_program,
+    random_value,
+    run_program,
+)
 
 WRONG_VALUE, FORMAT_FAULT, BROKEN_PROPOSAL, THINK = 0.10, 0.06, 0.08, 0.40
-KINDS = {  # relative frequency of the documents
-    ("solver", "deduction"): 24, ("solver", "abduction"): 19, ("solver", "induction"): 20,
-    ("proposer", "deduction"): 10, ("proposer", "abduction"): 10, ("proposer", "induction"): 10,
-    ("skill", "math"): 7,
+KINDS = {  # relative frequency of the documents: while the format is learned, and in the last third, mostly solving
+    ("solver", "deduction"): (24, 44),
+    ("solver", "abduction"): (19, 24),
+    ("solver", "induction"): (20, 20),
+    ("proposer", "deduction"): (10, 6),
+    ("proposer", "abduction"): (10, 6),
+    ("proposer", "induction"): (10, 6),
+    ("skill", "math"): (7, 6),
 }
 
 
@@ -61,8 +73,13 @@ def make_task(mode: str, rng: random.Random, hold: bool = False) -> tuple[Task, 
         texts = [(arguments_text(a), repr(v)) for a, v in pairs]
         rng.shuffle(texts)
         half = INDUCTION_INPUTS // 2
-        return Task(mode=mode, program=program.text, message=message_for(program, rng),
-                    visible=tuple(texts[:half]), hidden=tuple(texts[half:])), program.words
+        return Task(
+            mode=mode,
+            program=program.text,
+            message=message_for(program, rng),
+            visible=tuple(texts[:half]),
+            hidden=tuple(texts[half:]),
+        ), program.words
 
 
 def message_for(program: Program, rng: random.Random) -> str:
@@ -125,7 +142,7 @@ def solve_document(mode: str, rng: random.Random) -> tuple[str, str]:
 
 
 def broken(program: Program, given: str, rng: random.Random) -> tuple[str, str]:
-    """A proposal that validation refuses: bad syntax, an unknown name, an input of a wrong type, a random value, a triviality."""
+    """A proposal that validation refuses: bad syntax, an unknown name, a wrong type, a random value, a triviality."""
     head, body = program.text.split("\n", 1)
     fault = rng.randrange(5)
     if fault == 0:
@@ -171,16 +188,16 @@ def _propose_induction(rng: random.Random) -> tuple[str, str]:
     return propose_prompt("induction", [reference], "tiny"), wrap("", answer, rng)
 
 
-def document(rng: random.Random) -> tuple[str, str]:
-    """One training document: (prompt, response)."""
-    role, mode = rng.choices(list(KINDS), list(KINDS.values()))[0]
+def document(rng: random.Random, late: bool = False) -> tuple[str, str]:
+    """One training document: (prompt, response); `late`: of the mixture for the last third of the training."""
+    role, mode = rng.choices(list(KINDS), [weights[late] for weights in KINDS.values()])[0]
     return propose_document(mode, rng) if role == "proposer" else solve_document(mode, rng)
 
 
-def documents(seed: int, count: int) -> list[tuple[str, str]]:
+def documents(seed: int, count: int, late: bool = False) -> list[tuple[str, str]]:
     """`count` documents of one seed."""
     rng = random.Random(seed)
-    return [document(rng) for _ in range(count)]
+    return [document(rng, late) for _ in range(count)]
 
 
 def held_out_tasks(mode: str, count: int, seed: int = 2024) -> list[Task]:

@@ -34,6 +34,7 @@ MODES = ("deduction", "abduction", "induction")
 CHUNK = 10_000  # documents between two saves of the work files
 BATCH_TOKENS = 4096
 VALIDATION_SEED = 10**9
+LATE = 0.63  # share of the training after which most documents are about solving
 
 
 @dataclass(frozen=True)
@@ -50,20 +51,34 @@ class Shape:
 def new_model(shape: Shape, vocabulary: int, eos: int) -> Qwen2ForCausalLM:
     """Random weights of the shape, tied embeddings, vocabulary rounded up to a multiple of 16."""
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=-(-vocabulary // 16) * 16, hidden_size=shape.hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, intermediate_size=shape.mlp,
-        max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=eos, pad_token_id=eos, bos_token_id=None,
-    ))
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=-(-vocabulary // 16) * 16,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.kv_heads,
+            intermediate_size=shape.mlp,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            eos_token_id=eos,
+            pad_token_id=eos,
+            bos_token_id=None,
+        )
+    )
 
 
-def token_batches(tokenizer: Tokenizer, seed: int, count: int) -> list[list[tuple[list[int], int]]]:
-    """Documents of a seed as (ids, prompt length), in batches of like length under the token budget, in random order."""
-    texts = documents(seed, count)
+def token_batches(
+    tokenizer: Tokenizer, seed: int, count: int, late: bool = False
+) -> list[list[tuple[list[int], int]]]:
+    """Documents of a seed as (ids, prompt length), in batches of like length under the budget, in random order."""
+    texts = documents(seed, count, late)
     eos = tokenizer.token_to_id(EOS)
     prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_special_tokens=False)
     responses = tokenizer.encode_batch([response for _, response in texts], add_special_tokens=False)
-    rows = sorted(((p.ids + r.ids + [eos], len(p.ids)) for p, r in zip(prompts, responses)), key=lambda row: len(row[0]))
+    rows = sorted(
+        ((p.ids + r.ids + [eos], len(p.ids)) for p, r in zip(prompts, responses)), key=lambda row: len(row[0])
+    )
     batches, batch = [], []
     for row in rows:
         if batch and len(row[0]) * (len(batch) + 1) > BATCH_TOKENS:
@@ -139,7 +154,8 @@ def train(model, tokenizer, args, device) -> dict:
     state = load_work(args.work, model, optimizer, device)
     while state["tokens"] < args.tokens:
         start, losses = time.time(), []
-        for batch in token_batches(tokenizer, 100 + state["chunk"], CHUNK):
+        late = state["tokens"] > LATE * args.tokens
+        for batch in token_batches(tokenizer, 100 + state["chunk"], CHUNK, late):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state["tokens"], args.tokens, args.learning_rate)
             loss, tokens = response_loss(model, batch, device)
@@ -153,9 +169,12 @@ def train(model, tokenizer, args, device) -> dict:
         state["seconds"] += time.time() - start
         save_work(args.work, model, optimizer, state)
         mean, left = sum(losses) / len(losses), max(args.tokens - state["tokens"], 0)
-        print(f"chunk {state['chunk']:3d}  {state['tokens'] / 1e6:6.1f} M tokens  response loss {mean:.4f}  "
-              f"{state['tokens'] / state['seconds']:.0f} tokens/s  {left / state['tokens'] * state['seconds'] / 60:.0f} min left",
-              flush=True)
+        pace = state["seconds"] / state["tokens"]
+        print(
+            f"chunk {state['chunk']:3d}  {state['tokens'] / 1e6:6.1f} M tokens  response loss {mean:.4f}  "
+            f"{state['tokens'] / state['seconds']:.0f} tokens/s  {left * pace / 60:.0f} min left",
+            flush=True,
+        )
     return state
 
 
@@ -177,7 +196,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
-    parser.add_argument("--tokens", type=float, default=22e6, help="training tokens (22e6: 45 minutes on two cores)")
+    parser.add_argument(
+        "--tokens", type=float, default=26e6, help="training tokens (26e6: about 50 minutes on two cores)"
+    )
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--hidden", type=int, default=160, help="width; the MLP is 2.8 times as wide")
     args = parser.parse_args()
@@ -187,7 +208,10 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     shape = Shape(hidden=args.hidden, mlp=int(2.8 * args.hidden))
     model = new_model(shape, tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS)).to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.tokens / 1e6:.0f} M tokens, on {device}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.tokens / 1e6:.0f} M tokens, on {device}",
+        flush=True,
+    )
     state = train(model, tokenizer, args, device)
     state["validation_loss"] = round(validation_loss(model, tokenizer, device), 4)
     write_model(args.out, model, tokenizer, state)

@@ -16,7 +16,7 @@ MAX_TEXT = 24  # longest value text a document shows
 
 
 class Operation(NamedTuple):
-    """One typed operation. In `text`, {e} is the operand in parentheses if needed, {E} the bare operand, {c} the constant."""
+    """One typed operation. {e} is the operand, in parentheses if needed, {E} the bare one, {c} the constant."""
 
     weight: float
     words: str
@@ -62,7 +62,8 @@ OPERATIONS = [
     Operation(0.7, "put {c} before", "l", "l", "[{c}]+{e}", lambda v, c: [c] + v, "small", False),
     Operation(1.2, "add {c} to each", "l", "l", "[v+{c} for v in {E}]", lambda v, c: [u + c for u in v], "small"),
     Operation(1.0, "multiply each by {c}", "l", "l", "[v*{c} for v in {E}]", lambda v, c: [u * c for u in v], "factor"),
-    Operation(1.0, "keep over {c}", "l", "l", "[v for v in {E} if v>{c}]", lambda v, c: [u for u in v if u > c], "small"),
+    Operation(1.0, "keep over {c}", "l", "l", "[v for v in {E} if v>{c}]", lambda v, c: [u for u in v if u > c],
+              "small"),
     Operation(0.8, "keep even", "l", "l", "[v for v in {E} if v%2==0]", lambda v, c: [u for u in v if u % 2 == 0]),
     Operation(0.8, "unique sorted", "l", "l", "sorted(set({E}))", lambda v, c: sorted(set(v))),
     Operation(0.5, "twice over", "l", "l", "{e}*2", lambda v, c: v * 2, "", False),
@@ -131,7 +132,7 @@ CONDITIONS = {
 
 @dataclass(frozen=True)
 class Program:
-    """`text` defines f(x) or f(x, y); `trace(x, y)` gives the value after each operation, the result last; it may raise."""
+    """`text` defines f(x) or f(x, y); `trace(x, y)` gives the values after each operation; it may raise."""
 
     text: str
     words: str
@@ -213,7 +214,10 @@ def _branch_program(takes: str, rng: random.Random, style: str) -> Program:
     c_yes, c_no = constant(yes.constant, rng), constant(no.constant, rng)
     test = test.replace("{c}", repr(limit))
     left, right = _apply(yes, "x", True, repr(c_yes)), _apply(no, "x", True, repr(c_no))
-    body = f"if {test}:\n        return {left}\n    return {right}" if style == "if" else f"return {left} if {test} else {right}"
+    if style == "if":
+        body = f"if {test}:\n        return {left}\n    return {right}"
+    else:
+        body = f"return {left} if {test} else {right}"
     words = (f"{yes.words.replace('{c}', str(c_yes))} if {test_words.replace('{c}', str(limit))} "
              f"else {no.words.replace('{c}', str(c_no))}")
     return Program(f"def f(x):\n    {body}", words, takes, False,
@@ -250,18 +254,20 @@ def run_program(program: Program, arguments: tuple) -> list | None:
 
 
 def induction_pairs(program: Program, rng: random.Random, count: int) -> list[tuple[tuple, Any]] | None:
-    """`count` distinct arguments with their results, at least three results distinct; None if the draws do not give that."""
+    """`count` distinct arguments with their results, at least three distinct; None if the draws do not give that."""
     found: dict[str, tuple] = {}
-    for _ in range(4 * count):
+    for _ in range(5 * count):
         arguments = random_arguments(program, rng)
-        if program.takes == "i" and not program.two:
-            arguments = (rng.randint(0, 20), None)  # ten distinct ints want a wider range
+        if program.takes == "i":
+            arguments = (rng.randint(0, 20), arguments[1])  # ten distinct inputs want a wider range than one
+        elif len(arguments[0]) == 1 and rng.random() < 0.8:
+            continue
         values = run_program(program, arguments)
         if values is not None:
             found[arguments_text(arguments)] = (arguments, values[-1])
         if len(found) == count:
             pairs = list(found.values())
-            if program.takes == "i" and rng.random() < 0.6:
-                pairs.sort(key=lambda pair: pair[0][0])
+            if program.takes == "i" and rng.random() < 0.9:
+                pairs.sort(key=lambda pair: pair[0])
             return pairs if len({repr(v) for _, v in pairs}) >= 3 else None
     return None

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizer: one token per byte, hence per digit and per letter of a value, plus whole-word tokens.
+"""The embedded model's tokenizer: one token per byte, so per digit and letter of a value, and whole-word tokens.
 
 Qwen2's own pre-tokenizer and an empty merge list, with every word and structural string as an added token. So
 AutoTokenizer, which builds a Qwen2Tokenizer for this architecture whatever tokenizer.json says, gives the same ids; a
@@ -17,17 +17,85 @@ from tokenizers.models import BPE
 from azr.tiny.documents import documents
 
 EOS = "<|endoftext|>"
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 STRUCTURE = [
-    "User: ", "Assistant: <think>", "<think>", "</think>", "<answer>", "</answer>", "</think><answer>", "\n```\n",
-    "```python\n", "```input\n", "```output\n", "```message\n", "def f(x):\n    ", "def f(x, y):\n    ", "return ",
-    "\n    return ", "\n        return ", "\n    ", "\n        ", "\n            ", ", ", "x, y", "[::-1]", "[::2]",
-    "[:-1]", "[-1]", " for v in ", " if ", " else ", "for v in x:", "if v", "while x", "%2==0", " then ", "**2", "//",
-    "+=", ":]", "[:", "''", "str(v)", "''.join(", ".upper()", ".count(", ".find(", ".replace(", ".append(", "sorted(",
-    "sorted(set(", "len(", "sum(", "max(", "min(", "abs(", "list(", "list(range(", "str(", "range(", "len(x)", ", '')",
-    "import random", "random.randint(", "add ", " in x", " of ", "as ", "up ", " by ", "propose ", "solve ", "Write the digits ", " in rising order.",
-    " in falling order.", " function",
+    "User: ",
+    "Assistant: <think>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "</think><answer>",
+    "\n```\n",
+    "```python\n",
+    "```input\n",
+    "```output\n",
+    "```message\n",
+    "def f(x):\n    ",
+    "def f(x, y):\n    ",
+    "return ",
+    "\n    return ",
+    "\n        return ",
+    "\n    ",
+    "\n        ",
+    "\n            ",
+    ", ",
+    "x, y",
+    "[::-1]",
+    "[::2]",
+    "[:-1]",
+    "[-1]",
+    " for v in ",
+    " if ",
+    " else ",
+    "for v in x:",
+    "if v",
+    "while x",
+    "%2==0",
+    " then ",
+    "**2",
+    "//",
+    "+=",
+    ":]",
+    "[:",
+    "''",
+    "str(v)",
+    "''.join(",
+    ".upper()",
+    ".count(",
+    ".find(",
+    ".replace(",
+    ".append(",
+    "sorted(",
+    "sorted(set(",
+    "len(",
+    "sum(",
+    "max(",
+    "min(",
+    "abs(",
+    "list(",
+    "list(range(",
+    "str(",
+    "range(",
+    "len(x)",
+    ", '')",
+    "import random",
+    "random.randint(",
+    "add ",
+    " in x",
+    " of ",
+    "as ",
+    "up ",
+    " by ",
+    "propose ",
+    "solve ",
+    "Write the digits ",
+    " in rising order.",
+    " in falling order.",
+    " function",
 ]
 
 
@@ -43,16 +111,23 @@ def build(directory: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(EOS, normalized=False)])
     added = list(dict.fromkeys(STRUCTURE + words_of_the_documents()))
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in added])
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": EOS, "pad_token": EOS, "model_max_length": 1024,
-              "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "model_max_length": 1024,
+        "clean_up_tokenization_spaces": False,
+    }
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
