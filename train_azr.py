@@ -25,8 +25,16 @@ from pathlib import Path
 import torch
 
 from azr import display, plan, ppo
-from azr.benchmarks import EvalResult, evaluate, load_tasks, plot_pass_at_k, powers_of_two, sample_seed
-from azr.config import Config, base_description, parse, resolve
+from azr.benchmarks import (
+    EvalResult,
+    cruxeval_tasks,
+    evaluate,
+    load_tasks,
+    plot_pass_at_k,
+    powers_of_two,
+    sample_seed,
+)
+from azr.config import Config, dry_run, parse, resolve, template_of
 from azr.display import warn
 from azr.metrics import Clock, sample_row, step_metrics
 from azr.prompts import STOP, propose_prompt, solve_prompt, template_hash
@@ -72,6 +80,7 @@ class SelfPlay:
         self.buffers = Buffers()
         self.sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
         self.non_finite, self.elapsed, self.completed, self.started = 0, 0.0, 0, False
+        self.clock = Clock()
         self.exempt: set[str] = set()  # programs that may be trivial: the identity, while there is nothing else
 
     # ---------------------------------------------------------------- phase 1: propose
@@ -139,7 +148,9 @@ class SelfPlay:
         for i, sample in enumerate(samples):
             sample.task = tasks[i // n]
             sample.parsed = parse_answer(sample.mode, sample.response)
+        self.clock.lap("solve")
         verdicts = judge([(sample.task, sample.parsed.value) for sample in samples], self.sandbox)
+        self.clock.lap("judge")
         for sample, verdict in zip(samples, verdicts):
             sample.correct, sample.detail = verdict.ok, verdict.detail
             sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
@@ -204,32 +215,46 @@ class SelfPlay:
             sample.old_log_prob = log_prob
 
     def optimizer_step(self, step: int, samples: list[Sample]) -> dict[str, float]:
-        """Gradient of the clipped surrogate over all micro-batches, then one AdamW step if it is finite."""
+        """Gradient of the clipped surrogate over all micro-batches, then one AdamW step if it is finite.
+
+        Samples without advantage have no gradient: they are scored without one, at a third of the cost, for the metrics.
+        """
         groups = [GROUPS.index((sample.role, sample.mode)) for sample in samples]
         lengths = [len(sample.completion.ids) for sample in samples]
-        weight = ppo.token_weights(torch.tensor(groups), torch.tensor(lengths), self.config.loss_weighting)
-        weight, loss_sum, kept = weight.to(self.policy.device), 0.0, []
-        scored = self.policy.score(
-            [s.prompt_ids for s in samples],
-            [s.completion.ids for s in samples],
-            self.config.temperature,
-            self.config.token_budget,
-            with_grad=True,
-        )
-        for indices, log_prob, entropy, mask in scored:
-            batch = [samples[i] for i in indices]
-            sampler = padded([s.completion.log_probs for s in batch], log_prob)
-            old = padded([s.old_log_prob for s in batch], log_prob) if batch[0].old_log_prob else log_prob.detach()
-            advantage = torch.tensor([s.advantage for s in batch], device=log_prob.device)[:, None]
-            guard = ppo.importance_weight(old, sampler, GAP_CAP)
-            token_loss = guard * ppo.ppo_token_loss(log_prob, old, advantage, CLIP_LOW, CLIP_HIGH)
-            loss = ppo.weighted_sum(token_loss, weight[indices], mask)
-            loss.backward()
-            loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
-            kept.append([t[mask] for t in (log_prob.detach(), old, sampler, advantage.expand_as(mask))])
-            for row, sample in enumerate(batch):
-                sample.entropy = entropy[row, : lengths[indices[row]]].tolist()
+        # Every token's share of the loss, counted over all samples: micro-batches cannot change the gradient.
+        weights = ppo.token_weights(torch.tensor(groups), torch.tensor(lengths), self.config.loss_weighting).tolist()
+        loss_sum, kept = 0.0, []
+        for with_grad in (True, False):
+            part = [i for i, sample in enumerate(samples) if bool(sample.advantage) == with_grad]
+            for indices, log_prob, entropy, mask in self.score([samples[i] for i in part], with_grad):
+                batch = [samples[part[i]] for i in indices]
+                weight = torch.tensor([weights[part[i]] for i in indices], device=log_prob.device)
+                loss, columns = self.batch_loss(batch, log_prob, mask, weight)
+                if with_grad:
+                    loss.backward()
+                    loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
+                kept.append(columns)
+                for sample, row in zip(batch, entropy.tolist()):
+                    sample.entropy = row[: len(sample.completion.ids)]
         return {"loss": loss_sum, **self.apply_gradient(step, loss_sum, samples), **update_statistics(kept)}
+
+    def score(self, samples: list[Sample], with_grad: bool):
+        """Micro-batches of (indices, log_prob, entropy, mask) over the responses of the samples."""
+        config, prompts = self.config, [sample.prompt_ids for sample in samples]
+        responses = [sample.completion.ids for sample in samples]
+        return self.policy.score(prompts, responses, config.temperature, config.token_budget, with_grad)
+
+    def batch_loss(self, batch: list[Sample], log_prob: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor):
+        """(part of the loss, per-token columns for the statistics); log_prob and mask (batch, time), weight (batch,)."""
+        sampler = padded([s.completion.log_probs for s in batch], log_prob)
+        old = log_prob.detach()
+        if batch[0].old_log_prob is not None:
+            old = padded([s.old_log_prob for s in batch], log_prob)
+        advantage = torch.tensor([s.advantage for s in batch], device=log_prob.device)[:, None]
+        guard = ppo.importance_weight(old, sampler, GAP_CAP)
+        token_loss = guard * ppo.ppo_token_loss(log_prob, old, advantage, CLIP_LOW, CLIP_HIGH)
+        columns = [t[mask] for t in (log_prob.detach(), old, sampler, advantage.expand_as(mask))]
+        return ppo.weighted_sum(token_loss, weight, mask), columns
 
     def apply_gradient(self, step: int, loss: float, samples: list[Sample]) -> dict[str, float]:
         parameters = self.policy.trainable_parameters()
@@ -265,7 +290,7 @@ class SelfPlay:
 
     def step(self, step: int, stop: StopRequest) -> tuple[dict, list[Sample], list[Sample]]:
         """The five phases. Until the shield, a stop drops the step: `snapshot` is what to go back to."""
-        clock = Clock()
+        clock = self.clock = Clock()
         proposals = self.propose(step)
         clock.lap("propose")
         valid = self.validate(proposals)
@@ -273,7 +298,6 @@ class SelfPlay:
         answers = self.solve(
             step, [sample.task for sample in valid] + self.backfill(step, valid), self.config.answers
         )
-        clock.lap("solve")
         samples = self.reward(step, proposals, answers)
         clock.lap("reward")
         train = {f"train/{name}": value for name, value in self.update(step, samples).items()}
@@ -331,18 +355,25 @@ class SelfPlay:
         write_jsonl_atomic(self.run.dir / "probe.jsonl", rows)
 
     def held_out(self) -> list[Task]:
-        """--eval-data; tiny: its own; else tasks of the seed stage, frozen when the run starts."""
+        """--eval-data (tiny: its own); else 200 problems of CRUXEval both ways and 64 induction tasks of the seed stage.
+
+        Frozen in eval/held_out.jsonl when the run starts; the seed-stage tasks leave the buffer only by age.
+        """
         path = self.run.dir / "eval" / "held_out.jsonl"
         if not path.exists():
-            if self.config.eval_data:
-                tasks = load_tasks(self.config.eval_data)
-            else:
-                warn("held-out tasks: 64 a mode of the seed stage, since no --eval-data was given")
-                rng = random.Random(f"{self.config.seed}/held-out")
-                tasks = [task for mode in MODES for task in self.buffers.sample(mode, 64, rng)]
             path.parent.mkdir(exist_ok=True)
+            tasks = load_tasks(self.config.eval_data) if self.config.eval_data else self.default_held_out()
             write_jsonl_atomic(path, [task.to_json() for task in tasks])
         return load_tasks(path)
+
+    def default_held_out(self) -> list[Task]:
+        rng, modes = random.Random(f"{self.config.seed}/held-out"), ("induction",)
+        try:
+            tasks = cruxeval_tasks(200)
+        except ValueError as error:
+            tasks, modes = [], MODES
+            warn(f"held-out tasks: 64 a mode of the seed stage; {error}; --eval-data FILE takes others")
+        return tasks + [task for mode in modes for task in self.buffers.sample(mode, 64, rng)]
 
     def held_out_metrics(self) -> dict:
         """Greedy accuracy on the held-out tasks."""
@@ -502,19 +533,6 @@ def conclude(loop: SelfPlay) -> None:
     display.where(loop.run.dir)
 
 
-def template_of(config: Config) -> str:
-    """The wording of the prompts: the one a base was trained on, else azr. ModelError if it has changed since."""
-    base = base_description(config.model)
-    if base is None:
-        return "azr"
-    if base["template_hash"] != template_hash(base["template"]):
-        raise ModelError(
-            f"{config.model}: was trained on another wording of the {base['template']} prompts; build it again "
-            "with python -m azr.tiny.make, or undo the change in azr/prompts.py"
-        )
-    return base["template"]
-
-
 def start(config: Config, why: str, stop: StopRequest) -> None:
     """Opens the run directory, loads the model, trains."""
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
@@ -537,22 +555,6 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
             except StopNow:
                 with stop.shield():
                     display.say(loop.stopped())
-
-
-def dry_run(config: Config, why: str) -> int:
-    """Prints settings and memory plan; 1 if it does not fit."""
-    preset, _ = plan.choose_preset(config.preset, config.model, plan.free_gpu_bytes())
-    preset = dataclasses.replace(
-        preset,
-        **{
-            f.name: getattr(config, f.name)
-            for f in dataclasses.fields(preset)
-            if hasattr(config, f.name) and getattr(config, f.name) is not None
-        },
-    )
-    result = plan.plan_memory(plan.shape_of(config.model), preset, plan.capacity(preset, plan.free_gpu_bytes()))
-    print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(result, config.model), sep="\n")
-    return 0 if result.fits else 1
 
 
 def main(arguments: list[str]) -> int:

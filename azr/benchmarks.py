@@ -194,6 +194,35 @@ def load_tasks(path: str | Path) -> list[Task]:
     return list(tasks.values())
 
 
+CRUXEVAL = ("cruxeval-org/cruxeval", "test.jsonl")      # dataset on the hub and its file
+
+
+def cruxeval_tasks(count: int, path: str | Path | None = None) -> list[Task]:
+    """`count` problems of CRUXEval (arXiv 2401.03065) as deduction and as many as abduction tasks, always the same ones.
+
+    path: a local copy of its file; None: through the hub. ValueError, in one line, if it cannot be had or read.
+    """
+    import random
+
+    from azr.tasks import Task
+
+    if path is None:
+        from huggingface_hub import hf_hub_download
+
+        from azr.hub import only_cached
+        try:
+            path = hf_hub_download(*CRUXEVAL, repo_type="dataset", local_files_only=only_cached(CRUXEVAL[0]))
+        except Exception as error:                  # the hub's client raises a dozen kinds, of three libraries
+            raise ValueError(f"CRUXEval cannot be had from the hub ({type(error).__name__})") from error
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        chosen = random.Random(0).sample(rows, min(count, len(rows)))
+        return [Task.from_json({"mode": mode, "program": row["code"], "input": row["input"], "output": row["output"]})
+                for mode in ("deduction", "abduction") for row in chosen]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: is not CRUXEval's file ({error})") from error
+
+
 # ---------------------------------------------------------------- results
 
 @dataclass

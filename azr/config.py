@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from azr import plan
+from azr.prompts import template_hash
 
 
 def setting(default, text: str, choices: tuple = ()):
@@ -51,7 +52,7 @@ class Config:
     )
     quantization: str | None = setting(None, "of the frozen base (nf4; tiny none)", ("nf4", "none"))
     lora_rank: int | None = setting(None, "rank of the adapter (32; tiny 16)")
-    lora_alpha: float | None = setting(None, "the update is alpha / rank x B A (default 2 x rank)")
+    lora_alpha: float | None = setting(None, "the update is alpha / rank x B A (default 2 x rank; tiny 4 x rank)")
     lora_targets: str = setting("all-linear", "which matrices get an adapter", ("all-linear", "attention"))
     token_budget: int | None = setting(
         None, "tokens of a training micro-batch; lower when memory is short, the gradient stays"
@@ -169,7 +170,7 @@ def resolve(config: Config) -> tuple[Config, str]:
         "out": f"runs/{Path(config.model.rstrip('/')).name}-{config.seed}",
         "eval_data": None,
     }
-    values["lora_alpha"] = 2.0 * (config.lora_rank or preset.lora_rank)
+    values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
     held_out = Path(plan.model_path(config.model)) / "held_out.jsonl"
     if held_out.is_file():
         values["eval_data"] = str(held_out)
@@ -179,6 +180,35 @@ def resolve(config: Config) -> tuple[Config, str]:
         if getattr(config, f.name) is None and values.get(f.name) is not None
     }
     return dataclasses.replace(config, **filled), why
+
+
+def template_of(config: Config) -> str:
+    """The wording of the prompts: the one a base was trained on, else azr. ValueError if it has changed since."""
+    base = base_description(config.model)
+    if base is None:
+        return "azr"
+    if base["template_hash"] != template_hash(base["template"]):
+        raise ValueError(
+            f"{config.model}: was trained on another wording of the {base['template']} prompts; build it again "
+            "with python -m azr.tiny.make, or undo the change in azr/prompts.py"
+        )
+    return base["template"]
+
+
+def dry_run(config: Config, why: str) -> int:
+    """Prints settings and memory plan; 1 if it does not fit."""
+    preset, _ = plan.choose_preset(config.preset, config.model, plan.free_gpu_bytes())
+    preset = dataclasses.replace(
+        preset,
+        **{
+            f.name: getattr(config, f.name)
+            for f in dataclasses.fields(preset)
+            if hasattr(config, f.name) and getattr(config, f.name) is not None
+        },
+    )
+    result = plan.plan_memory(plan.shape_of(config.model), preset, plan.capacity(preset, plan.free_gpu_bytes()))
+    print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(result, config.model), sep="\n")
+    return 0 if result.fits else 1
 
 
 def _complain(text: str) -> int:

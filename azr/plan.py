@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,8 +159,8 @@ PRESETS = {preset.name: preset for preset in (
     Preset("48gb", 48, 48, 2048, 256, 16384),
     Preset("80gb", 80, 64, 4096, 384, 32768),
 )}
-TINY = Preset("tiny", 0, 16, 128, 256, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
-              steps=100, eval_samples=64)
+TINY = Preset("tiny", 0, 16, 128, 512, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
+              steps=120, eval_samples=128)
 
 
 def free_gpu_bytes() -> int | None:

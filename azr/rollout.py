@@ -14,19 +14,16 @@ import hashlib
 import json
 import logging
 import math
-import socket
-import sys
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Iterator, NamedTuple
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 import torch
 
 from azr.engine import Completion, Engine, Sampling
+from azr.hub import only_cached
 
 __all__ = ["ChunkedLogProb", "Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
 
@@ -359,16 +356,7 @@ def _where(name: str, revision: str | None) -> dict:
         return {"local_files_only": True}
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"no model {name!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
-    from huggingface_hub.constants import ENDPOINT
-
-    offline = False
-    if not getproxies():
-        try:
-            socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
-        except OSError:
-            offline = True
-            print(f"{ENDPOINT} cannot be reached: looking for {name} in the local cache only", file=sys.stderr)
-    return {"revision": revision, "local_files_only": offline}
+    return {"revision": revision, "local_files_only": only_cached(name)}
 
 
 def _load_config(name: str, where: dict):

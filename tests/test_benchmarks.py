@@ -291,3 +291,25 @@ def test_plot_has_a_panel_a_mode_and_one_for_all(tmp_path):
 def test_no_torch_is_imported():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.benchmarks; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+# ---------------------------------------------------------------- CRUXEval
+
+def test_cruxeval_is_read_from_its_public_file():
+    from azr.benchmarks import cruxeval_tasks
+
+    path = Path(__file__).parents[1].parent / "shared" / "data" / "benchmarks" / "cruxeval.jsonl"
+    if not path.is_file():
+        pytest.skip("CRUXEval's file is not at hand")
+    tasks = cruxeval_tasks(200, path)
+    assert [task.mode for task in tasks] == ["deduction"] * 200 + ["abduction"] * 200
+    assert tasks == cruxeval_tasks(200, path) and len({task.hash for task in tasks}) == 400
+    assert [task.program for task in tasks[:200]] == [task.program for task in tasks[200:]]
+
+
+def test_a_file_that_is_not_cruxeval_is_refused(tmp_path):
+    from azr.benchmarks import cruxeval_tasks
+
+    (tmp_path / "x.jsonl").write_text('{"code": "def f(x): return x"}\n')
+    with pytest.raises(ValueError, match="not CRUXEval"):
+        cruxeval_tasks(1, tmp_path / "x.jsonl")
