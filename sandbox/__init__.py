@@ -1,0 +1,11 @@
+"""Runs untrusted Python: isolated, limited, deterministic, fast. Linux, standard library only.
+
+    with Sandbox() as sandbox:
+        sandbox.run([Job("def f(x): return x + 1", ("1", "2"))])   # [[Outcome("ok", "2", ""), Outcome("ok", "3", "")]]
+"""
+
+from sandbox import literal
+from sandbox.pool import Job, Outcome, Sandbox, SandboxError
+from sandbox.profiles import BENCHMARK, PROPOSAL, Profile
+
+__all__ = ["BENCHMARK", "Job", "Outcome", "PROPOSAL", "Profile", "Sandbox", "SandboxError", "literal"]

@@ -1,0 +1,200 @@
+"""What the Linux kernel does for the sandbox: a seccomp filter, Landlock, an unused uid, resource limits. ctypes only.
+
+The filter is an allow-list: memory, one write descriptor, exit. Harmless calls that a Python program may try (open,
+stat, clocks) fail with EPERM; whatever is not named (fork, execve, socket, kill, ptrace, another architecture's
+numbers) kills the process. A program cannot take any of it off again. Left out: namespaces and cgroups, which
+containers do not grant; RLIMIT_NPROC, which root ignores and which counts strangers' zombies; PR_SET_TSC, which
+kills honest programs.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+import sys
+
+# name: (x86-64, aarch64); None where the architecture lacks the call
+_ALLOW = {
+    "rt_sigreturn": (15, 139), "brk": (12, 214), "munmap": (11, 215), "mremap": (25, 216), "madvise": (28, 233),
+    "futex": (202, 98), "sched_yield": (24, 124), "exit": (60, 93), "exit_group": (231, 94),
+    "restart_syscall": (219, 128)}
+_FAIL = {
+    "read": (0, 63), "open": (2, None), "close": (3, 57), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
+    "poll": (7, None), "lseek": (8, 62), "rt_sigprocmask": (14, 135), "ioctl": (16, 29), "pread64": (17, 67),
+    "readv": (19, 65), "access": (21, None), "nanosleep": (35, 101), "getpid": (39, 172), "uname": (63, 160),
+    "fcntl": (72, 25), "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169),
+    "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153),
+    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
+    "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178), "time": (201, None),
+    "sched_getaffinity": (204, 123), "getdents64": (217, 61), "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115), "openat": (257, 56), "newfstatat": (262, 79), "readlinkat": (267, 78),
+    "faccessat": (269, 48), "prlimit64": (302, 261), "getrandom": (318, 278), "statx": (332, 291),
+    "openat2": (437, 437), "faccessat2": (439, 439)}
+_CHECK = {"mmap": (9, 222), "mprotect": (10, 226), "write": (1, 64), "clock_gettime": (228, 113)}
+_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7), "arm64": (1, 0xC00000B7)}
+
+_RET_KILL, _RET_EPERM, _RET_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
+_LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
+_PROT_EXEC, _CPU_CLOCK = 4, 2
+_LOW_WORD = 16 if sys.byteorder == "little" else 20  # of argument 0 in struct seccomp_data
+
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SECCOMP_MODE_FILTER = 2
+_LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
+_FIRST_UID, _UIDS = 50_000, 10_000
+
+
+class ConfineError(OSError):
+    """The kernel refused something that must not be missing."""
+
+
+def libc():
+    """The C library with prctl and syscall typed, or None where there is no Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    library = ctypes.CDLL(None, use_errno=True)
+    library.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
+    library.syscall.restype = ctypes.c_long
+    return library
+
+
+def plain_fork():
+    """The C library's fork without what Python does around it for threads and random numbers, which a process of one
+    thread does not need and which costs a child a quarter of its start. None where there is no Linux."""
+    return ctypes.PyDLL(None).fork if sys.platform.startswith("linux") else None
+
+
+# --- seccomp ------------------------------------------------------------------------------------------------
+
+def build_filter(machine: str, result_fd: int) -> bytes:
+    """BPF program (8 bytes an instruction) for one architecture; a binary search, since the kernel runs it once for
+    every system call number when it is installed. Raises ConfineError for an architecture without a table."""
+    if machine not in _ARCHITECTURES:
+        raise ConfineError(f"no system call table for {machine}")
+    column, architecture = _ARCHITECTURES[machine]
+    actions = {}
+    for table, action in ((_ALLOW, [_ret(_RET_ALLOW)]), (_FAIL, [_ret(_RET_EPERM)])):
+        actions |= {numbers[column]: action for numbers in table.values() if numbers[column] is not None}
+    checks = {"mmap": _unless_bit(2, _PROT_EXEC), "mprotect": _unless_bit(2, _PROT_EXEC),
+              "write": _only_if(0, result_fd), "clock_gettime": _only_if(0, _CPU_CLOCK)}
+    actions |= {_CHECK[name][column]: code for name, code in checks.items()}
+    regions = [(0, [_ret(_RET_KILL)])]
+    for number in sorted(actions):  # (first number, code): each region reaches to the next one
+        if regions[-1][0] == number:
+            regions.pop()
+        regions += [(number, actions[number]), (number + 1, [_ret(_RET_KILL)])]
+    merged = [regions[0]]
+    for first, code in regions[1:]:
+        if code != merged[-1][1]:
+            merged.append((first, code))
+    head = [_op(_LOAD, 4), _op(_JEQ, architecture, 1, 0), _ret(_RET_KILL), _op(_LOAD, 0)]
+    return b"".join(head + _search(merged))
+
+
+def _op(code, value, if_true=0, if_false=0):
+    return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def _ret(action):
+    return _op(_RET, action)
+
+
+def _only_if(argument, value):
+    return [_op(_LOAD, _LOW_WORD + 8 * argument), _op(_JEQ, value, 0, 1), _ret(_RET_ALLOW), _ret(_RET_EPERM)]
+
+
+def _unless_bit(argument, bit):
+    return [_op(_LOAD, _LOW_WORD + 8 * argument), _op(_JSET, bit, 1, 0), _ret(_RET_ALLOW), _ret(_RET_EPERM)]
+
+
+def _search(regions):
+    if len(regions) == 1:
+        return regions[0][1]
+    middle = len(regions) // 2
+    left, right = _search(regions[:middle]), _search(regions[middle:])
+    return [_op(_JGE, regions[middle][0], len(left), 0)] + left + right
+
+
+class Seccomp:
+    """A filter ready to be installed: `install()` is one prctl, in the child, after which it is for ever."""
+
+    def __init__(self, library, result_fd: int):
+        self._library = library
+        self.load(build_filter(platform.machine(), result_fd))
+
+    def load(self, program: bytes):
+        self._program = ctypes.create_string_buffer(program, len(program))
+        head = struct.pack("@HP", len(program) // 8, ctypes.addressof(self._program))
+        self._head = ctypes.create_string_buffer(head, len(head))
+        self._address = ctypes.addressof(self._head)
+
+    def install(self):
+        if self._library.prctl(PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._address, 0, 0) != 0:
+            raise ConfineError(ctypes.get_errno(), "seccomp filter refused: " + os.strerror(ctypes.get_errno()))
+
+    def works(self) -> bool:
+        """Whether a child that installs it is really confined (a forbidden call fails, an unlisted one kills)."""
+        return self._probe(lambda: os.getpid() <= 0) == 0 and self._probe(os.fork) == -31  # -SIGSYS
+
+    def _probe(self, action):
+        pid = os.fork()
+        if pid == 0:
+            code = 2
+            try:
+                self.install()
+                code = 0 if action() is True else 1
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        return os.waitstatus_to_exitcode(status)
+
+
+# --- the rest -----------------------------------------------------------------------------------------------
+
+def landlock(library) -> int:
+    """Takes files, TCP and signals to outsiders from this process and its children. Returns the kernel's ABI number.
+    Raises ConfineError where the kernel has no Landlock or refuses."""
+    abi = library.syscall(ctypes.c_long(_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint(1))
+    if abi < 1:
+        raise ConfineError(ctypes.get_errno(), "no Landlock: " + os.strerror(ctypes.get_errno()))
+    files = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
+    attributes = struct.pack("=QQQ", files, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]
+    size = ctypes.c_size_t(len(attributes))
+    ruleset = library.syscall(ctypes.c_long(_LANDLOCK_CREATE), attributes, size, ctypes.c_uint(0))
+    if ruleset < 0:
+        raise ConfineError(ctypes.get_errno(), "Landlock ruleset refused: " + os.strerror(ctypes.get_errno()))
+    done = library.syscall(ctypes.c_long(_LANDLOCK_RESTRICT), ctypes.c_int(ruleset), ctypes.c_uint(0))
+    os.close(ruleset)
+    if done != 0:
+        raise ConfineError(ctypes.get_errno(), "Landlock refused: " + os.strerror(ctypes.get_errno()))
+    return abi
+
+
+def unused_uid(number: int, taken: list[int]) -> int:
+    """A uid that is not `taken`, from a range below 65536 so that it exists in small user namespaces too."""
+    candidates = (_FIRST_UID + (number + step) % _UIDS for step in range(_UIDS))
+    return next(uid for uid in candidates if uid not in taken)
+
+
+def drop_user(uid: int):
+    """Becomes `uid` for good, without groups. Raises PermissionError without the capability."""
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def limit_resources(memory_mb: int) -> list[str]:
+    """Resource limits of the lane and its children; returns the names of those that could not be set."""
+    wanted = {"CORE": 0, "FSIZE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "STACK": 16 << 20, "NOFILE": 32,
+              "AS": memory_mb << 20}
+    missed = []
+    for name, value in wanted.items():
+        number = getattr(resource, "RLIMIT_" + name, None)
+        try:
+            hard = resource.getrlimit(number)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(number, (value, value))
+        except (TypeError, ValueError, OSError):
+            missed.append(name)
+    return missed

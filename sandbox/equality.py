@@ -1,0 +1,59 @@
+"""When two values are equal: Python's == as ast.literal_eval's values have it, except for NaN and the rounding of
+floats."""
+
+import math
+
+_NUMBERS = (int, bool, float, complex)
+
+
+def equal(a, b, rel: float = 1e-9) -> bool:
+    """Python's == for values as `parse` gives them, except that NaN equals NaN and two floats are equal within the
+    relative difference `rel` (absolute 0; rel=0 is exact). Inside sets and among dict keys too."""
+    kind, other = type(a), type(b)
+    if kind is float and other is float:
+        return a == b or (a != a and b != b) or (rel > 0 and math.isclose(a, b, rel_tol=rel, abs_tol=0.0))
+    if kind is complex and other is complex:
+        return equal(a.real, b.real, rel) and equal(a.imag, b.imag, rel)
+    if kind in _NUMBERS and other in _NUMBERS:
+        return a == b
+    if kind is other and kind in (list, tuple):
+        return len(a) == len(b) and all(equal(x, y, rel) for x, y in zip(a, b))
+    if kind in (set, frozenset) and other in (set, frozenset):
+        return len(a) == len(b) and _matched([x for x in a if x not in b], [y for y in b if y not in a],
+                                             lambda x, y: equal(x, y, rel))
+    if kind is dict and other is dict:
+        return _equal_dicts(a, b, rel)
+    return kind is other and a == b
+
+
+def _equal_dicts(a, b, rel):
+    if len(a) != len(b) or not all(equal(value, b[key], rel) for key, value in a.items() if key in b):
+        return False
+    return _matched([key for key in a if key not in b], [key for key in b if key not in a],
+                    lambda x, y: equal(x, y, rel) and equal(a[x], b[y], rel))
+
+
+def _matched(left, right, same):
+    """Whether the elements that have no exact partner can be paired off (Kuhn's augmenting paths)."""
+    if not left and not right:
+        return True
+    if len(left) != len(right) or len(left) > 256 or not all(_has_float(x) for x in left):
+        return False
+    partner = {}
+
+    def place(i, seen):
+        for j, candidate in enumerate(right):
+            if j not in seen and same(left[i], candidate):
+                seen.add(j)
+                if j not in partner or place(partner[j], seen):
+                    partner[j] = i
+                    return True
+        return False
+
+    return all(place(i, set()) for i in range(len(left)))
+
+
+def _has_float(value):
+    if type(value) in (tuple, frozenset):
+        return any(_has_float(item) for item in value)
+    return type(value) in (float, complex)

@@ -1,0 +1,137 @@
+"""Reads a program before it runs: compiles it, names what is forbidden, and says whether hash order can reach its
+output.
+
+Runs inside the confined child, on code objects (a syntax tree would cost more than the whole child). This is no
+boundary, the kernel is: the gate gives proposers their reasons and keeps clocks, addresses and random numbers out of
+honest programs.
+"""
+
+import builtins
+import sys
+from opcode import opmap
+
+FORBIDDEN_BUILTINS = frozenset(
+    "open input eval exec compile id hash globals locals vars memoryview breakpoint exit quit help "
+    "__import__ __build_class__ __loader__ __spec__ copyright credits license".split())
+_WIDE_BUILTINS = frozenset("eval exec compile id hash globals locals vars memoryview input exit quit".split())
+_FORBIDDEN_NAMES = frozenset(
+    "__globals__ __builtins__ __subclasses__ __code__ __closure__ __loader__ __spec__ __import__ __mro__ __bases__ "
+    "__base__ __reduce__ __reduce_ex__ __getattribute__ __self__ __func__ __traceback__ "
+    "gi_frame gi_code gi_yieldfrom cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back f_globals f_locals "
+    "f_builtins f_code f_trace _getframe with_traceback".split())
+_SET_NAMES = frozenset("set frozenset Counter __hash__ symmetric_difference __or__ __and__ __sub__ __xor__".split())
+_VIEW_NAMES = frozenset(("keys", "items"))
+_SET_CODES = bytes(opmap[name] for name in ("BUILD_SET", "SET_ADD", "SET_UPDATE") if name in opmap)
+_BINARY_CODES = {opmap[name] for name in (  # as (opcode, argument) the operators that make sets of dict views: & | ^ -
+    "BINARY_AND", "BINARY_OR", "BINARY_SUBTRACT", "BINARY_XOR") if name in opmap}
+_BINARY_OP, _BINARY_ARGUMENTS = opmap.get("BINARY_OP"), {1, 7, 10, 12, 14, 20, 23, 25}
+_IMPORT, _IMPORT_FROM, _EXTENDED = opmap["IMPORT_NAME"], opmap["IMPORT_FROM"], opmap["EXTENDED_ARG"]
+_LOADS = {opmap["LOAD_NAME"], opmap["LOAD_GLOBAL"]}
+_STORES = {opmap[name] for name in ("STORE_NAME", "STORE_GLOBAL")}
+_GLOBAL_SHIFT = 1 if sys.version_info >= (3, 11) else 0  # the lowest bit of LOAD_GLOBAL's argument is a flag there
+
+
+class Refused(Exception):
+    """args[0] is a status (syntax, forbidden), args[1] its detail."""
+
+
+def compile_source(source: str):
+    """The program's code object. Raises Refused with the status syntax, whatever the parser trips over."""
+    try:
+        return compile(source, "<program>", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError, OverflowError, MemoryError) as error:
+        line = getattr(error, "lineno", None)
+        reason = str(getattr(error, "msg", error)).encode("ascii", "backslashreplace").decode()[:100]
+        raise Refused("syntax", f"{type(error).__name__} {reason}" + (f" (line {line})" if line else "")) from error
+
+
+def judge(source: str, modules: frozenset, wide: bool = False):
+    """(code object, whether set or hash order can matter). Raises Refused."""
+    code = compile_source(source)
+    forbidden = FORBIDDEN_BUILTINS - _WIDE_BUILTINS if wide else FORBIDDEN_BUILTINS
+    codes = _all_codes(code)
+    stored, loaded = set(), set()
+    for part in codes:
+        names = set(part.co_names)
+        if not wide and names & _FORBIDDEN_NAMES:
+            raise Refused("forbidden", f"name {min(names & _FORBIDDEN_NAMES)}")
+        if _IMPORT in part.co_code[::2]:
+            _check_imports(part, modules)
+        if names & forbidden:
+            _global_names(part, forbidden, stored, loaded)
+    if loaded - stored:
+        raise Refused("forbidden", f"builtin {min(loaded - stored)}")
+    return code, any(map(_order_sensitive, codes))
+
+
+def _all_codes(code):
+    codes, kind = [code], type(code)
+    for part in codes:
+        codes += [constant for constant in part.co_consts if type(constant) is kind]
+    return codes
+
+
+def _instructions(code):
+    """(opcode, argument) pairs; inline caches show up as harmless zeros."""
+    argument, raw = 0, code.co_code
+    for position in range(0, len(raw), 2):
+        argument = argument << 8 | raw[position + 1]
+        if raw[position] != _EXTENDED:
+            yield raw[position], argument
+            argument = 0
+
+
+def _check_imports(code, modules):
+    module = ""
+    for operation, argument in _instructions(code):
+        if operation == _IMPORT:
+            module = code.co_names[argument]
+            if module not in modules:
+                raise Refused("forbidden", f"import {module or '.'}")
+        elif operation == _IMPORT_FROM and code.co_names[argument].startswith("_") and module != "__future__":
+            raise Refused("forbidden", f"import {module}.{code.co_names[argument]}")
+
+
+def _global_names(code, names, stored, loaded):
+    """Adds to `stored` and `loaded` those of `names` that the code uses as variables, not as attributes."""
+    for operation, argument in _instructions(code):
+        if operation in _STORES and code.co_names[argument] in names:
+            stored.add(code.co_names[argument])
+        elif operation in _LOADS:
+            shift = _GLOBAL_SHIFT if operation == opmap["LOAD_GLOBAL"] else 0
+            name = code.co_names[argument >> shift]
+            if name in names and not (name == "hash" and code.co_name == "__hash__"):
+                loaded.add(name)
+
+
+def _order_sensitive(code):
+    names, operations = code.co_names, code.co_code[::2]
+    if not _SET_NAMES.isdisjoint(names) or any(operation in operations for operation in _SET_CODES):
+        return True
+    if _VIEW_NAMES.isdisjoint(names):
+        return False
+    return any(operation in _BINARY_CODES or operation == _BINARY_OP and argument in _BINARY_ARGUMENTS
+               for operation, argument in _instructions(code))
+
+
+def safe_builtins(wide: bool, importer, getter) -> dict:
+    """The builtins of a program: `print` goes nowhere, imports come from the list, getattr refuses what the gate
+    refuses."""
+    kept = {name: value for name, value in vars(builtins).items()
+            if name not in FORBIDDEN_BUILTINS or wide and name in _WIDE_BUILTINS}
+    kept["hash"] = hash  # only inside a __hash__ method: the gate sees to it
+    kept |= {"print": _print, "__import__": importer, "__build_class__": builtins.__build_class__}
+    if not wide:
+        kept["getattr"] = getter
+    return kept
+
+
+def _print(*values, **options):
+    """print() without a place to print to."""
+
+
+def guarded_getattr(value, name, *default):
+    """getattr without the names that lead out of a program."""
+    if name in _FORBIDDEN_NAMES:
+        raise AttributeError(f"{name} is not available")
+    return getattr(value, name, *default)

@@ -1,0 +1,481 @@
+"""The trusted side: starts lanes (worker.py), hands them jobs, checks what comes back, keeps time, replaces what
+breaks.
+
+One thread, one selector, no threads of its own; usable from a process that has torch and its threads loaded, since
+lanes are started by exec. Every text that comes out of a child is read by literal.parse and must be its own
+canonical text. The end of a job is told by the server alone (control pipe), so no program can end its job, or speak
+in the next one's name.
+
+Left out: a time limit by wall clock (too slow a machine is `infra`: retried alone, and never a verdict).
+"""
+
+import fcntl
+import json
+import marshal
+import os
+import selectors
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from dataclasses import asdict
+
+from sandbox import literal
+from sandbox.outcomes import CPU_SLACK, Job, Outcome, Piece, Repeat, refusal, settle
+from sandbox.profiles import PROPOSAL, Profile
+from sandbox.wire import HEAD, REPORT, pack_args
+
+FIRST_SEEDS = (1, 2)                      # hash seeds of every validation; verdicts all come from the first
+MORE_SEEDS = (3, 4, 5, 6, 7, 8, 9, 10)    # where hash order can matter: 10 seeds miss 0.2 % of two-element orders
+RECYCLE_AFTER = 20_000                    # jobs of one lane
+_TICK = 0.02                              # seconds between looks into the result pipes of long jobs
+_START_SECONDS = 60.0
+_F_SETPIPE_SZ = 1031                      # fcntl.F_SETPIPE_SZ, which Python 3.9 and other systems lack
+_BOOT = ("import sys, types; sys.path.pop(0); p = types.ModuleType('sandbox'); p.__path__ = [sys.argv.pop(1)]; "
+         "sys.modules['sandbox'] = p; from sandbox import worker; worker.main()")
+
+
+_ADVICE = ("use Linux, Docker or WSL, or allow the weak mode (allow_weak=True, --allow-weak), which only limits time "
+           "and memory")
+
+
+class SandboxError(RuntimeError):
+    """The sandbox cannot work here; the text says why and what to do."""
+
+
+class Lane:
+    """One fork-server process and the trusted ends of its three pipes."""
+
+    def __init__(self, seed: int, profile: Profile, allow_weak: bool):
+        request_read, first = os.pipe()
+        second_read, second = os.pipe()
+        self.data, data_write = os.pipe()
+        self.control, control_write = os.pipe()
+        config = {"seed": seed, "control": control_write, "second": second_read, "taken_uids": _taken_uids(),
+                  "pool": os.getpid(), "allow_weak": allow_weak,
+                  **{key: value for key, value in asdict(profile).items() if key != "name"}}
+        environment = {"PYTHONHASHSEED": str(seed), "PYTHONUTF8": "1", "LD_BIND_NOW": "1"}  # bound before the forks
+        if "LD_LIBRARY_PATH" in os.environ:  # a Python whose own library is found that way
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        try:
+            here = os.path.dirname(os.path.abspath(__file__))
+            self.process = subprocess.Popen(
+                [sys.executable, "-S", "-s", "-B", "-c", _BOOT, here, json.dumps(config)],
+                env=environment, cwd="/", stdin=request_read, stdout=data_write, stderr=subprocess.DEVNULL,
+                pass_fds=(control_write, second_read), start_new_session=True)  # a Ctrl-C is for the trainer alone
+        finally:
+            for descriptor in (request_read, second_read, data_write, control_write):
+                os.close(descriptor)
+        self.requests, self.request = (first, second), first  # in turn: the next child waits already
+        for descriptor in (*self.requests, self.data, self.control):
+            os.set_blocking(descriptor, False)
+        _widen(self.data)
+        self.seed, self.state, self.jobs = seed, None, 0
+        self.piece, self.unsent, self.heard, self.told, self.deadline = None, b"", bytearray(), b"", 0.0
+        self.started = time.monotonic()
+
+    def give(self, piece: Piece, profile: Profile):
+        cpu = profile.cpu_seconds if piece.job.cpu_seconds is None else piece.job.cpu_seconds
+        limit = cpu + (CPU_SLACK if len(piece.texts) > 1 else 0)
+        wall = max(profile.wall_seconds, 6 * cpu)
+        job = piece.job
+        body = marshal.dumps((job.code, job.entry, tuple(piece.texts), limit, wall, job.stop_at_failure))
+        self.piece, self.unsent = piece, HEAD.pack(len(body)) + body
+        self.request = self.requests[self.jobs % 2]
+        self.heard, self.jobs, self.began = bytearray(), self.jobs + 1, time.monotonic()
+        self.deadline = self.began + 1.5 * wall + 5
+        self.send()
+
+    def send(self):
+        try:
+            self.unsent = self.unsent[os.write(self.request, self.unsent):]
+        except BlockingIOError:
+            pass
+
+    def listen(self, limit: int) -> bool:
+        """Takes what has come on the result pipe; False when it is more than `limit` bytes."""
+        while len(self.heard) <= limit:
+            try:
+                data = os.read(self.data, 262_144)
+            except BlockingIOError:
+                return True
+            if not data:
+                return True
+            self.heard += data
+        return False
+
+    def close(self):
+        """Closing the request pipes ends the server and whatever it runs."""
+        for descriptor in (*self.requests, self.data, self.control):
+            os.close(descriptor)
+
+    def wait(self, seconds):
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:  # a stray copy of the request pipe holds it open (a forked process of ours)
+            self.process.kill()
+            self.process.wait()
+
+
+class Sandbox:
+    """Runs untrusted programs. `workers` jobs at a time (default: one a core).
+
+    Raises SandboxError where programs cannot be confined (no seccomp), unless allow_weak says that processes with
+    resource limits and timers are enough. Use as a context manager; closed at exit otherwise.
+    """
+
+    def __init__(self, workers: int | None = None, profile: Profile = PROPOSAL, allow_weak: bool = False):
+        if sys.platform == "win32" or not sys.platform.startswith("linux") and not allow_weak:
+            raise SandboxError(f"programs cannot be confined on {sys.platform}: {_ADVICE}")
+        self.workers = workers or _cores()
+        self.profile, self.allow_weak = profile, allow_weak
+        self._owner, self._lock, self._selector = os.getpid(), threading.RLock(), selectors.DefaultSelector()
+        self._lanes, self._dying, self._infra, self._restarts = [], [], [], 0
+        self._packed, self._canonical_texts, self._protection = {}, {}, {}
+        self._children, self._cpu_seconds, self._peak_mb = 0, 0.0, 0.0
+        self._finalizer = weakref.finalize(self, _close_lanes, self._lanes, self._dying, self._selector, self._owner)
+        try:
+            self._start(FIRST_SEEDS[0])
+            while self._lanes[0].state is None:
+                self._turn()
+        except BaseException:
+            self.close()
+            raise
+        for line in _notes(self.state):
+            print(f"sandbox: {line}", file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._finalizer()
+
+    @property
+    def state(self) -> dict:
+        """What protects us: seccomp, Landlock (ABI number), uid, limits; each True, a value, or "no: why"."""
+        lanes = [lane for lane in self._lanes if lane.state]
+        return self._protection | {"profile": self.profile.name, "workers": self.workers, "lanes": len(lanes),
+                        "hash_seeds": list(FIRST_SEEDS + MORE_SEEDS),
+                        "weak": self._protection.get("seccomp") is not True,
+                        "lanes_replaced": self._restarts, "children": self._children,
+                        "children_cpu_seconds": round(self._cpu_seconds, 6),
+                        "children_peak_mb": round(self._peak_mb, 1)}
+
+    # --- jobs ---
+
+    def run(self, jobs) -> list[list[Outcome]]:
+        """Outcomes of every input of every job, in order. A fresh process per job; an input that ends its process
+        early does not spoil the inputs after it: they get another process."""
+        with self._lock:
+            pieces, results = self._prepare(jobs, FIRST_SEEDS[0])
+            self._execute(pieces)
+            return results
+
+    def validate(self, jobs) -> list[list[Outcome]]:
+        """As `run`, and once more under another hash seed with the inputs reversed and then again in order; under
+        eight more seeds where sets are involved. What is not the same each time becomes `nondeterministic`, with the
+        detail "state" (the same process gave two answers), "address" or "hash_seed"."""
+        jobs = list(jobs)
+        with self._lock:
+            pieces, results = self._prepare(jobs, FIRST_SEEDS[0])
+            sensitive = pieces[0].sensitive if pieces else set()
+            self._execute(pieces)
+            again = []
+            for job, first in zip(jobs, results):
+                good = [slot for slot, outcome in enumerate(first) if outcome.status == "ok"]
+                if good:
+                    seeds = FIRST_SEEDS[1:] + (MORE_SEEDS if id(first) in sensitive else ())
+                    again += [Repeat(job, first, good, seed, seed == FIRST_SEEDS[1]) for seed in seeds]
+            self._execute([piece for repeat in again for piece in self._pieces_of(repeat)])
+            self._explain([repeat for repeat in again if repeat.twice])
+            for repeat, found in [(repeat, repeat.compare()) for repeat in again[::-1]]:
+                for slot, outcome in found.items():
+                    repeat.first[slot] = outcome
+            return results
+
+    def _explain(self, repeats):
+        """Where several inputs differ between two seeds it may be for their order: the same order under the first seed
+        tells. A second answer that is the same there makes it a matter of state."""
+        doubtful = [repeat for repeat in repeats if len(repeat.good) > 1 and repeat.compare()]
+        checks = [Repeat(repeat.job, repeat.first, repeat.good, FIRST_SEEDS[0], True) for repeat in doubtful]
+        self._execute([piece for check in checks for piece in self._pieces_of(check)])
+        for repeat, check in zip(doubtful, checks):
+            for slot in repeat.compare():
+                if repeat.agrees(check, slot):
+                    repeat.by_order.add(slot)
+
+    def _pieces_of(self, repeat):
+        texts = self._canonical(repeat.job, repeat.order, repeat.outcomes)
+        return _pieces(repeat.job, texts, repeat.outcomes, repeat.seed, set())
+
+    def _canonical(self, job, order, outcomes):
+        """[(place in outcomes, canonical input)]; an input that is no literal gets its outcome here and goes
+        nowhere."""
+        texts = []
+        for place, slot in enumerate(order):
+            try:
+                texts.append((place, self._pack(job.inputs[slot])))
+            except literal.TooLarge as error:
+                outcomes[place] = Outcome("too_large", None, f"input {error}")
+            except literal.LiteralError as error:
+                outcomes[place] = Outcome("not_literal", None, f"input {error}")
+        return texts
+
+    def _pack(self, text):
+        """pack_args, remembered: a step asks the same hidden inputs of every candidate."""
+        packed = self._packed.get(text)
+        if packed is None:
+            packed = pack_args(text, self.profile.limits)
+            _remember(self._packed, text, packed)
+        return packed
+
+    def _prepare(self, jobs, seed):
+        pieces, results, sensitive = [], [], set()
+        for job in jobs:
+            outcomes = [None] * len(job.inputs)
+            results.append(outcomes)
+            refused = refusal(job, self.profile)
+            if refused is not None:
+                outcomes[:] = [refused] * len(outcomes)
+                continue
+            texts = self._canonical(job, range(len(job.inputs)), outcomes)
+            pieces += _pieces(job, texts, outcomes, seed, sensitive)
+        return pieces, results
+
+    # --- the loop ---
+
+    def _execute(self, pieces):
+        if os.getpid() != self._owner or not self._finalizer.alive:
+            raise SandboxError("this Sandbox is closed, or belongs to another process: open one here")
+        try:
+            self._drive(pieces, self.workers)
+            while self._infra:  # alone, so that a crowded machine is no reason
+                piece = self._infra.pop()
+                piece.retried = True
+                self._drive([piece], 1)
+        except BaseException:
+            for lane in [lane for lane in self._lanes if lane.piece is not None]:
+                self._drop(lane)
+            self._infra.clear()
+            raise
+
+    def _drive(self, pieces, workers):
+        queues = {}
+        for piece in pieces:
+            queues.setdefault(piece.seed, deque()).append(piece)
+        while self._fill(queues, workers) or any(lane.piece is not None for lane in self._lanes):
+            for piece in self._turn():
+                queues[piece.seed].appendleft(piece)
+
+    def _fill(self, queues, workers):
+        """Gives waiting pieces to idle lanes, starts lanes that are missing. True while pieces wait."""
+        busy = sum(lane.piece is not None for lane in self._lanes)
+        for seed, queue in queues.items():
+            lanes = [lane for lane in self._lanes if lane.seed == seed]
+            idle = [lane for lane in lanes if lane.state is not None and lane.piece is None]
+            while queue and idle and busy < workers:
+                lane = idle.pop()
+                if lane.jobs >= RECYCLE_AFTER:
+                    self._drop(lane)
+                    lanes.remove(lane)
+                    continue
+                self._give(lane, queue.popleft())
+                busy += 1
+            most = self.workers if seed in FIRST_SEEDS else max(1, self.workers // 4)
+            starting = sum(lane.state is None for lane in lanes)
+            for _ in range(min(len(queue) - starting, most - len(lanes))):
+                self._start(seed)
+        return any(queues.values())
+
+    def _give(self, lane, piece):
+        try:
+            lane.give(piece, self.profile)
+        except OSError:  # it died while idle
+            lane.piece = piece
+            return
+        if lane.unsent:
+            self._selector.register(lane.request, selectors.EVENT_WRITE, lane)
+
+    def _turn(self):
+        """Waits for the next event and handles it; returns pieces that must be run (again)."""
+        again = []
+        for key, _ in self._selector.select(_TICK):
+            lane = key.data
+            if key.fd == lane.request:
+                self._send(lane)
+            elif lane in self._lanes:
+                again += self._hear(lane)
+        now = time.monotonic()
+        for lane in list(self._lanes):
+            if lane.state is None and now - lane.started > _START_SECONDS:
+                raise SandboxError(f"a lane did not start within {_START_SECONDS:.0f} s")
+            if lane.piece is not None and now - lane.began > _TICK:
+                if not lane.listen(self.profile.output_bytes):
+                    lane.piece.settle_from(0, Outcome("killed", None, "output_flood"))
+                    self._drop(lane)
+                elif now > lane.deadline:
+                    again += self._lost(lane, "deadline")
+        return again
+
+    def _send(self, lane):
+        try:
+            lane.send()
+        except OSError:
+            lane.unsent = b""
+        if not lane.unsent:
+            self._selector.unregister(lane.request)
+
+    def _hear(self, lane):
+        """The control pipe of a lane: its greeting, the end of a job, or its own end."""
+        try:
+            data = os.read(lane.control, 65_536)
+        except BlockingIOError:
+            return []
+        lane.told += data
+        if lane.state is None and data:
+            if b"\n" in lane.told:
+                line, lane.told = lane.told.split(b"\n", 1)
+                self._greeted(lane, json.loads(line))
+            return []
+        if not data:
+            return self._lost(lane, "lane_ended")
+        if len(lane.told) < REPORT.size:
+            return []
+        status, cpu, memory = REPORT.unpack_from(lane.told)
+        lane.told = lane.told[REPORT.size:]
+        self._children += 1
+        self._cpu_seconds += cpu / 1e6
+        self._peak_mb = max(self._peak_mb, memory / 1024)
+        return self._finished(lane, status)
+
+    def _greeted(self, lane, state):
+        if "error" in state:
+            raise SandboxError(f"a lane could not start: {state['error']}")
+        if state["seccomp"] is not True and not self.allow_weak:
+            raise SandboxError(f"programs cannot be confined here (seccomp {state['seccomp']}): {_ADVICE}")
+        lane.state = self._protection = state
+
+    def _finished(self, lane, status):
+        piece = lane.piece
+        if piece is None:  # the child that waited was killed from outside: whose turn it is is no longer certain
+            return self._lost(lane, "no_job")
+        flood = not lane.listen(self.profile.output_bytes)
+        lane.piece = None
+        if flood:
+            piece.settle_from(0, Outcome("killed", None, "output_flood"))
+            self._drop(lane)
+            return []
+        if not lane.heard.startswith(b"B") or lane.unsent:  # the request may not have been read whole
+            lane.piece = piece
+            return self._lost(lane, "no_start")
+        rest, infra = settle(piece, bytes(lane.heard), status, self._is_canonical)
+        return self._again(piece, infra) if infra else rest
+
+    def _lost(self, lane, why):
+        """A lane that is of no more use; its job goes back."""
+        if lane.state is None:
+            raise SandboxError(f"a lane could not start: it ended with exit code {lane.process.poll()}")
+        piece = lane.piece
+        self._drop(lane)
+        return [] if piece is None else self._again(piece, why)
+
+    def _is_canonical(self, text) -> bool:
+        """Whether a text that a child has sent is the canonical text of a value within the limits."""
+        if text in self._canonical_texts:
+            return True
+        try:
+            good = literal.canon(literal.parse(text, self.profile.limits), self.profile.limits) == text
+        except literal.LiteralError:
+            return False
+        if good:
+            _remember(self._canonical_texts, text, True)
+        return good
+
+    def _again(self, piece, why):
+        """What becomes of inputs that were cut off for no fault of the program: all of them once more, alone; the
+        second time the first of them is given up and the others go on."""
+        waiting = [position for position, slot in enumerate(piece.slots) if piece.outcomes[slot] is None]
+        if not waiting:
+            return []
+        if not piece.retried:
+            self._infra.append(piece.rest(waiting[0]))
+            return []
+        piece.settle(waiting[0], Outcome("infra", None, why))
+        return [piece.rest(position) for position in waiting[1:2]]
+
+    def _start(self, seed):
+        lane = Lane(seed, self.profile, self.allow_weak)
+        self._lanes.append(lane)
+        self._selector.register(lane.control, selectors.EVENT_READ, lane)
+
+    def _drop(self, lane):
+        self._selector.unregister(lane.control)
+        if lane.unsent and lane.request in self._selector.get_map():
+            self._selector.unregister(lane.request)
+        self._lanes.remove(lane)
+        lane.piece = None
+        lane.close()
+        self._restarts += 1
+        self._dying[:] = [old for old in self._dying if old.process.poll() is None] + [lane]
+
+
+# --- housekeeping -------------------------------------------------------------------------------------------
+
+def _widen(pipe):
+    """A megabyte of room, so that a child need not wait until the pool looks."""
+    try:
+        fcntl.fcntl(pipe, _F_SETPIPE_SZ, 1 << 20)
+    except OSError:
+        pass  # the limit of this user is lower: slower, not wrong
+
+
+def _pieces(job, texts, outcomes, seed, sensitive):
+    """One piece with all the inputs, or none when no input is left to run."""
+    places = [place for place, _ in texts]
+    return [Piece(job, [text for _, text in texts], places, outcomes, seed, sensitive)] if texts else []
+
+
+def _remember(cache, text, value):
+    if len(text) <= 1_000:
+        if len(cache) >= 4_096:
+            cache.clear()
+        cache[text] = value
+
+
+def _taken_uids():
+    import pwd  # not on Windows
+    return [entry.pw_uid for entry in pwd.getpwall() if entry.pw_uid >= 1_000]
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _close_lanes(lanes, dying, selector, owner):
+    if os.getpid() != owner:  # a forked copy: the lanes are not ours
+        return
+    selector.close()
+    for lane in lanes:
+        lane.close()
+    deadline = time.monotonic() + 2.0
+    for lane in lanes + dying:
+        lane.wait(max(0.05, deadline - time.monotonic()))
+    lanes.clear()
+    dying.clear()
+
+
+def _notes(state):
+    """One line for every protection that is missing."""
+    if state["weak"]:
+        yield f"WEAK MODE: seccomp {state['seccomp']}; programs can reach files and the network"
+    if not isinstance(state.get("landlock"), int):
+        yield f"Landlock {state.get('landlock')}; seccomp alone keeps programs from files"
+    if str(state.get("uid")).startswith("no:"):
+        yield f"uid unchanged ({state['uid'][4:]}); seccomp alone protects other processes"
+    if state["limits"] != "set":
+        yield f"resource limits {state['limits']}"

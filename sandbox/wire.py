@@ -1,0 +1,54 @@
+"""What goes over the pipes between the pool and its lanes.
+
+A request is HEAD and a marshalled tuple (pool to child; the pool is trusted). A child answers with frames: B it is
+confined and begins, R refused by the gate, X failed while loading, G loaded, then one frame per input: O value, E
+exception, U of a type without a literal, L too large; D done. The server adds one REPORT after each child. Nothing
+here trusts a child.
+"""
+
+import marshal
+import struct
+
+from sandbox import literal
+
+HEAD = struct.Struct("=I")        # length of a request
+FRAME = struct.Struct("=cII")     # kind, length of the text in bytes, CPU time used so far in microseconds
+REPORT = struct.Struct("=iqq")    # wait status, CPU time in microseconds, peak memory in KiB
+KINDS = frozenset(b"BRXGOEULD")
+
+
+def pack_args(text: str, limits: literal.Limits) -> str | bytes:
+    """The arguments of one call as a child takes them: marshalled, or canonical text when there are sets, whose
+    order would come from this process otherwise. Raises literal.LiteralError for what is not literals within the
+    limits."""
+    args, kwargs = literal.parse_args(text, limits)
+    canonical = literal.canon_args(args, kwargs, limits)
+    if "{" in canonical and literal.has_set((args, kwargs)) or "set(" in canonical:
+        return canonical
+    return marshal.dumps((args, kwargs), 2)  # version 2 shares nothing: the child gets separate lists
+
+
+def unpack_args(packed: str | bytes, limits: literal.Limits) -> tuple[tuple, dict]:
+    return marshal.loads(packed) if type(packed) is bytes else literal.parse_args(packed, limits)
+
+
+def frame(kind: bytes, text: str, cpu_seconds: float) -> bytes:
+    data = text.encode("utf-8", "backslashreplace")
+    return FRAME.pack(kind, len(data), int(cpu_seconds * 1e6) & 0xFFFFFFFF) + data
+
+
+def decode(heard: bytes) -> tuple[list[tuple[str, str, float]], bool]:
+    """[(kind, text, CPU seconds so far)] and whether the bytes were whole frames of known kinds in valid UTF-8.
+    Never raises."""
+    frames, position = [], 0
+    while position + FRAME.size <= len(heard):
+        kind, length, cpu = FRAME.unpack_from(heard, position)
+        position += FRAME.size
+        if kind[0] not in KINDS or position + length > len(heard):
+            return frames, False
+        try:
+            frames.append((kind.decode(), heard[position:position + length].decode(), cpu / 1e6))
+        except UnicodeDecodeError:
+            return frames, False
+        position += length
+    return frames, position == len(heard)

@@ -1,0 +1,331 @@
+"""A lane: a fork-server that gives every program a fresh, confined child. Started by pool.py, its environment empty.
+
+Descriptors: 0 and `second` bring requests, in turn; 1 takes results (children write there); `control` is the server's
+alone: one greeting, then after each child its wait status, CPU time and peak memory. Children are forked before their
+requests come and wait. In a child, in this order: die with the server, read the request, close everything but 1, start
+the kernel timers, seccomp; only then is the program looked at. A child can say nothing but "input k gave this text",
+and what it says is checked outside.
+"""
+
+import codecs
+import gc
+import json
+import marshal
+import os
+import select
+import signal
+import sys
+import time
+import types
+import warnings
+
+from sandbox import confine, gate, literal, wire
+
+REQUEST_FIELDS = ("code", "entry", "inputs", "cpu_seconds", "wall_seconds", "stop_at_failure")
+RESULT_FD = 1
+_CODECS = """ascii latin_1 utf_8 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be utf_7 idna punycode
+    unicode_escape raw_unicode_escape charmap cp437 cp850 cp1250 cp1251 cp1252 cp1254 cp1257 iso8859_2 iso8859_5
+    iso8859_15 koi8_r mac_roman rot_13 euc_jp shift_jis""".split()
+
+_SAMPLE = """
+class A:
+    def __init__(self, x):
+        self.x = x
+def f(x, y):
+    found = {}
+    for i, c in enumerate(str(A(x).x) + y):
+        if i % 2 and c != "z" or not i:
+            found[c] = found.get(c, 0) + 1
+    while x > 0:
+        x -= 1
+    return [sorted(found.items(), key=lambda pair: pair[1]), {x for x in range(3)}, f"{x:>3}", -1.5, None]
+"""
+
+
+def main():
+    """Set-up, greeting, then children until the pool closes the request pipe or its process ends."""
+    config = json.loads(sys.argv[1])
+    control = config["control"]
+    os.set_inheritable(control, False)
+    try:
+        lane = Lane(config)
+        greeting = lane.confine()
+    except Exception as error:  # whatever it was, the pool must hear it
+        os.write(control, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
+        os._exit(1)
+    os.write(control, json.dumps(greeting).encode() + b"\n")
+    gc.collect()
+    gc.freeze()
+    lane.serve()
+
+
+class Lane:
+    """Everything a child needs, made once before the forks."""
+
+    def __init__(self, config):
+        self.config, self.control, self.server = config, config["control"], os.getpid()
+        self.requests = (0, config["second"])
+        self.pool = os.pidfd_open(config["pool"]) if hasattr(os, "pidfd_open") else None
+        if os.getppid() != config["pool"]:
+            raise OSError("the pool's process is gone")
+        self.limits = literal.Limits(**config["limits"])
+        self.gated, self.wide = config["gate"], config["wide"]
+        self.modules = {name: _load(name) for name in config["modules"]}
+        self.names = frozenset(self.modules)
+        if self.gated:
+            self.proxies = _proxies(self.modules)
+            self.builtins = gate.safe_builtins(self.wide, self.importer, gate.guarded_getattr)
+        for codec in _CODECS:
+            codecs.lookup(codec)  # later there is no way to load one
+        if "random" in sys.modules:
+            sys.modules["random"].seed(config["seed"])
+        self.program = types.ModuleType("program")
+        sys.modules["program"] = self.program
+        self.library = confine.libc()
+        self.fork = confine.plain_fork() or os.fork
+        self.seccomp = None
+
+    def confine(self):
+        """Takes from this process all that it can; returns what was taken, for Sandbox.state."""
+        state = {"python": sys.version.split()[0]}
+        missed = confine.limit_resources(self.config["memory_mb"])
+        state["limits"] = "set" if not missed else "missing " + " ".join(missed)
+        self.note(state, "seccomp", self.make_seccomp)
+        if self.seccomp is None and not self.config["allow_weak"]:
+            return state
+        self.note(state, "first_to_be_killed", _out_of_memory_first)
+        _forget_surroundings()
+        self.note(state, "uid", self.drop_user)
+        if self.library is not None:
+            self.library.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            self.library.prctl(confine.PR_SET_DUMPABLE, 0, 0, 0, 0)
+        self.note(state, "landlock", lambda: confine.landlock(self.library) if self.library else None)
+        if self.seccomp is not None and not self.seccomp.works():
+            self.seccomp = None
+            state["seccomp"] = "installed but not effective"
+        self.padding = _padding(self.config["seed"])
+        self.rehearse()
+        sys.setrecursionlimit(self.config["recursion"] + 20)  # the frames below the program
+        return state
+
+    @staticmethod
+    def note(state, name, action):
+        try:
+            state[name] = action()
+        except (OSError, StopIteration) as error:
+            state[name] = f"no: {error}"
+
+    def make_seccomp(self):
+        if self.library is None:
+            raise confine.ConfineError(f"{sys.platform} has no seccomp")
+        self.library.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        self.seccomp = confine.Seccomp(self.library, RESULT_FD)
+        if not self.seccomp.works():
+            self.seccomp = None
+            raise confine.ConfineError("the filter could not be installed")
+        return True
+
+    def rehearse(self):
+        """Answers a program of ours a few times, into the void: what the interpreter learns and caches on the way is
+        then shared by the children instead of being learnt, and paid for in copied pages, by each."""
+        results, void = os.dup(RESULT_FD), os.pipe()
+        os.dup2(void[1], RESULT_FD)
+        for _ in range(20):
+            self.answer(_SAMPLE, "f", (marshal.dumps(((3, "a"), {}), 2),), False)
+            os.read(void[0], 65_536)
+        os.dup2(results, RESULT_FD)
+        for descriptor in (results, *void):
+            os.close(descriptor)
+        self.program = sys.modules["program"] = types.ModuleType("program")
+
+    def drop_user(self):
+        if os.geteuid() != 0:
+            return f"kept {os.geteuid()}"
+        uid = confine.unused_uid(self.server, self.config["taken_uids"])
+        confine.drop_user(uid)
+        return uid
+
+    # --- the server ---
+
+    def serve(self):
+        """Two children at any time: one has a job or is about to get it, the next waits at the other request pipe. So
+        forking goes on beside the running program."""
+        poller = select.poll()
+        for descriptor in self.requests:
+            poller.register(descriptor, 0)  # nothing but the hang-up
+        if self.pool is not None:
+            poller.register(self.pool, select.POLLIN)
+        children, turn = [self.spawn(0), self.spawn(1)], 0
+        while self.wait(poller, children[turn]):
+            children[turn] = self.spawn(turn)
+            turn = 1 - turn
+        for pid in children:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except (ProcessLookupError, ChildProcessError):
+                pass  # reaped already
+        os._exit(0)
+
+    def spawn(self, turn):
+        pid = self.fork()
+        if pid == 0:
+            self.child(self.requests[turn])
+        if pid < 0:
+            os._exit(1)
+        return pid
+
+    def wait(self, poller, pid):
+        """Reaps the child and reports. False when the pool is gone."""
+        if self.pool is not None:
+            child = os.pidfd_open(pid)
+            poller.register(child, select.POLLIN)
+            ready = [descriptor for descriptor, _ in poller.poll()]
+            poller.unregister(child)
+            os.close(child)
+            if ready != [child]:
+                return False
+        _, status, usage = os.wait4(pid, 0)
+        cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
+        try:
+            os.write(self.control, wire.REPORT.pack(status, cpu, usage.ru_maxrss))
+        except OSError:
+            return False
+        return True
+
+    # --- the child ---
+
+    def child(self, source):
+        try:
+            if self.library is not None:
+                self.library.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != self.server:
+                os._exit(1)
+            request = dict(zip(REQUEST_FIELDS, marshal.loads(_read_request(source))))
+            os.closerange(2, 32)
+            os.close(0)
+            signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
+            signal.setitimer(signal.ITIMER_REAL, request["wall_seconds"])
+            if self.seccomp is not None:
+                self.seccomp.install()
+            say(b"B")
+            self.answer(**request)
+            say(b"D")
+        finally:
+            os._exit(0)
+
+    def answer(self, code, entry, inputs, stop_at_failure, **_):
+        try:
+            if self.gated:
+                program, order = gate.judge(code, self.names, self.wide)
+            else:
+                program, order = gate.compile_source(code), True
+        except gate.Refused as refused:
+            return say(b"R", " ".join(refused.args))
+        space = vars(self.program)
+        if self.gated:
+            space["__builtins__"] = self.builtins
+        try:
+            exec(program, space)
+            function = space[entry]
+        except BaseException as error:
+            return say(b"X", _name_of(error, entry))
+        say(b"G", "order" if order else "")
+        for arguments in inputs:
+            if not self.call(function, arguments) and stop_at_failure:
+                return None
+
+    def call(self, function, arguments):
+        try:
+            args, kwargs = wire.unpack_args(arguments, self.limits)
+            value = function(*args, **kwargs)
+        except BaseException as error:
+            return say(b"E", _name_of(error))
+        try:
+            say(b"O", literal.canon(value, self.limits))
+        except literal.TooLarge as error:
+            return say(b"L", str(error))
+        except literal.NotLiteral as error:
+            return say(b"U", str(error))
+        return True
+
+    def importer(self, name, scope=None, local=None, names=(), level=0):
+        """What `import` does for a program: modules from the list, cut down to their public names."""
+        if level or name not in self.proxies:
+            raise ImportError(f"import {name}")
+        return self.proxies[name if names else name.partition(".")[0]]
+
+
+def say(kind, text=""):
+    """One frame. Returns False, so that a failure can be said and returned in one line."""
+    os.write(RESULT_FD, wire.frame(kind, text, time.process_time()))
+    return False
+
+
+def _name_of(error, entry=None):
+    if entry is not None and type(error) is KeyError and error.args == (entry,):
+        return f"NameError no {entry}"
+    return literal.type_name(type(error))
+
+
+def _read_request(source):
+    length = wire.HEAD.unpack(_read_exactly(source, wire.HEAD.size))[0]
+    return _read_exactly(source, length)
+
+
+def _read_exactly(source, length):
+    parts = []
+    while length:
+        part = os.read(source, length)
+        if not part:
+            os._exit(0)  # the pool has closed the pipe
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
+
+
+# --- set-up -------------------------------------------------------------------------------------------------
+
+def _load(name):
+    __import__(name)
+    return sys.modules[name]
+
+
+def _proxies(modules):
+    """Copies of the modules without private names and without the modules that they imported themselves."""
+    proxies = {name: types.ModuleType(name, module.__doc__) for name, module in modules.items()}
+    for name, module in modules.items():
+        kept = {key: value for key, value in vars(module).items()
+                if not key.startswith("_") and type(value) is not types.ModuleType}
+        proxies[name].__dict__.update(kept)
+        if hasattr(module, "__all__"):
+            proxies[name].__all__ = [key for key in module.__all__ if key in kept]
+    for name, proxy in proxies.items():
+        parent, _, leaf = name.rpartition(".")
+        if parent in proxies:
+            setattr(proxies[parent], leaf, proxy)
+    return proxies
+
+
+def _out_of_memory_first():
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    return True
+
+
+def _forget_surroundings():
+    """No environment, no way to find further modules, no standard streams."""
+    os.environ.clear()
+    sys.path.clear()
+    sys.meta_path.clear()
+    sys.path_hooks.clear()
+    sys.path_importer_cache.clear()
+    sys.argv = [""]
+    warnings.simplefilter("ignore")
+    sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None
+
+
+def _padding(seed):
+    """Small objects of every size, another number in every lane: address randomisation moves whole pages only, so
+    without them two lanes would agree on an order that comes from addresses."""
+    return [bytes(size) for size in range(1, 480, 16) for _ in range(3 + 7 * seed)]
