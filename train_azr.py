@@ -87,10 +87,8 @@ class SelfPlay:
 
     def propose(self, step: int | str, modes: tuple = MODES, count: int | None = None) -> list[Sample]:
         """One proposal for each of `count` (prompts_per_mode) prompts a mode, with references from the buffers."""
-        rng = random.Random(
-            f"{self.config.seed}/{step}/propose"
-        )  # nothing random outlives a step, so a resume is exact
-        asked = []
+        # Nothing random outlives a step, so a resume is exact.
+        rng, asked = random.Random(f"{self.config.seed}/{step}/propose"), []
         for mode in modes:
             for _ in range(count or self.config.prompts_per_mode):
                 if mode == "induction":
@@ -98,12 +96,20 @@ class SelfPlay:
                 else:
                     references = self.buffers.sample(mode, self.config.references, rng)
                 asked.append((mode, references))
-        prompts = [propose_prompt(mode, references, self.template) for mode, references in asked]
+        prompts = [self.fitting_prompt(mode, references) for mode, references in asked]
         samples = self.sample("proposer", [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
         for sample, (mode, references) in zip(samples, asked):
             program = references[0].program if mode == "induction" else None
             sample.parsed = parse_proposal(mode, sample.response, program)
         return samples
+
+    def fitting_prompt(self, mode: str, references: list[Task]) -> str:
+        """The proposer's prompt, without the last references if it would be longer than prompt_tokens with them."""
+        prompt = propose_prompt(mode, references, self.template)
+        while mode != "induction" and references and len(self.policy.encode(prompt)) > self.config.prompt_tokens:
+            references = references[:-1]
+            prompt = propose_prompt(mode, references, self.template)
+        return prompt
 
     def sample(self, role: str, modes: list[str], prompts: list[str], n: int, key: str) -> list[Sample]:
         """n responses to each prompt as Samples, in order; `key` makes their seeds."""
@@ -111,16 +117,8 @@ class SelfPlay:
         seeds = [[sample_seed(self.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
         completions = self.policy.generate(ids, n, self.sampling, seeds)
         return [
-            Sample(
-                role=role,
-                mode=mode,
-                prompt=prompt,
-                prompt_ids=tokens,
-                completion=completion,
-                response=self.policy.decode(completion.ids),
-                group=f"{key}/{i}",
-            )
-            for i, (mode, prompt, tokens, row) in enumerate(zip(modes, prompts, ids, completions))
+            Sample(role, modes[i], prompts[i], ids[i], completion, self.policy.decode(completion.ids), f"{key}/{i}")
+            for i, row in enumerate(completions)
             for completion in row
         ]
 
@@ -136,8 +134,16 @@ class SelfPlay:
             sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
         for sample, verdict in zip(parsed, verdicts):
             sample.reason, sample.detail = verdict.reason, verdict.detail
-            sample.task = verdict.task
+            if verdict.ok and not self.fits(verdict.task):
+                sample.reason, sample.detail = "too_large", "its solver's prompt would exceed the model's context"
+            else:
+                sample.task = verdict.task
         return [sample for sample in samples if sample.task is not None]
+
+    def fits(self, task: Task) -> bool:
+        """Whether a solver's prompt and its longest response fit the model's context."""
+        context = getattr(self.policy.base.config, "max_position_embeddings", None) or math.inf
+        return len(self.policy.encode(solve_prompt(task, self.template))) + self.config.max_new_tokens <= context
 
     # ---------------------------------------------------------------- phase 3: solve
 
@@ -205,14 +211,9 @@ class SelfPlay:
         return totals
 
     def old_log_probs(self, samples: list[Sample]) -> None:
-        log_probs, _ = self.policy.score_lists(
-            [s.prompt_ids for s in samples],
-            [s.completion.ids for s in samples],
-            self.config.temperature,
-            self.config.token_budget,
-        )
-        for sample, log_prob in zip(samples, log_probs):
-            sample.old_log_prob = log_prob
+        for indices, log_prob, _, _ in self.score(samples, with_grad=False):
+            for i, row in zip(indices, log_prob.tolist()):
+                samples[i].old_log_prob = row[: len(samples[i].completion.ids)]
 
     def optimizer_step(self, step: int, samples: list[Sample]) -> dict[str, float]:
         """Gradient of the clipped surrogate over all micro-batches, then one AdamW step if it is finite.

@@ -37,6 +37,7 @@ class Config:
     answers: int = setting(8, "answers that measure a task's solve rate; more: finer rewards, slower steps")
     references: int | None = setting(None, "earlier tasks shown to the proposer (6; tiny 2)")
     max_new_tokens: int | None = setting(None, "longest response in tokens; raise if many are cut off ('truncated')")
+    prompt_tokens: int | None = setting(None, "longest proposer prompt; references that do not fit are left out")
     temperature: float = setting(1.0, "of sampling and of the trained log-probs")
     minibatches: int = setting(1, "optimizer steps a training step; above 1 the PPO clip becomes active")
     loss_weighting: str = setting(

@@ -14,9 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from azr.benchmarks import EvalResult, difference, well_formed_difference
+from azr.metrics import mean
 from azr.tasks import MODES, Sample
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
+WIDE = 112  # columns that a full step line needs
 INITIALS = "/".join(mode[0] for mode in MODES)
 
 
@@ -71,14 +73,9 @@ def header(config, why: str, policy, environment: dict) -> None:
         f"recipe {config.recipe}: {config.steps} steps of {3 * config.prompts_per_mode} proposals, {config.answers} "
         f"answers to each valid task, learning rate {config.learning_rate:g}, seed {config.seed}"
     )
-    say(
-        "sandbox: "
-        + ", ".join(
-            f"{name} {value}"
-            for name, value in environment["sandbox"].items()
-            if isinstance(value, (str, bool, int, float))
-        )
-    )
+    box = environment["sandbox"]
+    layers = [name for name in ("seccomp", "landlock", "limits", "uid") if box.get(name)]
+    say(f"sandbox: {box['lanes']} lanes, a fresh process a program, under {', '.join(layers)}")
 
 
 class StepLines:
@@ -90,7 +87,7 @@ class StepLines:
 
     def header(self) -> None:
         say(
-            f"columns {INITIALS}: valid proposals %, solved answers %, entropy H (nats a token) of proposer ; solver"
+            f"columns {INITIALS}: valid proposals %, solved answers %; entropy H in nats a token, proposer and solver"
         )
 
     def show(self, metrics: dict) -> None:
@@ -100,13 +97,14 @@ class StepLines:
             self.steps - metrics["step"]
         )  # the median: evaluations and the first step aside
         entropy = [[metrics[f"{role}/{mode}/entropy"] for mode in MODES] for role in ("proposer", "solver")]
-        line = (
-            f"step {metrics['step']:3d}/{self.steps}"
-            f" | valid {percent([metrics[f'proposer/{mode}/valid_rate'] for mode in MODES])}"
-            f" | solved {percent([metrics[f'solver/{mode}/accuracy'] for mode in MODES])}"
-            f" | H {numbers(entropy[0])} ; {numbers(entropy[1])}"
-            f" | {metrics['time/step']:.1f} s, {duration(left)} left"
-        )
+        valid = percent([metrics[f"proposer/{mode}/valid_rate"] for mode in MODES])
+        solved = percent([metrics[f"solver/{mode}/accuracy"] for mode in MODES])
+        line = f"step {metrics['step']:3d}/{self.steps} | valid {valid} | solved {solved} | "
+        if console.width >= WIDE:
+            line += f"H {numbers(entropy[0])} ; {numbers(entropy[1])} | {metrics['time/step']:.1f} s, "
+        else:  # 80 columns: means over the modes
+            line += f"H {numbers([mean(entropy[0]), mean(entropy[1])])} | "
+        line += f"{duration(left)} left"
         if self.price:
             line += f", ${self.price * metrics['time/elapsed'] / 3600:.2f}"
         say(line)

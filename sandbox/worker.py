@@ -2,9 +2,9 @@
 
 Descriptors: 0 and `second` bring requests, in turn; 1 takes results (children write there); `control` is the server's
 alone: one greeting, then after each child its wait status, CPU time and peak memory. Children are forked before their
-requests come and wait. In a child, in this order: die with the server, read the request, close everything but 1, start
-the kernel timers, seccomp; only then is the program looked at. A child can say nothing but "input k gave this text",
-and what it says is checked outside.
+requests come and wait. In a child, in this order: die with the server, close everything but its request pipe and 1,
+read the request, close that pipe, start the kernel timers, seccomp; only then is the program looked at.
+A child can say nothing but "input k gave this text", and what it says is checked outside.
 """
 
 import codecs
@@ -21,12 +21,13 @@ import warnings
 
 from sandbox import confine, gate, literal, wire
 
-REQUEST_FIELDS = ("code", "entry", "inputs", "cpu_seconds", "wall_seconds", "stop_at_failure")
 RESULT_FD = 1
+_BEGIN = wire.frame(b"B", "", 0.0)
 _CODECS = """ascii latin_1 utf_8 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be utf_7 idna punycode
     unicode_escape raw_unicode_escape charmap cp437 cp850 cp1250 cp1251 cp1252 cp1254 cp1257 iso8859_2 iso8859_5
     iso8859_15 koi8_r mac_roman rot_13 euc_jp shift_jis""".split()
 
+_SMALL = "def f(x):\n    return x\n"
 _SAMPLE = """
 class A:
     def __init__(self, x):
@@ -201,20 +202,23 @@ class Lane:
                 self.library.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != self.server:
                 os._exit(1)
-            request = dict(zip(REQUEST_FIELDS, marshal.loads(_read_request(source))))
+            gate.judge(_SMALL, self.names, self.wide)  # while it waits: the page faults of the first use
+            wire.frame(b"O", literal.canon([1], self.limits), time.process_time())
+            os.dup2(source, 0)
             os.closerange(2, 32)
+            code, entry, inputs, cpu, wall, stop_at_failure = marshal.loads(_read_request())
             os.close(0)
-            signal.setitimer(signal.ITIMER_PROF, request["cpu_seconds"])
-            signal.setitimer(signal.ITIMER_REAL, request["wall_seconds"])
+            signal.setitimer(signal.ITIMER_PROF, cpu)
+            signal.setitimer(signal.ITIMER_REAL, wall)
             if self.seccomp is not None:
                 self.seccomp.install()
-            say(b"B")
-            self.answer(**request)
+            os.write(RESULT_FD, _BEGIN)
+            self.answer(code, entry, inputs, stop_at_failure)
             say(b"D")
         finally:
             os._exit(0)
 
-    def answer(self, code, entry, inputs, stop_at_failure, **_):
+    def answer(self, code, entry, inputs, stop_at_failure):
         try:
             if self.gated:
                 program, order = gate.judge(code, self.names, self.wide)
@@ -268,15 +272,15 @@ def _name_of(error, entry=None):
     return literal.type_name(type(error))
 
 
-def _read_request(source):
-    length = wire.HEAD.unpack(_read_exactly(source, wire.HEAD.size))[0]
-    return _read_exactly(source, length)
+def _read_request():
+    length = wire.HEAD.unpack(_read_exactly(wire.HEAD.size))[0]
+    return _read_exactly(length)
 
 
-def _read_exactly(source, length):
+def _read_exactly(length):
     parts = []
     while length:
-        part = os.read(source, length)
+        part = os.read(0, length)
         if not part:
             os._exit(0)  # the pool has closed the pipe
         parts.append(part)

@@ -60,7 +60,7 @@ def test_every_operation_can_be_drawn_and_held_out_programs_never_are():
 def test_documents_are_mostly_right_and_noisy_by_design(sandbox):
     rng = random.Random(11)
     for mode in MODES:
-        rows = [recipe.propose_document(mode, rng) for _ in range(150)]
+        rows = [recipe.propose_document(mode, rng) for _ in range(400)]
         program = "def f(x):\n    return x+1" if mode == "induction" else None
         parsed = [parse_proposal(mode, response, program) for _, response in rows]
         if mode == "induction":  # the program is in the prompt
@@ -71,7 +71,7 @@ def test_documents_are_mostly_right_and_noisy_by_design(sandbox):
         else:
             values = [p.value for p in parsed]
         valid = sum(v.ok for v in validate([v for v in values if v], sandbox)) / len(rows)
-        assert 0.75 < valid < 0.97, mode
+        assert 0.78 < valid < 0.95, mode
         assert 0.85 < sum(p.well_formed for p in parsed) / len(rows) < 1
 
 
