@@ -75,7 +75,7 @@ def header(config, why: str, policy, environment: dict) -> None:
     )
     box = environment["sandbox"]
     layers = [name for name in ("seccomp", "landlock", "limits", "uid") if box.get(name)]
-    say(f"sandbox: {box['lanes']} lanes, a fresh process a program, under {', '.join(layers)}")
+    say(f"sandbox: {box['workers']} workers, a fresh process for every program, under {', '.join(layers)}")
 
 
 class StepLines:
