@@ -36,7 +36,7 @@ from azr.benchmarks import (
 )
 from azr.config import Config, dry_run, parse, resolve, template_of
 from azr.display import warn
-from azr.metrics import Clock, sample_row, step_metrics
+from azr.metrics import Clock, memory, sample_row, step_metrics
 from azr.prompts import STOP, propose_prompt, solve_prompt, template_hash
 from azr.rewards import proposer_reward, solver_reward
 from azr.rollout import LoraSettings, ModelError, Policy, Sampling
@@ -308,7 +308,7 @@ class SelfPlay:
         clock.lap("evaluate")
         with stop.shield():
             self.elapsed += clock.total()
-            times = {**clock.metrics(), "time/elapsed": round(self.elapsed, 2)}
+            times = {**clock.metrics(), "time/elapsed": round(self.elapsed, 2), **memory()}
             metrics = self.record(step, proposals, answers, samples, {**train, **held_out, **times})
             self.completed, last = step, step == self.config.steps
             self.snapshot = self.tensors(), self.non_finite

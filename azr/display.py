@@ -128,7 +128,10 @@ def sample_table(step: int, proposals: list[Sample], answers: list[Sample]) -> N
         tried = [a for a in answers if chosen.task is not None and a.task.hash == chosen.task.hash]
         rate = "-" if chosen.solve_rate is None else f"{chosen.solve_rate:.2f}"
         answer = f"{brief(tried[0].response, 3)}\n-> {tried[0].reason}" if tried else "-"
-        table.add_row(mode, Text(brief(chosen.response, 8)), chosen.reason, rate, Text(answer))
+        proposed = brief(chosen.response, 8)
+        if mode == "induction" and chosen.task is not None:  # the program was given, the inputs are the proposal
+            proposed = f"{chosen.task.program}\n{brief(chosen.response, 3)}"
+        table.add_row(mode, Text(proposed), chosen.reason, rate, Text(answer))
     console.print(table)
 
 

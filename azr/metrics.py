@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 import time
 from collections import Counter
 
@@ -80,6 +82,16 @@ def sample_row(step: int, sample: Sample) -> dict:
         "reason": sample.reason,
         "solve_rate": sample.solve_rate,
     }
+
+
+def memory() -> dict[str, float]:
+    """Peak memory so far in GB (1e9 bytes): of this process, and of the GPU if there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    peak = {"memory/peak_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        peak["memory/peak_gpu"] = torch.cuda.max_memory_allocated() / 1e9
+    return peak
 
 
 class Clock:

@@ -1,5 +1,6 @@
 """The training script as a user runs it: on the embedded model, in processes that are stopped and killed."""
 
+import dataclasses
 import json
 import math
 import os
@@ -174,6 +175,15 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
         log_probs = model(ids).logits[0].log_softmax(-1)
     theirs = log_probs[:-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
     assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_a_saved_config_can_be_passed_back(finished):
+    from azr.config import parse, resolve
+
+    out, _, _ = finished
+    stored = json.loads((out / "config.json").read_text())
+    config, _ = resolve(parse(["--config", str(out / "config.json"), "--seed", "7"], ""))
+    assert dataclasses.asdict(config) == {**stored, "seed": 7}
 
 
 @pytest.mark.parametrize(
