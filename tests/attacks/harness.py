@@ -58,7 +58,7 @@ def read_corpus(kinds=KINDS) -> list[tuple[str, str, str]]:
     """[(kind, name, program)]."""
     attacks = []
     for kind in kinds:
-        for part in (Path(__file__).parent / f"{kind}.py").read_text().split("# --- ")[1:]:
+        for part in (Path(__file__).parent / f"{kind}.txt").read_text().split("# --- ")[1:]:
             name, _, code = part.partition("\n")
             attacks.append((kind, name.strip(), code.replace(f"@LONG {name.strip()}@", LONG.get(name.strip(), ""))))
     return attacks
