@@ -1,0 +1,344 @@
+"""Grades code answers to HumanEval+ and MBPP+ (evalplus, arXiv 2305.01210) in the sandbox's benchmark profile.
+
+    problems = load_problems("HumanEvalPlus.jsonl.gz")
+    with Sandbox(profile=BENCHMARK) as sandbox:
+        grades = grade([(problem, answer), ...], sandbox)       # Grade(ok_base, ok_plus, reason, detail)
+
+The rules are evalplus 0.3.1's: its conversion of JSON inputs, time limits from the reference solution (4 times what
+its slowest input needs, at least a second; CPU time here), tolerances and special oracles. What differs: the expected
+outputs never enter the process of an answer, and what it returns is compared here, as a literal. So an object with an
+__eq__ of its own passes nothing, and neither does a value that no literal can say (a deque, a Fraction, an array).
+Modules are those of the profile: no numpy. Stricter than evalplus: Mbpp/164, where evalplus takes any value, wants a
+bool, and the polynomial of HumanEval/32 must not be far below zero either. Milder: floats anywhere in tuples, lists
+and dicts have the tolerance. Left out: prompts, and taking the code out of a response. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandbox import BENCHMARK, Job, Sandbox, literal
+
+TIME_FACTOR, LEAST_SECONDS = 4.0, 1.0       # evalplus: limit = max(1 s, 4 x the reference solution's time)
+REFERENCE_SECONDS = 30.0                    # CPU time of one input of a reference solution
+ATOL, RTOL = 1e-6, 1e-7                     # floats where a problem gives no tolerance; relative part, for all
+JOBS_PER_CALL = 64                          # so that the inputs and outputs in memory stay few
+
+_FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "canonical_solution": str, "base_input": list,
+           "plus_input": list, "atol": (int, float)}
+
+# What the arguments of MBPP+ were before they became JSON: a shape per argument, the last one for all that follow.
+# A shape reads from outside to inside: t list to tuple, l stays a list, * tuples all the way down, { values of a dict,
+# s set (an empty one is {}, as evalplus has it), f float, c complex, . unchanged.
+_SHAPES = {
+    "t": (2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726, 740, 744, 809),
+    "lt": (63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780),
+    "tt": (259, 278, 401, 445), "*": (580, 615, 791), "lt .": (75, 413, 444, 753), ". t": (106, 750),
+    "t .": (250, 307, 405, 446, 617, 720, 763, 808), "ls": (115,), "f c": (124,), "c": (252,), "{t .": (722,)}
+_SHAPE_OF = {f"Mbpp/{number}": shape.split() for shape, numbers in _SHAPES.items() for number in numbers}
+
+# Tasks whose statement leaves the order, or the kind of a true value, open.
+_ANY_ORDER = frozenset(f"Mbpp/{number}" for number in (2, 7, 111, 140, 232, 249, 579, 769))
+_FOUND_OR_NONE = frozenset(f"Mbpp/{number}" for number in (737, 787, 794))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem with its inputs: each the text between the parentheses of entry_point(...), the first `base` of them
+    the base inputs. atol: absolute tolerance of floats, 0 for the usual one."""
+
+    task_id: str
+    prompt: str
+    entry_point: str
+    solution: str
+    inputs: tuple[str, ...]
+    base: int
+    atol: float
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference solution came to on this machine: the inputs it answers (the first `base` of them base
+    inputs), its outputs as canonical text, the CPU limit of one input in seconds, and what it does not answer."""
+
+    inputs: tuple[str, ...]
+    base: int
+    outputs: tuple[str, ...]
+    cpu_seconds: float
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Grade:
+    """ok_plus: all inputs are right, the base ones too. reason: "ok", "wrong", "no_answer" or the sandbox's status of
+    the first input that is not right ("timeout", "error", ...; "infra": no verdict, the machine's fault)."""
+
+    ok_base: bool
+    ok_plus: bool
+    reason: str
+    detail: str = ""
+
+
+# ---------------------------------------------------------------- problems
+
+def load_problems(path: str | Path) -> list[Problem]:
+    """The problems of evalplus's file, .jsonl or .jsonl.gz. ValueError with file, line and field for a bad one."""
+    path, problems = Path(path), {}
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:       # bytes that are not UTF-8 among them
+            raise ValueError(f"{where}: not a JSON line ({error})") from error
+        problem = _problem(row, where)
+        if problem.task_id in problems:
+            raise ValueError(f"{where}, field task_id: {problem.task_id} is there twice")
+        problems[problem.task_id] = problem
+    if not problems:
+        raise ValueError(f"{path}: holds no problems; expected evalplus's HumanEvalPlus.jsonl or MbppPlus.jsonl")
+    return list(problems.values())
+
+
+def _lines(path: Path) -> list[bytes]:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).split(b"\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _problem(row: Any, where: str) -> Problem:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    if row.get("plus_input") == {}:         # Mbpp/793 of version 0.2.0 has no plus inputs, and says so like that
+        row["plus_input"] = []
+    for name, kind in _FIELDS.items():
+        if name not in row:
+            raise ValueError(f"{where}: the field {name} is missing")
+        if not isinstance(row[name], kind) or isinstance(row[name], bool):
+            raise ValueError(f"{where}, field {name}: {type(row[name]).__name__} is no value for it")
+    if not row["entry_point"].isidentifier():
+        raise ValueError(f"{where}, field entry_point: {row['entry_point']!r:.60} is no name of a function")
+    if not 0 <= row["atol"] < float("inf"):
+        raise ValueError(f"{where}, field atol: {row['atol']} is no tolerance")
+    if not row["base_input"]:
+        raise ValueError(f"{where}, field base_input: there is no input")
+    inputs = [_call(row["task_id"], arguments, f"{where}, field {name}")
+              for name in ("base_input", "plus_input") for arguments in row[name]]
+    return Problem(row["task_id"], row["prompt"], row["entry_point"], row["canonical_solution"], tuple(inputs),
+                   len(row["base_input"]), float(row["atol"]))
+
+
+def _call(task_id: str, arguments: Any, where: str) -> str:
+    """The text between the parentheses of a call with these JSON arguments."""
+    if not isinstance(arguments, list):
+        raise ValueError(f"{where}: an input is {type(arguments).__name__}, expected the list of arguments")
+    try:
+        return literal.canon_args(convert(task_id, arguments), {}, BENCHMARK.limits)
+    except (ValueError, TypeError, AttributeError) as error:        # LiteralError is a ValueError
+        raise ValueError(f"{where}: an input cannot be used ({error})") from error
+
+
+def convert(task_id: str, arguments: list) -> tuple:
+    """The arguments of one call as the task means them, from JSON: tuples, sets and complex numbers are back."""
+    shapes = _SHAPE_OF.get(task_id, ["."])
+    return tuple(_shaped(argument, shapes[min(place, len(shapes) - 1)]) for place, argument in enumerate(arguments))
+
+
+def _shaped(value: Any, shape: str) -> Any:
+    mark, inner = shape[0], shape[1:]
+    if mark == "c":
+        return complex(value)
+    if mark == "f":
+        return float(value)
+    if mark == "{":
+        return {key: _shaped(item, inner) for key, item in value.items()}
+    if mark == "s":
+        return set(value) if isinstance(value, list) and value else {}
+    if mark == "." or not isinstance(value, list):
+        return value
+    inner = shape if mark == "*" else inner or "."
+    items = [_shaped(item, inner) for item in value]
+    return items if mark == "l" else tuple(items)
+
+
+# ---------------------------------------------------------------- running
+
+def program_of(problem: Problem, answer: str) -> str:
+    """The program of an answer: the answer alone where it defines the entry point at its top level, and the prompt
+    with the answer as its completion elsewhere (a function's body, or helpers of a function that the prompt begins).
+
+    An answer whose first line of code is indented is the rest of the prompt's function, whatever follows.
+    """
+    first = re.search(r"^[ \t]*[^\s#]", answer, re.MULTILINE)
+    indented = first is not None and first.group()[0] in " \t"
+    name = re.escape(problem.entry_point)
+    defined = re.search(rf"^(?:(?:async[ \t]+)?def[ \t]+{name}[ \t]*[(\[]|{name}[ \t]*(?::[^=\n]*)?=(?!=))", answer,
+                        re.MULTILINE)
+    return answer if defined and not indented else problem.prompt + answer
+
+
+def calibrate(problems: Iterable[Problem], sandbox: Sandbox) -> dict[str, Reference]:
+    """Runs every reference solution once, alone, and a slow one again input by input: {task_id: Reference}.
+
+    An input that it does not answer is left out, with a line on stderr that says so: mostly outputs beyond the limits
+    of the profile. ValueError if it answers no base input, or for a sandbox of another profile.
+    """
+    if not sandbox.profile.wide:
+        raise ValueError(f"code benchmarks need Sandbox(profile=BENCHMARK), not the profile {sandbox.profile.name}")
+    return {problem.task_id: _reference(problem, sandbox) for problem in problems}
+
+
+def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
+    outcomes, used = _measured(problem, problem.inputs, sandbox)
+    good = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
+    faults = [f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
+              for place, outcome in enumerate(outcomes) if outcome.status != "ok"]
+    inputs, base = tuple(problem.inputs[place] for place in good), sum(place < problem.base for place in good)
+    if not base:
+        raise ValueError(f"{problem.task_id}: its reference solution answers no base input ({faults[0]})")
+    if faults:
+        print(f"warning: {problem.task_id}: {len(faults)} of {len(outcomes)} inputs are left out, the reference "
+              f"solution gives no value for them ({faults[0]})", file=sys.stderr, flush=True)
+    if used > LEAST_SECONDS / TIME_FACTOR:      # of all inputs together; the limit is about the slowest one
+        used = max(_measured(problem, (text,), sandbox)[1] for text in inputs)
+    return Reference(inputs, base, tuple(outcomes[place].output for place in good),
+                     max(LEAST_SECONDS, TIME_FACTOR * used), tuple(faults))
+
+
+def _measured(problem: Problem, inputs: tuple[str, ...], sandbox: Sandbox) -> tuple[list, float]:
+    """Outcomes of the reference solution, and the CPU seconds that all the inputs together took."""
+    before = sandbox.state["children_cpu_seconds"]
+    [outcomes] = sandbox.run([Job(problem.prompt + problem.solution, inputs, REFERENCE_SECONDS, problem.entry_point)])
+    return outcomes, sandbox.state["children_cpu_seconds"] - before
+
+
+def grade(problem_answers: Sequence[tuple[Problem, str | None]], sandbox: Sandbox,
+          references: dict[str, Reference] | None = None) -> list[Grade]:
+    """The grade of each answer, in order; None (or what is no text) is no answer. Equal answers to a problem run once.
+
+    references: what `calibrate` gave; problems that are not in it are calibrated here. Raises what it raises.
+    """
+    references = dict(references or {})
+    missing = {problem.task_id: problem for problem, _ in problem_answers if problem.task_id not in references}
+    references |= calibrate(missing.values(), sandbox)
+    grades = {}
+    todo = {(problem.task_id, answer): problem for problem, answer in problem_answers if isinstance(answer, str)}
+    keys = sorted(todo, key=lambda key: key[0])     # the sandbox keeps the inputs of the last problems in mind
+    for start in range(0, len(keys), JOBS_PER_CALL):
+        part = keys[start:start + JOBS_PER_CALL]
+        jobs = [Job(program_of(todo[key], key[1]), references[key[0]].inputs, references[key[0]].cpu_seconds,
+                    todo[key].entry_point, stop_at_failure=True) for key in part]
+        for key, outcomes in zip(part, sandbox.run(jobs), strict=True):
+            grades[key] = _grade(todo[key], references[key[0]], outcomes)
+    nothing = Grade(False, False, "no_answer", "the response holds no program")
+    return [grades[problem.task_id, answer] if isinstance(answer, str) else nothing
+            for problem, answer in problem_answers]
+
+
+def _grade(problem: Problem, reference: Reference, outcomes: list) -> Grade:
+    for place, outcome in enumerate(outcomes):
+        reason, detail = outcome.status, outcome.detail
+        if reason == "ok":
+            wanted = reference.outputs[place]
+            if accepts(problem, reference.inputs[place], outcome.output, wanted):
+                continue
+            reason, detail = "wrong", f"{outcome.output:.80} instead of {wanted:.80}"
+        name = _name(reference.base, place)
+        return Grade(place >= reference.base, False, reason, f"{name}: {detail}".rstrip(": "))
+    return Grade(True, True, "ok")
+
+
+def _name(base: int, place: int) -> str:
+    return f"base input {place}" if place < base else f"plus input {place - base}"
+
+
+# ---------------------------------------------------------------- comparing
+
+def accepts(problem: Problem, arguments: str, output: str, wanted: str) -> bool:
+    """Whether `output` is right for the call with `arguments`, where the reference solution gives `wanted`: canonical
+    texts all three. Special oracles as in evalplus/eval/_special_oracle.py."""
+    if output == wanted and problem.task_id != "Mbpp/164":
+        return True
+    value, expected = (literal.parse(text, BENCHMARK.limits) for text in (output, wanted))
+    if problem.task_id == "Mbpp/164":       # "equivalent" is not defined there, so either bool is right
+        return type(value) is bool
+    if problem.task_id in _FOUND_OR_NONE:
+        return _found(value) == _found(expected)
+    if close(value, expected, problem.atol):
+        return True
+    oracle = _ORACLES.get(problem.task_id)
+    if problem.task_id in _ANY_ORDER:
+        oracle = _same_elements
+    if oracle is None:
+        return False
+    try:
+        return bool(oracle(value, expected, literal.parse_args(arguments, BENCHMARK.limits)[0], problem.atol))
+    except (TypeError, ValueError, ArithmeticError):        # a value of another kind than the oracle is about
+        return False
+
+
+def close(value: Any, expected: Any, atol: float = 0.0) -> bool:
+    """Equal, or of the same kind with floats that differ by at most atol + 1e-7 |expected| (atol 0: 1e-6)."""
+    return literal.equal(value, expected, rel=0) or type(value) is type(expected) and _near(
+        value, expected, atol or ATOL)
+
+
+def _near(a: Any, b: Any, atol: float) -> bool:
+    kinds = {type(a), type(b)}
+    if kinds <= {int, float, complex} and kinds != {int}:
+        try:
+            return a == b or abs(a - b) <= atol + RTOL * abs(b) < float("inf") or literal.equal(a, b, rel=0)
+        except OverflowError:               # an integer beyond all floats
+            return False
+    if kinds == {list} or kinds == {tuple}:
+        return len(a) == len(b) and all(_near(x, y, atol) for x, y in zip(a, b))
+    if kinds == {dict}:
+        return a.keys() == b.keys() and all(_near(a[key], b[key], atol) for key in a)
+    return literal.equal(a, b, rel=0)
+
+
+def _found(value: Any) -> bool:
+    """Of a search: a match (written as True) or any other value, as against None; or a verdict already."""
+    return value if type(value) is bool else value is not None
+
+
+def _same_elements(value, expected, _arguments, _atol):
+    return set(value) == set(expected)
+
+
+def _is_root(value, _expected, arguments, atol):
+    """HumanEval/32: any zero of the polynomial sum_i arguments[0][i] x^i will do."""
+    return type(value) in (int, float) and abs(sum(c * value**i for i, c in enumerate(arguments[0]))) <= atol
+
+
+def _is_zero(value, _expected, _arguments, _atol):
+    """Mbpp/295: whether a number is among its divisors is open, as is what has none; evalplus takes 0."""
+    return type(value) in (int, float) and value == 0
+
+
+def _is_surface(value, _expected, arguments, atol):
+    """Mbpp/581: of a square pyramid, with the height read as that of the apex instead of the slant height."""
+    edge, height = arguments
+    slant = ((edge / 2)**2 + height**2)**0.5
+    return abs(value - round(edge**2 + 2 * edge * slant)) <= atol
+
+
+def _is_digit_distance(value, _expected, arguments, _atol):
+    """Mbpp/558: digit by digit from the right, the shorter number with zeros in front."""
+    texts = [str(number) for number in arguments]
+    width = max(map(len, texts))
+    return value == sum(abs(int(a) - int(b)) for a, b in zip(*(text.zfill(width) for text in texts)))
+
+
+_ORACLES = {"HumanEval/32": _is_root, "Mbpp/295": _is_zero, "Mbpp/581": _is_surface, "Mbpp/558": _is_digit_distance}
