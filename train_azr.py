@@ -125,7 +125,7 @@ class SelfPlay:
     # ---------------------------------------------------------------- phase 2: validate
 
     def validate(self, samples: list[Sample]) -> list[Sample]:
-        """Runs every proposal in the sandbox; each sample gets a verdict and, if valid, a task. Returns the valid ones."""
+        """Runs every proposal in the sandbox; each sample gets a verdict, a valid one its task. Returns the valid."""
         parsed = [sample for sample in samples if sample.parsed.value is not None]
         verdicts = validate(
             [sample.parsed.value for sample in parsed], self.sandbox, self.buffers.keys(), exempt=self.exempt
@@ -218,7 +218,7 @@ class SelfPlay:
     def optimizer_step(self, step: int, samples: list[Sample]) -> dict[str, float]:
         """Gradient of the clipped surrogate over all micro-batches, then one AdamW step if it is finite.
 
-        Samples without advantage have no gradient: they are scored without one, at a third of the cost, for the metrics.
+        Samples without advantage have no gradient: for the metrics they are scored without one.
         """
         groups = [GROUPS.index((sample.role, sample.mode)) for sample in samples]
         lengths = [len(sample.completion.ids) for sample in samples]
@@ -246,7 +246,7 @@ class SelfPlay:
         return self.policy.score(prompts, responses, config.temperature, config.token_budget, with_grad)
 
     def batch_loss(self, batch: list[Sample], log_prob: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor):
-        """(part of the loss, per-token columns for the statistics); log_prob and mask (batch, time), weight (batch,)."""
+        """(part of the loss, columns for the statistics); log_prob, mask (batch, time), weight (batch,)."""
         sampler = padded([s.completion.log_probs for s in batch], log_prob)
         old = log_prob.detach()
         if batch[0].old_log_prob is not None:
@@ -356,7 +356,7 @@ class SelfPlay:
         write_jsonl_atomic(self.run.dir / "probe.jsonl", rows)
 
     def held_out(self) -> list[Task]:
-        """--eval-data (tiny: its own); else 200 problems of CRUXEval both ways and 64 induction tasks of the seed stage.
+        """--eval-data (tiny: its own); else 200 problems of CRUXEval both ways, 64 induction tasks of the seed stage.
 
         Frozen in eval/held_out.jsonl when the run starts; the seed-stage tasks leave the buffer only by age.
         """

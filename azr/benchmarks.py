@@ -198,7 +198,7 @@ CRUXEVAL = ("cruxeval-org/cruxeval", "test.jsonl")      # dataset on the hub and
 
 
 def cruxeval_tasks(count: int, path: str | Path | None = None) -> list[Task]:
-    """`count` problems of CRUXEval (arXiv 2401.03065) as deduction and as many as abduction tasks, always the same ones.
+    """`count` problems of CRUXEval (arXiv 2401.03065) as deduction and as abduction tasks, always the same ones.
 
     path: a local copy of its file; None: through the hub. ValueError, in one line, if it cannot be had or read.
     """

@@ -66,7 +66,7 @@ def header(config, why: str, policy, environment: dict) -> None:
     trained, info = sum(p.numel() for p in policy.trainable_parameters()), policy.info
     base = "4-bit nf4" if info["quantization"] == "nf4" else info["dtype"]
     say(
-        f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} parameters)"
+        f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} weights)"
         f", on {environment['gpu'] or 'the CPU'}; {why}"
     )
     say(

@@ -5,7 +5,8 @@
 """
 
 from sandbox import literal
-from sandbox.pool import Job, Outcome, Sandbox, SandboxError
+from sandbox.outcomes import Job, Outcome
+from sandbox.pool import Sandbox, SandboxError
 from sandbox.profiles import BENCHMARK, PROPOSAL, Profile
 
 __all__ = ["BENCHMARK", "Job", "Outcome", "PROPOSAL", "Profile", "Sandbox", "SandboxError", "literal"]

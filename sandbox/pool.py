@@ -23,7 +23,7 @@ from collections import deque
 from dataclasses import asdict
 
 from sandbox import literal
-from sandbox.outcomes import CPU_SLACK, Job, Outcome, Piece, Repeat, refusal, settle
+from sandbox.outcomes import CPU_SLACK, Outcome, Piece, Repeat, refusal, settle
 from sandbox.profiles import PROPOSAL, Profile
 from sandbox.wire import HEAD, REPORT, pack_args
 

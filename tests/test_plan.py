@@ -1,7 +1,6 @@
 """Shapes against published totals, the memory plan against reference figures, presets against each other."""
 
 import dataclasses
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from azr import plan
-from azr.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, Shape, choose_preset, plan_memory, shape_of
+from azr.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

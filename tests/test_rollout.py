@@ -427,21 +427,20 @@ def test_nf4_hand_made_rewards_move_the_policy_the_right_way(real):
     assert advantage.sign().tolist() == rewards.tolist()
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-2, weight_decay=0.0)
     weight = ppo.token_weights(torch.full((8,), 3), torch.tensor([len(r) for r in responses]))
-    for _ in range(2):
+    for update in range(2):
         for indices, log_prob, _, mask in policy.score(prompts, responses, with_grad=True):
             for row, i in enumerate(indices):  # training and evaluation agree bit for bit at the first step
-                if start is not None:
+                if update == 0:
                     assert log_prob[row, : len(responses[i])].tolist() == start[i]
             loss = ppo.ppo_token_loss(log_prob, log_prob.detach(), advantage[indices, None])
             ppo.weighted_sum(loss, weight[indices], mask).backward()
         optimizer.step()
         optimizer.zero_grad()
-        first, start = (start, None) if start is not None else (first, None)
     end, _ = policy.score_lists(prompts, responses)
     # the first token that differs between the good and the bad response of a pair
     at = next(t for t, (a, b) in enumerate(zip(*responses[:2])) if a != b)
     for i in range(0, 8, 2):
-        assert end[i][at] - first[i][at] > 0 > end[i + 1][at] - first[i + 1][at]
+        assert end[i][at] - start[i][at] > 0 > end[i + 1][at] - start[i + 1][at]
     assert all(torch.equal(p, frozen[name]) for name, p in packed(policy).items())
     after = policy.adapter_state()
     assert all(not torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
