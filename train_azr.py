@@ -326,7 +326,7 @@ class SelfPlay:
         for task in SEED_TASKS.values():
             self.buffers.add(task, 0)
         self.exempt = {SEED_PROGRAM}
-        target, sizes = min(SEED_TASKS_PER_MODE, 4 * self.config.prompts_per_mode), self.sizes()
+        target = min(SEED_TASKS_PER_MODE, 4 * self.config.prompts_per_mode)
         for turn in range(SEED_ROUNDS):
             modes = tuple(mode for mode in MODES if self.buffers.size(mode) < target)
             if not modes:
