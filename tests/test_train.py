@@ -51,6 +51,13 @@ def train(out, held_out, *flags, **options):
     )
 
 
+def launch(out, held_out, *flags) -> subprocess.Popen:
+    """The same in the background, to be disturbed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(out, held_out, *flags), stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
 def reproducible(out) -> list[dict]:
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
@@ -88,25 +95,17 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, held_out, tmp_path):
     """SIGKILL at random moments, resumed until done: the same metrics, bit for bit."""
     whole, quantization, _ = finished
-    out, rng, kills = tmp_path / "run", random.Random(5), 0
+    out, rng = tmp_path / "run", random.Random(5)
     flags = ("--steps", 4, "--quantization", quantization, "--resume", "auto")
-    while True:
-        process = subprocess.Popen(
-            command(out, held_out, *flags),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        if kills < 3:
-            wait_for(out, 1 + kills, process)
-            time.sleep(rng.random())  # a random moment of the step that follows
-            process.kill()
-            process.wait()
-            kills += 1
-            continue
-        assert process.wait(timeout=300) == 0, process.stderr.read()
-        break
+    for kills in range(3):
+        process = launch(out, held_out, *flags)
+        wait_for(out, 1 + kills, process)
+        time.sleep(rng.random())  # a random moment of the step that follows
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it had not ended by itself
+    done = train(out, held_out, *flags)
+    assert done.returncode == 0, done.stderr
     assert reproducible(out) == reproducible(whole)
     for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
         assert (out / "checkpoints/step_4" / name).read_bytes() == (whole / "checkpoints/step_4" / name).read_bytes()
@@ -125,13 +124,7 @@ def test_sigterm_saves_at_once_and_says_how_to_go_on(finished, held_out, tmp_pat
     whole, quantization, _ = finished
     out = tmp_path / "run"
     flags = ("--steps", 4, "--quantization", quantization)
-    process = subprocess.Popen(
-        command(out, held_out, *flags),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = launch(out, held_out, *flags)
     wait_for(out, 1, process)
     process.send_signal(signal.SIGTERM)
     shown, errors = process.communicate(timeout=60)
