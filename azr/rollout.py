@@ -23,9 +23,11 @@ from azr.backends import HFGenerate
 from azr.engine import Completion, Engine, Sampling, Unsupported
 from azr.loading import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
 from azr.paged_attention import AttentionError
-from azr.scoring import ChunkedLogProb, Scored, head_logits, micro_batches
+from azr.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
 
 __all__ = ["Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
+
+SHARED_ROW = 512  # tokens
 
 
 class Policy:
@@ -40,6 +42,9 @@ class Policy:
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
         self._checkpointing = False  # are activations recomputed?
+        # Answers to one prompt are scored in one row, up to this length, and the prompt once: about half the tokens of a
+        # step. On a GPU, where it was not measured, a mask costs SDPA its fastest kernel: 0, every sample alone.
+        self.shared_row = SHARED_ROW if self.device.type == "cpu" else 0
         self.engine = self._engine(engine_options)
 
     @classmethod
@@ -110,7 +115,7 @@ class Policy:
               token_budget: int = 8192, with_grad: bool = False, chunk: int | None = None) -> Iterator[Scored]:
         """Log-prob and entropy of every response token, micro-batch by micro-batch, longest samples first.
 
-        Right-padded, no attention mask; rows x longest row <= token_budget; chunk: see ChunkedLogProb. Call backward on
+        Rows are right-padded; rows x longest row <= token_budget; chunk: see ChunkedLogProb. Call backward on
         each micro-batch before asking for the next. Empty responses give rows without tokens. ValueError: an empty
         prompt.
         """
@@ -123,33 +128,49 @@ class Policy:
         return self._score(prompts, responses, temperature, token_budget, with_grad, chunk)
 
     def _score(self, prompts, responses, temperature, token_budget, with_grad, chunk) -> Iterator[Scored]:
-        lengths = [len(p) + len(r) for p, r in zip(prompts, responses)]
+        longest = min(self.shared_row, token_budget)
+        rows = share_prompts(prompts, responses, longest)
+        lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
         self.model.train(with_grad)
-        for indices in micro_batches(lengths, token_budget):
+        for batch in micro_batches(lengths, token_budget):
+            indices = [i for number in batch for i in rows[number]]
             # no `yield` inside: the caller's grad mode must not change between micro-batches
             with torch.set_grad_enabled(with_grad):
                 scored = self._score_batch(
-                    indices, [prompts[i] for i in indices], [responses[i] for i in indices], temperature, chunk
+                    indices, [prompts[i] for i in indices], [responses[i] for i in indices], temperature, chunk, longest
                 )
             yield scored
 
-    def _score_batch(self, indices, prompts, responses, temperature, chunk) -> Scored:
-        length = max(len(p) + len(r) for p, r in zip(prompts, responses))
-        time = max(len(r) for r in responses)
-        ids = torch.full((len(indices), length), self.pad_id)
-        mask = torch.zeros(len(indices), time, dtype=torch.bool)
+    def _score_batch(self, indices, prompts, responses, temperature, chunk, longest=0) -> Scored:
+        rows = share_prompts(prompts, responses, longest)
+        length = max(len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows)
+        ids = torch.full((len(rows), length), self.pad_id)
+        spans = {}  # sample -> row, first and end of its response, length of its prompt
+        for number, row in enumerate(rows):
+            end = prompt = len(prompts[row[0]])
+            ids[number, :prompt] = torch.tensor(prompts[row[0]])
+            for i in row:
+                first, end = end, end + len(responses[i])
+                ids[number, first:end] = torch.tensor(responses[i], dtype=torch.int64)
+                spans[i] = number, first, end, prompt
+        mask = torch.zeros(len(indices), max(len(r) for r in responses), dtype=torch.bool)
         position, target = [], []  # flat index of the hidden state that predicts a token; the token
-        for row, (p, r) in enumerate(zip(prompts, responses)):
-            ids[row, : len(p) + len(r)] = torch.tensor(p + r)
-            mask[row, : len(r)] = True
-            start = row * length + len(p) - 1
-            position.extend(range(start, start + len(r)))
-            target.extend(r)
+        for i, response in enumerate(responses):
+            number, first, end, prompt = spans[i]
+            mask[i, : len(response)] = True
+            before = [prompt - 1, *range(first, end - 1)]
+            position.extend(number * length + place for place in before[: len(response)])
+            target.extend(response)
         ids, mask = ids.to(self.device), mask.to(self.device)
         position = torch.tensor(position, dtype=torch.int64, device=self.device)
         target = torch.tensor(target, dtype=torch.int64, device=self.device)
-        # no mask: with right padding causal attention never reads it, and SDPA keeps its fast causal kernel
-        hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[position]
+        # Rows of one response need no mask: with right padding causal attention never reads it, and SDPA keeps its fast
+        # causal kernel.
+        more = {}
+        if len(rows) < len(indices):
+            seen, place = shared_mask(len(rows), length, list(spans.values()))
+            more = {"attention_mask": seen.to(self.device), "position_ids": place.to(self.device)}
+        hidden = self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)[position]
         log_prob, entropy = ChunkedLogProb.apply(hidden, self.head.weight, target, temperature, chunk)
         padded = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_prob, entropy)]
         return Scored(indices, padded[0], padded[1], mask)
@@ -197,8 +218,11 @@ class Policy:
         """Write these values into the live LoRA matrices (optimizers keep their references). Raises ModelError."""
         fill_adapter(self.model, state, "this state")
 
-    def save_adapter(self, directory) -> None:
-        """Write adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them."""
+    def save_adapter(self, directory, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them.
+
+        state: what `adapter_state` gave at some time, instead of the live matrices.
+        """
         from safetensors.torch import save_file
 
         if not self.info["lora"]:
@@ -211,4 +235,5 @@ class Policy:
         config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
         text = json.dumps(config, indent=2, sort_keys=True, default=str)
         (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
-        save_file(self.adapter_state(), directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        state = self.adapter_state() if state is None else state
+        save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -163,3 +163,34 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
         else:
             batches.append([i])
     return batches
+
+
+def share_prompts(prompts: list[list[int]], responses: list[list[int]], longest: int) -> list[list[int]]:
+    """Indices of samples that go into one row: those of one prompt, as long as prompt and responses have at most
+    `longest` tokens together; longest 0: every sample alone."""
+    rows: list[list[int]] = []
+    open_row: dict[tuple, tuple[list[int], int]] = {}  # of each prompt: its last row and the tokens in it
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        key = tuple(prompt)
+        row, tokens = open_row.get(key, ([], longest))
+        if tokens + len(response) > longest:
+            row, tokens = [], len(prompt)
+            rows.append(row)
+        row.append(i)
+        open_row[key] = row, tokens + len(response)
+    return rows
+
+
+def shared_mask(rows: int, length: int, spans: list[tuple[int, int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(attention mask (rows, 1, length, length) bool, positions (rows, length)) of rows that hold several responses.
+
+    spans: (row, first, end, prompt length) of every response; it sees its prompt and itself and is placed as if it
+    followed the prompt at once.
+    """
+    owner = torch.zeros(rows, length, dtype=torch.int64)  # 0 is the prompt's, which all see; padding sees what is there
+    place = torch.arange(length).repeat(rows, 1)
+    for number, (row, first, end, prompt) in enumerate(spans, 1):
+        owner[row, first:end] = number
+        place[row, first:end] = torch.arange(prompt, prompt + end - first)
+    seen = (owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None])
+    return (seen & torch.ones(length, length, dtype=torch.bool).tril())[:, None], place

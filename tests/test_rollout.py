@@ -20,7 +20,7 @@ from transformers import (
 
 from azr import ppo
 from azr.rollout import LoraSettings, ModelError, Policy, Sampling
-from azr.scoring import ChunkedLogProb, micro_batches
+from azr.scoring import ChunkedLogProb, micro_batches, share_prompts
 
 REAL_TOKENIZER = Path(__file__).parents[1].parent / "shared" / "data" / "qwen2.5-tokenizer"
 LORA = LoraSettings(rank=8, alpha=16)
@@ -358,3 +358,23 @@ def test_a_tokenizer_that_reads_its_files_differently_is_refused(small, tmp_path
     check.write_text("[]")
     with pytest.raises(ModelError, match="tokenizer_check.json"):
         Policy.load(copy, "none")
+
+
+def test_samples_of_one_prompt_share_a_row_and_change_nothing(policy):
+    prompts = [p for p in prompts_of(4) for _ in range(5)]
+    responses = prompts_of(20, low=1, high=25, seed=1)
+    responses[7] = []
+    advantage = torch.randn(20, generator=torch.Generator().manual_seed(0))
+    results = []
+    for policy.shared_row, budget in ((0, 100_000), (512, 100_000), (512, 120), (60, 200)):
+        rows = share_prompts(prompts, responses, min(policy.shared_row, budget))
+        assert sorted(i for row in rows for i in row) == list(range(20))
+        assert (len(rows) == 20) == (policy.shared_row == 0) and all(len({*map(tuple, (prompts[i] for i in row))}) == 1
+                                                                     for row in rows)  # fmt: skip
+        gradients = gradient(policy, prompts, responses, advantage, budget)
+        results.append((gradients, policy.score_lists(prompts, responses, 0.9, budget)))
+    policy.shared_row = 512
+    for gradients, lists in results[1:]:
+        assert (gradients - results[0][0]).norm() / results[0][0].norm() < 1e-5
+        for mine, alone in zip(lists, results[0][1]):
+            assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(mine, alone))

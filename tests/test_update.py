@@ -81,6 +81,11 @@ def test_the_gradient_is_that_of_the_written_loss(policy, config):
     assert metrics["log_prob_gap"] < 1e-5 and metrics["skipped"] == 0 and metrics["clip_fraction"] == 0
 
 
+def held_at_once(prompts, responses) -> int:
+    """Tokens of a micro-batch: answers to one prompt share it."""
+    return sum(map(len, set(map(tuple, prompts)))) + sum(map(len, responses))
+
+
 def test_out_of_memory_while_scoring_leaves_the_gradient(policy, config, monkeypatch, capsys):
     samples = sampled(policy)
     whole, metrics = gradient(policy, samples, config, Sizes(4096))
@@ -89,7 +94,7 @@ def test_out_of_memory_while_scoring_leaves_the_gradient(policy, config, monkeyp
 
     def tight(self, indices, prompts, responses, *rest):
         forward.append(len(indices))
-        if sum(map(len, prompts)) + sum(map(len, responses)) > 300:
+        if held_at_once(prompts, responses) > 300:
             run_out()
         return honest(self, indices, prompts, responses, *rest)
 
@@ -131,7 +136,7 @@ def test_out_of_memory_in_the_old_log_probs(policy, config, monkeypatch):
     expected = [s.old_log_prob for s in samples]
 
     def tight(self, indices, prompts, responses, *rest):
-        if sum(map(len, prompts)) + sum(map(len, responses)) > 300:
+        if held_at_once(prompts, responses) > 300:
             run_out()
         return honest(self, indices, prompts, responses, *rest)
 
@@ -215,7 +220,7 @@ def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
     load, honest = Policy.load, Policy._score_batch
 
     def tight_score(self, indices, prompts, responses, *rest):
-        if tokens and sum(map(len, prompts)) + sum(map(len, responses)) > tokens:
+        if tokens and held_at_once(prompts, responses) > tokens:
             run_out()
         return honest(self, indices, prompts, responses, *rest)
 
@@ -238,7 +243,7 @@ def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
 def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(tmp_path, monkeypatch, capsys):
     """In every phase; and a resume, which never asks for more again, is exact to the last bit."""
     whole = train(tmp_path / "whole", monkeypatch, "--steps", 2)
-    tight = train(tmp_path / "tight", monkeypatch, "--steps", 2, tokens=500, rows=3)
+    tight = train(tmp_path / "tight", monkeypatch, "--steps", 2, tokens=250, rows=3)
     told = capsys.readouterr().err
     assert "out of memory in sampling" in told and "out of memory in the update" in told
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "tight")]
@@ -249,7 +254,7 @@ def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(tmp_path, m
                    for k, x in a.items())  # fmt: skip
     state = json.loads((tmp_path / "tight/checkpoints/step_2/state/state.json").read_text())
     assert state["sizes"]["scoring"]["token_budget"] <= 512 and state["sizes"]["rollout"]["max_batch"] <= 3
-    train(tmp_path / "halves", monkeypatch, "--steps", 1, tokens=500, rows=3)
+    train(tmp_path / "halves", monkeypatch, "--steps", 1, tokens=250, rows=3)
     halves = train(tmp_path / "halves", monkeypatch, "--steps", 2, "--resume", "auto")
     assert halves == tight and "out of memory" not in capsys.readouterr().err.split("resume:")[-1]
 

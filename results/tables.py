@@ -1,0 +1,469 @@
+"""Tables and plots of RESULTS.md from results/ARM/SEED.json: `python results/tables.py`.
+
+Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in RESULTS.md and draws results/plots/*.png. No torch.
+Unless a table says otherwise, an interval is Student's t over training seeds: it is about other seeds on the same
+held-out tasks, and the n in front of it is the number of seeds.
+
+Left out: Holm's correction; with some thirty arms one in twenty intervals at 95 % misses.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+
+from azr.fits import linear_fit, over_runs  # noqa: E402
+from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
+
+MODES = ("deduction", "abduction", "induction")
+REWARDS = {"learnability": "joint", "half-peak": "half-peak", "uniform": "uniform", "variance": "variance",
+           "gaussian": "gaussian", "gate": "gate", "random": "random"}  # fmt: skip
+CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "bonus", "adaptive", "clip-cov", "top-entropy",
+            "high-advantage-clip", "minibatches", "clip-higher", "kl-cov", "off-policy", "off-policy-more",
+            "off-policy-shuffled", "off-policy-gold")  # fmt: skip
+MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
+PROPOSERS = ("joint", "no-update", "no-update-matched", "frozen-base")
+FEWEST = 2  # seeds of an arm that is shown
+
+
+def load() -> dict[str, list[dict]]:
+    """Results of each arm, in the order of their seeds."""
+    arms: dict[str, list[dict]] = {}
+    for path in sorted(RESULTS.glob("*/[0-9]*.json"), key=lambda path: (path.parent.name, int(path.stem))):
+        arms.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
+    return arms
+
+
+# ---------------------------------------------------------------- numbers of a run
+
+
+def solved(result: dict, k: int) -> np.ndarray:
+    """(tasks,) pass@k of each held-out task."""
+    held_out = result["held_out"]
+    return pass_at_k(held_out["n"], held_out["correct"], k)
+
+
+def modes_of_tasks(arms: dict) -> np.ndarray:
+    """(tasks,) the mode of each: they are sorted by id, and every mode has as many."""
+    return np.repeat(sorted(MODES), len(arms["base"][0]["held_out"]["correct"]) // len(MODES))
+
+
+def gain(arms: dict, name: str, k: int) -> np.ndarray:
+    """(seeds, tasks): pass@k of an arm minus that of its base, whose two samples are pooled; seeds with n >= 2 k."""
+    base = "half-base" if name.startswith("half-") and name != "half-peak" else "base"
+    reference = np.mean([solved(result, k) for result in arms[base]], axis=0)
+    rows = [solved(result, k) - reference for result in arms[name] if result["held_out"]["n"] >= 2 * k]
+    return np.array(rows).reshape(-1, len(reference))
+
+
+def ends(result: dict, name: str, part: int = 10) -> tuple[float, float]:
+    """Means of a series over the first and the last `part` steps; steps without a value left out."""
+    values = np.array([np.nan if value is None else value for value in result["series"][name]], float)
+    return float(np.nanmean(values[:part])), float(np.nanmean(values[-part:]))
+
+
+def probe(result: dict, role: str) -> tuple[np.ndarray, np.ndarray]:
+    """Entropy on the frozen probe and the update's relative norm, at step 0 and every checkpoint."""
+    checkpoints = sorted(map(int, result["checkpoints"]))
+    entropy = [result["probe_entropy"][str(step)][f"{role}/all"] for step in (0, *checkpoints)]
+    norm = [0.0, *(result["checkpoints"][str(step)]["U1_rel_fro"] for step in checkpoints)]
+    return np.array(entropy), np.array(norm)
+
+
+def at_norm(norm: np.ndarray, values: np.ndarray, where: float) -> float:
+    """Linear interpolation along a run's checkpoints; NaN beyond its last one."""
+    order = np.argsort(norm)
+    return float(np.interp(where, norm[order], values[order])) if where <= norm.max() else np.nan
+
+
+# ---------------------------------------------------------------- text
+
+
+def over_seeds(values) -> Interval:
+    """Student's t over the values that there are; NaN without any."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    return over_runs(values) if len(values) else Interval(np.nan, np.nan, np.nan)
+
+
+def show(interval: Interval, digits: int = 3, sign: bool = True) -> str:
+    """`+.045 [+.031, +.058]`, bold where the interval leaves zero out and `sign` says that this matters."""
+    form = f"{{:+.{digits}f}}" if sign else f"{{:.{digits}f}}"
+    if np.isnan(interval.mean):
+        return ""
+    mean = form.format(interval.mean)
+    if not np.isfinite(interval.low):
+        return mean
+    text = f"{mean} [{form.format(interval.low)}, {form.format(interval.high)}]"
+    return f"**{text}**" if sign and (interval.low > 0 or interval.high < 0) else text
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def available(arms: dict, names) -> list[str]:
+    return [name for name in names if len(arms.get(name, [])) >= FEWEST]
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def sharpening(arms: dict) -> str:
+    """Finding 1: gains at each k, set figures within k = 256, different right answers."""
+    names = available(arms, MAIN)
+    rows = []
+    for k in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        base = over_seeds([solved(result, k).mean() for result in arms["base"]])
+        rows.append(
+            [str(k), f"{base.mean:.3f}", *(show(over_seeds(gain(arms, name, k).mean(axis=1))) for name in names)]
+        )
+    counts = [f"{name} ({len(arms[name])} seeds)" for name in names]
+    return table(["k", "base", *counts], rows)
+
+
+def per_mode(arms: dict) -> str:
+    """Finding 1, by mode: pass@1 and pass@64 against the base."""
+    tasks = modes_of_tasks(arms)
+    rows = []
+    for name in available(arms, (*MAIN, "no-update", "no-update-matched")):
+        cells = []
+        for k in (1, 64):
+            values = gain(arms, name, k)
+            cells += [show(over_seeds(values[:, tasks == mode].mean(axis=1))) for mode in MODES]
+        rows.append([f"{name} ({len(arms[name])})", *cells])
+    return table(["arm (seeds)", *(f"{mode} @{k}" for k in (1, 64) for mode in MODES)], rows)
+
+
+def sets(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """SRR and NDR (arXiv 2507.14843, section 3) of b against a from chances (tasks,) of solving each task."""
+    both, lost, found = (a * b).sum(), (a * (1 - b)).sum(), ((1 - a) * b).sum()
+    return both / (both + lost), found / (both + found)
+
+
+def support(arms: dict) -> str:
+    """Finding 1: what is kept, found and how varied, beside a second sample of the base."""
+    k, first, second = 256, *arms["base"][:2]
+    different = lambda result: np.array(result["held_out"]["distinct_correct"], float)  # noqa: E731
+    varied = modes_of_tasks(arms) != "deduction"  # there it is one
+    rows = []
+    wide = {name: [r for r in arms[name] if r["held_out"]["n"] >= 2 * k] for name in available(arms, MAIN)}
+    for name, results in [("base, second sample", [second]), *wide.items()]:
+        if not results:
+            continue
+        pairs = np.array([sets(solved(first, k), solved(result, k)) for result in results])
+        kept = np.array([different(result)[varied].mean() for result in results])
+        ratio = kept / different(first)[varied].mean()
+        one = len(results) == 1
+        cells = [pairs[:, 0], pairs[:, 1], kept, ratio]
+        rows.append(
+            [
+                name if one else f"{name} ({len(results)})",
+                *(f"{x[0]:.3f}" if one else show(over_seeds(x), sign=False) for x in cells),
+            ]
+        )
+    head = ["", "SRR: of what the base solves, kept", "NDR: of what is solved, new",
+            "different right answers a task, of 128", "ratio to the base"]  # fmt: skip
+    return table(head, rows)
+
+
+def entropy(arms: dict) -> str:
+    """Finding 2: own samples and the frozen probe, at the end and at the same norm of the update."""
+    names = available(arms, (*PROPOSERS, "rlvr", "sft", "half-joint", "half-no-update", "half-frozen-base"))
+    norms = {name: [probe(result, "solver")[1].max() for result in arms[name]] for name in names}
+    rows = []
+    for name in names:
+        cells = []
+        for role in ("proposer", "solver"):
+            if f"{role}/all/entropy" in arms[name][0]["series"] and name != "sft":
+                pairs = np.array([ends(result, f"{role}/all/entropy") for result in arms[name]])
+                cells.append(f"{pairs[:, 0].mean():.2f} -> {show(over_seeds(pairs[:, 1]), 2, sign=False)}")
+            else:
+                cells.append("")
+        for role in ("proposer", "solver"):
+            change = [probe(result, role)[0][-1] - probe(result, role)[0][0] for result in arms[name]]
+            cells.append(show(over_seeds(change), 2))
+        size = min(min(norms[other]) for other in names if is_half(other) == is_half(name))
+        for role in ("proposer", "solver"):
+            curves = [probe(result, role) for result in arms[name]]
+            change = [at_norm(norm, values, size) - values[0] for values, norm in curves]
+            cells.append(show(over_seeds(change), 2))
+        rows.append([f"{name} ({len(arms[name])})", *cells, show(over_seeds(norms[name]), 3, sign=False)])
+    head = ["arm (seeds)", "proposer, own samples", "solver, own samples", "probe, proposer", "probe, solver",
+            "proposer at equal norm", "solver at equal norm", "norm of the update / base"]  # fmt: skip
+    return table(head, rows)
+
+
+def is_half(name: str) -> bool:
+    return name.startswith("half-") and name != "half-peak"
+
+
+def sparsity(arms: dict) -> str:
+    """Finding 3: unchanged shares of the adapted weights at the real size, at RMS 3e-5, at equal norm; S5."""
+    names = available(arms, (*MAIN, "no-update"))
+    size = min(row["U1_rms"] for name in names for result in arms[name] for row in [last(result)])
+    rows = []
+    for name in names:
+        parts = [result["update"]["adapted"] for result in arms[name]]
+        s1 = lambda result: np.array([row["S1"] for row in in_order(result)])  # noqa: E731
+        rms = lambda result: np.array([row["U1_rms"] for row in in_order(result)])  # noqa: E731
+        equal = [at_size(rms(result), s1(result), size) for result in arms[name]]
+        columns = [
+            [f"{np.mean([part['U1_rms'] for part in parts]):.1e}"],
+            *([show(over_seeds([100 * part[key] for part in parts]), 2, sign=False)] for key in ("S1", "S2")),
+            *(
+                [show(over_seeds([100 * p["at_rms_3e-5"][key] for p in parts]), 2, sign=False)]
+                for key in ("S1", "S2")
+            ),
+            [show(over_seeds([100 * x for x in equal]), 2, sign=False)],
+            [show(over_seeds([100 * part["S5"]["excess"] for part in parts]), 3)],
+            [show(over_seeds([100 * part["at_rms_3e-5"]["S5"]["excess"] for part in parts]), 3)],
+            [show(over_seeds([part["R1_effective_rank"] for part in parts]), 1, sign=False)],
+        ]
+        rows.append([f"{name} ({len(parts)})", *(column[0] for column in columns)])
+    head = ["arm (seeds)", "U1: RMS", "S1, %", "S2, %", "S1 at RMS 3e-5, %", "S2 at RMS 3e-5, %",
+            f"S1 at RMS {size:.1e}, %", "S5, points", "S5 at RMS 3e-5", "effective rank of 16"]  # fmt: skip
+    return table(head, rows)
+
+
+def in_order(result: dict) -> list[dict]:
+    return [result["checkpoints"][str(step)] for step in sorted(map(int, result["checkpoints"]))]
+
+
+def last(result: dict) -> dict:
+    return in_order(result)[-1]
+
+
+def at_size(rms: np.ndarray, values: np.ndarray, where: float) -> float:
+    """Interpolated over log RMS; NaN outside of what was seen."""
+    order = np.argsort(rms)
+    inside = rms.min() <= where <= rms.max() * (1 + 1e-9)
+    return float(np.interp(np.log(where), np.log(rms[order]), values[order])) if inside else np.nan
+
+
+def rewards(arms: dict) -> str:
+    """Finding 4: seven rewards."""
+    rows = []
+    for reward, name in REWARDS.items():
+        if len(arms.get(name, [])) < FEWEST:
+            continue
+        results = arms[name]
+        greedy = [np.mean(result["greedy"]["accuracy"][max(result["greedy"]["accuracy"], key=int)])
+                  for result in results]  # fmt: skip
+        valid = [np.mean([ends(result, f"proposer/{mode}/valid_rate")[1] for mode in MODES]) for result in results]
+        shares = np.array([rate_shares(result) for result in results])
+        distance = [result["diversity"][-1]["program_distance"] for result in results]
+        cells = [show(over_seeds(gain(arms, name, k).mean(axis=1))) for k in (1, 64)]
+        cells += [show(over_seeds(100 * np.array(greedy)), 1, sign=False)]
+        cells += [show(over_seeds(100 * np.array(valid)), 0, sign=False)]
+        cells += [" / ".join(f"{100 * x:.0f}" for x in shares.mean(axis=0))]
+        cells += [show(over_seeds(distance), 3, sign=False)]
+        rows.append([f"{reward} ({len(results)})", *cells])
+    head = ["reward (seeds)", "pass@1 - base", "pass@64 - base", "greedy held-out, %", "valid, %",
+            "own tasks solved never / sometimes / always, %", "distance of programs"]  # fmt: skip
+    return table(head, rows)
+
+
+def rate_shares(result: dict) -> np.ndarray:
+    """(3,) of the valid proposals of the last quarter: solved by none, some, all of the answers; mean over modes."""
+    rows = [np.array(result["solve_rate"][f"{mode}/last"]) for mode in MODES]
+    return np.mean([[row[0], row[1:-1].sum(), row[-1]] for row in rows], axis=0)
+
+
+def power(arms: dict) -> str:
+    """Finding 4: the smallest true difference from learnability that would have been seen four times in five."""
+    lines = []
+    for label, value in (
+        ("greedy held-out accuracy", lambda result, _: np.mean(final_greedy(result))),
+        ("pass@1", lambda result, name: solved(result, 1).mean()),
+        ("pass@64", lambda result, name: solved(result, 64).mean()),
+    ):
+        groups = {name: np.array([value(result, name) for result in arms[name]]) for name in
+                  available(arms, REWARDS.values())}  # fmt: skip
+        variance = np.average([x.var(ddof=1) for x in groups.values()], weights=[len(x) - 1 for x in groups.values()])
+        freedom = sum(len(x) - 1 for x in groups.values())
+        joint = groups["joint"]
+        cells = []
+        for name, x in groups.items():
+            if name != "joint":
+                error = np.sqrt(variance * (1 / len(x) + 1 / len(joint)))
+                reach = 2.1 * error  # Student's t at 15 to 30 degrees of freedom
+                difference = x.mean() - joint.mean()
+                mark = "**" if abs(difference) > reach else ""
+                cells.append(f"{name} {mark}{100 * difference:+.1f} ± {100 * reach:.1f}{mark}")
+        detect = 100 * (2.1 + 0.86) * np.sqrt(2 * variance / 5)
+        lines.append(f"- {label}: standard deviation between training seeds {100 * np.sqrt(variance):.1f} points "
+                     f"({freedom} degrees of freedom); five seeds against five detect {detect:.1f} points with a power "
+                     f"of 80 %, one run against one {detect * np.sqrt(5):.1f}. Against learnability, points: "
+                     + ", ".join(cells) + ".")  # fmt: skip
+    return "\n".join(lines)
+
+
+def final_greedy(result: dict) -> list[float]:
+    accuracy = result["greedy"]["accuracy"]
+    return accuracy[max(accuracy, key=int)]
+
+
+def difficulty(arms: dict) -> str:
+    """Finding 5: fixed solvers on the proposals of the first and the last quarter."""
+    rows = []
+    for name in available(arms, ("joint", "no-update", "frozen-base", "half-peak")):
+        tables = [result["difficulty"] for result in arms[name] if "difficulty" in result]
+        if len(tables) < FEWEST:
+            continue
+        base = [t["rate"]["base"][-1]["mean"] - t["rate"]["base"][0]["mean"] for t in tables]
+        final = [t["rate"][t["solvers"][-1]][-1]["mean"] - t["rate"][t["solvers"][-1]][0]["mean"] for t in tables]
+        stronger = [np.mean([b["mean"] - a["mean"] for a, b in zip(t["rate"]["base"], t["rate"][t["solvers"][-1]])])
+                    for t in tables]  # fmt: skip
+        longer = [t["tokens"]["base"][-1]["mean"] - t["tokens"]["base"][0]["mean"] for t in tables]
+        own = [ends(r, f"solver/{mode}/response_tokens")[1] - ends(r, f"solver/{mode}/response_tokens")[0]
+               for r in arms[name] for mode in MODES]  # fmt: skip
+        own = np.array(own).reshape(len(arms[name]), len(MODES)).mean(axis=1)
+        logged = [t["logged_rate"][-1]["mean"] - t["logged_rate"][0]["mean"] for t in tables]
+        cells = [show(over_seeds(x)) for x in (logged, base, final, stronger)]
+        cells += [show(over_seeds(x), 2) for x in (own, longer)]
+        rows.append([f"{name} ({len(tables)})", *cells])
+    head = ["arm (seeds)", "solve rate as logged", "of the base: the tasks", "of the final model: the tasks",
+            "final minus base, same tasks: the solver", "tokens of answers, logged",
+            "tokens of the base's answers: the tasks"]  # fmt: skip
+    return table(head, rows)
+
+
+def controls(arms: dict) -> str:
+    """Finding 6: what each control does at k = 1 and k = 64 against the base, and to the solver's entropy."""
+    rows = []
+    for name in available(arms, CONTROLS):
+        results = arms[name]
+        own = [ends(result, "solver/all/entropy")[1] for result in results]
+        frozen = [probe(result, "solver")[0][-1] - probe(result, "solver")[0][0] for result in results]
+        touched = [np.nanmean([np.nan if x is None else x for x in result["series"].get("train/control_share", [None])])
+                   if any(result["series"].get("train/control_share", [])) else np.nan for result in results]  # fmt: skip
+        tokens = np.mean([np.mean(result["series"]["train/tokens"]) for result in results])
+        against = [show(over_seeds(gain(arms, name, k).mean(axis=1))) for k in (1, 64)]
+        less = [show(difference_of_seeds(gain(arms, name, k), gain(arms, "joint", k))) if name != "joint" else ""
+                for k in (1, 64)]  # fmt: skip
+        share = f"{100 * np.nanmean(touched):.1f}" if np.isfinite(touched).any() else ""
+        rows.append([f"{name} ({len(results)})", *against, *less, show(over_seeds(own), 2, sign=False),
+                     show(over_seeds(frozen), 2), share, f"{tokens:.0f}"])  # fmt: skip
+    head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint", "pass@64 - joint",
+            "solver entropy at the end", "on the probe", "tokens touched, %", "tokens a step"]  # fmt: skip
+    return table(head, rows)
+
+
+def difference_of_seeds(a: np.ndarray, b: np.ndarray) -> Interval:
+    """Mean over seeds of a minus that of b, each (seeds, tasks); Welch's t, degrees of freedom of the smaller group."""
+    a, b = a.mean(axis=1), b.mean(axis=1)
+    parts = [over_seeds(x) for x in (a, b)]
+    half = np.hypot(parts[0].mean - parts[0].low, parts[1].mean - parts[1].low)
+    mean = parts[0].mean - parts[1].mean
+    return Interval(mean, mean - half, mean + half)
+
+
+PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/untrained": "forward KL, untrained text",
+              "kl_reverse/solver": "reverse KL, solver prompts", "U1_rel_fro": "norm of the update",
+              "S1": "sparsity S1"}  # fmt: skip
+
+
+def forgetting(arms: dict) -> str:
+    """Finding 6: what was lost of a skill never trained on, against KL, norm, sparsity; R^2 with runs resampled."""
+    points = forgetting_points(arms)
+    lost = np.array([point["drop"] for point in points])
+    runs = np.array([point["run"] for point in points])
+    rows = []
+    for key, label in (*PREDICTORS.items(), ("S5", "excess sparsity S5")):
+        x = np.array([point[key] for point in points])
+        line = linear_fit(x, lost, groups=runs)
+        both = linear_fit(np.column_stack([x, [p["kl_forward/untrained"] for p in points]]), lost, groups=runs)
+        added = both.r2.mean - linear_fit([p["kl_forward/untrained"] for p in points], lost, groups=runs).r2.mean
+        rows.append([label, show(line.r2, 2, sign=False), "" if key == "kl_forward/untrained" else f"{added:+.2f}"])
+    n = f"{len(points)} checkpoints of {len(set(runs))} runs"
+    return table([f"the drop against ({n})", "R^2", "added to forward KL on that text"], rows)
+
+
+def forgetting_points(arms: dict) -> list[dict]:
+    """One a checkpoint of every run on the larger base: predictors and the drop of the untrained skill."""
+    points = []
+    for name, results in arms.items():
+        for result in results:
+            if "checkpoints" in result and not is_half(name):
+                for row in in_order(result):
+                    numbers = {key: row[key] for key in PREDICTORS}
+                    points.append(numbers | {"S5": row["S5"]["excess"], "arm": name, "run": f"{name}/{result['seed']}",
+                                             "drop": result["skill_base"] - row["skill"]})  # fmt: skip
+    return points
+
+
+def lost_by_arm(arms: dict) -> str:
+    """Finding 6: the drop and the KL of each arm at the end."""
+    rows = []
+    for name in available(arms, (*MAIN, "no-update", "off-policy-gold", "bonus")):
+        results = arms[name]
+        drop = [100 * (result["skill_base"] - last(result)["skill"]) for result in results]
+        kl = [last(result)["kl_forward/untrained"] for result in results]
+        new = [last(result)["kl_forward/solver"] for result in results]
+        rows.append([f"{name} ({len(results)})", show(over_seeds(drop), 1), show(over_seeds(kl), 3, sign=False),
+                     show(over_seeds(new), 3, sign=False)])  # fmt: skip
+    head = ["arm (seeds)", "untrained skill lost, points", "forward KL there, nats a token", "on solver prompts"]
+    return table(head, rows)
+
+
+def seeds_and_tasks(arms: dict) -> str:
+    """Finding 1: how much of the uncertainty is about tasks, how much about training seeds."""
+    rows = []
+    for name in available(arms, MAIN):
+        for k in (1, 64, 256):
+            values = gain(arms, name, k)
+            if not len(values):
+                continue
+            over_tasks = difference_interval(values.mean(axis=0))
+            rows.append([name, str(k), show(over_seeds(values.mean(axis=1))), show(over_tasks),
+                         " / ".join(f"{x:+.3f}" for x in values.mean(axis=1))])  # fmt: skip
+    return table(["arm", "k", "over training seeds", "over tasks (mean of the seeds)", "seed by seed"], rows)
+
+
+TABLES = (sharpening, seeds_and_tasks, per_mode, support, entropy, sparsity, rewards, power, difficulty, controls,
+          forgetting, lost_by_arm)  # fmt: skip
+
+
+# ---------------------------------------------------------------- the script
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with `content` between the marker of that name and the next end marker. ValueError without marker."""
+    start, end = f"<!-- {name} -->", "<!-- end -->"
+    before, found, rest = text.partition(start)
+    if not found or end not in rest:
+        raise ValueError(f"RESULTS.md has no {start} ... {end}")
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def main() -> int:
+    arms = load()
+    if not {"base", "joint"} <= arms.keys():
+        print("results/tables.py: no results of base and joint; python results/experiments.py run", file=sys.stderr)
+        return 2
+    page = RESULTS.parent / "RESULTS.md"
+    text = page.read_text()
+    for make in TABLES:
+        text = fill(text, make.__name__, make(arms))
+    page.write_text(text)
+    import plots  # beside this file
+
+    main_arms, proposers = available(arms, MAIN), available(arms, (*PROPOSERS, "rlvr", "sft"))
+    plots.save(plots.sharpening(arms, main_arms), RESULTS / "plots" / "pass_at_k.png")
+    plots.save(plots.entropy(arms, proposers, probe), RESULTS / "plots" / "entropy.png")
+    plots.save(plots.sparsity(arms, main_arms), RESULTS / "plots" / "sparsity.png")
+    plots.save(plots.rewards(arms, REWARDS), RESULTS / "plots" / "rewards.png")
+    plots.save(plots.forgetting(forgetting_points(arms)), RESULTS / "plots" / "forgetting.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
