@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     from azr import evalrun
     from azr.display import say
     from azr.evalscore import check_ks, conclude
-    from azr.runs import StopNow, StopRequest
+    from azr.stop import StopNow, StopRequest
 
     for name in ("samples", "max_new_tokens", "limit"):
         if (value := getattr(args, name)) is not None and value < 1:

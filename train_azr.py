@@ -4,11 +4,14 @@
     python train_azr.py --model qwen-3b          4-bit base + LoRA on one GPU
     python train_azr.py --out runs/a --resume auto     go on after a stop, a crash or a kill
     python train_azr.py --model qwen-3b --dry-run      what it would use; nothing is trained
+    python train_azr.py --doctor                 what works on this machine and what does not, to paste into an issue
     python train_azr.py --algorithm rlvr --data tasks.jsonl     the same loop on fixed tasks; sft: on given solutions
+    python train_azr.py export runs/a --out DIR        base and adapter merged, verified, as a plain bf16 model
 
-A step has five phases: propose, validate, solve, reward and update, record. Ctrl-C or SIGTERM saves and exits 0, a
-second one quits; SIGUSR1 saves and goes on. Exit codes: 0 done or stopped with a checkpoint, 1 gave up (a non-finite
-loss three times in a row), 2 bad input, nothing done.
+A step has five phases: propose, validate, solve, reward and update, record. Ctrl-C, SIGTERM or a closed terminal saves
+and exits 0, a second one quits (130); SIGUSR1 saves and goes on. Exit codes: 0 done or stopped with a checkpoint; 1
+gave up (three non-finite losses in a row, no memory, no sandbox: complete steps are saved; a full disk: the last
+checkpoint is whole); 2 bad input, nothing done.
 
 Left out of the textbook PPO: critic, KL penalty, reference model, learning-rate schedule; as in the published recipe.
 """
@@ -23,18 +26,26 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from azr import arms, display, entropy_control, maths, off_policy, plan, update
-from azr.backoff import DoesNotFit, Sizes, rollout_sizes, set_rollout_sizes
-from azr.config import Config, dry_run, parse, resolve, template_of
+from azr import doctor
+
+if __name__ == "__main__" and "--doctor" in sys.argv:  # before the packages that it looks at
+    sys.exit(doctor.main(sys.argv[1:]))
+
+from azr import arms, display, entropy_control, maths, off_policy, plan, trackers, update, worst_case
+from azr.backoff import DoesNotFit, Sizes, is_out_of_memory
+from azr.config import Config, completed, dry_run, parse, resolve, template_of
 from azr.display import warn
 from azr.evaluation import Evaluation
+from azr.health import Watch
 from azr.heldout import load_tasks, plot_pass_at_k, sample_seed
 from azr.metrics import Clock, memory, sample_row, step_metrics
 from azr.passk import powers_of_two
-from azr.prompts import STOP, propose_prompt, solve_prompt, template_hash
+from azr.prompts import STOP, propose_prompt, solve_prompt
 from azr.rewards import proposer_reward, solver_reward
 from azr.rollout import LoraSettings, ModelError, Policy, Sampling
-from azr.runs import Run, RunError, StopNow, StopRequest, read_lines, write_jsonl_atomic
+from azr.runs import DiskError, Run, RunError, read_lines, write_jsonl_atomic
+from azr.saving import GaveUp, Saved
+from azr.stop import StopNow, StopRequest
 from azr.tasks import (
     MODES,
     SEED_PROGRAM,
@@ -57,14 +68,10 @@ NON_FINITE_LIMIT = 3
 UNSAMPLED = ("log_prob_gap", "log_prob_gap_max", "gap_capped", "clip_fraction")  # train/ metrics that sft has not
 
 
-class GaveUp(RuntimeError):
-    """Training cannot go on; one line says why. Exit code 1."""
-
-
-class SelfPlay:
+class SelfPlay(Saved):
     """The state of a run: policy, optimizer, buffers. Parameters and buffers change in phases 4 and 5 only."""
 
-    run: Run  # opened when nothing can be refused any more
+    tracker = trackers.NONE  # until the run is open
 
     def __init__(
         self, config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, data=(), given=(), grader=None
@@ -78,7 +85,7 @@ class SelfPlay:
         held_out = dataclasses.replace(self.sampling, temperature=config.eval_temperature)
         self.evaluation = Evaluation(config, policy, sandbox, self.template, held_out, run_dir)
         self.adaptive: dict = {}  # the state of --entropy-control adaptive
-        self.non_finite, self.elapsed, self.completed, self.started = 0, 0.0, 0, False
+        self.non_finite, self.elapsed, self.completed = 0, 0.0, 0
         self.clock = Clock()
         self.exempt: set[str] = set()  # programs that may be trivial: the identity, while there is nothing else
         self.data, given = arms.fitting(data, self.fits), arms.fitting(given, self.fits)
@@ -177,7 +184,9 @@ class SelfPlay:
             sample.correct = verdict.ok
             sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
         self.clock.lap("judge")
-        return [sample for sample in samples if sample.reason != "infra"]
+        judged = [sample for sample in samples if sample.reason != "infra"]
+        self.clock.count("unjudged", len(samples) - len(judged))
+        return judged
 
     def backfill(self, step: int, valid: list[Sample]) -> list[Task]:
         """Buffer tasks for modes in which less than half of the proposals are valid, up to that half."""
@@ -283,6 +292,7 @@ class SelfPlay:
         metrics = {"step": step, **step_metrics(proposals, answers, trained, self.config.answers), **more}
         metrics |= {f"buffer/{mode}/size": self.buffers.size(mode) for mode in MODES}
         self.run.log(metrics)
+        self.tracker.log(metrics)
         self.run.log_samples([sample_row(step, sample) for sample in [*proposals, *answers, *extra]])
         return metrics
 
@@ -301,14 +311,18 @@ class SelfPlay:
         held_out = self.evaluation.greedy() if evaluated else {}
         clock.lap("evaluate")
         with stop.shield():
+            self.snapshot = None  # an error in between leaves buffers that belong to no step
             self.elapsed += clock.total()
-            times = {**clock.metrics(), "time/elapsed": round(self.elapsed, 2), **memory()}
+            times = {**clock.metrics(), "time/elapsed": round(self.elapsed, 2), **memory(self.computed_at_once())}
+            times["time/lanes_lost"] = self.sandbox.state["lanes_lost"]
             metrics = self.record(step, proposals, answers, extra, samples, {**train, **held_out, **times})
-            self.completed, last = step, step == self.config.steps
-            self.snapshot = self.changing()
-            if evaluated or last or step % self.config.save_every == 0 or stop.save_requested:
+            last = step == self.config.steps
+            self.completed, self.snapshot = step, self.changing()
+            if evaluated or last or stop.save_requested or self.due(step):
                 self.save(keep=evaluated or last)
                 stop.save_requested = False
+            if evaluated:
+                self.evaluation.mark_best()
         if self.non_finite >= NON_FINITE_LIMIT:
             raise GaveUp(f"step {step}: {self.non_finite} updates in a row were not finite; lower --learning-rate")
         return metrics, proposals, answers
@@ -350,6 +364,8 @@ class SelfPlay:
 
     def freeze_probe(self) -> None:
         """probe.jsonl: prompts and answers of every role and mode by the untrained model, for entropy on fixed data."""
+        if (self.run.dir / "probe.jsonl").exists():
+            return
         rng, rows = random.Random(f"{self.config.seed}/probe"), []
         proposals = self.propose("probe", count=PROBE)
         tasks = [task for mode in MODES for task in self.buffers.sample(mode, PROBE, rng)]
@@ -358,60 +374,6 @@ class SelfPlay:
                 {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
             )
         write_jsonl_atomic(self.run.dir / "probe.jsonl", rows)
-
-    # ---------------------------------------------------------------- checkpoints
-
-    def changing(self) -> tuple:
-        """Copies of all that phase 4 changes: what a stopped step goes back to."""
-        tensors = update.state_tensors(self.policy, self.optimizer)
-        return tensors, self.non_finite, self.computed_at_once(), self.adaptive
-
-    def computed_at_once(self) -> dict:
-        """Sizes that memory decides: a resume takes them over, since results depend on them in the last bit."""
-        return {"scoring": dataclasses.asdict(self.sizes), "rollout": rollout_sizes(self.policy.engine)}
-
-    def set_computed_at_once(self, sizes: dict) -> None:
-        self.sizes = Sizes(**sizes["scoring"])
-        set_rollout_sizes(self.policy.engine, sizes["rollout"])
-
-    def save(self, keep: bool) -> Path:
-        tensors, non_finite, sizes, adaptive = self.changing()
-        state = {
-            "buffers": self.buffers.state_dict(),
-            "non_finite": non_finite,
-            "elapsed": self.elapsed,
-            "sizes": sizes,
-            "adaptive": adaptive,
-            "files": self.digests(),
-        }
-        info = {**self.policy.info, "template": self.template, "template_hash": template_hash(self.template)}
-        return self.run.save_checkpoint(self.completed, self.policy.save_adapter, tensors, state, info, keep)
-
-    def load(self) -> None:
-        tensors, state, _ = self.run.load_checkpoint()
-        if state.get("files", {}) != self.digests():
-            raise RunError(f"{self.run.dir}: cannot resume, {' or '.join(self.digests())} is no longer what it was")
-        self.go_back(tensors, state["non_finite"], state["sizes"], state.get("adaptive", {}))
-        self.buffers.load_state_dict(state["buffers"])
-        self.elapsed, self.completed = state["elapsed"], self.run.step
-
-    def digests(self) -> dict[str, str]:
-        """Of the files of tasks and solutions that the run draws from."""
-        files = (self.config.data, self.config.off_policy_source if self.foreign.given else None)
-        return {file: arms.digest(file) for file in files if file}
-
-    def go_back(self, tensors: dict, non_finite: int, sizes: dict, adaptive: dict) -> None:
-        update.restore_tensors(self.policy, self.optimizer, tensors)
-        self.non_finite, self.adaptive = non_finite, adaptive
-        self.set_computed_at_once(sizes)
-
-    def stopped(self) -> str:
-        """After a stop: drop the step in progress, save what is complete; returns what to tell."""
-        again = f"python train_azr.py --config {self.run.dir / 'config.json'} --resume {self.run.dir}"
-        if not self.started:
-            return f"stopped before the first checkpoint; start again with: {again}"
-        self.go_back(*self.snapshot)
-        return f"saved {self.save(keep=False)}; go on with: {again}"
 
 
 class Rlvr(SelfPlay):
@@ -476,24 +438,31 @@ def train(loop: SelfPlay, stop: StopRequest) -> None:
     config, start = loop.config, time.monotonic()
     if loop.run.resumed:
         loop.load()
-    else:
+    worst_case.at_start(loop.policy, loop.optimizer, config, loop.sizes)
+    if not loop.run.resumed:
         loop.seed_stage()
+    loop.snapshot = loop.changing()
+    if not loop.run.resumed:
+        loop.save(keep=True)
+    if not loop.completed:  # each is made once, so what a stop has left out is made up for
         loop.freeze_probe()
         loop.evaluation.freeze(loop.buffers)
         loop.evaluation.pass_at_k_samples("base")
-        loop.save(keep=True)
-    loop.started, loop.snapshot = True, loop.changing()
     lines = display.StepLines(config.steps, config.price_per_hour)
     lines.header()
+    watch = Watch(dataclasses.asdict(config), loop.run.dir, display.warn)
     for step in range(loop.completed + 1, config.steps + 1):
         metrics, proposals, answers = loop.step(step, stop)
         lines.show(metrics)
+        watch.add(metrics)
         if proposals and (step % 25 == 1 or step == config.steps):
             display.sample_table(step, proposals, answers)
         if config.max_hours and time.monotonic() - start > 3600 * config.max_hours and step < config.steps:
             display.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
             return
     conclude(loop)
+    display.summary(watch.health.summary())
+    display.where(loop.run.dir)
 
 
 def conclude(loop: SelfPlay) -> None:
@@ -509,7 +478,8 @@ def conclude(loop: SelfPlay) -> None:
         plot.parent.mkdir(exist_ok=True)
         plot_pass_at_k({"base": base, NAMES[loop.config.algorithm]: trained}, plot, ks)
         display.say(f"pass@k, base against trained: {plot}")
-    display.where(loop.run.dir)
+    if best := loop.evaluation.mark_best():
+        display.say(best)
 
 
 def start(config: Config, why: str, stop: StopRequest) -> None:
@@ -518,6 +488,7 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     # Everything that can be refused is refused before the run directory is made.
     Run.check(Path(config.out), config.resume)
     template_of(config)
+    trackers.check(config.tracker)
     if config.eval_data and any(task.mode == "math" for task in load_tasks(config.eval_data)):
         raise ValueError(f"{config.eval_data}: has math tasks; measure them with eval_passk.py, before and after")
     data, given, math_ = arms.read_files(config)
@@ -531,28 +502,45 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     run_dir = Path(config.out if config.resume in ("auto", "none") else config.resume)
     with Sandbox() as sandbox, grader as grader:
         loop = LOOPS[config.algorithm](config, policy, sandbox, run_dir, data, given, grader)
-        with Run.open(Path(config.out), dataclasses.asdict(config), config.resume) as loop.run:
+        with Run.open(Path(config.out), dataclasses.asdict(config), config.resume, completed) as loop.run:
             display.header(config, why, policy, loop.run.environment(sandbox=sandbox.state))
+            loop.tracker = trackers.open_tracker(config.tracker, loop.run)
             try:
                 train(loop, stop)
             except StopNow:
                 with stop.shield():
                     display.say(loop.stopped())
+            except Exception as error:
+                with stop.shield():
+                    loop.failed(error)
+            finally:
+                loop.tracker.close()
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
+    if arguments[:1] == ["export"]:
+        from azr.export import main as export  # imports what training does not need
+
+        return export(arguments[1:])
     try:
+        if "--doctor" in arguments:
+            return doctor.main(arguments)
         config, why = resolve(parse(arguments, __doc__))
         if config.dry_run:
             return dry_run(config, why)
         with StopRequest() as stop:
             start(config, why, stop)
+    except (GaveUp, DoesNotFit, DiskError) as error:
+        print(f"train_azr.py: {error}", file=sys.stderr)
+        return 1
     except (ModelError, RunError, SandboxError, ValueError) as error:
         print(f"train_azr.py: {error}", file=sys.stderr)
         return 2
-    except (GaveUp, DoesNotFit) as error:
-        print(f"train_azr.py: {error}", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"train_azr.py: {str(error).splitlines()[0]}; take a smaller --preset", file=sys.stderr)
         return 1
     except StopNow:
         pass  # before the run began: nothing to save

@@ -68,10 +68,31 @@ def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
             if not is_out_of_memory(error):
                 raise
         # Here the error is gone, and with it the frames that held half-computed tensors.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free()
         print(f"warning: out of memory in {what}: {smaller()}; nothing else changes", file=sys.stderr, flush=True)
+
+
+def free() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def once_more(work: Callable[[], T], what: str) -> T:
+    """work(), a second time if memory runs out, with what was cached freed; DoesNotFit if it does again.
+
+    For what cannot be done in smaller parts.
+    """
+    tried: list[str] = []
+
+    def cleared() -> str:
+        if tried:
+            raise DoesNotFit(f"out of memory in {what}, twice; free memory elsewhere, or take a smaller --preset")
+        tried.append(what)
+        return "what was cached is freed, and once more"
+
+    return retry(work, cleared, what)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

@@ -177,7 +177,8 @@ def official_problems(rows: Iterable[tuple[str, dict]]) -> list[Problem]:
             raise ValueError(f"{where}: the field {missing[0]} is missing or no text")
         if texts["task_id"] in problems:
             raise ValueError(f"{where}, field task_id: {texts['task_id']} is there twice")
-        program = f"{texts['prompt']}{texts['canonical_solution']}\n{texts['test']}{_RECORD.format(texts['entry_point'])}"
+        record = _RECORD.format(texts["entry_point"])
+        program = f"{texts['prompt']}{texts['canonical_solution']}\n{texts['test']}{record}"
         jobs.append(Job(program, ("",), REFERENCE_SECONDS, "_record"))
         problems[texts["task_id"]] = texts
         wheres.append(where)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from azr.prompts import template_hash
 from azr.rewards import SHAPES
+from azr.trackers import TRACKERS
 
-from azr import arms, plan
+from azr import arms, cost, plan
 
 
 def setting(default, text: str, choices: tuple = ()):
@@ -124,11 +125,26 @@ class Config:
     )
     eval_temperature: float = setting(1.0, "of those answers, whatever --temperature the training has")
     save_every: int = setting(10, "steps between checkpoints")
-    max_hours: float | None = setting(None, "stop with a checkpoint after this many hours")
+    save_minutes: float = setting(10.0, "minutes between checkpoints, if that is sooner; 0: by steps only")
+    keep_states: int = setting(2, "newest checkpoints that can be resumed; the adapters of evaluated steps all stay")
+    max_hours: float | None = setting(
+        None, "stop with a checkpoint after the step in which this many hours are full; a resume counts anew"
+    )
     price_per_hour: float | None = setting(None, "of the machine, in dollars: prints what the run costs")
+    tracker: str = setting("none", "send each step's numbers there too; its package is yours to install", TRACKERS)
+    card: str | None = setting(None, "--dry-run: plan for this card, such as 4090, whatever is in this machine")
+    probe: str = setting(
+        "auto",
+        "before training, the longest allowed sequences once forward and backward, so that memory runs out now or not "
+        "at all; auto: on a GPU",
+        ("auto", "always", "never"),
+    )
     max_batch: int | None = setting(None, "sequences decoded at once; what is learned does not depend on it")
     dry_run: bool = setting(
         False, "print the resolved settings and the memory plan, train nothing; exit 1 if it does not fit"
+    )
+    doctor: bool = setting(
+        False, "try what training needs on this machine, say what works, train nothing; exit 1 if it cannot run here"
     )
 
     def __post_init__(self) -> None:
@@ -141,11 +157,14 @@ class Config:
             "lora_rank",
             "token_budget",
             "save_every",
+            "keep_states",
             "step_tokens",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.card and not self.dry_run:
+            raise ValueError("--card is for --dry-run: a run takes the card it finds")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0 to train, not {self.temperature}")
         if self.eval_temperature <= 0:
@@ -217,7 +236,28 @@ def read_config(path: str) -> dict:
     known = {f.name for f in dataclasses.fields(Config)}
     if unknown := sorted(set(stored) - known):
         sys.exit(_complain(f"--config {path}: unknown settings {', '.join(unknown)}"))
-    return {key: value for key, value in stored.items() if key not in ("resume", "dry_run")}
+    for f in dataclasses.fields(Config):
+        if f.name in stored and not _is_a(stored[f.name], str(f.type)):
+            sys.exit(_complain(f"--config {path}: {f.name} must be {f.type}, not {json.dumps(stored[f.name])}"))
+    return {key: value for key, value in stored.items() if key not in ("resume", "dry_run", "doctor")}
+
+
+def completed(stored: dict) -> dict:
+    """The settings of an earlier run with those that came later, as it would get them today if none were typed."""
+    known = {f.name for f in dataclasses.fields(Config)}
+    try:
+        config, _ = resolve(Config(**{key: value for key, value in stored.items() if key in known - {"resume"}}))
+    except (TypeError, ValueError):
+        return stored  # no run of this script: the differences will say so
+    return {**dataclasses.asdict(config), **stored}
+
+
+def _is_a(value, kind: str) -> bool:
+    """Whether a JSON value has the type of a field; a whole number is a float too, true is not a number."""
+    if value is None:
+        return kind.endswith("| None")
+    known = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}[kind.removesuffix(" | None")]
+    return isinstance(value, known) and (bool in known or not isinstance(value, bool))
 
 
 def base_description(model: str) -> dict | None:
@@ -234,7 +274,8 @@ def resolve(config: Config) -> tuple[Config, str]:
     config = _carried_over(config)
     arms.refuse(config)
     tiny = base_description(config.model) is not None
-    preset, why = plan.choose_preset(config.preset, "tiny" if tiny else config.model, plan.free_gpu_bytes())
+    free = cost.free_bytes(config.card, plan.free_gpu_bytes())
+    preset, why = plan.choose_preset(config.preset, "tiny" if tiny else config.model, free)
     values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)} | {
         "out": _default_out(config),
         "eval_data": None,
@@ -293,19 +334,19 @@ def template_of(config: Config) -> str:
 
 
 def dry_run(config: Config, why: str) -> int:
-    """Prints settings and memory plan; 1 if it does not fit."""
-    preset, _ = plan.choose_preset(config.preset, config.model, plan.free_gpu_bytes())
-    preset = dataclasses.replace(
-        preset,
-        **{
-            f.name: getattr(config, f.name)
-            for f in dataclasses.fields(preset)
-            if hasattr(config, f.name) and getattr(config, f.name) is not None
-        },
-    )
-    result = plan.plan_memory(plan.shape_of(config.model), preset, plan.capacity(preset, plan.free_gpu_bytes()))
-    print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(result, config.model), sep="\n")
-    return 0 if result.fits else 1
+    """Prints settings, memory plan, time and cost; 1 if it does not fit. Needs no GPU and no network."""
+    here = None if config.card else plan.free_gpu_bytes()
+    tiny = base_description(config.model) is not None
+    preset, _ = plan.choose_preset(config.preset, "tiny" if tiny else config.model, cost.free_bytes(config.card, here))
+    named = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(preset) if f.name != "name"}
+    preset = dataclasses.replace(preset, **{name: value for name, value in named.items() if value is not None})
+    room, device = cost.room(config.card, preset, here), "cuda" if preset.gib or here else "cpu"
+    card, which = cost.card_for(config.card, preset, cost.gpu_here() if here else None)
+    made = plan.plan_memory(plan.shape_of(config.model), preset, room, device)
+    print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(made, config.model), "", sep="\n")
+    print(cost.render(made, config.model, card, which, config.steps, config.price_per_hour, config.eval_every,
+                      config.keep_states, config.out), "", plan.verdict(made), sep="\n")  # fmt: skip
+    return 0 if made.fits else 1
 
 
 def _complain(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,18 @@ from azr.heldout import EvalResult, difference, well_formed_difference
 from azr.metrics import mean
 from azr.tasks import MODES, Sample
 
+if hasattr(sys.stdout, "reconfigure"):  # what a model writes must not end a run where the locale is not UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
-WIDE = 112  # columns that a full step line needs
+INDENT = " " * 9
+PROJECT_AFTER = 3  # steps of this process, then what the whole run takes
+TIMING_EVERY = 10  # steps between two lines of what the time and the memory go to
+PHASES = {
+    "sampling": ("propose", "solve"),
+    "sandbox": ("validate", "judge"),
+    "update": ("update",),
+    "held-out": ("evaluate",),
+}
 INITIALS = "/".join(mode[0] for mode in MODES)
 
 
@@ -28,9 +39,19 @@ def say(text: str = "") -> None:
     console.print(Text(text), soft_wrap=True)
 
 
+def prose(text: str, file=None) -> None:
+    """A line for reading: on a terminal broken between words, elsewhere whole, so that grep finds it."""
+    file = sys.stdout if file is None else file
+    if file.isatty():
+        text = textwrap.fill(
+            text, max(40, console.width), subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+        )
+    print(text, file=file, flush=True)
+
+
 def warn(text: str) -> None:
     """One loud line on stderr: every fallback gets one."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    prose(f"warning: {text}", sys.stderr)
 
 
 def percent(values: list[float]) -> str:
@@ -52,12 +73,12 @@ def duration(seconds: float) -> str:
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Gives advance(done, total): a bar on a terminal, one line at the end elsewhere."""
     start = time.perf_counter()
-    if not console.is_terminal:
+    if not console.is_terminal or console.is_dumb_terminal:
         yield lambda done, total: None
         say(f"{title}: {time.perf_counter() - start:.0f} s")
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -66,7 +87,7 @@ def header(config, why: str, policy, environment: dict) -> None:
     """What will be trained, on what, and what protects this machine from what it runs."""
     trained, info = sum(p.numel() for p in policy.trainable_parameters()), policy.info
     base = "4-bit nf4" if info["quantization"] == "nf4" else info["dtype"]
-    say(
+    prose(
         f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} weights)"
         f", on {environment['gpu'] or 'the CPU'}; {why}"
     )
@@ -79,56 +100,97 @@ def header(config, why: str, policy, environment: dict) -> None:
     }[config.algorithm]
     if config.step_tokens:
         what += f", or as many as make {config.step_tokens} tokens"
-    say(f"{what}, learning rate {config.learning_rate:g}, seed {config.seed}")
+    prose(f"{what}, learning rate {config.learning_rate:g}, seed {config.seed}")
     if arm := arms.describe(config):
-        say(f"arm: {arm}")
+        prose(f"arm: {arm}")
     box = environment["sandbox"]
     layers = [name for name in ("seccomp", "landlock", "limits", "uid") if box.get(name)]
-    say(f"sandbox: {box['workers']} workers, a fresh process for every program, under {', '.join(layers)}")
+    prose(f"sandbox: {box['workers']} workers, a fresh process for every program, under {', '.join(layers)}")
 
 
 class StepLines:
-    """One line a step, with what is left of the run's time and, at a price, of its cost."""
+    """A line a step, with the time that is left and, at a price, what it has cost; now and then where time goes."""
 
     def __init__(self, steps: int, price_per_hour: float | None) -> None:
         self.steps, self.price = steps, price_per_hour
         self.seconds: list[float] = []
+        self.recent: list[dict] = []
 
     def header(self) -> None:
-        say(
-            f"columns {INITIALS}: valid proposals %, solved answers %; entropy H in nats a token, proposer and solver"
+        prose(
+            f"columns {INITIALS} ({', '.join(MODES)}): valid proposals in %, solved answers in %; H: entropy in nats "
+            "a token, proposer and solver"
         )
 
     def show(self, metrics: dict) -> None:
         self.seconds.append(metrics["time/step"])
-        recent = sorted(self.seconds[-15:])
-        left = recent[len(recent) // 2] * (
-            self.steps - metrics["step"]
-        )  # the median: evaluations and the first step aside
-
-        def column(role: str, name: str) -> list[float]:
-            modes = (*MODES, *["math"] * (f"{role}/math/{name}" in metrics))
-            return [metrics.get(f"{role}/{mode}/{name}", float("nan")) for mode in modes]
-
-        entropy = [column(role, "entropy") for role in ("proposer", "solver")]
-        valid, solved = percent(column("proposer", "valid_rate")), percent(column("solver", "accuracy"))
-        line = f"step {metrics['step']:3d}/{self.steps} | valid {valid} | solved {solved} | "
-        if console.width >= WIDE:
-            line += f"H {numbers(entropy[0])} ; {numbers(entropy[1])} | {metrics['time/step']:.1f} s, "
-        else:  # 80 columns: means over the modes
-            line += f"H {numbers([mean(entropy[0]), mean(entropy[1])])} | "
-        line += f"{duration(left)} left"
-        if self.price:
-            line += f", ${self.price * metrics['time/elapsed'] / 3600:.2f}"
-        say(line)
+        self.recent = [*self.recent, metrics][-TIMING_EVERY:]
+        # as wide as fits; a file gets all
+        lines = step_lines(metrics, self.steps, self.left(metrics["step"]), self.price)
+        say(next((line for line in lines if not console.is_terminal or len(line) < console.width), lines[-1]))
         if "held_out/deduction/accuracy" in metrics or "held_out/all/accuracy" in metrics:
             held = [metrics.get(f"held_out/{mode}/accuracy", float("nan")) for mode in MODES]
-            say(f"{'':13s}held-out greedy accuracy % ({INITIALS}): {percent(held)}")
+            say(f"{INDENT}held-out greedy accuracy in % ({INITIALS}): {percent(held)}")
+        if len(self.seconds) == PROJECT_AFTER and metrics["step"] < self.steps:
+            prose(self.projection(metrics))
+        if metrics["step"] % TIMING_EVERY == 0:
+            cost = f", ${self.price * metrics['time/elapsed'] / 3600:.2f}" if self.price else ""
+            prose(f"{INDENT}{where_time_goes(self.recent)}; {duration(metrics['time/elapsed'])} of training{cost}")
+
+    def projection(self, metrics: dict) -> str:
+        """What the steps of this run so far make of the whole: time and, at a price, dollars."""
+        left = self.left(metrics["step"])
+        whole = metrics["time/elapsed"] + left
+        line = f"{INDENT}measured: {self.median():.1f} s a step ({where_time_goes(self.recent).split(';')[0]}); "
+        line += f"all {self.steps} steps: {duration(whole)}"
+        if self.price:
+            line += f", ${whole / 3600 * self.price:.2f} at ${self.price:g} an hour"
+        return f"{line}; start-up and evaluations come on top"
+
+    def median(self) -> float:
+        recent = sorted(self.seconds[-15:])
+        return recent[len(recent) // 2]
+
+    def left(self, step: int) -> float:
+        """Seconds to go, by the median of the last steps: evaluations and the first step aside."""
+        return self.median() * (self.steps - step)
+
+
+def step_lines(metrics: dict, steps: int, left: float, price: float | None) -> tuple[str, str, str]:
+    """A step in words: with the entropy of every mode, with its means, and for 80 columns."""
+
+    def column(role: str, name: str) -> list[float]:
+        modes = (*MODES, *["math"] * (f"{role}/math/{name}" in metrics))
+        return [metrics.get(f"{role}/{mode}/{name}", float("nan")) for mode in modes]
+
+    step, entropy = metrics["step"], [column(role, "entropy") for role in ("proposer", "solver")]
+    rates = f"valid {percent(column('proposer', 'valid_rate'))} | solved {percent(column('solver', 'accuracy'))}"
+    means = numbers([mean(value for value in row if value == value) for row in entropy])
+    each = f"{numbers(entropy[0])} ; {numbers(entropy[1])}"
+    to_go, cost = f"{duration(left)} left", f", ${price * metrics['time/elapsed'] / 3600:.2f}" if price else ""
+    count = f"{step:{len(str(steps))}d}/{steps}"
+    front, rest = f"step {count} {100 * step // steps:3d} % | {rates}", f"{metrics['time/step']:.1f} s, {to_go}{cost}"
+    return f"{front} | H {each} | {rest}", f"{front} | H {means} | {rest}", f"{count} | {rates} | H {means} | {to_go}"
+
+
+def where_time_goes(rows: list[dict]) -> str:
+    """Shares of the phases, tokens a second of sampling and of the update, and the peak of memory, over steps."""
+    total = sum(row["time/step"] for row in rows)
+    shares, seconds = [], {}
+    for name, phases in PHASES.items():
+        seconds[name] = sum(row.get(f"time/{phase}", 0.0) for row in rows for phase in phases)
+        tokens = {"sampling": "train/sampled_tokens", "update": "train/tokens"}.get(name)
+        rate = sum(row.get(tokens) or 0 for row in rows) / seconds[name] if tokens and seconds[name] else 0
+        if seconds[name] >= total / 200:
+            shares.append(f"{name} {100 * seconds[name] / total:.0f} %" + (f" ({rate:,.0f} tokens/s)" if rate else ""))
+    peaks = {"GPU": "memory/peak_gpu", "process": "memory/peak_process"}
+    peak = [f"{name} {rows[-1][key]:.1f} GB" for name, key in peaks.items() if rows[-1].get(key)]
+    return f"time: {', '.join(shares)}; peak memory: {', '.join(peak)}"
 
 
 def sample_table(step: int, proposals: list[Sample], answers: list[Sample]) -> None:
     """One proposal a mode with what became of it and its first answer."""
-    table = Table(title=f"samples of step {step}", title_justify="left", show_lines=True, expand=False)
+    table = Table(title=f"samples of step {step}", title_justify="left", show_lines=True)
     for name in ("mode", "proposed", "verdict", "solved", "an answer"):
         table.add_column(name, overflow="fold")
     for mode in MODES:
@@ -153,18 +215,23 @@ def brief(response: str, lines: int) -> str:
     for mark in ("<answer>", "</answer>", "</think>"):
         response = response.replace(mark, "\n")
     kept = [line for line in response.splitlines() if line.strip() and not line.startswith("```")]
-    shown = "\n".join(line[:60] for line in kept[:lines])
+    shown = "\n".join(visible(line[:60]) for line in kept[:lines])
     return shown + ("\n..." if len(kept) > lines else "")
+
+
+def visible(text: str) -> str:
+    """With escapes for control characters: a model can write ones that clear the screen or change its colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.expandtabs(4))
 
 
 def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
     """pass@k on the held-out tasks, base against trained, with 95 % intervals paired over the tasks."""
-    samples = base.settings["samples"]
+    samples, temperature = base.settings["samples"], base.settings["sampling"]["temperature"]
     table = Table(
-        title=f"held-out tasks, {samples} answers each, T {base.settings['sampling']['temperature']}",
+        title=f"held-out tasks, {samples} answers each, T {temperature:g}; intervals over tasks, * without 0",
         title_justify="left",
     )
-    for name in ("mode", "what", "base", "trained", "difference [95 % interval, over tasks]"):
+    for name in ("mode", "what", "base", "trained", "difference [95 %]"):
         table.add_column(name, justify="left" if name in ("mode", "what") else "right")
     for mode in [*base.modes, None]:
         for k in dict.fromkeys((1, ks[-1])):
@@ -179,7 +246,7 @@ def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
         name = ("correct_well_formed", "well_formed", mode)
         table.add_row(
             "",
-            "pass@1, well-formed only",
+            "@1, well-formed",
             f"{base.share(*name):.3f}",
             f"{trained.share(*name):.3f}",
             signed(well_formed_difference(base, trained, mode)),
@@ -212,16 +279,22 @@ def training_table(first: list[dict], last: list[dict]) -> None:
     for title, key in rows:
         if key.format(MODES[0]) not in known:
             continue  # a run without proposers
-        cells = [f"{average(first, key.format(mode)):.2f} -> {average(last, key.format(mode)):.2f}" for mode in MODES]
+        cells = [f"{average(first, key.format(mode))} -> {average(last, key.format(mode))}" for mode in MODES]
         table.add_row(title, *cells)
     console.print(table)
 
 
-def average(rows: list[dict], key: str) -> float:
+def average(rows: list[dict], key: str) -> str:
     values = [row[key] for row in rows if row.get(key) is not None]
-    return sum(values) / len(values) if values else float("nan")
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+def summary(lines: list[str]) -> None:
+    """What to look at, from `azr.health`."""
+    for line in lines:
+        prose(line)
 
 
 def where(run_dir: Path) -> None:
     """What the run leaves and what to do with it."""
-    say(f"run directory: {run_dir} (metrics.jsonl, samples.jsonl, checkpoints/, eval/, plots/)")
+    prose(f"run directory: {run_dir} (metrics.jsonl, samples.jsonl, checkpoints/, eval/, plots/)")

@@ -406,14 +406,14 @@ class _Decoding:
                                                [len(s.ids) for s in running]])  # fmt: skip
         seeds, tokens, log_probs = self._seeds(running), [], []
         for step in range(steps):
-            logits = (self.graphs or self.logits)(token, position + step, table)
+            logits = self.engine.head((self.graphs or self.hidden)(token, position + step, table))
             token, log_prob = sample_tokens(logits, self.sampling, seeds, count + step)
             tokens.append(token)
             log_probs.append(log_prob)
         self._record(running, torch.stack(tokens), torch.stack(log_probs))
 
-    def logits(self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) fp32 after one more token of each row, whose keys and values are stored.
+    def hidden(self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """(rows, H) after one more token of each row, whose keys and values are stored.
 
         token, position (rows,); table (rows, pages): the pages of each row, 0 where there is none.
         """
@@ -429,7 +429,7 @@ class _Decoding:
                 return by_page(q, keys, values, scale)
             return paged_decode(self.engine.attention, q, keys, values, table, lengths, scale)
 
-        return self.engine.head(self.decoder.forward(token, position, attend))
+        return self.decoder.forward(token, position, attend)
 
     def _store(self, layer: int, where: tuple, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v (tokens, kv_heads, head_dim) into the cache; where: (page of each token, offset in it)."""
@@ -471,7 +471,8 @@ class Graphs:
     """Decode steps captured as CUDA graphs, one for each batch size of 1, 2, 4, 8, 16, 24, ... that occurs.
 
     Inputs are copied to fixed addresses; rows beyond the batch write to page 0. They hold addresses of weights and of
-    the cache, so they live as long as one call of `generate`.
+    the cache, so they live as long as one call of `generate`. Logits come after the replay: kept by every graph, those
+    of a vocabulary of 150,000 would take gigabytes.
     """
 
     def __init__(self, decoding: _Decoding):
@@ -490,20 +491,20 @@ class Graphs:
         self.token[:rows], self.position[:rows], self.table[:rows, : table.shape[1]] = token, position, table
         if size not in self.captured:
             self.captured[size] = self._capture(self.token[:size], self.position[:size], self.table[:size])
-        graph, logits = self.captured[size]
+        graph, hidden = self.captured[size]
         graph.replay()
-        return logits[:rows]
+        return hidden[:rows]
 
     def _capture(self, *inputs):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles kernels and makes workspaces; it writes what the replay writes again
-            self.decoding.logits(*inputs)
+            self.decoding.hidden(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            logits = self.decoding.logits(*inputs)
-        return graph, logits
+            hidden = self.decoding.hidden(*inputs)
+        return graph, hidden
 
 
 def _distinct(sequences: list[Sequence]) -> deque[Group]:

@@ -3,10 +3,10 @@
     settings = resolve(options, benchmark)                # quantization, dtype, template as the adapter's azr.json says
     rows = sample(settings, benchmark, out)               # goes on where an interrupted run stopped
 
-The directory: config.json (what decides the answers), samples.jsonl (a line a sample), then graded.jsonl and result.json
+Files: config.json (what decides the answers), samples.jsonl (a line a sample), then graded.jsonl and result.json
 by azr/evalscore.py. A sample's seed follows from (seed, problem, sample) alone, so --samples can be raised later and
 only the missing ones are made. Answers are made in cells of SAMPLES_PER_CELL samples of some problems, always the same
-cells in the same order, and written as they finish: an interrupted run makes the cell it was in again and writes what is
+cells in the same order, and written as they end: an interrupted run makes the cell it was in again and writes what is
 missing of it. The finished file is in order, so it comes out as without the interruption. Left out: several GPUs.
 """
 
@@ -197,7 +197,7 @@ def describe(settings: Settings, policy, benchmark: Benchmark, temperature: floa
 
 
 def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row], dict]:
-    """Makes what is missing; returns (samples, what describes them). ValueError, before sampling, for what cannot be."""
+    """Makes what is missing; returns (samples, what describes them). ValueError, before sampling, for what can't be."""
     from azr.rollout import Sampling
 
     with locked(out):

@@ -3,7 +3,7 @@
     rows = read_samples("samples.jsonl", benchmark)
     result = conclude(benchmark, rows, Path("out"), ks=[1, 2, 4], info={"made_by": "score"})
 
-A sample is a JSON line {"task_id", "completion" | "solution" | "answer"}, as human-eval and evalplus write them, with or
+A sample is a JSON line {"task_id", "completion" | "solution" | "answer"}, as human-eval and evalplus write it, with or
 without "sample", "tokens" and "finish_reason". Several lines with one task_id are several samples of that problem.
 No torch is imported here.
 """
@@ -358,8 +358,8 @@ def show(result: dict, out: Path) -> None:
     if cut := result["truncation"]:
         alone = cut["pass@1_without_truncated"]
         say(
-            f"  cut off by the length limit: {100 * cut['share']:.1f} % of the answers; pass@1 {cut['pass@1']:.3f}, without "
-            f"them {'-' if alone is None else f'{alone:.3f}'}"
+            f"  cut off by the length limit: {100 * cut['share']:.1f} % of the answers; pass@1 {cut['pass@1']:.3f}, "
+            f"without them {'-' if alone is None else f'{alone:.3f}'}"
         )
     say(f"written: {out / 'result.json'}, {out / 'graded.jsonl'}")
 

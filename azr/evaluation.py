@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING
 from azr import display
 from azr.benchmarks import cruxeval_tasks
 from azr.heldout import EvalResult, evaluate, load_tasks
-from azr.runs import write_json_atomic, write_jsonl_atomic
+from azr.runs import read_lines, write_json_atomic, write_jsonl_atomic
 from azr.tasks import MODES, Buffers, Task
 
 if TYPE_CHECKING:
     from azr.config import Config
     from azr.rollout import Policy, Sampling
     from sandbox import Sandbox
+
+BEST = "held-out greedy accuracy, mean over modes"
 
 
 @dataclass
@@ -65,6 +67,21 @@ class Evaluation:
                 result = evaluate(self.policy, self.tasks(), n, *settings)
             write_json_atomic(path, result.to_json())
         return EvalResult.from_json(json.loads(path.read_text()))
+
+    def mark_best(self) -> str | None:
+        """Names the evaluated step of the highest mean greedy accuracy over the modes (the first, if several) in
+        checkpoints/best.json; returns what to tell. From metrics.jsonl alone, which a resume takes back to its step."""
+        best, value = None, -1.0
+        for row in read_lines(self.run_dir / "metrics.jsonl"):
+            found = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
+            if found and sum(found) / len(found) > value:
+                best, value = row["step"], sum(found) / len(found)
+        path = self.run_dir / "checkpoints" / "best.json"
+        if best is None:
+            path.unlink(missing_ok=True)
+            return None
+        write_json_atomic(path, {"step": best, "metric": BEST, "value": value})
+        return f"best: {path.parent / f'step_{best}'}, {BEST} {value:.3f}"
 
     def _path(self) -> Path:
         return self.run_dir / "eval" / "held_out.jsonl"

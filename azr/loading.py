@@ -4,10 +4,13 @@ Every way in which a checkpoint can be incomplete, or mean something else than i
 Left out: several GPUs, trained heads or embeddings, encoder-decoder, sliding-window models, stored quantization.
 """
 
+import difflib
 import hashlib
+import importlib.util
 import json
 import logging
 import math
+import sys
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +19,7 @@ from pathlib import Path
 import torch
 
 from azr.hub import only_cached
+from azr.plan import ALIASES
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -44,7 +48,8 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or _compute_dtype(device)
+    hide_broken_flash_attention()
     with _quiet():
         where = _where(name, revision)
         config = _load_config(name, where)
@@ -64,6 +69,39 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
         elif lora is not None:
             model, info["lora"] = _new_lora(model, lora, name, seed)
     return model, tokenizer, info, eos_ids
+
+
+def _compute_dtype(device) -> torch.dtype:
+    """bf16 on a GPU, also on one that only emulates it, which is said; fp32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    if torch.version.hip is None and (note := bf16_note(torch.cuda.get_device_capability(device))):
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    return torch.bfloat16
+
+
+def bf16_note(capability: tuple[int, int]) -> str | None:
+    """What to expect of bf16 on an NVIDIA card of this compute capability, if it has none in hardware; else None."""
+    if capability >= (8, 0):
+        return None
+    return (
+        f"this GPU has no bf16 in hardware (compute capability {capability[0]}.{capability[1]}; 8.0, Ampere, was the "
+        "first): computing in bf16 all the same, emulated by torch and much slower; fp16, which it has, overflows in "
+        "training. Attention falls back to plain SDPA: take short responses (--max-new-tokens)"
+    )
+
+
+def hide_broken_flash_attention() -> None:
+    """transformers and peft look at a flash-attn that is installed, and fail if it does: then it is as if it were not
+    there, which is said. Nothing here needs it."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # a wheel for another torch raises ImportError, OSError, RuntimeError, ...
+        sys.modules["flash_attn"] = None  # so that find_spec and import say: not there
+        text = f"{type(error).__name__}: {_one_line(error)}"
+        print(f"warning: flash-attn is installed but broken ({text}): going on without it", file=sys.stderr, flush=True)
 
 
 def _one_line(error: BaseException) -> str:
@@ -99,6 +137,10 @@ def _where(name: str, revision: str | None) -> dict:
         return {"local_files_only": True}
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"no model {name!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
+    if "/" not in name:
+        near = difflib.get_close_matches(name, ALIASES, 1)
+        raise ModelError(f"no model {name!r}: {f'did you mean {near[0]}? Known:' if near else 'give'} "
+                         f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory")  # fmt: skip
     return {"revision": revision, "local_files_only": only_cached(name)}
 
 
@@ -112,7 +154,8 @@ def _load_config(name: str, where: dict):
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as error:
-        kind = "can be read from this directory" if path.is_dir() else "here or on the hub (check name and network)"
+        kind = "here or on the hub (check name and network; a downloaded model is given as its directory)"
+        kind = "can be read from this directory" if path.is_dir() else kind
         raise ModelError(f"no model {name!r} {kind}: {_one_line(error)}") from error
     if (stored := getattr(config, "quantization_config", None)) is not None:
         method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")

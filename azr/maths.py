@@ -5,7 +5,7 @@ r"""Mathematical answers: taken out of a response, and compared with the referen
         grader.grade([("1/2", "0.5"), ("204", None)])               # [Verdict(True, "ok", "1/2"), Verdict(False, ...)]
 
 math-verify parses with sympy, whose parser evaluates text, and some answers (9^{9^{9}}) take for ever. So it never runs
-in this process: a worker a core imports it once and forks a child for a few answers to a problem. The child has limits of
+in this process: a worker a core imports it once and forks a child for a few answers to a problem, with limits of
 CPU time and memory set in the kernel and, where the system has them, the sandbox's system call filter and Landlock;
 where it dies, the answers it left are tried one by one. Equal texts and plain numbers need no worker at all.
 
@@ -45,7 +45,7 @@ _COUNTED = re.compile(
     r"[A-Za-z]{2,}(?: [A-Za-z]+)*\.?"
 )
 _DRESSING = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\(?=%)|\$|\s+|~")
-_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d{1,30}(?:\.\d{0,30})?)[eE]([+-]?\d{1,4})(?!\w)")  # 4.5e33, as Minerva writes it
+_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d{1,30}(?:\.\d{0,30})?)[eE]([+-]?\d{1,4})(?!\w)")  # 4.5e33 (Minerva)
 _CUT = "\\boxed", "\\fbox"
 
 

@@ -32,6 +32,8 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
         metrics |= {f"{role}/all/{name}": value for name, value in mine.items()}
     train = entropy_metrics([sample for sample in trained if not sample.from_base])
     metrics |= {f"train/{name}": value for name, value in train.items()}
+    own = {id(sample): sample for sample in [*proposals, *answers, *trained] if not sample.objective}
+    metrics["train/sampled_tokens"] = sum(len(sample.completion.ids) for sample in own.values())
     for mode in (*MODES, *["math"] * any(sample.mode == "math" for sample in trained)):
         if proposals and mode != "math":
             metrics |= proposer_metrics(mode, proposals, trained, n)
@@ -41,6 +43,7 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
             for name, value in {
                 "accuracy": mean(sample.correct for sample in mine),
                 "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
+                "timeout_rate": mean(sample.reason == "timeout" for sample in mine),
                 "tasks": len({sample.task.hash for sample in mine}),
                 **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
             }.items()
@@ -133,14 +136,18 @@ def sample_row(step: int, sample: Sample) -> dict:
     }
 
 
-def memory() -> dict[str, float]:
-    """Peak memory so far in GB (1e9 bytes): of this process, and of the GPU if there is one."""
+def memory(at_once: dict | None = None) -> dict[str, float]:
+    """Peak memory so far in GB (1e9 bytes): of this process, and of the GPU if there is one.
+
+    at_once: {part: {name: size}}, what is computed at once, which memory running out lowers; the numbers are added.
+    """
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     peak = {"memory/peak_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["memory/peak_gpu"] = torch.cuda.max_memory_allocated() / 1e9
-    return peak
+    sizes = [item for part in (at_once or {}).values() for item in part.items()]
+    return peak | {f"memory/{name}": size for name, size in sizes if isinstance(size, int)}
 
 
 class Clock:
@@ -149,11 +156,15 @@ class Clock:
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
+        self.counts: dict[str, int] = {}  # of what depends on the machine, as times do
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
+
+    def count(self, name: str, number: int) -> None:
+        self.counts[name] = self.counts.get(name, 0) + number
 
     def total(self) -> float:
         return time.perf_counter() - self.start
@@ -162,4 +173,5 @@ class Clock:
         return {
             **{f"time/{name}": round(seconds, 4) for name, seconds in self.laps.items()},
             "time/step": round(self.total(), 4),
+            **{f"time/{name}": number for name, number in self.counts.items()},
         }

@@ -5,9 +5,10 @@
     plan = plan_memory(shape, preset, capacity(preset))           # sizes lowered, loudly, until they fit
     print(render(plan))
 
-Figures are computed, not measured: GB = 1e9 bytes, from the shapes and from the bytes a token measured for PEFT and
-bitsandbytes on small models. Left out: time and cost, several GPUs, models that are not decoder-only with SwiGLU
-(Qwen2, Llama and their like). No torch is imported, but to ask a GPU what is free.
+Figures are computed from the shapes: GB = 1e9 bytes. Those of a CPU are within 15 % of what is measured at small
+shapes (`python tests/bench_plan.py`); those of a GPU follow from the same parts and have not been measured. Time, disk
+and dollars are in cost.py. Left out: several GPUs, models that are not decoder-only with SwiGLU (Qwen2, Llama and
+their like). No torch is imported, but to ask a GPU what is free.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ GIB = 2**30
 CUDA_CONTEXT = 0.9e9        # of the driver and the libraries' work spaces, before the first tensor
 NF4_BYTES = 0.516           # a weight: 4 bits, and block scales that are quantized themselves
 ADAPTER_STATE = 16          # bytes a LoRA parameter: weight, gradient and two Adam moments in fp32
+COPIES = 12                 # bytes a LoRA parameter: a CPU holds what a stopped step goes back to in the same memory
 BACKWARD_FACTOR = 4 / 3     # memory of a recomputed layer's backward pass over what its forward pass saves
-SCORING_ROWS, SCORING_COPIES = 128, 3.4     # rows of logits at once, fp32 copies of them at the peak
-SAMPLING_BYTES = 24         # a logit: raw, tempered and normalised in fp32, cumulated in fp64
-PREFILL_TOKENS = 8192
+SAMPLING_BYTES = 16         # a logit: raw, tempered and normalised in fp32, one of them twice
+PREFILL_TOKENS = 8192       # engine.py: tokens of one prefill, and bytes that it leaves free for what is not planned
+SPARE = GIB
+HOST_OVERHEAD = 25e6       # of sampling on a CPU: tables of stop tokens, lists, code loaded at the first use
+LOADERS = 4                 # matrices that transformers reads at the same time
 LEAST_SLOTS = 8             # below, decoding is so slow that another model is the better answer
 
 
@@ -209,125 +213,223 @@ class Plan:
     capacity: float | None
     phases: dict[str, dict[str, float]]
     lowered: list[str]          # "token_budget 8192 -> 4096", ...
+    device: str = "cuda"
+
+    @property
+    def totals(self) -> dict[str, float]:
+        return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
     def peak(self) -> float:
-        return max(sum(parts.values()) for parts in self.phases.values())
+        return max(self.totals.values())
 
     @property
     def fits(self) -> bool:
         return self.capacity is None or self.peak <= self.capacity
 
+    @property
+    def full_length(self) -> int:
+        """Responses in the cache at once if every one has the longest prompt and grows to its limit."""
+        return int(self.phases["rollout"]["KV cache"] / cache_bytes(self.shape, self.preset, 1, self.device))
 
-def weight_bytes(shape: Shape, quantization: str) -> float:
-    """Of the frozen base: NF4 linears and bf16 for the rest, or bf16 for all."""
-    return shape.linear_parameters * (NF4_BYTES if quantization == "nf4" else 2) + shape.other_parameters * 2
+
+def weight_bytes(shape: Shape, quantization: str, value: int = 2) -> float:
+    """Of the frozen base: NF4 linears and the rest in the dtype of computation (`value` bytes), or all in that."""
+    return shape.linear_parameters * (NF4_BYTES if quantization == "nf4" else value) + shape.other_parameters * value
 
 
 def layer_bytes(shape: Shape) -> float:
-    """Activations a token saves inside one layer: bf16 values, and PEFT's fp32 copy of every adapted module's input."""
+    """Activations a token saves inside one layer: bf16 values, PEFT's fp32 copy of every adapted module's input."""
     values = 3 * shape.intermediate + 6 * shape.hidden
     return 2 * values + 4 * (6 * shape.hidden + shape.intermediate)
 
 
-def memory(shape: Shape, preset: Preset) -> dict[str, dict[str, float]]:
-    """Bytes of every part, by phase. The KV cache is freed before training, gradients after it."""
+def fp32_layer_bytes(shape: Shape, rank: int) -> float:
+    """The same without bf16: inputs, norms and products are kept once, each LoRA module keeps its rank besides."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    return 4 * (4 * shape.hidden + 2 * q + 2 * kv + 4 * shape.intermediate + len(shape.linears) * rank)
+
+
+def cache_bytes(shape: Shape, preset: Preset, sequences: int, device: str) -> float:
+    """Of the KV cache for so many sequences of full length, in whole pages."""
+    page, block, factor = (256, 8, 1) if device == "cuda" else (32, 1, 2)
+    longest = preset.prompt_tokens + preset.max_new_tokens + block
+    return sequences * -(-longest // page) * page * shape.kv_bytes * factor
+
+
+def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | None = None) -> dict[str, dict]:
+    """Bytes of every part, by phase, on "cuda" (bf16, layers recomputed) or "cpu" (fp32, everything kept).
+
+    The cache takes what `room` leaves, at most what all slots need; it is freed before training, gradients after it.
+    """
+    on_gpu = device == "cuda"
+    value = 2 if on_gpu else 4
     adapter = shape.lora_parameters(preset.lora_rank, preset.lora_targets)
-    weights = weight_bytes(shape, preset.quantization)
+    weights = weight_bytes(shape, preset.quantization, value)
+    largest = max(rows * columns for rows, columns in shape.linears.values())
+    unpacked = {"unpacked matrix": value * largest} if preset.quantization == "nf4" else {}
+    copies = {} if on_gpu else {"copies": COPIES * adapter}
+    load = {"weights": weights, "LoRA + Adam": 4 * adapter, "checkpoint": 2 * shape.parameters}
+    if on_gpu:
+        load["checkpoint"] = LOADERS * value * largest
+    rollout = {"weights": weights, "LoRA + Adam": adapter * (ADAPTER_STATE - 4), **copies, **unpacked,
+               **sampling(shape, preset, device)}
+    if not on_gpu:
+        rollout["overhead"] = HOST_OVERHEAD
+    training = {"weights": weights, "LoRA + Adam": adapter * ADAPTER_STATE, **copies, **unpacked,
+                **scoring(shape, preset, device)}
+    wanted = min(preset.max_batch, in_flight(preset)) + 1       # and a prompt that is held
+    cache = cache_bytes(shape, preset, wanted, device)
+    if room is not None:
+        cache = max(min(cache, room - sum(rollout.values()) - SPARE), 0)
+    return {"load": load, "rollout": {**rollout, "KV cache": cache}, "training": training}
+
+
+def in_flight(preset: Preset) -> int:
+    """The most responses asked for at once: n answers to every proposal."""
+    return 3 * preset.prompts_per_mode * preset.answers
+
+
+def sampling(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
+    """Bytes of a prefill and of the logits of a decode step (engine.py, sampling.py)."""
+    slots, prompts = min(preset.max_batch, in_flight(preset)), 3 * preset.prompts_per_mode
+    prefill = max(preset.prompt_tokens, min(PREFILL_TOKENS, min(prompts, slots) * preset.prompt_tokens))
+    logits = (SAMPLING_BYTES * slots + 4 * min(prompts, slots)) * shape.vocabulary
+    if device == "cuda":
+        # a product of LoRA in fp32 beside the bf16 values
+        return {"activations": prefill * (8 * shape.hidden + 10 * shape.intermediate), "logits": logits}
+    return {"activations": prefill * 4 * (4 * shape.hidden + 4 * shape.intermediate), "logits": logits}
+
+
+def scoring(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
+    """Bytes of the forward and backward pass of the largest micro-batch; its logits come in blocks (scoring.py)."""
     longest = preset.prompt_tokens + preset.max_new_tokens
-    micro_batch = max(preset.token_budget, longest)         # a longer sequence goes alone
-    cache = preset.max_batch * longest * shape.kv_bytes
-    expanded = cache / shape.layers * shape.heads / shape.kv_heads      # one layer's keys and values for every head
-    largest_matrix = 2 * max(rows * columns for rows, columns in shape.linears.values())
-    unpacked = largest_matrix if preset.quantization == "nf4" else 0
-    return {
-        "rollout": {
-            "weights": weights,
-            "LoRA + Adam": adapter * (ADAPTER_STATE - 4),
-            "KV cache": cache,
-            "activations": max(expanded, PREFILL_TOKENS * layer_bytes(shape) / 2) + unpacked,
-            "logits": preset.max_batch * shape.vocabulary * SAMPLING_BYTES,
-        },
-        "training": {
-            "weights": weights,
-            "LoRA + Adam": adapter * ADAPTER_STATE,
-            "activations": micro_batch * (2 * shape.hidden * shape.layers + layer_bytes(shape) * BACKWARD_FACTOR)
-            + unpacked,
-            "logits": SCORING_ROWS * shape.vocabulary * 4 * SCORING_COPIES,
-        },
-    }
+    tokens = max(preset.token_budget, longest)              # a longer sequence goes alone
+    rows, columns, each = (1024, 16384, 16) if device == "cuda" else (1024, 4096, 12)
+    if shape.vocabulary < columns:
+        rows, columns = rows * columns // shape.vocabulary, shape.vocabulary
+    block = min(rows, tokens) * columns * each
+    if device == "cuda":
+        kept = 2 * shape.hidden * shape.layers + layer_bytes(shape) * BACKWARD_FACTOR
+        return {"activations": tokens * kept, "logits": block + tokens * 8 * shape.hidden}
+    kept = fp32_layer_bytes(shape, preset.lora_rank) * shape.layers + 4 * (3 * shape.intermediate + 2 * shape.hidden)
+    return {"activations": tokens * kept, "logits": block + tokens * 12 * shape.hidden}
 
 
-def plan_memory(shape: Shape, preset: Preset, room: float | None) -> Plan:
+def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = "cuda") -> Plan:
     """The plan for `room` bytes (None: no limit): slots and micro-batch are lowered until each phase fits.
 
-    Neither changes what is learned: slots change speed only, and the gradient does not depend on the micro-batch.
+    They are halved, as a run does by itself when memory runs out. Neither changes what is learned: slots change speed
+    only, and the gradient does not depend on the micro-batch. The cache must hold LEAST_SLOTS responses of full
+    length; if it holds fewer than are decoded at once, the newest wait when they grow so long.
     """
-    lowered = []
-    longest = preset.prompt_tokens + preset.max_new_tokens
-    for phase, name, least, by in (("rollout", "max_batch", LEAST_SLOTS, 8),
-                                   ("training", "token_budget", longest, 256)):
+    lowered, longest = [], preset.prompt_tokens + preset.max_new_tokens
+
+    def short(phase: str) -> bool:
+        parts = memory(shape, preset, device, room)[phase]
+        return sum(parts.values()) - parts.get("KV cache", 0) + (needed if phase == "rollout" else 0) > room
+
+    needed = cache_bytes(shape, preset, min(LEAST_SLOTS, in_flight(preset)), device)
+    for phase, name, least in (("rollout", "max_batch", LEAST_SLOTS), ("training", "token_budget", longest)):
         asked = size = getattr(preset, name)
-        while room is not None and size > least and sum(memory(shape, preset)[phase].values()) > room:
-            size = max(least, size - by)
+        while room is not None and size > least and short(phase):
+            size = max(least, size // 2)                    # as backoff.py does it
             preset = dataclasses.replace(preset, **{name: size})
         if size != asked:
             lowered.append(f"{name} {asked} -> {size}")
-    return Plan(shape, preset, room, memory(shape, preset), lowered)
+    phases = memory(shape, preset, device, room)
+    if room is not None:                                    # what would be needed, where it does not fit
+        phases["rollout"]["KV cache"] = max(phases["rollout"]["KV cache"], needed)
+    return Plan(shape, preset, room, phases, lowered, device)
 
 
-def advice(plan: Plan) -> str | None:
-    """The change that makes a plan fit: shorter responses, a smaller adapter, 4 bits; None if nothing here does."""
+def advice(plan: Plan) -> tuple[str, Plan] | None:
+    """The least change of flags that makes a plan fit, and the plan with it, which was made to see; None: no such one.
+
+    Shorter texts before a smaller adapter, 4 bits before both; a smaller preset takes its sizes all at once.
+    """
     preset = plan.preset
-    candidates = [(f"--max-new-tokens {tokens}", {"max_new_tokens": tokens})
-                  for tokens in (2048, 1024, 512, 256) if tokens < preset.max_new_tokens]
-    candidates += [(f"--lora-rank {rank}", {"lora_rank": rank}) for rank in (16, 8) if rank < preset.lora_rank]
-    if preset.quantization == "none":
-        candidates.insert(0, ("--quantization nf4", {"quantization": "nf4"}))
-    if preset.max_new_tokens > 256 and preset.lora_rank > 8:
-        candidates.append(("--max-new-tokens 256 --lora-rank 8", {"max_new_tokens": 256, "lora_rank": 8}))
-    for flag, change in candidates:
-        if plan_memory(plan.shape, dataclasses.replace(preset, **change), plan.capacity).fits:
-            return flag
-    for larger in PRESETS.values():
-        if plan_memory(plan.shape, larger, capacity(larger)).fits:
-            return f"a smaller model, or a card for --preset {larger.name}"
+
+    def lower(name: str, values: tuple[int, ...]) -> list[dict]:
+        return [{name: value} for value in values if value < getattr(preset, name)]
+
+    bits = [{"quantization": "nf4"}] if preset.quantization == "none" else []
+    shorter = lower("max_new_tokens", (4096, 2048, 1024, 512)) + lower("prompt_tokens", (1536, 1024))
+    both = [a | b for a in lower("max_new_tokens", (1024, 512)) for b in lower("prompt_tokens", (1536, 1024))]
+    ranks = lower("lora_rank", (16, 8))
+    small = [{"max_new_tokens": 512, "prompt_tokens": 1024} | rank for rank in ranks]
+    smallest = [{"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}]
+    tried = [*bits, *shorter, *both, *ranks, *small, *(smallest if preset.max_new_tokens > 256 else [])]
+    tried += [change | bits[0] for change in tried[1:]] if bits else []
+    for change in tried:
+        made = plan_memory(plan.shape, dataclasses.replace(preset, **change), plan.capacity, plan.device)
+        if made.fits:
+            return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()), made
     return None
 
 
-def checkpoint_bytes(plan: Plan) -> tuple[float, float]:
-    """(an adapter, its state) on disk: fp32 weights, and in the state weights again and two Adam moments."""
-    adapter = plan.shape.lora_parameters(plan.preset.lora_rank, plan.preset.lora_targets)
-    return 4 * adapter, 12 * adapter
+def elsewhere(plan: Plan) -> list[str]:
+    """What would fit if no flag helps: the largest smaller model here, the smallest card for this one; both made."""
+    found = []
+    for size, shape in sorted(QWEN25.items(), key=lambda item: -item[1].parameters):
+        if shape.parameters < plan.shape.parameters:
+            for preset in (plan.preset, PRESETS["8gb"]):
+                if plan_memory(shape, preset, plan.capacity, plan.device).fits:
+                    flag = next((name for name, path in ALIASES.items() if path.endswith(f"-{size}")), None)
+                    sizes = "" if preset is plan.preset else f" --preset {preset.name}"
+                    found.append(f"--model {flag or f'Qwen/Qwen2.5-Coder-{size}'}{sizes}")
+                    break
+        if found:
+            break
+    for preset in PRESETS.values():
+        if preset.gib * GIB > (plan.capacity or 0) and plan_memory(plan.shape, preset, capacity(preset)).fits:
+            found.append(f"a card of {preset.gib} GB with --preset {preset.name}")
+            break
+    return found
 
 
 def render(plan: Plan, model: str = "") -> str:
     """The plan as plain text, 80 columns: a row a part, a column a phase, in GB."""
     preset, phases = plan.preset, plan.phases
-    lines = [f"model        {model_path(model) or 'given by its shape'}: {plan.shape.parameters:,} parameters, "
-             f"{preset.quantization if preset.quantization == 'nf4' else 'not quantized'}",
-             f"adapter      LoRA rank {preset.lora_rank}, {preset.lora_targets}: "
-             f"{plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets):,} parameters in fp32",
-             f"a step       {3 * preset.prompts_per_mode} proposals, up to "
-             f"{3 * preset.prompts_per_mode * preset.answers} answers of up to {preset.max_new_tokens} tokens",
+    lora = plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
+    base = {"nf4": "nf4", "none": "bf16" if plan.device == "cuda" else "fp32"}[preset.quantization]
+    unit, name = (GB, "GB") if plan.peak > GB else (1e6, "MB")
+    digits = 2 if unit == GB else 1
+    lines = [f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "
+             f"{plan.shape.parameters:,} parameters, {base}",
+             f"adapter      LoRA rank {preset.lora_rank}, {preset.lora_targets}: {lora:,} parameters in fp32",
+             f"a step       {3 * preset.prompts_per_mode} proposals, up to {in_flight(preset)} answers of up to "
+             f"{preset.max_new_tokens} tokens",
              f"sizes        {preset.max_batch} slots, {preset.token_budget} tokens a micro-batch, prompts of up to "
              f"{preset.prompt_tokens}",
-             *(f"lowered      {change}, to fit; what is learned stays the same" for change in plan.lowered), "",
-             f"{'GB, computed':16}" + "".join(f"{phase:>12}" for phase in phases)]
-    names = list(dict.fromkeys(name for parts in phases.values() for name in parts))
-    for name in names:
-        lines.append(f"{name:16}" + "".join(f"{parts[name] / GB:12.2f}" if name in parts else " " * 12
-                                            for parts in phases.values()))
-    totals = [sum(parts.values()) for parts in phases.values()]
-    lines.append(f"{'total':16}" + "".join(f"{total / GB:12.2f}" for total in totals))
+             *(f"lowered      {change}: a run does so too, and learns the same" for change in plan.lowered)]
+    if plan.full_length < (wanted := min(preset.max_batch, in_flight(preset))):
+        lines += [f"cache        {plan.full_length} responses of full length at once, {wanted} are decoded:",
+                  "             the newest wait if more than that grow so long"]
+    lines += ["", f"{f'{name}, computed':16}" + "".join(f"{phase:>12}" for phase in phases)]
+    for part in dict.fromkeys(part for parts in phases.values() for part in parts):
+        cells = (f"{parts[part] / unit:12.{digits}f}" if part in parts else " " * 12 for parts in phases.values())
+        lines.append(f"{part:16}{''.join(cells)}".rstrip())
+    totals = plan.totals.values()
+    lines.append(f"{'total':16}" + "".join(f"{total / unit:12.{digits}f}" for total in totals))
     if plan.capacity is not None:
-        lines.append(f"{'head-room':16}" + "".join(f"{(plan.capacity - total) / GB:12.2f}" for total in totals))
-    adapter, state = checkpoint_bytes(plan)
-    lines += ["", f"disk         {adapter / GB:.2f} GB for every kept adapter, "
-              f"{2 * state / GB:.2f} GB for the newest two states"]
+        room = plan.capacity
+        lines.append(f"{'head-room':16}" + "".join(f"{(room - total) / unit:12.{digits}f}" for total in totals))
+        lines.append(f"overhead     {CUDA_CONTEXT / GB:.1f} GB of CUDA context lie outside the {room / GB:.1f} GB")
+    return "\n".join(lines)
+
+
+def verdict(plan: Plan) -> str:
+    """Whether it fits; if not, what would, each of which was planned to see whether it does."""
+    if plan.capacity is None:
+        return (f"fits         in ordinary memory: {plan.peak / GB:.2f} GB in use besides Python and its libraries;\n"
+                "             glibc keeps what is freed, so that the process may show two to three times that")
     if plan.fits:
-        limit = "ordinary memory" if plan.capacity is None else f"the {plan.capacity / GB:.1f} GB there are"
-        return "\n".join([*lines, f"fits         in {limit}"])
-    flag = advice(plan)
-    return "\n".join([*lines, f"DOES NOT FIT in {plan.capacity / GB:.1f} GB; " + (
-        f"try {flag}" if flag else "no preset is large enough for this model")])
+        return f"fits         {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB"
+    phase = max(plan.totals, key=plan.totals.get)
+    text = f"DOES NOT FIT {phase} takes {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB\n             "
+    if found := advice(plan):
+        flag, made = found
+        return f"{text}it fits with {flag} ({made.peak / GB:.1f} GB)"
+    others = elsewhere(plan)
+    return f"{text}no flag makes this model fit" + (f"; it fits with {' or with '.join(others)}" if others else "")

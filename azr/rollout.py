@@ -42,7 +42,7 @@ class Policy:
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
         self._checkpointing = False  # are activations recomputed?
-        # Answers to one prompt are scored in one row, up to this length, and the prompt once: about half the tokens of a
+        # Answers to one prompt are scored in one row of at most so many tokens, the prompt once: half the tokens of a
         # step. On a GPU, where it was not measured, a mask costs SDPA its fastest kernel: 0, every sample alone.
         self.shared_row = SHARED_ROW if self.device.type == "cpu" else 0
         self.engine = self._engine(engine_options)
@@ -96,8 +96,9 @@ class Policy:
         """n completions of each prompt from the current weights; seeds[i][j], 64 bits, decides sample j of prompt i.
 
         max_new_tokens: a limit for each prompt instead of sampling's. on_finish(i, j, completion): called as each ends
-        (twice, with the same tokens, if memory ran out and the call was repeated). A prompt that cannot fit gives completions
-        without ids, finish_reason "too_long". See engine.py. ValueError: an empty prompt, seeds of another shape.
+        (twice, with the same tokens, if memory ran out and the call was repeated). A prompt that can't fit gives
+        completions without ids, finish_reason "too_long". See engine.py.
+        ValueError: an empty prompt, seeds of another shape.
         """
         training = self.model.training
         self.model.eval()

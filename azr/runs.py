@@ -1,9 +1,9 @@
-"""The run directory: configuration, metrics, samples, checkpoints, resume and signals of one training run.
+"""The run directory: configuration, metrics, samples, checkpoints and resume of one training run.
 
-    with StopRequest() as stop, Run.open(Path("runs/tiny-0"), config, resume="auto") as run:
+    with Run.open(Path("runs/tiny-0"), config, resume="auto") as run:
         if run.resumed: tensors, state, path = run.load_checkpoint()
         run.log({"step": 1, "train/loss": 0.3})             # the first step's line says 1; 0 is "before training"
-        with stop.shield(): run.save_checkpoint(1, policy.save_adapter, tensors, state, info, keep=True)
+        run.save_checkpoint(1, policy.save_adapter, tensors, state, info, keep=True)
 
 The directory is the only state and the process can die at any instant. A checkpoint is written aside, synced, and
 renamed; what a resume finds is the newest one whose checksums hold; log lines that are newer than it are cut off, so a
@@ -16,7 +16,6 @@ torch is imported only to write or read a checkpoint. The file knows nothing of 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -28,8 +27,8 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -41,10 +40,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that cannot change what a step computes, so a resume may be given other values.
-RESUME_MAY_CHANGE = frozenset(
-    "steps max_hours price_per_hour save_every save_minutes eval_every eval_samples out resume config dry_run".split())
+RESUME_MAY_CHANGE = frozenset("steps max_hours price_per_hour save_every save_minutes keep_states eval_every "
+                              "eval_samples out resume config dry_run tracker card probe".split())
 KEEP_STATES = 2                                     # the newest checkpoints that keep what a resume needs
-DUPLICATE_SECONDS = 0.1                             # a launcher that forwards Ctrl-C delivers it twice: one request
+SCRIPT = "train_azr.py"                             # what the commands say that go on with a run
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+TAIL = 1 << 20                                      # bytes at the end of a log that hold its last lines
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")      # all that a start killed in its first instants leaves
 STEP_DIRECTORY = re.compile(r"step_(\d+)")
@@ -54,6 +55,10 @@ VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "
 
 class RunError(ValueError):
     """One clear line: what is wrong with a run directory and what to do. A script prints it and exits 2."""
+
+
+class DiskError(RunError):
+    """The disk is full or refuses to be written; the line names the last good checkpoint. A script exits 1."""
 
 
 def say(text: str) -> None:
@@ -176,13 +181,18 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed, and what is wrong with each newer one."""
+def newest_intact(run_dir: Path, whole_through: float = math.inf) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed, and what is wrong with each newer one.
+
+    whole_through: the last step that the logs hold in full; what is newer would leave a gap in them.
+    """
     faults = []
-    for _, path in reversed(step_directories(run_dir)):
+    for step, path in reversed(step_directories(run_dir)):
         if not (path / "state" / "checksums.json").exists():
             continue                                # an adapter that was kept without its state
         wrong = fault(path)
+        if wrong is None and step > whole_through:
+            wrong = f"the logs have lost steps after {whole_through}"
         if wrong is None:
             return path, faults
         faults.append(f"{path}: {wrong}")
@@ -219,6 +229,18 @@ def _remove(directory: Path) -> None:
     shutil.rmtree(aside)
 
 
+def _whole_through(path: Path) -> float:
+    """The last step of which a log has every line, as far as its end tells: logs are synced before a checkpoint, so it
+    is behind one only if it was damaged. Infinite for an empty log: that one was set aside."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        *lines, torn = file.read().split(b"\n")
+    if match := LINE_STEP.match(torn):
+        return int(match[1]) - 1
+    steps = [int(match[1]) for line in lines if line.endswith(b"}") and (match := LINE_STEP.match(line))]
+    return steps[-1] if steps and path.name == "metrics.jsonl" else math.inf     # that one has a line for every step
+
+
 def _end_of(path: Path, step: int) -> int:
     """Where a log ends after its last line of `step`, in bytes. RunError if such a line follows a bad or newer one."""
     offset, end = 0, None
@@ -228,8 +250,9 @@ def _end_of(path: Path, step: int) -> int:
             if match is None or not line.endswith(b"}\n") or int(match[1]) > step:
                 end = offset if end is None else end
             elif end is not None:
-                raise RunError(f"{path}, line {number}: step {int(match[1])} follows a bad or newer line; the log is "
-                               "damaged, repair it or start a new run with --out")
+                raise RunError(f"{path}, line {number}: step {int(match[1])} follows a bad or newer line, the log is "
+                               f"damaged; repair it, or go on without its older lines: mv {shlex.quote(str(path))} "
+                               f"{shlex.quote(f'{path}.damaged')}")
             offset += len(line)
     return offset if end is None else end
 
@@ -249,16 +272,18 @@ class Run:
 
     def __init__(self, directory: Path, config: dict) -> None:
         self.dir, self.config = directory, plain(config, "config")
+        self.keep_states = self.config.get("keep_states", KEEP_STATES)
         self.step, self.resumed = 0, False
         self._checkpoint: Path | None = None        # the one to resume from
         self._lock, self._files = None, {}
 
     @classmethod
-    def open(cls, out: Path, config: dict, resume: str = "none") -> Run:
+    def open(cls, out: Path, config: dict, resume: str = "none", complete: Callable[[dict], dict] = dict) -> Run:
         """Starts or continues a run.
 
         resume "none": `out` must be absent or empty. "auto": continues the newest intact checkpoint of `out`; without
-        any it starts afresh, and says so. Else a run directory to continue (instead of `out`).
+        any it starts afresh, and says so. Else a run directory to continue (instead of `out`). complete: the stored
+        settings with those that did not exist when the run began.
         RunError, and nothing is changed: `out` holds something else, is held by another process, was started with
         other settings (RESUME_MAY_CHANGE may differ), or has only broken checkpoints.
         """
@@ -269,12 +294,12 @@ class Run:
             out.mkdir(parents=True, exist_ok=True)
             run._take_lock()
             if holds:
-                run._continue(must=resume != "auto")
+                run._continue(resume != "auto", complete)
             elif resume == "auto":
                 say(f"resume: {out} holds no run yet, starting from step 0")
             write_json_atomic(out / "config.json", run.config)
             (out / "checkpoints").mkdir(exist_ok=True)
-            for stale in [*out.glob("*.tmp-*"), *out.glob("checkpoints/step_*.tmp-*")]:
+            for stale in [*out.glob("*.tmp-*"), *out.glob("checkpoints/*.tmp-*")]:
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
             # Unbuffered: a line is one write, so a kill tears at most the last one.
             run._files = {name: open(out / name, "ab", buffering=0) for name in LOGS}
@@ -321,32 +346,49 @@ class Run:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def _continue(self, must: bool) -> None:
+    def _continue(self, must: bool, complete: Callable[[dict], dict]) -> None:
         """Finds the checkpoint to resume from and takes the logs back to it."""
-        checkpoint, faults = newest_intact(self.dir)
+        logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
+        checkpoint, faults = newest_intact(self.dir, min(map(_whole_through, logs), default=math.inf))
+        if checkpoint is None and faults:           # rather a gap in the logs than the end of the run
+            checkpoint, broken = newest_intact(self.dir)
+            faults = faults if checkpoint is None else [*broken, f"{self.dir}: the logs do not reach {checkpoint.name}"]
         if checkpoint is None:
             if faults or step_directories(self.dir) or must:
                 reason = "; ".join(faults) or "no checkpoint with a state"
                 raise RunError(f"{self.dir}: nothing to resume from ({reason}); start a new run with --out")
             say(f"resume: {self.dir} has no checkpoint yet, starting again from step 0")
         else:
-            stored = _read_json(self.dir / "config.json")
-            if changes := config_changes(stored, self.config):
-                raise RunError(f"{self.dir}: cannot resume with other settings ({'; '.join(changes)}); "
-                               "repeat the old ones, or start a new run with --out")
+            self._compare(_read_json(self.dir / "config.json"), complete)
             self._checkpoint, self.resumed = checkpoint, True
             self.step = int(STEP_DIRECTORY.fullmatch(checkpoint.name)[1])
-        logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
-        ends = [_end_of(path, self.step if checkpoint else -1) for path in logs]     # all, before anything is changed
+        try:
+            ends = [_end_of(path, self.step if checkpoint else -1) for path in logs]     # before anything is changed
+        except RunError as error:
+            raise RunError(f"{error} && {self.command()} (from {checkpoint or 'the start'}, which is whole)") from error
         went = sum(map(_cut, logs, ends))
         for wrong in faults:
-            say(f"warning: broken checkpoint, going back to {checkpoint}: {wrong}")
+            say(f"warning: broken checkpoint, going on from {checkpoint}: {wrong}")
         for step, path in step_directories(self.dir):
             if step > self.step:                    # broken: out of the way of the one that will be written again
                 shutil.rmtree(path.with_name(f"{path.name}.broken"), ignore_errors=True)
                 os.rename(path, path.with_name(f"{path.name}.broken"))
         if checkpoint:
             say(f"resume: {checkpoint}" + (f"; cut {went} bytes of newer log lines" if went else ""))
+
+    def _compare(self, stored: dict, complete: Callable[[dict], dict]) -> None:
+        """RunError if the run was started with other settings; what it could not have had counts as the default."""
+        completed = complete(stored)
+        if new := [f"{name} {completed[name]}" for name in completed if name not in stored]:
+            say(f"resume: {self.dir} is from before these settings, at their defaults now: {', '.join(new)}")
+        if changes := config_changes(completed, self.config):
+            raise RunError(f"{self.dir}: cannot resume with other settings ({'; '.join(changes)}); repeat the old ones "
+                           f"({self.command()}), or start a new run with --out")
+
+    def command(self) -> str:
+        """What to type to go on with this run."""
+        config, directory = shlex.quote(str(self.dir / "config.json")), shlex.quote(str(self.dir))
+        return f"python {SCRIPT} --config {config} --resume {directory}"
 
     def close(self) -> None:
         """Frees the files and the lock; the run can be opened again."""
@@ -358,8 +400,10 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
+        if isinstance(error, OSError) and error.errno in DISK:       # of whatever else writes into the run
+            raise self._disk_error(f"writing {error.filename or 'a file'}", error) from error
 
     # -------- logs
 
@@ -392,7 +436,7 @@ class Run:
         `save_adapter(directory)` writes the PEFT files, `info` becomes azr.json, `tensors` and `state` (JSON types)
         are what a resume needs. keep: the adapter stays for good (only its state/ is pruned); without it the
         checkpoint goes once two newer ones exist. A step that has its checkpoint is not written again: its state
-        cannot differ. RunError on a full disk or another write error: no trace of it stays, older ones are whole.
+        cannot differ. DiskError on a full disk or another write error: no trace of it stays, older ones are whole.
         """
         final = self.dir / "checkpoints" / f"step_{step}"
         aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
@@ -422,7 +466,7 @@ class Run:
 
     def _prune(self) -> None:
         paths = [path for _, path in step_directories(self.dir) if (path / "state").exists()]
-        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-KEEP_STATES:]
+        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-self.keep_states:]
         try:
             for path in paths:
                 if path in newest:
@@ -445,10 +489,10 @@ class Run:
         tensors = load_file(self._checkpoint / "state" / "tensors.safetensors")
         return tensors, _read_json(self._checkpoint / "state" / "state.json"), self._checkpoint
 
-    def _disk_error(self, what: str, error: Exception) -> RunError:
+    def _disk_error(self, what: str, error: Exception) -> DiskError:
         good, _ = newest_intact(self.dir)
-        remedy = f"the last good checkpoint is {good}, continue with --resume auto" if good else "no checkpoint yet"
-        return RunError(f"{self.dir}: {what} failed ({error}), check the disk; {remedy}")
+        remedy = f"the last good checkpoint is {good}, go on with" if good else "there is no checkpoint yet, begin with"
+        return DiskError(f"{self.dir}: {what} failed ({error}), make room on the disk; {remedy}: {self.command()}")
 
     # -------- environment
 
@@ -459,7 +503,11 @@ class Run:
         """
         path, now = self.dir / "environment.json", plain({**describe_environment(), "step": self.step, **more})
         if path.exists():
-            earlier = _read_json(path)
+            try:
+                earlier = _read_json(path)
+            except RunError as error:               # nothing that is computed depends on it
+                say(f"warning: {error}: written anew")
+                earlier = {}
             now["previous"] = [*earlier.pop("previous", []), earlier]
             before, after = earlier.get("versions", {}), now["versions"]
             if changed := [f"{name} {before.get(name)} -> {after[name]}" for name in after
@@ -545,74 +593,3 @@ def set_rng_state(tensors: dict[str, Tensor], state: dict, **generators: random.
 def _tupled(state: Sequence) -> tuple:
     version, internal, gauss = state                # JSON has made lists of the tuples
     return version, tuple(internal), gauss
-
-
-# ---------------------------------------------------------------- signals
-
-class StopNow(BaseException):
-    """A stop was requested: drop the step in progress, save the snapshot taken at its start, exit 0.
-
-    Not an Exception, so that code which catches those (a retry after out-of-memory) lets it through.
-    """
-
-
-class StopRequest:
-    """SIGINT and SIGTERM as `StopNow` in the main thread; a second one ends the process at once (exit code 130).
-
-    Inside `shield()` the request waits for the end of the block. Python drops an exception that is raised while a
-    finaliser runs, so long loops also call `check()`, which raises again whatever was requested. SIGUSR1 sets
-    `save_requested`; who has saved sets it back.
-    """
-
-    def __init__(self) -> None:
-        self.requested: str | None = None           # name of the signal
-        self.save_requested = False
-        self._shields, self._deferred, self._when, self._old = 0, False, 0.0, {}
-
-    def __enter__(self) -> StopRequest:
-        self._old = {number: signal.signal(number, self._on_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self._old[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._on_save)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _on_save(self, number: int, frame: object) -> None:
-        self.save_requested = True
-
-    def _on_stop(self, number: int, frame: object) -> None:
-        name = signal.Signals(number).name
-        if self.requested is not None:
-            if time.monotonic() - self._when < DUPLICATE_SECONDS:
-                return
-            self._tell(f"{name}: second request, quitting at once without saving")
-            os._exit(130)
-        self.requested, self._when = name, time.monotonic()
-        self._tell(f"{name}: stopping; a second one quits at once")
-        self._deferred = bool(self._shields)
-        self.check()
-
-    def _tell(self, text: str) -> None:
-        with contextlib.suppress(OSError):          # the terminal may be gone
-            os.write(2, f"\n{text}\n".encode())     # not print: the handler may have interrupted one
-
-    def check(self) -> None:
-        """Raises StopNow if a stop was requested, unless shielded."""
-        if self.requested and not self._shields:
-            raise StopNow(self.requested)
-
-    @contextlib.contextmanager
-    def shield(self) -> Iterator[None]:
-        """Holds a request back until the block ends, also when it ends by an exception. Shields nest.
-
-        For what must not be left half done. Keep it short: a spot instance is gone 30 s after its SIGTERM.
-        """
-        self._shields += 1
-        try:
-            yield
-        finally:
-            self._shields -= 1
-            if self._deferred and not self._shields:
-                self._deferred = False
-                raise StopNow(self.requested)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from azr import arms, entropy_control, off_policy, ppo
-from azr.backoff import Sizes, retry
+from azr.backoff import DoesNotFit, Sizes, retry
 from azr.tasks import MODES, Sample
 
 if TYPE_CHECKING:
@@ -195,9 +195,24 @@ def apply_gradient(policy: Policy, optimizer, loss: float) -> dict[str, float]:
     norm = torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), GRAD_CLIP).item()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
-        optimizer.step()
+        take_step(policy, optimizer)
     optimizer.zero_grad(set_to_none=True)
     return {"grad_norm": norm, "skipped": float(not finite)}
+
+
+def take_step(policy: Policy, optimizer) -> None:
+    """optimizer.step(), from the same state again if memory runs out inside: half of it may be done by then."""
+    before = state_tensors(policy, optimizer)
+
+    def one_by_one() -> str:
+        if all(group.get("foreach") is False for group in optimizer.param_groups):
+            raise DoesNotFit("out of memory in the optimizer step, one matrix at a time; lower --lora-rank")
+        restore_tensors(policy, optimizer, before)
+        for group in optimizer.param_groups:
+            group["foreach"] = False  # a GPU's default takes all matrices at once
+        return "one matrix at a time"
+
+    retry(optimizer.step, one_by_one, "the optimizer step")
 
 
 def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Config) -> dict[str, float]:

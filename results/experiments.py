@@ -4,6 +4,7 @@
     python results/experiments.py run joint/0               one run: data, training, measurements, results/joint/0.json
     python results/experiments.py run --jobs 2              everything that is missing, in the order of the list
     python results/tables.py                                tables and plots from results/*/*.json
+    python -m azr.tiny.make --hidden 80 --out runs/experiments/tiny-half --work runs/half    once, for the half-* arms
 
 A run takes three to six minutes on one CPU core. Stop it at any time: training goes on from its last checkpoint, the
 measurements from what they have written. Runs (checkpoints, samples) stay in --runs and can be deleted; the small
@@ -97,14 +98,12 @@ ARMS = {
 
 
 def order() -> Iterator[tuple[str, int, int]]:
-    """(arm, seed, answers a held-out task): three seeds of the first nine arms, one of the others, many answers where
-    they are wanted, then seed by seed what is left."""
+    """(arm, seed, answers a held-out task): three seeds of the first nine arms, many answers where they are wanted,
+    then seed by seed what is left."""
     first, wide = list(ARMS)[:9], [arm for arm in ARMS if ARMS[arm].samples > NARROW]
-    others = [arm for arm in ARMS if arm not in first]
     yield from ((arm, seed, NARROW) for arm in first for seed in range(3))
-    yield from ((arm, 0, NARROW) for arm in others)
     yield from ((arm, seed, WIDE) for seed in range(2) for arm in wide)
-    for seed in range(1, 5):
+    for seed in range(5):
         yield from ((arm, seed, NARROW) for arm in ARMS if seed < ARMS[arm].seeds)
         yield from ((arm, seed, WIDE) for arm in wide)
 
@@ -252,7 +251,8 @@ def digest(run: Path, measured: dict[str, dict]) -> dict:
         kept["validity"] = {group: [window["ok"]["mean"] for window in windows]
                             for group, windows in part["validity"].items()}  # fmt: skip
         kept["solve_rate"] = {name: value["histogram"] for name, value in part["solve_rate"].items()}
-        kept["diversity"] = [{name: value["mean"] if isinstance(value, dict) else value for name, value in window.items()}
+        kept["diversity"] = [{name: value["mean"] if isinstance(value, dict) else value
+                              for name, value in window.items()}
                              for window in part["diversity"]["windows"]]  # fmt: skip
     if "difficulty" in measured:
         (table,) = measured["difficulty"]["runs"].values()

@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
 from azr.fits import linear_fit, over_runs  # noqa: E402
-from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
+from azr.passk import Interval, difference_interval, pass_at_k, t_quantile  # noqa: E402
 
 MODES = ("deduction", "abduction", "induction")
 REWARDS = {"learnability": "joint", "half-peak": "half-peak", "uniform": "uniform", "variance": "variance",
@@ -29,7 +29,7 @@ CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "bonus",
             "off-policy-shuffled", "off-policy-gold")  # fmt: skip
 MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
 PROPOSERS = ("joint", "no-update", "no-update-matched", "frozen-base")
-FEWEST = 2  # seeds of an arm that is shown
+FEWEST = 2  # seeds of an arm whose own spread is shown
 
 
 def load() -> dict[str, list[dict]]:
@@ -80,6 +80,35 @@ def at_norm(norm: np.ndarray, values: np.ndarray, where: float) -> float:
     """Linear interpolation along a run's checkpoints; NaN beyond its last one."""
     order = np.argsort(norm)
     return float(np.interp(where, norm[order], values[order])) if where <= norm.max() else np.nan
+
+
+class Pooled:
+    """One standard deviation between training seeds for all arms of a table, so that two seeds of one say something.
+
+    groups: a value a seed of each arm. Assumes that arms differ in mean only; `sd` and `freedom` are printed.
+    """
+
+    def __init__(self, groups: dict[str, np.ndarray]):
+        self.groups = {name: np.asarray(values, float) for name, values in groups.items()}
+        several = [values for values in self.groups.values() if len(values) > 1]
+        self.freedom = sum(len(values) - 1 for values in several)
+        self.sd = np.sqrt(sum(((values - values.mean()) ** 2).sum() for values in several) / max(1, self.freedom))
+        self.t = t_quantile(0.975, max(1, self.freedom))
+
+    def mean(self, name: str) -> Interval:
+        values = self.groups[name]
+        return self.around(values.mean(), 1 / len(values))
+
+    def minus(self, name: str, other: str) -> Interval:
+        a, b = self.groups[name], self.groups[other]
+        return self.around(a.mean() - b.mean(), 1 / len(a) + 1 / len(b))
+
+    def around(self, mean: float, share: float) -> Interval:
+        half = self.t * self.sd * np.sqrt(share)
+        return Interval(mean, mean - half, mean + half)
+
+    def __str__(self) -> str:
+        return f"standard deviation between training seeds {self.sd:.3f}, {self.freedom} degrees of freedom"
 
 
 # ---------------------------------------------------------------- text
@@ -145,38 +174,33 @@ def per_mode(arms: dict) -> str:
 def sets(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     """SRR and NDR (arXiv 2507.14843, section 3) of b against a from chances (tasks,) of solving each task."""
     both, lost, found = (a * b).sum(), (a * (1 - b)).sum(), ((1 - a) * b).sum()
-    return both / (both + lost), found / (both + found)
+    with np.errstate(invalid="ignore"):  # nothing solved: NaN
+        return both / (both + lost), found / (both + found)
 
 
 def support(arms: dict) -> str:
     """Finding 1: what is kept, found and how varied, beside a second sample of the base."""
     k, first, second = 256, *arms["base"][:2]
-    different = lambda result: np.array(result["held_out"]["distinct_correct"], float)  # noqa: E731
     varied = modes_of_tasks(arms) != "deduction"  # there it is one
+    different = lambda result: np.array(result["held_out"]["distinct_correct"], float)[varied].mean()  # noqa: E731
     rows = []
-    wide = {name: [r for r in arms[name] if r["held_out"]["n"] >= 2 * k] for name in available(arms, MAIN)}
-    for name, results in [("base, second sample", [second]), *wide.items()]:
-        if not results:
-            continue
-        pairs = np.array([sets(solved(first, k), solved(result, k)) for result in results])
-        kept = np.array([different(result)[varied].mean() for result in results])
-        ratio = kept / different(first)[varied].mean()
-        one = len(results) == 1
-        cells = [pairs[:, 0], pairs[:, 1], kept, ratio]
-        rows.append(
-            [
-                name if one else f"{name} ({len(results)})",
-                *(f"{x[0]:.3f}" if one else show(over_seeds(x), sign=False) for x in cells),
-            ]
-        )
-    head = ["", "SRR: of what the base solves, kept", "NDR: of what is solved, new",
-            "different right answers a task, of 128", "ratio to the base"]  # fmt: skip
+    for name in ("base, second sample", *available(arms, MAIN)):
+        results = arms.get(name, [second])
+        wide = [result for result in results if result["held_out"]["n"] >= 2 * k]
+        pairs = np.array([sets(solved(first, k), solved(result, k)) for result in wide]).reshape(-1, 2)
+        kept = np.array([different(result) for result in results])
+        label = name if results == [second] else f"{name} ({len(wide)}, {len(results)})"
+        columns = (pairs[:, 0], pairs[:, 1], kept, kept / different(first))
+        rows.append([label, *(show(over_seeds(x), sign=False) for x in columns)])
+    head = ["(seeds with 512 answers, all seeds)", "SRR: of what the base solves, kept",
+            "NDR: of what is solved, new", "different right answers a task, of 128", "ratio to the base"]  # fmt: skip
     return table(head, rows)
 
 
 def entropy(arms: dict) -> str:
     """Finding 2: own samples and the frozen probe, at the end and at the same norm of the update."""
-    names = available(arms, (*PROPOSERS, "rlvr", "sft", "half-joint", "half-no-update", "half-frozen-base"))
+    half = [name for name in ("half-joint", "half-no-update", "half-frozen-base") if arms.get(name)]
+    names = available(arms, (*PROPOSERS, "rlvr", "sft")) + half
     norms = {name: [probe(result, "solver")[1].max() for result in arms[name]] for name in names}
     rows = []
     for name in names:
@@ -249,25 +273,25 @@ def at_size(rms: np.ndarray, values: np.ndarray, where: float) -> float:
 
 
 def rewards(arms: dict) -> str:
-    """Finding 4: seven rewards."""
+    """Finding 4: seven rewards; intervals from the spread pooled over them."""
+    shown = {reward: name for reward, name in REWARDS.items() if arms.get(name)}
+    columns = {
+        "pass@1 - base": {name: gain(arms, name, 1).mean(axis=1) for name in shown.values()},
+        "pass@64 - base": {name: gain(arms, name, 64).mean(axis=1) for name in shown.values()},
+        "greedy held-out, %": {name: [100 * np.mean(final_greedy(r)) for r in arms[name]] for name in shown.values()},
+        "valid, %": {name: [100 * np.mean([ends(r, f"proposer/{mode}/valid_rate")[1] for mode in MODES])
+                            for r in arms[name]] for name in shown.values()},
+        "distance of programs": {name: [r["diversity"][-1]["program_distance"] for r in arms[name]]
+                                 for name in shown.values()},
+    }  # fmt: skip
+    pooled = {label: Pooled(groups) for label, groups in columns.items()}
     rows = []
-    for reward, name in REWARDS.items():
-        if len(arms.get(name, [])) < FEWEST:
-            continue
-        results = arms[name]
-        greedy = [np.mean(result["greedy"]["accuracy"][max(result["greedy"]["accuracy"], key=int)])
-                  for result in results]  # fmt: skip
-        valid = [np.mean([ends(result, f"proposer/{mode}/valid_rate")[1] for mode in MODES]) for result in results]
-        shares = np.array([rate_shares(result) for result in results])
-        distance = [result["diversity"][-1]["program_distance"] for result in results]
-        cells = [show(over_seeds(gain(arms, name, k).mean(axis=1))) for k in (1, 64)]
-        cells += [show(over_seeds(100 * np.array(greedy)), 1, sign=False)]
-        cells += [show(over_seeds(100 * np.array(valid)), 0, sign=False)]
-        cells += [" / ".join(f"{100 * x:.0f}" for x in shares.mean(axis=0))]
-        cells += [show(over_seeds(distance), 3, sign=False)]
-        rows.append([f"{reward} ({len(results)})", *cells])
-    head = ["reward (seeds)", "pass@1 - base", "pass@64 - base", "greedy held-out, %", "valid, %",
-            "own tasks solved never / sometimes / always, %", "distance of programs"]  # fmt: skip
+    for reward, name in shown.items():
+        shares = np.mean([rate_shares(result) for result in arms[name]], axis=0)
+        cells = [show(part.mean(name), 3 if "%" not in label else 1, sign="base" in label)
+                 for label, part in pooled.items()]  # fmt: skip
+        rows.append([f"{reward} ({len(arms[name])})", *cells, " / ".join(f"{100 * x:.0f}" for x in shares)])
+    head = ["reward (seeds)", *pooled, "own tasks solved never / sometimes / always, %"]
     return table(head, rows)
 
 
@@ -278,31 +302,22 @@ def rate_shares(result: dict) -> np.ndarray:
 
 
 def power(arms: dict) -> str:
-    """Finding 4: the smallest true difference from learnability that would have been seen four times in five."""
+    """Finding 4: what differs from learnability, and what could have been seen four times in five."""
     lines = []
     for label, value in (
-        ("greedy held-out accuracy", lambda result, _: np.mean(final_greedy(result))),
-        ("pass@1", lambda result, name: solved(result, 1).mean()),
-        ("pass@64", lambda result, name: solved(result, 64).mean()),
+        ("greedy held-out accuracy", lambda result: np.mean(final_greedy(result))),
+        ("pass@1", lambda result: solved(result, 1).mean()),
+        ("pass@64", lambda result: solved(result, 64).mean()),
     ):
-        groups = {name: np.array([value(result, name) for result in arms[name]]) for name in
-                  available(arms, REWARDS.values())}  # fmt: skip
-        variance = np.average([x.var(ddof=1) for x in groups.values()], weights=[len(x) - 1 for x in groups.values()])
-        freedom = sum(len(x) - 1 for x in groups.values())
-        joint = groups["joint"]
-        cells = []
-        for name, x in groups.items():
-            if name != "joint":
-                error = np.sqrt(variance * (1 / len(x) + 1 / len(joint)))
-                reach = 2.1 * error  # Student's t at 15 to 30 degrees of freedom
-                difference = x.mean() - joint.mean()
-                mark = "**" if abs(difference) > reach else ""
-                cells.append(f"{name} {mark}{100 * difference:+.1f} ± {100 * reach:.1f}{mark}")
-        detect = 100 * (2.1 + 0.86) * np.sqrt(2 * variance / 5)
-        lines.append(f"- {label}: standard deviation between training seeds {100 * np.sqrt(variance):.1f} points "
-                     f"({freedom} degrees of freedom); five seeds against five detect {detect:.1f} points with a power "
-                     f"of 80 %, one run against one {detect * np.sqrt(5):.1f}. Against learnability, points: "
-                     + ", ".join(cells) + ".")  # fmt: skip
+        names = [name for name in REWARDS.values() if arms.get(name)]
+        pooled = Pooled({name: [100 * value(result) for result in arms[name]] for name in names})
+        reach = pooled.t + t_quantile(0.8, pooled.freedom)
+        several, one = (reach * pooled.sd * np.sqrt(2 / n) for n in (5, 1))
+        cells = ", ".join(f"{name} {show(pooled.minus(name, 'joint'), 1)}" for name in names if name != "joint")
+        lines.append(
+            f"- {label}, points: {pooled}; with a power of 80 % five seeds against five show {several:.1f} points, "
+            f"one run against one {one:.1f}. Minus learnability: {cells}."
+        )
     return "\n".join(lines)
 
 
@@ -337,33 +352,32 @@ def difficulty(arms: dict) -> str:
 
 
 def controls(arms: dict) -> str:
-    """Finding 6: what each control does at k = 1 and k = 64 against the base, and to the solver's entropy."""
+    """Finding 6: what each control does at k = 1 and k = 64, and to the solver's entropy; pooled spread."""
+    names = [name for name in CONTROLS if arms.get(name)]
+    gains = {k: Pooled({name: gain(arms, name, k).mean(axis=1) for name in names}) for k in (1, 64)}
+    own = Pooled({name: [ends(result, "solver/all/entropy")[1] for result in arms[name]] for name in names})
+    frozen = Pooled(
+        {name: [np.diff(probe(result, "solver")[0][[0, -1]])[0] for result in arms[name]] for name in names}
+    )
     rows = []
-    for name in available(arms, CONTROLS):
-        results = arms[name]
-        own = [ends(result, "solver/all/entropy")[1] for result in results]
-        frozen = [probe(result, "solver")[0][-1] - probe(result, "solver")[0][0] for result in results]
-        touched = [np.nanmean([np.nan if x is None else x for x in result["series"].get("train/control_share", [None])])
-                   if any(result["series"].get("train/control_share", [])) else np.nan for result in results]  # fmt: skip
-        tokens = np.mean([np.mean(result["series"]["train/tokens"]) for result in results])
-        against = [show(over_seeds(gain(arms, name, k).mean(axis=1))) for k in (1, 64)]
-        less = [show(difference_of_seeds(gain(arms, name, k), gain(arms, "joint", k))) if name != "joint" else ""
-                for k in (1, 64)]  # fmt: skip
-        share = f"{100 * np.nanmean(touched):.1f}" if np.isfinite(touched).any() else ""
-        rows.append([f"{name} ({len(results)})", *against, *less, show(over_seeds(own), 2, sign=False),
-                     show(over_seeds(frozen), 2), share, f"{tokens:.0f}"])  # fmt: skip
+    for name in names:
+        touched = [
+            x for result in arms[name] for x in result["series"].get("train/control_share", []) if x is not None
+        ]
+        tokens = np.mean([np.mean(result["series"]["train/tokens"]) for result in arms[name]])
+        rows.append([
+            f"{name} ({len(arms[name])})",
+            *(show(gains[k].mean(name)) for k in gains),
+            *("" if name == "joint" else show(gains[k].minus(name, "joint")) for k in gains),
+            show(own.mean(name), 2, sign=False),
+            show(frozen.mean(name), 2),
+            f"{100 * np.mean(touched):.1f}" if touched else "",
+            f"{tokens:.0f}",
+        ])  # fmt: skip
     head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint", "pass@64 - joint",
             "solver entropy at the end", "on the probe", "tokens touched, %", "tokens a step"]  # fmt: skip
-    return table(head, rows)
-
-
-def difference_of_seeds(a: np.ndarray, b: np.ndarray) -> Interval:
-    """Mean over seeds of a minus that of b, each (seeds, tasks); Welch's t, degrees of freedom of the smaller group."""
-    a, b = a.mean(axis=1), b.mean(axis=1)
-    parts = [over_seeds(x) for x in (a, b)]
-    half = np.hypot(parts[0].mean - parts[0].low, parts[1].mean - parts[1].low)
-    mean = parts[0].mean - parts[1].mean
-    return Interval(mean, mean - half, mean + half)
+    spread = ", ".join(f"pass@{k}: {gains[k]}" for k in gains)
+    return f"{table(head, rows)}\n\nIntervals from the spread pooled over these arms ({spread})."
 
 
 PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/untrained": "forward KL, untrained text",
@@ -444,16 +458,20 @@ def fill(text: str, name: str, content: str) -> str:
     return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
+def filled(text: str, arms: dict) -> str:
+    """The page with every table made anew."""
+    for make in TABLES:
+        text = fill(text, make.__name__, make(arms))
+    return text
+
+
 def main() -> int:
     arms = load()
     if not {"base", "joint"} <= arms.keys():
         print("results/tables.py: no results of base and joint; python results/experiments.py run", file=sys.stderr)
         return 2
     page = RESULTS.parent / "RESULTS.md"
-    text = page.read_text()
-    for make in TABLES:
-        text = fill(text, make.__name__, make(arms))
-    page.write_text(text)
+    page.write_text(filled(page.read_text(), arms))
     import plots  # beside this file
 
     main_arms, proposers = available(arms, MAIN), available(arms, (*PROPOSERS, "rlvr", "sft"))

@@ -34,6 +34,7 @@ BUNDLE, BUNDLE_BYTES = 8, 32_768          # jobs that share a child at most, and
 RECYCLE_AFTER = 20_000                    # jobs of one lane
 _TICK = 0.02                              # seconds between looks into the result pipes of long jobs
 _START_SECONDS = 60.0
+LOST_STARTS = 3                           # lanes in a row that may end before they greet, once another has
 _F_SETPIPE_SZ = 1031                      # fcntl.F_SETPIPE_SZ, which Python 3.9 and other systems lack
 _BOOT = ("import sys, types; sys.path.pop(0); p = types.ModuleType('sandbox'); p.__path__ = [sys.argv.pop(1)]; "
          "sys.modules['sandbox'] = p; from sandbox import worker; worker.main()")
@@ -136,6 +137,7 @@ class Sandbox:
         self.share = share and profile.gate and not profile.wide
         self._owner, self._lock, self._selector = os.getpid(), threading.RLock(), selectors.DefaultSelector()
         self._lanes, self._dying, self._infra, self._restarts = [], [], [], 0
+        self._lost_lanes, self._lost_starts = 0, 0
         self._packed, self._canonical_texts, self._protection = {}, {}, {}
         self._children, self._cpu_seconds, self._peak_mb = 0, 0.0, 0.0
         self._finalizer = weakref.finalize(self, _close_lanes, self._lanes, self._dying, self._selector, self._owner)
@@ -165,7 +167,7 @@ class Sandbox:
         return self._protection | {"profile": self.profile.name, "workers": self.workers, "lanes": len(lanes),
                         "hash_seeds": list(FIRST_SEEDS + MORE_SEEDS),
                         "weak": self._protection.get("seccomp") is not True,
-                        "lanes_replaced": self._restarts, "children": self._children,
+                        "lanes_replaced": self._restarts, "lanes_lost": self._lost_lanes, "children": self._children,
                         "children_cpu_seconds": round(self._cpu_seconds, 6),
                         "children_peak_mb": round(self._peak_mb, 1)}
 
@@ -398,7 +400,9 @@ class Sandbox:
 
     def _lost(self, lane, why):
         """A lane that is of no more use; its job goes back."""
-        if lane.state is None:
+        self._lost_lanes += 1
+        self._lost_starts = self._lost_starts + 1 if lane.state is None else 0
+        if lane.state is None and (not self._protection or self._lost_starts > LOST_STARTS):
             raise SandboxError(f"a lane could not start: it ended with exit code {lane.process.poll()}")
         piece = lane.piece
         self._drop(lane)

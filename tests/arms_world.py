@@ -15,7 +15,8 @@ from azr.config import Config, resolve
 from azr.maths import MathGrader
 from azr.plan import model_path
 from azr.rollout import LoraSettings, Policy
-from azr.runs import Run, StopRequest
+from azr.runs import Run
+from azr.stop import StopRequest
 from sandbox import Sandbox
 
 SMALL = {"seed": 1, "prompts_per_mode": 2, "answers": 3, "max_new_tokens": 34, "eval_every": 0,

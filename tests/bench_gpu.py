@@ -223,7 +223,8 @@ def check(name: str, options, limit: float) -> dict:
         command = what(options)
     # a session of its own, so that a check that takes too long leaves no process on the card
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})  # fmt: skip
+                               start_new_session=True,
+                               env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})  # fmt: skip
     try:
         shown, errors = process.communicate(timeout=limit)
         code = process.returncode
@@ -263,7 +264,8 @@ def main() -> int:
         print("bench_gpu.py: no CUDA device here, nothing was measured", file=sys.stderr)
         return 2
     where = "CPU SMOKE TEST with tiny sizes: not one figure here is of a GPU" if options.cpu else (
-        f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB")  # fmt: skip
+        f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
+    )
     print(f"{where}; torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
     start, results = time.monotonic(), {}
     for name in options.only or CHECKS:

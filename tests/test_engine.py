@@ -179,8 +179,8 @@ def test_a_prompt_is_prefilled_once_and_its_full_pages_are_shared(policy, monkey
         lambda self, fresh, real=engine_module._Decoding._prefill: (prefilled.extend(fresh), real(self, fresh)),
     )  # fmt: skip
     monkeypatch.setattr(
-        engine_module._Decoding, "logits",
-        lambda self, *a, real=engine_module._Decoding.logits: (most.append(max(self.pages.users)), real(self, *a))[1],
+        engine_module._Decoding, "hidden",
+        lambda self, *a, real=engine_module._Decoding.hidden: (most.append(max(self.pages.users)), real(self, *a))[1],
     )  # fmt: skip
     a, b = prompts_of(2, low=20, high=30)
     out = engine.generate([a, b, a, b, a], 8, Sampling(max_new_tokens=6), seeds_of(5, 8))

@@ -101,26 +101,46 @@ def test_every_preset_holds_the_3b_model_and_larger_ones_do_more():
         assert plan_memory(QWEN25["7B"], PRESETS[name], plan.capacity(PRESETS[name])).fits, name
 
 
-def test_sizes_are_lowered_until_they_fit_and_only_those():
+def test_sizes_are_halved_until_they_fit_and_only_those():
     preset = PRESETS["80gb"]
-    made = plan_memory(QWEN25["7B"], preset, 24e9)
-    assert made.fits and made.peak <= 24e9 and len(made.lowered) == 2
-    assert made.preset.max_batch < preset.max_batch and made.preset.token_budget < preset.token_budget
+    made = plan_memory(QWEN25["7B"], preset, 12e9)
+    assert made.fits and made.peak <= 12e9 and len(made.lowered) == 2
+    for name in ("max_batch", "token_budget"):
+        before, after = getattr(preset, name), getattr(made.preset, name)
+        assert after < before and (before % after == 0 or after == preset.prompt_tokens + preset.max_new_tokens)
     assert dataclasses.replace(made.preset, max_batch=preset.max_batch, token_budget=preset.token_budget) == preset
     assert plan_memory(QWEN25["7B"], preset, None).lowered == []
 
 
-def test_a_plan_that_does_not_fit_names_what_would():
-    small = plan_memory(QWEN25["14B"], PRESETS["8gb"], plan.capacity(PRESETS["8gb"]))
-    assert not small.fits and "DOES NOT FIT" in plan.render(small) and "--preset" in plan.advice(small)
+def test_the_cache_takes_what_is_left_and_no_more_than_all_slots_need():
+    shape, preset = QWEN25["3B"], PRESETS["24gb"]
+    short, wide = (plan_memory(shape, preset, room) for room in (24e9, 80e9))
+    assert plan.LEAST_SLOTS <= short.full_length < preset.max_batch <= wide.full_length <= preset.max_batch + 1
+    assert short.totals["rollout"] == pytest.approx(24e9 - plan.SPARE)
+    assert "the newest wait" in plan.render(short) and "the newest wait" not in plan.render(wide)
+
+
+def test_a_plan_that_does_not_fit_names_a_flag_that_does():
     tight = plan_memory(QWEN25["7B"], PRESETS["80gb"], 10.5e9)
-    flag = plan.advice(tight)
-    assert not tight.fits and flag.startswith("--")
+    flag, made = plan.advice(tight)
     words = flag.split()
     change = {name[2:].replace("-", "_"): int(value) for name, value in zip(words[::2], words[1::2])}
-    assert plan_memory(tight.shape, dataclasses.replace(tight.preset, **change), 10.5e9).fits
+    again = plan_memory(tight.shape, dataclasses.replace(tight.preset, **change), 10.5e9)
+    assert not tight.fits and again.fits and again == made and flag in plan.verdict(tight)
+    bits = plan_memory(QWEN25["7B"], dataclasses.replace(PRESETS["16gb"], quantization="none"), 16e9)
+    assert not bits.fits and plan.advice(bits)[0] == "--quantization nf4"
+
+
+def test_where_no_flag_helps_a_smaller_model_and_a_larger_card_are_named():
+    small = plan_memory(QWEN25["14B"], PRESETS["8gb"], plan.capacity(PRESETS["8gb"]))
+    text = plan.verdict(small)
+    assert not small.fits and plan.advice(small) is None and "no flag" in text
+    assert "--model qwen-3b" in text and "a card of 24 GB with --preset 24gb" in text
+    assert plan_memory(QWEN25["3B"], PRESETS["8gb"], small.capacity).fits
+    for name, fits in (("16gb", False), ("24gb", True)):
+        assert plan_memory(QWEN25["14B"], PRESETS[name], plan.capacity(PRESETS[name])).fits == fits
     huge = dataclasses.replace(QWEN25["14B"], layers=400)
-    assert plan.advice(plan_memory(huge, PRESETS["80gb"], plan.capacity(PRESETS["80gb"]))) is None
+    assert "with --preset" not in plan.verdict(plan_memory(huge, PRESETS["80gb"], plan.capacity(PRESETS["80gb"])))
 
 
 def test_rendering_is_plain_and_narrow():
@@ -128,8 +148,8 @@ def test_rendering_is_plain_and_narrow():
         made = plan_memory(shape_of(model), preset, plan.capacity(preset))
         text = plan.render(made, model)
         assert all(len(line) <= 80 for line in text.splitlines()) and text.isascii(), text
-        assert "KV cache" in text and plan.model_path(model) in text
-        assert (f"{made.peak / GB:.2f}" in text) and ("fits" in text) == made.fits
+        assert "KV cache" in text and plan.model_path(model) in text and f"{made.peak / GB:.2f}" in text
+        assert plan.verdict(made).startswith("fits" if made.fits else "DOES NOT FIT")
 
 
 def test_no_torch_is_imported_and_aliases_stay_next_to_the_file():

@@ -1,19 +1,18 @@
-"""The run directory under what really happens to it: kill -9, full disks, signals, torn lines, damaged files."""
+"""The run directory under what really happens to it: kill -9, full disks, torn lines, damaged files."""
 
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
 
 from azr import runs
 from azr.runs import Run, RunError, read_metrics, read_samples
+from azr.stop import StopNow
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = {"model": "tiny", "seed": 3, "steps": 10, "learning_rate": 1e-3, "out": "x"}
@@ -188,10 +187,10 @@ def test_pruning_keeps_two_states_and_the_adapters_of_eval_steps(tmp_path):
 def test_a_kept_checkpoint_is_kept_from_its_first_instant(tmp_path, monkeypatch):
     def rename_and_die(source, target):
         os.replace(source, target)
-        raise runs.StopNow("killed")
+        raise StopNow("killed")
     with Run.open(tmp_path, CONFIG) as run:
         monkeypatch.setattr(runs.os, "rename", rename_and_die)
-        with pytest.raises(runs.StopNow):
+        with pytest.raises(StopNow):
             run.save_checkpoint(1, save_adapter, {}, {}, INFO, keep=True)
         monkeypatch.undo()
     with Run.open(tmp_path, CONFIG, "auto") as run:
@@ -262,7 +261,7 @@ def test_an_error_or_a_stop_inside_the_write_leaves_the_older_checkpoint(tmp_pat
         raise problem
     with Run.open(tmp_path, CONFIG) as run:
         make_steps(run, 1)
-        for problem in (OSError(28, "No space left on device"), runs.StopNow("SIGTERM"), KeyError("x")):
+        for problem in (OSError(28, "No space left on device"), StopNow("SIGTERM"), KeyError("x")):
             expected = RunError if isinstance(problem, OSError) else type(problem)
             with pytest.raises(expected) as caught:
                 run.save_checkpoint(2, fail, {}, {}, INFO)
@@ -408,143 +407,3 @@ def test_write_json_atomic_keeps_the_old_file_when_it_cannot_write(tmp_path):
     with pytest.raises(OSError):
         runs.write_json_atomic(tmp_path / "absent" / "x.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"] and json.loads(path.read_text())["set"] == [1, 2]
-
-
-# ---------------------------------------------------------------- signals
-
-TRAINER = """
-    import time
-    from azr.runs import StopNow, StopRequest
-    def busy(seconds):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            time.sleep(0.01)
-    with StopRequest() as stop:
-        try:
-            if "shielded" in sys.argv:
-                with stop.shield():
-                    with stop.shield():
-                        print("ready", flush=True)
-                        busy(float(sys.argv[1]))
-                    print("after inner shield", flush=True)
-                print("after shield", flush=True)
-            print("ready", flush=True)
-            while not stop.save_requested:
-                time.sleep(0.01)
-            print("saving on request", flush=True)
-            stop.save_requested = False
-            busy(60)
-        except Exception:
-            print("caught by mistake")
-        except StopNow as reason:
-            with stop.shield():
-                print("stopped by", reason, flush=True)
-                busy(0.5 if "slow-save" in sys.argv else 0)
-            print("saved", flush=True)
-    """
-
-
-def signalled(numbers, *arguments, pause=0.3):
-    child = start(TRAINER, *arguments)
-    assert child.stdout.readline() == "ready\n", child.stderr.read()
-    for number in numbers:
-        child.send_signal(number)
-        time.sleep(pause)                           # so that the second one is no duplicate of the first
-    output, error = child.communicate(timeout=30)
-    return child.returncode, output.splitlines(), error
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_stops(number):
-    code, lines, error = signalled([number], 0)
-    assert (code, lines) == (0, [f"stopped by {number.name}", "saved"]) and "second one quits" in error
-
-
-def test_shield_holds_the_stop_back_until_the_outer_block_ends():
-    code, lines, _ = signalled([signal.SIGTERM], 1, "shielded")
-    assert (code, lines) == (0, ["after inner shield", "stopped by SIGTERM", "saved"])
-
-
-def test_second_signal_quits_at_once_even_when_shielded():
-    code, lines, error = signalled([signal.SIGTERM, signal.SIGINT], 60, "shielded")
-    assert (code, lines) == (130, []) and "without saving" in error
-
-
-def test_a_forwarded_duplicate_is_one_request():
-    child = start(TRAINER, 0, "slow-save")
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT), child.send_signal(signal.SIGTERM)      # as Ctrl-C under a launcher
-    output, _ = child.communicate(timeout=30)
-    assert child.returncode == 0 and output.splitlines()[-1] == "saved"
-
-
-def test_sigterm_at_random_moments(tmp_path):
-    """A loop of unshielded work and shielded records, stopped 15 times: exit 0 each time, nothing lost or doubled."""
-    child = start("""
-        import hashlib, os, random, signal, time, torch
-        from test_runs import *
-        from azr.runs import StopNow, StopRequest
-        torch.set_num_threads(1)
-        def loop(ready, last):
-            with StopRequest() as stop, Run.open(Path(sys.argv[1]), CONFIG, "auto") as run:
-                total = run.load_checkpoint()[1]["total"] if run.resumed else 0
-                done, state = run.step, {"total": total}     # the last complete step
-                os.write(ready, b"x")
-                try:
-                    for step in range(run.step + 1, last + 1):
-                        digest = 0
-                        for i in range(2000):       # the step in progress, dropped by a stop
-                            digest = int(hashlib.sha256(f"{step} {digest}".encode()).hexdigest()[:8], 16)
-                        with stop.shield():
-                            state = {"total": state["total"] + digest}
-                            run.log({"step": step, "total": state["total"]})
-                            done = step
-                            if step % 5 == 0:
-                                run.save_checkpoint(step, save_adapter, {}, state, INFO)
-                except StopNow:
-                    with stop.shield():
-                        run.save_checkpoint(done, save_adapter, {}, state, INFO)
-        dice = random.Random(2)
-        for _ in range(15):
-            reader, writer = os.pipe()
-            pid = os.fork()
-            if not pid:
-                loop(writer, 10_000)
-                os._exit(0)
-            os.read(reader, 1)
-            time.sleep(dice.uniform(0.02, 0.15))    # the moment is the test
-            os.kill(pid, signal.SIGTERM)
-            assert os.waitpid(pid, 0)[1] == 0, "no clean exit"
-        totals = [line["total"] for line in read_metrics(Path(sys.argv[1]))]
-        total = 0
-        for step, found in enumerate(totals, 1):
-            digest = 0
-            for i in range(2000):
-                digest = int(hashlib.sha256(f"{step} {digest}".encode()).hexdigest()[:8], 16)
-            total += digest
-            assert found == total, step
-        print(len(totals))
-        """, tmp_path)
-    output, error = child.communicate(timeout=120)
-    assert child.returncode == 0 and int(output) > 10, error
-
-
-def test_usr1_requests_a_checkpoint_and_goes_on():
-    code, lines, _ = signalled([signal.SIGUSR1, signal.SIGTERM], 0)
-    assert (code, lines) == (0, ["saving on request", "stopped by SIGTERM", "saved"])
-
-
-def test_stop_reaches_the_caller_past_an_error_in_the_shield_and_handlers_come_back():
-    old = signal.getsignal(signal.SIGTERM)
-    with runs.StopRequest() as stop:
-        stop.check()
-        with pytest.raises(runs.StopNow) as caught:
-            with stop.shield():
-                os.kill(os.getpid(), signal.SIGTERM)
-                raise MemoryError("out of memory")
-        assert isinstance(caught.value.__context__, MemoryError)
-        with stop.shield():                         # saving afterwards is not stopped again
-            pass
-        with pytest.raises(runs.StopNow):
-            stop.check()
-    assert signal.getsignal(signal.SIGTERM) == old

@@ -1,0 +1,150 @@
+"""Metrics of a run in Weights & Biases or TensorBoard too, while it goes: `train_azr.py --tracker wandb|tensorboard`.
+
+    trackers.check("wandb")                                    # before anything is loaded; ValueError in one line
+    tracker = trackers.open_tracker("wandb", run)              # a Run of azr/runs.py, opened
+    tracker.log({"step": 3, "train/loss": 0.2})
+    tracker.close()
+
+metrics.jsonl stays the record; a tracker gets copies of its numbers. None that fails ends a run: one line says so, and
+the run goes on without. A resumed run continues the same one: TensorBoard drops the steps after the checkpoint, wandb
+(which cannot) keeps the first values it got; its id is in RUN/wandb.json. The packages are imported only if asked for.
+Left out: samples, plots, checkpoints, system metrics.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import netrc
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+from azr.runs import Run, RunError, _read_json, say, write_json_atomic
+
+TRACKERS = ("none", "wandb", "tensorboard")
+NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
+OFFLINE = ("offline", "dryrun", "disabled")
+
+
+class Tracker:
+    """Where a step's numbers go. `send(numbers, step)` and `finish()` are others' code: they may raise anything."""
+
+    def __init__(self, name: str, send: Callable[[dict[str, float], int], None], finish: Callable[[], None]) -> None:
+        self.name, self.send, self.finish = name, send, finish
+        self.broken = False
+
+    def log(self, metrics: dict) -> None:
+        """What is a finite number of one step's metrics; the step itself orders them."""
+        step = int(metrics["step"])
+        self._try(lambda: self.send({k: float(v) for k, v in metrics.items() if k != "step" and is_number(v)}, step))
+
+    def close(self) -> None:
+        self._try(self.finish)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        if self.broken:
+            return
+        try:
+            call()
+        except Exception as error:  # a full disk, a lost network, a bug: not worth a run
+            self.broken = True
+            say(f"warning: {failed(self.name, error)}")
+
+
+NONE = Tracker("none", lambda numbers, step: None, lambda: None)
+
+
+def is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def failed(name: str, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return f"--tracker {name} failed ({type(error).__name__}: {reason}); going on without it, metrics.jsonl has all"
+
+
+def check(name: str) -> None:
+    """ValueError if the tracker asked for cannot work: its package is missing, or nobody is logged in."""
+    if name == "none":
+        return
+    try:
+        importlib.import_module(NEEDS[name])
+    except ImportError as error:
+        raise ValueError(f"--tracker {name} needs the package {name} ({error}): pip install {name}") from error
+    if name == "wandb" and os.environ.get("WANDB_MODE") not in OFFLINE and not logged_in():
+        raise ValueError(
+            "--tracker wandb: nobody is logged in; `wandb login`, or set WANDB_API_KEY, or keep the metrics "
+            "here with WANDB_MODE=offline"
+        )
+
+
+def logged_in() -> bool:
+    """Whether there is a key in the environment or, as `wandb login` leaves it, in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def open_tracker(name: str, run: Run) -> Tracker:
+    """The tracker of an open run; one that does not start is said and left out, so that no resume hangs on it."""
+    if name == "none":
+        return NONE
+    try:
+        return {"wandb": open_wandb, "tensorboard": open_tensorboard}[name](run)
+    except Exception as error:  # as in Tracker
+        say(f"warning: {failed(name, error)}")
+        return NONE
+
+
+def open_tensorboard(run: Run) -> Tracker:
+    """Event files in RUN/tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    # the events of steps that a resume does again are hidden
+    writer = SummaryWriter(run.dir / "tensorboard", purge_step=run.step + 1 if run.resumed else None)
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        for key, value in numbers.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    say(f"tracker: tensorboard --logdir {run.dir / 'tensorboard'}")
+    return Tracker("tensorboard", send, writer.close)
+
+
+def open_wandb(run: Run) -> Tracker:
+    """A run in the project azr (WANDB_PROJECT changes it); its files in RUN/wandb."""
+    import wandb
+
+    path = run.dir / "wandb.json"
+    identity = stored_id(path) if run.resumed else uuid.uuid4().hex[:8]
+    write_json_atomic(path, {"id": identity})
+    project = os.environ.get("WANDB_PROJECT") or "azr"
+    there = wandb.init(
+        project=project,
+        id=identity,
+        name=run.dir.name,
+        dir=str(run.dir),
+        config=run.config,
+        resume="allow",
+        settings=wandb.Settings(silent=True, x_disable_stats=True),
+    )
+    say(f"tracker: wandb sync {Path(there.dir).parent}" if there.offline else f"tracker: {there.url}")
+    return Tracker("wandb", lambda numbers, step: there.log(numbers, step=step), there.finish)
+
+
+def stored_id(path: Path) -> str:
+    """The wandb run that this run has so far; a new one, loudly, if that is not known."""
+    try:
+        return str(_read_json(path)["id"])
+    except (RunError, KeyError, TypeError):
+        identity = uuid.uuid4().hex[:8]
+        say(f"tracker: {path} does not say which wandb run to continue; a new one, {identity}")
+        return identity

@@ -1,0 +1,244 @@
+"""train_azr.py --doctor as a user runs it: no GPU, packages missing, broken or crashing, no seccomp."""
+
+import http.server
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from azr import apart, doctor, loading, paged_attention, probes
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="checks are forked")
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = [sys.executable, "train_azr.py", "--doctor"]
+FAILS_WITH_A_TOKEN = """
+import os
+raise ImportError(f"undefined symbol; token {os.environ['HF_TOKEN']}, by {os.environ['USER']} in {os.environ['HOME']}/x")
+"""
+WITHOUT_SECCOMP = """
+import os, sys
+sys.path.insert(0, "tests/attacks")
+import harness
+harness.refuse_calls((317, 277), prctl_option=22)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def run(command, **environment):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def line_of(text: str, label: str) -> str:
+    """The text behind a label, continued lines included."""
+    lines = text.splitlines()
+    start = next(i for i, line in enumerate(lines) if line[:17].strip() == label)
+    rest = [line for line in lines[start + 1 :]]
+    more = next((i for i, line in enumerate(rest) if line[:17].strip() or not line), len(rest))
+    return " ".join(line[17:].strip() for line in [lines[start], *rest[:more]])
+
+
+def test_a_machine_without_gpu_with_a_broken_package_and_secrets(tmp_path):
+    home = tmp_path / "home" / "margarete"
+    home.mkdir(parents=True)
+    (tmp_path / "flash_attn.py").write_text(FAILS_WITH_A_TOKEN)
+    done = run(
+        [*SCRIPT, "--out", str(home / "run")], HF_TOKEN="hf_secretsecret", OTHER_API_KEY="sesame-open", HOME=str(home),
+        USER="margarete", LOGNAME="margarete", PYTHONPATH=str(tmp_path), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="0",
+    )  # fmt: skip
+    text = done.stdout
+    assert done.returncode == 0 and done.stderr == "" and "Traceback" not in text, done
+    assert "\x1b" not in text and max(map(len, text.splitlines())) < 80
+    for secret in ("hf_secret", "margarete", "sesame"):
+        assert secret not in text
+    assert "~/run" in line_of(text, "disk") and "<user> in ~/x" in line_of(text, "flash-attn")
+    assert line_of(text, "flash-attn").startswith("no version known, broken: ImportError: undefined symbol; token <")
+    assert line_of(text, "torch").startswith(torch.__version__)
+    assert line_of(text, "gpu").startswith("none") and "HF_HUB_OFFLINE" in line_of(text, "hub")
+    assert "a token is set" in line_of(text, "hub")
+    assert "no CUDA device" in line_of(text, "flash attention")
+    for name in ("sdpa attention", "page attention"):
+        assert line_of(text, name).startswith("runs in float32")
+    assert "right at width 256, 448" in line_of(text, "4-bit") and "WRONG at 160" in line_of(text, "4-bit")
+    assert "seccomp True" in line_of(text, "sandbox") and "math" in line_of(text, "training")
+    assert line_of(text, "verdict") == "training --model tiny will work here"
+    assert "flash-attn is installed but broken; never needed" in text
+
+
+def test_a_sandbox_that_cannot_isolate_is_exit_code_1(tmp_path):
+    (tmp_path / "transformers.py").write_text("raise SystemExit('no')")  # and ends quickly: torch is not asked for
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)")
+    done = run([sys.executable, "-c", WITHOUT_SECCOMP, *SCRIPT[1:]], PYTHONPATH=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done
+    assert line_of(done.stdout, "sandbox").startswith("programs cannot be confined here (seccomp no")
+    because = line_of(done.stdout, "because")
+    assert because.startswith("programs cannot be confined") and "Docker" in because and "WSL" in because
+    assert line_of(done.stdout, "verdict") == "training --model tiny WILL NOT WORK here"
+    assert "broken: ended by SIGSEGV" in line_of(done.stdout, "torch")  # a crash costs a line, not the report
+    assert "SystemExit" in line_of(done.stdout, "transformers")
+
+
+def test_without_any_package():
+    done = run([sys.executable, "-S", *SCRIPT[1:], "--model", "qwen-3b"])  # -S: no site-packages
+    assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done
+    assert line_of(done.stdout, "bitsandbytes").startswith("not installed; wanted: ")
+    for name in ("torch", "transformers", "bitsandbytes"):
+        assert f"{name} is missing: pip install -r requirements.txt" in done.stdout
+    assert "seccomp True" in line_of(done.stdout, "sandbox")
+
+
+def test_a_bad_flag_is_refused():
+    done = run([sys.executable, "-S", *SCRIPT[1:], "--modle", "tiny"])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--model" in done.stderr
+
+
+def test_apart_survives_crash_exit_and_hang():
+    def half_way(end):
+        yield "first"
+        end()
+
+    def raises():
+        raise ValueError("two\nlines")
+
+    def hangs():
+        while True:
+            time.sleep(60)
+
+    assert apart.apart(lambda: iter([1, [2, "x"]])) == ([1, [2, "x"]], None)
+    assert apart.apart(lambda: half_way(raises)) == (["first"], "ValueError: two")
+    assert apart.apart(lambda: half_way(lambda: os.kill(os.getpid(), 9))) == (["first"], "ended by SIGKILL")
+    assert apart.apart(lambda: half_way(lambda: os._exit(7))) == (["first"], "ended by exit code 7")
+    assert apart.apart(lambda: half_way(hangs), seconds=0.5) == (["first"], "no answer in 0 s")
+
+
+def broken_check():
+    raise OSError("no")
+
+
+def test_a_check_that_fails_blocks_only_if_it_is_vital():
+    assert apart.finding(broken_check).blocks == []
+    assert apart.finding(broken_check, vital=True).blocks == ["the check of broken check failed: OSError: no"]
+
+
+def test_a_kernel_that_computes_wrong_is_seen(monkeypatch):
+    sizes = (6, 2, 32)
+    assert "runs in" in probes.attention("sdpa", *sizes).lines[0][1]
+    right = paged_attention._sdpa
+    monkeypatch.setattr(paged_attention, "_sdpa", lambda *case: right(*case) + 0.1)
+    assert probes.attention("sdpa", *sizes).lines[0][1].startswith("WRONG: 1e-01")
+
+
+def test_the_softmax_of_reference_is_that_of_torch():
+    q, k, v, table, lengths = probes._pages(torch.device("cpu"), torch.float64, 4, 2, 16, size=8)
+    keys, values = (t[table[1].long()].flatten(0, 1)[: lengths[1]].transpose(0, 1)[None] for t in (k, v))
+    wanted = torch.nn.functional.scaled_dot_product_attention(q[1:2, :, None], keys, values, enable_gqa=True)
+    assert torch.allclose(probes._exact(q, k, v, table, lengths)[1], wanted[0, :, 0], atol=1e-12)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what bitsandbytes does on a CPU")
+def test_four_bit_widths_of_the_model_block_it():
+    pytest.importorskip("bitsandbytes")
+    assert probes.four_bit([160, 448], needed=False).blocks == []
+    [block] = probes.four_bit([160, 448], needed=True).blocks
+    assert "width 160" in block and "--quantization none" in block
+    assert probes.four_bit([2048], needed=True).blocks == []
+
+
+def test_cards_without_bf16_are_told(monkeypatch, capsys):
+    assert loading.bf16_note((8, 0)) is None and loading.bf16_note((9, 0)) is None
+    assert loading._compute_dtype(torch.device("cpu")) is torch.float32 and capsys.readouterr().err == ""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4
+    assert loading._compute_dtype(torch.device("cuda", 0)) is torch.bfloat16
+    [said] = capsys.readouterr().err.splitlines()
+    assert "no bf16 in hardware" in said and "7.5" in said and "fp16" in said
+    advice = probes._no_kernels((7, 0), "sm_75 sm_80", "no kernel image")
+    assert "V100" in advice and "requirements-gpu.txt" in advice
+    assert "V100" not in probes._no_kernels((8, 6), "sm_90", "no kernel image")
+
+
+def test_a_broken_flash_attn_is_hidden_aloud(monkeypatch, capsys, tmp_path):
+    if importlib.util.find_spec("flash_attn"):
+        pytest.skip("flash-attn is installed here")
+    loading.hide_broken_flash_attention()
+    assert capsys.readouterr().err == ""
+    (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        loading.hide_broken_flash_attention()
+        [said] = capsys.readouterr().err.splitlines()
+        assert "ImportError: undefined symbol" in said and "without it" in said
+        assert importlib.util.find_spec("flash_attn") is None
+    finally:
+        sys.modules.pop("flash_attn", None)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub with one public model, one gated model, and one that is slow; notes what it is asked."""
+
+    asked: list = []
+    enough = threading.Event()
+
+    def do_HEAD(self):
+        self.asked.append((self.command, self.path, dict(self.headers)))
+        if "/slow/" in self.path:
+            self.enough.wait(60)
+        self.send_response(200 if "/open/" in self.path else 401 if "/gated/" in self.path else 404)
+        self.end_headers()
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_hub_answers(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = f"http://127.0.0.1:{server.server_port}"
+        assert doctor._ask(there, "org/open", False).startswith("answers in ")
+        assert doctor._ask(there, "org/gated", False).startswith("says 401")
+        assert doctor._ask(there, "org/gated", True).startswith("answers; org/gated is gated")
+        assert doctor._ask(there, "org/none", True).startswith("says 404")
+        monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
+        assert "timed out" in doctor._ask(there, "org/slow", True)
+        Hub.enough.set()
+        server.shutdown()
+    assert {command for command, _, _ in Hub.asked} == {"HEAD"} and "secret" not in str(Hub.asked)
+    assert doctor._ask("http://127.0.0.1:9", "a/b", True).startswith("no answer, ConnectionRefusedError")
+
+
+def test_what_the_cache_has_of_a_model(tmp_path):
+    base = tmp_path / "models--org--model"
+    files = base / "snapshots" / ("a" * 40)
+    files.mkdir(parents=True)
+    (base / "refs").mkdir()
+    (base / "refs" / "main").write_text("a" * 40)
+    missing = lambda: doctor._missing_files("org/model", tmp_path)  # noqa: E731
+    assert missing() == "no config.json"
+    for name in ("config.json", "tokenizer.json"):
+        (files / name).write_text("{}")
+    assert missing() == "no model.safetensors"
+    (files / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
+    )
+    (files / "1.safetensors").write_text("")
+    assert missing() == "no 2.safetensors"
+    (files / "2.safetensors").write_text("")
+    assert missing() is None
+    assert doctor.hub("./nowhere", None).blocks[0].startswith("there is no directory ./nowhere")
+
+
+def test_pins_of_both_sets():
+    ordinary, gpu = doctor.pins_of("requirements.txt"), doctor.pins_of("requirements-gpu.txt")
+    assert gpu["torch"].startswith("2.10.") and "flash-attn" in gpu and "flash-attn" not in ordinary
+    assert {name: gpu[name] for name in ordinary if name != "torch"} == {
+        name: pin for name, pin in ordinary.items() if name != "torch"
+    }
