@@ -82,8 +82,20 @@ def at_norm(norm: np.ndarray, values: np.ndarray, where: float) -> float:
     return float(np.interp(where, norm[order], values[order])) if where <= norm.max() else np.nan
 
 
+def pooled(arms: dict, value) -> Pooled:
+    """value(result) of every run on the larger base that has what it needs."""
+    groups: dict[str, list[float]] = {}
+    for name, results in arms.items():
+        if "flags" in results[0] and not is_half(name):
+            try:
+                groups[name] = [float(value(result)) for result in results]
+            except KeyError:  # rlvr and sft propose nothing
+                continue
+    return Pooled(groups)
+
+
 class Pooled:
-    """One standard deviation between training seeds for all arms of a table, so that two seeds of one say something.
+    """One standard deviation between training seeds for all arms, so that one or two seeds of an arm say something.
 
     groups: a value a seed of each arm. Assumes that arms differ in mean only; `sd` and `freedom` are printed.
     """
@@ -273,26 +285,23 @@ def at_size(rms: np.ndarray, values: np.ndarray, where: float) -> float:
 
 
 def rewards(arms: dict) -> str:
-    """Finding 4: seven rewards; intervals from the spread pooled over them."""
-    shown = {reward: name for reward, name in REWARDS.items() if arms.get(name)}
+    """Finding 4: seven rewards; intervals from the spread pooled over all arms."""
+    base = {k: np.mean([solved(result, k).mean() for result in arms["base"]]) for k in (1, 64)}
     columns = {
-        "pass@1 - base": {name: gain(arms, name, 1).mean(axis=1) for name in shown.values()},
-        "pass@64 - base": {name: gain(arms, name, 64).mean(axis=1) for name in shown.values()},
-        "greedy held-out, %": {name: [100 * np.mean(final_greedy(r)) for r in arms[name]] for name in shown.values()},
-        "valid, %": {name: [100 * np.mean([ends(r, f"proposer/{mode}/valid_rate")[1] for mode in MODES])
-                            for r in arms[name]] for name in shown.values()},
-        "distance of programs": {name: [r["diversity"][-1]["program_distance"] for r in arms[name]]
-                                 for name in shown.values()},
-    }  # fmt: skip
-    pooled = {label: Pooled(groups) for label, groups in columns.items()}
+        "pass@1 - base": pooled(arms, lambda r: solved(r, 1).mean() - base[1]),
+        "pass@64 - base": pooled(arms, lambda r: solved(r, 64).mean() - base[64]),
+        "greedy held-out, %": pooled(arms, lambda r: 100 * np.mean(final_greedy(r))),
+        "valid, %": pooled(arms, lambda r: 100 * np.mean([ends(r, f"proposer/{m}/valid_rate")[1] for m in MODES])),
+        "distance of programs": pooled(arms, lambda r: r["diversity"][-1]["program_distance"]),
+    }
     rows = []
-    for reward, name in shown.items():
-        shares = np.mean([rate_shares(result) for result in arms[name]], axis=0)
-        cells = [show(part.mean(name), 3 if "%" not in label else 1, sign="base" in label)
-                 for label, part in pooled.items()]  # fmt: skip
-        rows.append([f"{reward} ({len(arms[name])})", *cells, " / ".join(f"{100 * x:.0f}" for x in shares)])
-    head = ["reward (seeds)", *pooled, "own tasks solved never / sometimes / always, %"]
-    return table(head, rows)
+    for reward, name in REWARDS.items():
+        if arms.get(name):
+            shares = np.mean([rate_shares(result) for result in arms[name]], axis=0)
+            cells = [show(part.mean(name), 3 if "%" not in label else 1, sign="base" in label)
+                     for label, part in columns.items()]  # fmt: skip
+            rows.append([f"{reward} ({len(arms[name])})", *cells, " / ".join(f"{100 * x:.0f}" for x in shares)])
+    return table(["reward (seeds)", *columns, "own tasks solved never / sometimes / always, %"], rows)
 
 
 def rate_shares(result: dict) -> np.ndarray:
@@ -309,13 +318,13 @@ def power(arms: dict) -> str:
         ("pass@1", lambda result: solved(result, 1).mean()),
         ("pass@64", lambda result: solved(result, 64).mean()),
     ):
-        names = [name for name in REWARDS.values() if arms.get(name)]
-        pooled = Pooled({name: [100 * value(result) for result in arms[name]] for name in names})
-        reach = pooled.t + t_quantile(0.8, pooled.freedom)
-        several, one = (reach * pooled.sd * np.sqrt(2 / n) for n in (5, 1))
-        cells = ", ".join(f"{name} {show(pooled.minus(name, 'joint'), 1)}" for name in names if name != "joint")
+        spread = pooled(arms, lambda result: 100 * value(result))
+        reach = spread.t + t_quantile(0.8, spread.freedom)
+        several, one = (reach * spread.sd * np.sqrt(2 / n) for n in (3, 1))
+        names = [name for name in REWARDS.values() if arms.get(name) and name != "joint"]
+        cells = ", ".join(f"{name} {show(spread.minus(name, 'joint'), 1)}" for name in names)
         lines.append(
-            f"- {label}, points: {pooled}; with a power of 80 % five seeds against five show {several:.1f} points, "
+            f"- {label}, points: {spread}; with a power of 80 % three seeds against three show {several:.1f} points, "
             f"one run against one {one:.1f}. Minus learnability: {cells}."
         )
     return "\n".join(lines)
@@ -353,14 +362,12 @@ def difficulty(arms: dict) -> str:
 
 def controls(arms: dict) -> str:
     """Finding 6: what each control does at k = 1 and k = 64, and to the solver's entropy; pooled spread."""
-    names = [name for name in CONTROLS if arms.get(name)]
-    gains = {k: Pooled({name: gain(arms, name, k).mean(axis=1) for name in names}) for k in (1, 64)}
-    own = Pooled({name: [ends(result, "solver/all/entropy")[1] for result in arms[name]] for name in names})
-    frozen = Pooled(
-        {name: [np.diff(probe(result, "solver")[0][[0, -1]])[0] for result in arms[name]] for name in names}
-    )
+    base = {k: np.mean([solved(result, k).mean() for result in arms["base"]]) for k in (1, 64)}
+    gains = {k: pooled(arms, lambda result: solved(result, k).mean() - base[k]) for k in base}
+    own = pooled(arms, lambda result: ends(result, "solver/all/entropy")[1])
+    frozen = pooled(arms, lambda result: np.diff(probe(result, "solver")[0][[0, -1]])[0])
     rows = []
-    for name in names:
+    for name in (name for name in CONTROLS if arms.get(name)):
         touched = [
             x for result in arms[name] for x in result["series"].get("train/control_share", []) if x is not None
         ]
@@ -376,8 +383,8 @@ def controls(arms: dict) -> str:
         ])  # fmt: skip
     head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint", "pass@64 - joint",
             "solver entropy at the end", "on the probe", "tokens touched, %", "tokens a step"]  # fmt: skip
-    spread = ", ".join(f"pass@{k}: {gains[k]}" for k in gains)
-    return f"{table(head, rows)}\n\nIntervals from the spread pooled over these arms ({spread})."
+    spread = "; ".join(f"pass@{k}: {gains[k]}" for k in gains)
+    return f"{table(head, rows)}\n\nIntervals from the spread pooled over all arms ({spread})."
 
 
 PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/untrained": "forward KL, untrained text",
