@@ -17,14 +17,12 @@ from azr.passk import pass_at_k  # noqa: E402
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def band(axes, x, curves: np.ndarray, label: str) -> None:
-    """curves (seeds, points): mean and interval."""
-    intervals = [over_runs(column) for column in np.asarray(curves).T]
+def band(axes, x, columns: list, label: str) -> None:
+    """columns: at each x the values of the seeds; mean and interval."""
+    intervals = [over_runs(column) for column in columns]
     (line,) = axes.plot(x, [i.mean for i in intervals], marker=".", label=label)
-    if len(curves) > 1:
-        axes.fill_between(
-            x, [i.low for i in intervals], [i.high for i in intervals], alpha=0.15, color=line.get_color()
-        )
+    low, high = [i.low for i in intervals], [i.high for i in intervals]
+    axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
 
 
 def sharpening(arms: dict, names: list[str]):
@@ -32,12 +30,14 @@ def sharpening(arms: dict, names: list[str]):
     figure, axes = plt.subplots(figsize=(6.5, 4))
     base = {k: np.mean([rates(result, k) for result in arms["base"]], axis=0) for k in KS}
     for name in names:
-        ks = [k for k in KS if all(k <= result["held_out"]["n"] // 2 for result in arms[name])]
-        band(axes, ks, [[(rates(result, k) - base[k]).mean() for k in ks] for result in arms[name]], name)
+        wide = {k: [result for result in arms[name] if result["held_out"]["n"] >= 2 * k] for k in KS}
+        columns = [[(rates(result, k) - base[k]).mean() for result in wide[k]] for k in KS if wide[k]]
+        band(axes, [k for k in KS if wide[k]], columns, name)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(KS, [str(k) for k in KS])
     axes.set(xlabel="k", ylabel="pass@k minus that of the base", title="Better at the first try, worse at many")
+    axes.set_ylim(-0.16, 0.08)  # two seeds, beyond k = 64, have wide intervals
     axes.legend(fontsize=8)
     return figure
 
@@ -53,7 +53,7 @@ def entropy(arms: dict, names: list[str], probe):
         curves = [probe(result, "solver") for result in arms[name]]
         steps = [0, *sorted(map(int, arms[name][0]["checkpoints"]))]
         change = np.array([values - values[0] for values, _ in curves])
-        band(pair[0], steps, change, name)
+        band(pair[0], steps, list(change.T), name)
         pair[1].plot(np.mean([norm for _, norm in curves], axis=0), change.mean(axis=0), marker=".", label=name)
     pair[0].set(xlabel="step", ylabel="entropy minus that of the base, nats", title="solver, frozen probe")
     pair[1].set(xlabel="norm of the update / norm of the base", title="the same against the size of the update")
@@ -79,9 +79,9 @@ def sparsity(arms: dict, names: list[str]):
 
 
 def rewards(arms: dict, names: dict[str, str]):
-    """Held-out pass@1 and pass@64 of the seven proposer rewards."""
+    """Held-out pass@1 and pass@64 of the seven proposer rewards; a point a seed, the interval of several."""
     figure, pair = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
-    shown = {label: name for label, name in names.items() if len(arms.get(name, [])) > 1}
+    shown = {label: name for label, name in names.items() if arms.get(name)}
     for axes, k in zip(pair, (1, 64)):
         base = np.mean([rates(result, k) for result in arms["base"]], axis=0)
         for y, (label, name) in enumerate(shown.items()):
