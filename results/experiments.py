@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ ARMS = {
     "clip-higher": Arm("--minibatches 4 --entropy-control clip-higher"),
     "kl-cov": Arm("--minibatches 4 --entropy-control kl-cov"),
     "temperature": Arm("--temperature 1.2"),
+    "nf4": Arm("", model="{runs}/tiny-nf4"),
     "fresh": Arm("--solver-tasks fresh"),
     "answers-4": Arm("--answers 4"),
     "answers-16": Arm("--answers 16"),
@@ -103,9 +105,8 @@ def order() -> Iterator[tuple[str, int, int]]:
     first, wide = list(ARMS)[:9], [arm for arm in ARMS if ARMS[arm].samples > NARROW]
     yield from ((arm, seed, NARROW) for arm in first for seed in range(3))
     yield from ((arm, seed, WIDE) for seed in range(2) for arm in wide)
-    for seed in range(5):
-        yield from ((arm, seed, NARROW) for arm in ARMS if seed < ARMS[arm].seeds)
-        yield from ((arm, seed, WIDE) for arm in wide)
+    yield from ((arm, seed, NARROW) for seed in range(5) for arm in ARMS if seed < ARMS[arm].seeds)
+    yield from ((arm, seed, WIDE) for seed in range(5) for arm in wide)
 
 
 def done(arm: str, seed: int, samples: int) -> bool:
@@ -137,6 +138,28 @@ def prepare(runs: Path) -> None:
     lines = (ROOT / "azr" / "tiny" / "held_out.jsonl").read_text().splitlines(keepends=True)
     kept = [[line for line in lines if f'"mode": "{mode}"' in line][:PER_MODE] for mode in MODES]
     (runs / "held_out.jsonl").write_text("".join(line for part in kept for line in part))
+    if not (runs / "tiny-nf4").exists():
+        round_to_nf4(ROOT / "azr" / "tiny", runs / "tiny-nf4")
+
+
+def round_to_nf4(model: Path, out: Path) -> None:
+    """A copy of an unsharded model whose linear layers hold what 4 bits keep of them: noise that no step removes.
+
+    Instead of --quantization nf4, for bitsandbytes' CPU kernel misreads matrices of this width.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from azr.nf4 import quantize
+
+    aside = out.with_suffix(".tmp")
+    shutil.copytree(model, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = load_file(model / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith("_proj.weight"):
+            weights[name] = quantize(weight.float()).dequantize(torch.float32).view_as(weight).to(weight.dtype)
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
+    os.replace(aside, out)
 
 
 def train(arm: str, seed: int, runs: Path) -> Path:
@@ -200,10 +223,11 @@ def one(arm: str, seed: int, samples: int, runs: Path) -> None:
 
 def bases(runs: Path) -> None:
     """The untrained models on the same held-out tasks, twice each: base against base is what no training looks like."""
-    for name, model in (("base", "tiny"), ("half-base", str(runs / "tiny-half"))):
+    others = {"half-base": runs / "tiny-half", "nf4-base": runs / "tiny-nf4"}
+    for name, model in {"base": "tiny", **others}.items():
         for seed in (0, 1):
             path = RESULTS / name / f"{seed}.json"
-            if not path.exists() and (model == "tiny" or Path(model).exists()):
+            if not path.exists() and (model == "tiny" or model.exists()):
                 out = sample(f"{name}-{seed}", runs, WIDE if model == "tiny" else NARROW, "--model", model, seed=seed)
                 write(path, {"arm": name, "seed": seed, "held_out": counts(out)})
 

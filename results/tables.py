@@ -4,7 +4,7 @@ Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in RESULTS.md an
 Unless a table says otherwise, an interval is Student's t over training seeds: it is about other seeds on the same
 held-out tasks, and the n in front of it is the number of seeds.
 
-Left out: Holm's correction; with some thirty arms one in twenty intervals at 95 % misses.
+Left out: a correction of the intervals; where many arms are compared with one, Holm's says which differences stand.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
 from azr.fits import linear_fit, over_runs  # noqa: E402
-from azr.passk import Interval, difference_interval, pass_at_k, t_quantile  # noqa: E402
+from azr.passk import Interval, difference_interval, holm, pass_at_k, t_quantile  # noqa: E402
 
 MODES = ("deduction", "abduction", "induction")
 REWARDS = {"learnability": "joint", "half-peak": "half-peak", "uniform": "uniform", "variance": "variance",
            "gaussian": "gaussian", "gate": "gate", "random": "random"}  # fmt: skip
-CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "bonus", "adaptive", "clip-cov", "top-entropy",
-            "high-advantage-clip", "minibatches", "clip-higher", "kl-cov", "off-policy", "off-policy-more",
-            "off-policy-shuffled", "off-policy-gold")  # fmt: skip
+CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "nf4", "bonus", "adaptive", "clip-cov",
+            "top-entropy", "high-advantage-clip", "minibatches", "clip-higher", "kl-cov", "off-policy",
+            "off-policy-more", "off-policy-shuffled", "off-policy-gold")  # fmt: skip
 MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
 PROPOSERS = ("joint", "no-update", "no-update-matched", "frozen-base")
 FEWEST = 2  # seeds of an arm whose own spread is shown
@@ -114,6 +114,22 @@ class Pooled:
     def minus(self, name: str, other: str) -> Interval:
         a, b = self.groups[name], self.groups[other]
         return self.around(a.mean() - b.mean(), 1 / len(a) + 1 / len(b))
+
+    def standing(self, names: list[str], other: str) -> str:
+        """Which of the differences of these arms to `other` are there at a family-wise error of 5 % (Holm 1979)."""
+        shares = [1 / len(self.groups[name]) + 1 / len(self.groups[other]) for name in names]
+        means = [self.minus(name, other).mean for name in names]
+        p = [self.p_value(mean / (self.sd * np.sqrt(share))) for mean, share in zip(means, shares)]
+        stand = [f"{name} ({mean:+.3f})" for name, mean, value in zip(names, means, holm(p)) if value < 0.05]
+        return f"{', '.join(stand) or 'none'} of {len(names)}"
+
+    def p_value(self, t: float) -> float:
+        """Two-sided, by bisection of the quantile: 1e-6 off at most."""
+        low, high = 1e-6, 1.0
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            low, high = (low, middle) if t_quantile(1 - middle / 2, self.freedom) < abs(t) else (middle, high)
+        return high
 
     def around(self, mean: float, share: float) -> Interval:
         half = self.t * self.sd * np.sqrt(share)
@@ -325,7 +341,8 @@ def power(arms: dict) -> str:
         cells = ", ".join(f"{name} {show(spread.minus(name, 'joint'), 1)}" for name in names)
         lines.append(
             f"- {label}, points: {spread}; with a power of 80 % three seeds against three show {several:.1f} points, "
-            f"one run against one {one:.1f}. Minus learnability: {cells}."
+            f"one run against one {one:.1f}. Minus learnability: {cells}. "
+            f"After Holm's correction: {spread.standing(names, 'joint')}."
         )
     return "\n".join(lines)
 
@@ -384,7 +401,10 @@ def controls(arms: dict) -> str:
     head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint", "pass@64 - joint",
             "solver entropy at the end", "on the probe", "tokens touched, %", "tokens a step"]  # fmt: skip
     spread = "; ".join(f"pass@{k}: {gains[k]}" for k in gains)
-    return f"{table(head, rows)}\n\nIntervals from the spread pooled over all arms ({spread})."
+    names = [name for name in CONTROLS if arms.get(name) and name != "joint"]
+    stand = "; ".join(f"pass@{k}: {gains[k].standing(names, 'joint')}" for k in gains)
+    return (f"{table(head, rows)}\n\nIntervals from the spread pooled over all arms ({spread}). "
+            f"Differences to joint that stand after Holm's correction: {stand}.")  # fmt: skip
 
 
 PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/untrained": "forward KL, untrained text",
