@@ -248,19 +248,17 @@ class SelfPlay(Saved):
         if self.config.minibatches > 1:  # several updates: the ratio of PPO needs the log-probs before the first
             mine = [sample for sample in samples if not sample.from_base and sample.objective != "sft"]
             update.old_log_probs(self.policy, mine, config, self.sizes)
-        totals: dict[str, float] = {}
+        done = []
         for number, part in enumerate(parts):
             batch = [samples[i] for i in part]
             entropy_control.mark(batch, config, sample_seed(config.seed, f"{step}/control", number))
-            metrics = update.optimizer_step(self.policy, self.optimizer, batch, config, self.sizes)
-            self.check_finite(step, metrics, batch)
-            for name, value in metrics.items():
-                totals[name] = totals.get(name, 0.0) + value / len(parts)
+            done.append(update.optimizer_step(self.policy, self.optimizer, batch, config, self.sizes))
+            self.check_finite(step, done[-1], batch)
         if config.entropy_control == "adaptive":
             own = [s for s in samples if s.update and not s.objective]
             entropy = math.fsum(x for s in own for x in s.entropy) / max(1, arms.tokens(own))
             self.adaptive = entropy_control.adapt(self.adaptive, entropy, self.config)
-        return totals | more
+        return update.of_step(done) | more
 
     def settings_now(self, step: int) -> Config:
         """The settings with what a schedule or a controller changes from step to step."""

@@ -235,6 +235,13 @@ def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Co
     return result
 
 
+def of_step(updates: list[dict[str, float]]) -> dict[str, float]:
+    """The metrics of a step from those of its optimizer steps: counts are added, maxima kept, all else averaged."""
+    together = {"tokens": sum, "skipped": sum, "log_prob_gap_max": max}
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    return {name: together.get(name, mean)([metrics[name] for metrics in updates]) for name in updates[0]}
+
+
 def padded(rows: list[list[float]], like: torch.Tensor) -> torch.Tensor:
     """(batch, time) from lists of numbers, zeros behind, on the device of `like`."""
     out = torch.zeros(like.shape)

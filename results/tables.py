@@ -27,6 +27,7 @@ REWARDS = {"learnability": "joint", "half-peak": "half-peak", "uniform": "unifor
 CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "nf4", "bonus", "adaptive", "clip-cov",
             "top-entropy", "high-advantage-clip", "minibatches", "clip-higher", "kl-cov", "off-policy",
             "off-policy-more", "off-policy-shuffled", "off-policy-gold")  # fmt: skip
+REFERENCE = {"clip-higher": "minibatches", "kl-cov": "minibatches"}  # what an arm is compared with, if not with joint
 MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
 PROPOSERS = ("joint", "no-update", "no-update-matched", "frozen-base")
 FEWEST = 2  # seeds of an arm whose own spread is shown
@@ -115,11 +116,14 @@ class Pooled:
         a, b = self.groups[name], self.groups[other]
         return self.around(a.mean() - b.mean(), 1 / len(a) + 1 / len(b))
 
-    def standing(self, names: list[str], other: str) -> str:
-        """Which of the differences of these arms to `other` are there at a family-wise error of 5 % (Holm 1979)."""
-        shares = [1 / len(self.groups[name]) + 1 / len(self.groups[other]) for name in names]
-        means = [self.minus(name, other).mean for name in names]
-        p = [self.p_value(mean / (self.sd * np.sqrt(share))) for mean, share in zip(means, shares)]
+    def standing(self, names: list[str]) -> str:
+        """Which of the differences of these arms to REFERENCE are there at a family-wise error of 5 % (Holm 1979)."""
+        means, p = [], []
+        for name in names:
+            other = REFERENCE.get(name, "joint")
+            share = 1 / len(self.groups[name]) + 1 / len(self.groups[other])
+            means.append(self.minus(name, other).mean)
+            p.append(self.p_value(means[-1] / (self.sd * np.sqrt(share))))
         stand = [f"{name} ({mean:+.3f})" for name, mean, value in zip(names, means, holm(p)) if value < 0.05]
         return f"{', '.join(stand) or 'none'} of {len(names)}"
 
@@ -342,7 +346,7 @@ def power(arms: dict) -> str:
         lines.append(
             f"- {label}, points: {spread}; with a power of 80 % three seeds against three show {several:.1f} points, "
             f"one run against one {one:.1f}. Minus learnability: {cells}. "
-            f"After Holm's correction: {spread.standing(names, 'joint')}."
+            f"After Holm's correction: {spread.standing(names)}."
         )
     return "\n".join(lines)
 
@@ -392,19 +396,20 @@ def controls(arms: dict) -> str:
         rows.append([
             f"{name} ({len(arms[name])})",
             *(show(gains[k].mean(name)) for k in gains),
-            *("" if name == "joint" else show(gains[k].minus(name, "joint")) for k in gains),
+            *("" if name == "joint" else show(gains[k].minus(name, REFERENCE.get(name, "joint"))) for k in gains),
             show(own.mean(name), 2, sign=False),
             show(frozen.mean(name), 2),
             f"{100 * np.mean(touched):.1f}" if touched else "",
             f"{tokens:.0f}",
         ])  # fmt: skip
-    head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint", "pass@64 - joint",
+    head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint (*)", "pass@64 - joint (*)",
             "solver entropy at the end", "on the probe", "tokens touched, %", "tokens a step"]  # fmt: skip
     spread = "; ".join(f"pass@{k}: {gains[k]}" for k in gains)
     names = [name for name in CONTROLS if arms.get(name) and name != "joint"]
-    stand = "; ".join(f"pass@{k}: {gains[k].standing(names, 'joint')}" for k in gains)
-    return (f"{table(head, rows)}\n\nIntervals from the spread pooled over all arms ({spread}). "
-            f"Differences to joint that stand after Holm's correction: {stand}.")  # fmt: skip
+    stand = "; ".join(f"pass@{k}: {gains[k].standing(names)}" for k in gains)
+    others = ", ".join(f"{name} minus {other}" for name, other in REFERENCE.items() if arms.get(name))
+    return (f"{table(head, rows)}\n\n(*) {others}. Intervals from the spread pooled over all arms ({spread}). "
+            f"Differences to joint (*) that stand after Holm's correction: {stand}.")  # fmt: skip
 
 
 PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/untrained": "forward KL, untrained text",

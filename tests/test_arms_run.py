@@ -177,6 +177,8 @@ def test_a_control_touches_tokens_and_nothing_before_the_update(world, control):
     if control in ("clip-cov", "kl-cov"):
         assert max(shares) <= 0.05  # 2 % of the tokens, at least one a minibatch
     assert all(row["train/log_prob_gap"] < 1e-4 and row["train/skipped"] == 0 for row in arm.rows)
+    tokens = [sum(len(sample.completion.ids) for sample in samples) for samples in arm.trained]
+    assert [row["train/tokens"] for row in arm.rows] == tokens  # of all minibatches
 
 
 def test_the_bonus_in_the_loss_is_the_weighted_entropy(world):

@@ -71,7 +71,7 @@ def test_set_figures_and_pooled_spread():
     assert pooled.minus("y", "x").mean == pytest.approx(4)
     assert pooled.p_value(3.182) == pytest.approx(0.05, abs=2e-3) and pooled.p_value(0) == pytest.approx(1, abs=2e-3)
     far = tables.Pooled({"joint": [0.0, 0.1, 0.2], "a": [0.1, 0.2], "b": [5.0, 5.1], "c": [1.0]})
-    assert far.standing(["a", "b"], "joint") == "b (+4.950) of 2" and far.standing(["a"], "joint") == "none of 1"
+    assert far.standing(["a", "b"]) == "b (+4.950) of 2" and far.standing(["a"]) == "none of 1"
     assert tables.show(Interval(0.1, 0.05, 0.2)).startswith("**+0.100") and tables.show(Interval(np.nan, 0, 0)) == ""
 
 
