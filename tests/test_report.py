@@ -97,6 +97,11 @@ def test_warnings_are_raised_by_what_they_are_about(tmp_path):
     assert "teach nothing" in said and "Step" not in said
     write_run(tmp_path / "fine", 30, 9, rate=lambda share: 0.5)
     assert report.read_entry(tmp_path / "fine").warnings == []
+    metrics = tmp_path / "fine" / "metrics.jsonl"
+    rows = [json.loads(line) | {"train/log_prob_gap": 0.3} for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (said,) = report.read_entry(tmp_path / "fine").warnings  # what the run was warned of as it went
+    assert said.startswith("Step") and "0.3" in said
 
 
 def test_runs_of_different_models_and_bad_directories(runs, tmp_path):
