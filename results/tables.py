@@ -50,6 +50,16 @@ def solved(result: dict, k: int) -> np.ndarray:
     return pass_at_k(held_out["n"], held_out["correct"], k)
 
 
+def answer_error(results: list[dict], k: int, draws: int = 400) -> float:
+    """Standard error of the mean pass@k that is due to which answers were sampled, of the mean of `results`."""
+    rng, variances = np.random.default_rng(0), []
+    for held_out in (result["held_out"] for result in results):
+        n, correct = held_out["n"], np.array(held_out["correct"])
+        means = [pass_at_k(n, rng.binomial(n, correct / n), k).mean() for _ in range(draws)]
+        variances.append(np.var(means, ddof=1))
+    return float(np.sqrt(np.sum(variances)) / len(results))
+
+
 def modes_of_tasks(arms: dict) -> np.ndarray:
     """(tasks,) the mode of each: they are sorted by id, and every mode has as many."""
     return np.repeat(sorted(MODES), len(arms["base"][0]["held_out"]["correct"]) // len(MODES))
@@ -187,7 +197,10 @@ def sharpening(arms: dict) -> str:
             [str(k), f"{base.mean:.3f}", *(show(over_seeds(gain(arms, name, k).mean(axis=1))) for name in names)]
         )
     counts = [f"{name} ({len(arms[name])} seeds)" for name in names]
-    return table(["k", "base", *counts], rows)
+    errors = ", ".join(f"{answer_error(arms['base'], k):.3f} at k = {k}" for k in (1, 64, 256))
+    return (f"{table(['k', 'base', *counts], rows)}\n\nThe base's figure has a standard error of its own, from its "
+            f"{len(arms['base'])} x {arms['base'][0]['held_out']['n']} answers a task: {errors}. It is common to all "
+            "columns and not in the intervals.")  # fmt: skip
 
 
 def per_mode(arms: dict) -> str:
@@ -474,7 +487,23 @@ def seeds_and_tasks(arms: dict) -> str:
     return table(["arm", "k", "over training seeds", "over tasks (mean of the seeds)", "seed by seed"], rows)
 
 
-TABLES = (sharpening, seeds_and_tasks, per_mode, support, entropy, sparsity, rewards, power, difficulty, controls,
+def constants(arms: dict) -> str:
+    """Finding 1: runs whose abduction answers are one and the same for a fifth of all tries, and what that costs."""
+    names = [name for name in arms if not is_half(name) and name != "half-base"]
+    part = modes_of_tasks(arms) == "abduction"
+    found = [(result["held_out"]["commonest"]["abduction"], loss, f"{name}/{result['seed']}")
+             for name in names for result, loss in zip(arms[name], gain(arms, name, 64)[:, part].mean(axis=1))]  # fmt: skip
+    shares, losses = (np.array(x) for x in zip(*((share, loss) for (_, share), loss, _ in found)))
+    rows = [[run, f"`{answer}`", f"{100 * share:.0f} %", f"{loss:+.3f}"]
+            for (answer, share), loss, run in sorted(found, key=lambda row: -row[0][1]) if share >= 0.2]  # fmt: skip
+    fit = linear_fit(shares, losses)
+    head = ["run", "commonest answer to abduction tasks", "share", "abduction pass@64 - base"]
+    return (f"{table(head, rows)}\n\nOver all {len(found)} samplings the share explains {show(fit.r2, 2, sign=False)} of the "
+            f"variance of that loss; its median is {100 * np.median(shares):.0f} %, the base has "
+            f"{100 * arms['base'][0]['held_out']['commonest']['abduction'][1]:.0f} %.")  # fmt: skip
+
+
+TABLES = (sharpening, seeds_and_tasks, per_mode, support, constants, entropy, sparsity, rewards, power, difficulty, controls,
           forgetting, lost_by_arm)  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def test_results_of_a_run(tmp_path):
         for task, i, right, answer in rows))  # fmt: skip
     found = experiments.counts(out)
     assert found["n"] == 2 and found["correct"] == [2, 1] and found["distinct_correct"] == [1, 1]
+    assert found["commonest"] == {"abduction": ["[1,2]", 0.5], "deduction": ["1", 0.5]}
     experiments.write(tmp_path / "x.json", {"a": 1 / 3, "b": [{"c": 2.0}]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 0.3333, "b": [{"c": 2.0}]}
 
@@ -73,6 +74,14 @@ def test_set_figures_and_pooled_spread():
     far = tables.Pooled({"joint": [0.0, 0.1, 0.2], "a": [0.1, 0.2], "b": [5.0, 5.1], "c": [1.0]})
     assert far.standing(["a", "b"]) == "b (+4.950) of 2" and far.standing(["a"]) == "none of 1"
     assert tables.show(Interval(0.1, 0.05, 0.2)).startswith("**+0.100") and tables.show(Interval(np.nan, 0, 0)) == ""
+
+
+def test_error_from_the_answers():
+    """k = 1: the binomial's own; two samples halve the variance."""
+    sample = {"held_out": {"n": 100, "correct": [20, 50, 0, 100]}}
+    expected = np.sqrt((0.2 * 0.8 + 0.5 * 0.5) / 100) / 4
+    assert tables.answer_error([sample], 1, 4000) == pytest.approx(expected, rel=0.05)
+    assert tables.answer_error([sample] * 2, 1, 4000) == pytest.approx(expected / np.sqrt(2), rel=0.05)
 
 
 def test_without_results_one_line(tmp_path, capsys, monkeypatch):
