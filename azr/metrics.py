@@ -45,10 +45,20 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
                 "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
                 "timeout_rate": mean(sample.reason == "timeout" for sample in mine),
                 "tasks": len({sample.task.hash for sample in mine}),
+                "commonest_share": commonest_share(mine),
                 **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
             }.items()
         }
     return metrics
+
+
+def commonest_share(answers: list[Sample]) -> float:
+    """Share of the answers that are one and the same text, whatever the task; NaN where nothing was answered.
+
+    Proposer and solver can agree on one literal: tasks with the input 0, answered by 0 (RESULTS.md, section 1).
+    """
+    texts = Counter(sample.parsed.value for sample in answers if sample.parsed.value is not None)
+    return texts.most_common(1)[0][1] / len(answers) if texts else math.nan
 
 
 def proposer_metrics(mode: str, proposals: list[Sample], trained: list[Sample], n: int) -> dict[str, float]:

@@ -28,6 +28,7 @@ CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "nf4", "
             "top-entropy", "high-advantage-clip", "minibatches", "clip-higher", "kl-cov", "off-policy",
             "off-policy-more", "off-policy-shuffled", "off-policy-gold")  # fmt: skip
 REFERENCE = {"clip-higher": "minibatches", "kl-cov": "minibatches"}  # what an arm is compared with, if not with joint
+SEVERAL_UPDATES = ("minibatches", "clip-higher", "kl-cov")
 MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
 PROPOSERS = ("joint", "no-update", "no-update-matched", "frozen-base")
 FEWEST = 2  # seeds of an arm whose own spread is shown
@@ -433,17 +434,22 @@ PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/unt
 def forgetting(arms: dict) -> str:
     """Finding 6: what was lost of a skill never trained on, against KL, norm, sparsity; R^2 with runs resampled."""
     points = forgetting_points(arms)
-    lost = np.array([point["drop"] for point in points])
-    runs = np.array([point["run"] for point in points])
+    lost, runs = (np.array([point[key] for point in points]) for key in ("drop", "run"))
+    text = np.array([point["kl_forward/untrained"] for point in points])
+    once = np.array([point["arm"] not in SEVERAL_UPDATES for point in points])  # the others lose most by far
     rows = []
     for key, label in (*PREDICTORS.items(), ("S5", "excess sparsity S5")):
         x = np.array([point[key] for point in points])
         line = linear_fit(x, lost, groups=runs)
-        both = linear_fit(np.column_stack([x, [p["kl_forward/untrained"] for p in points]]), lost, groups=runs)
-        added = both.r2.mean - linear_fit([p["kl_forward/untrained"] for p in points], lost, groups=runs).r2.mean
-        rows.append([label, show(line.r2, 2, sign=False), "" if key == "kl_forward/untrained" else f"{added:+.2f}"])
+        both = linear_fit(np.column_stack([x, text]), lost, groups=runs)
+        added = both.r2.mean - linear_fit(text, lost, groups=runs).r2.mean
+        fewer = linear_fit(x[once], lost[once], groups=runs[once])
+        rows.append([label, show(line.r2, 2, sign=False), "" if key == "kl_forward/untrained" else f"{added:+.2f}",
+                     show(fewer.r2, 2, sign=False)])  # fmt: skip
     n = f"{len(points)} checkpoints of {len(set(runs))} runs"
-    return table([f"the drop against ({n})", "R^2", "added to forward KL on that text"], rows)
+    head = [f"the drop against ({n})", "R^2", "added to forward KL on that text",
+            f"R^2 with one update a step ({once.sum()} checkpoints)"]  # fmt: skip
+    return table(head, rows)
 
 
 def forgetting_points(arms: dict) -> list[dict]:

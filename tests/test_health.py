@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from azr import health
 from azr.config import Config
 from azr.health import LIMITS, WINDOW, Health, Watch, example
+from azr.metrics import commonest_share
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"learning_rate": 1e-3, "references": 2, "answers": 8, "temperature": 1.0, "max_new_tokens": 128,
@@ -37,6 +39,7 @@ def healthy(step: int) -> dict:
         row |= {f"proposer/{mode}/solved_of_8/{k}": (16 - sum(refused.values())) * (k == 0) for k in range(9)}
         row |= {f"solver/{mode}/zero_advantage_rate": idle, f"solver/{mode}/accuracy": accuracy}
         row |= {f"solver/{mode}/well_formed_rate": 0.95, f"solver/{mode}/timeout_rate": 0.0}
+        row |= {f"solver/{mode}/commonest_share": 0.2, f"solver/{mode}/tasks": 13}
     if step % 25 == 0:
         row["held_out/all/accuracy"] = 0.25
     return row
@@ -69,6 +72,13 @@ def measured(step: int, last: float) -> dict:
     """Held-out accuracy 0.25 at step 25, then `last`; that of training rises."""
     accuracy = {"held_out/all/accuracy": 0.25 if step == 25 else last} if step % 25 == 0 else {}
     return accuracy | {"solver/deduction/accuracy": step / 100}
+
+
+def test_the_share_of_one_answer():
+    """Over all answers; what could not be read is no answer, but counts."""
+    answers = [SimpleNamespace(parsed=SimpleNamespace(value=value)) for value in ("0", "0", "[1]", None, "1")]
+    assert commonest_share(answers) == 2 / 5
+    assert math.isnan(commonest_share([])) and math.isnan(commonest_share(answers[3:4]))
 
 
 CASES = {  # name: (steps, what triggers it, what just does not, words of the warning, flags it names)
@@ -113,6 +123,14 @@ CASES = {  # name: (steps, what triggers it, what just does not, words of the wa
         lambda s: {"solver/induction/zero_advantage_rate": 0.94},
         "teach nothing (induction 97 %). Too hard",
         ["--answers 16"],
+    ),
+    "one-answer": (
+        5,
+        lambda s: {"solver/abduction/commonest_share": 0.5},
+        lambda s: {"solver/abduction/commonest_share": 0.38}
+        | {"solver/deduction/commonest_share": 1.0, "solver/deduction/tasks": 2},
+        "the same answer to everything (abduction 50 %)",
+        ["--learning-rate 0.0005"],
     ),
     "gap": (
         3,
