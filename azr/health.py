@@ -50,7 +50,7 @@ LIMITS = {
     "refused": Limit(0.50, 5, "share of a mode's proposals refused for one reason; healthy up to 33 %"),
     "format": Limit(0.50, 5, "share of answers without the asked form; healthy up to 6 %, an untrained base more"),
     "no-advantage": Limit(0.95, 5, "share of answers in groups that are all alike: no gradient; healthy up to 88 %"),
-    "one-answer": Limit(0.40, 5, "share of a mode's answers that are one text; 84 of 92 runs stayed below 37 %"),
+    "one-answer": Limit(0.40, 5, "share of a mode's answers that are one text; 101 of 109 runs stayed below 37 %"),
     "gap": Limit(0.05, 3, "nats a token between sampler and trainer; healthy 1e-6; times 100 tokens a ratio of e^5"),
     "duplicates": Limit(0.30, 5, "share of a mode's proposals that were proposed before; healthy up to 13 %"),
     "cut-off": Limit(0.10, 3, "share of responses that end at --max-new-tokens; healthy up to 2.5 %"),
