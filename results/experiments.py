@@ -38,6 +38,7 @@ PER_MODE = 67  # held-out tasks a mode that are sampled many times: the first of
 COMMON = f"--steps {STEPS} --prompts-per-mode 8 --token-budget 1024 --eval-every 20 --eval-samples 0".split()
 STEP_TOKENS = 2400  # response tokens a step of rlvr and sft: what joint self-play has with these settings
 WIDE, NARROW = 512, 128  # answers a held-out task; pass@256 needs at least twice as many
+WIDE_SEEDS = 3  # training seeds that get WIDE answers where an arm has them
 MODES = ("deduction", "abduction", "induction")
 
 
@@ -49,6 +50,10 @@ class Arm:
     seeds: int = 3
     samples: int = NARROW
     model: str = "tiny"
+
+    def wanted(self, seed: int) -> int:
+        """Answers a held-out task of one seed."""
+        return self.samples if seed < WIDE_SEEDS else NARROW
 
 
 GROUPS = [f"{role}/{mode}" for role in ("proposer", "solver") for mode in (*MODES, "all")]
@@ -107,7 +112,7 @@ def order() -> Iterator[tuple[str, int, int]]:
     yield from ((arm, seed, NARROW) for arm in first for seed in range(3))
     yield from ((arm, seed, WIDE) for seed in range(2) for arm in wide)
     yield from ((arm, seed, NARROW) for seed in range(5) for arm in ARMS if seed < ARMS[arm].seeds)
-    yield from ((arm, seed, WIDE) for seed in range(5) for arm in wide)
+    yield from ((arm, seed, WIDE) for seed in range(WIDE_SEEDS) for arm in wide)
 
 
 def done(arm: str, seed: int, samples: int) -> bool:
@@ -349,7 +354,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.command == "list":
         for arm, settings in ARMS.items():
-            count = sum(done(arm, seed, settings.samples) for seed in range(settings.seeds))
+            count = sum(done(arm, seed, settings.wanted(seed)) for seed in range(settings.seeds))
             print(f"{arm:20s} {count}/{settings.seeds}  {settings.flags}")
         return 0
     given = [name.split("/") for name in arguments.names]
@@ -359,7 +364,7 @@ def main() -> int:
         )
         return 2
     runs = arguments.runs.resolve()
-    names = [(arm, int(seed), ARMS[arm].samples) for arm, seed in given] or list(order())
+    names = [(arm, int(seed), ARMS[arm].wanted(int(seed))) for arm, seed in given] or list(order())
     prepare(runs)
     if not given:
         bases(runs)

@@ -30,7 +30,8 @@ def test_every_arm_is_a_command(arm, tmp_path):
 
 def test_the_order_has_every_run_and_ends_with_what_each_needs():
     last = {(arm, seed): samples for arm, seed, samples in experiments.order()}
-    assert last == {(a, seed): s.samples for a, s in experiments.ARMS.items() for seed in range(s.seeds)}
+    assert last == {(a, seed): s.wanted(seed) for a, s in experiments.ARMS.items() for seed in range(s.seeds)}
+    assert last["joint", 2] == experiments.WIDE and last["joint", 3] == experiments.NARROW
 
 
 def test_the_page_is_what_the_files_say(tmp_path):
