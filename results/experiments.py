@@ -368,7 +368,10 @@ def main() -> int:
     prepare(runs)
     if not given:
         bases(runs)
-    return min(1, work([name for name in names if not done(*name)], runs, max(1, arguments.jobs)))
+    missing = [name for name in names if not done(*name)]
+    if not missing:
+        print(f"nothing is missing in {RESULTS}; remove a file to have it made again")
+    return min(1, work(missing, runs, max(1, arguments.jobs)))
 
 
 if __name__ == "__main__":
