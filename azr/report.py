@@ -31,6 +31,7 @@ from azr.passk import powers_of_two
 from azr.rundata import MODES, ROLES, Digest, RunData, read_run, read_samples, same_model
 
 STAGES_SHOWN = 4
+SAID_HERE = ("skipped", "gap", "cut-off", "valid", "duplicates")  # checks of health.py
 CONFIG_SHOWN = (
     "model seed steps recipe algorithm learning_rate prompts_per_mode answers lora_rank quantization".split()
 )
@@ -119,6 +120,20 @@ def warnings_of(entry: Entry) -> list[str]:
                     "the steps so far.")  # fmt: skip
     notes = run.notes + (entry.digest.notes if entry.digest else []) + health_of(run)
     said += [note[0].upper() + note[1:] for note in notes]
+    skipped = np.nansum(run.column("train/skipped"))
+    if skipped:
+        said.append(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
+    gap = run.column("train/log_prob_gap")
+    if np.isfinite(gap).any() and np.nanmean(gap) > 0.02:
+        said.append(f"Sampler and trainer differ by {np.nanmean(gap):.3f} nats a token on average: the updates are "
+                    "off-policy by that much.")  # fmt: skip
+    tail = max(1, len(run.steps) // 10)
+    for role in ROLES:
+        for mode in MODES:
+            cut = run.column(f"{role}/{mode}/truncated_rate")[-tail:]
+            if np.isfinite(cut).any() and np.nanmean(cut) > 0.05:
+                said.append(f"{per_cent(np.nanmean(cut))} of the {role}'s {mode} responses are cut off at the length "
+                            "limit: raise --max-new-tokens.")  # fmt: skip
     if found:
         said += proposer_warnings(found)
     quantization = run.config.get("quantization")
@@ -129,16 +144,18 @@ def warnings_of(entry: Entry) -> list[str]:
 
 
 def health_of(run: RunData) -> list[str]:
-    """What the run was warned of as it went, each warning once."""
+    """What the run was warned of as it went, each warning once; not what the page says by itself, at lower limits."""
     health = Health(run.config)
     for row in run.rows:
         if row["step"] > 0:
             health.add(row)
+    health.said = [f for f in health.said if f.check not in SAID_HERE]
+    health.now = [f for f in health.now if f.check not in SAID_HERE]
     return [line.removeprefix("- ") for line in health.summary()[1:]]  # the first line is a heading
 
 
 def proposer_warnings(found: dict) -> list[str]:
-    """Signs of a proposer that has drifted, beyond what health.py sees: few tasks that teach, little diversity."""
+    """Signs of a proposer that has drifted: few tasks that teach, many duplicates, little diversity."""
     said = []
     for mode in MODES:
         first, last = (found["solve_rate"].get(f"{mode}/{end}") for end in ("first", "last"))
@@ -146,8 +163,15 @@ def proposer_warnings(found: dict) -> list[str]:
             said.append(f"Only {per_cent(last['learnable']['mean'])} of the valid {mode} tasks of the last tenth are "
                         f"neither always nor never solved ({per_cent(first['learnable']['mean'])} in the first tenth): "
                         "the others teach nothing.")  # fmt: skip
+        rows = found["validity"].get(f"proposer/{mode}")
+        if rows and rows[-1] and rows[-1]["ok"]["high"] < 0.4:
+            said.append(
+                f"Only {per_cent(rows[-1]['ok']['mean'])} of the {mode} proposals of the last tenth are valid."
+            )
     windows = found["diversity"]["windows"]
     first, last = windows[0], windows[-1]
+    if last["duplicate_rate"] and last["duplicate_rate"]["low"] > 0.1:
+        said.append(f"{per_cent(last['duplicate_rate']['mean'])} of the last tenth's proposals exist already.")
     a, b = first.get("program_distance"), last.get("program_distance")
     if a and b and b["high"] < 0.6 * a["low"]:
         said.append(f"Proposed programs become alike: the distance of their syntax trees falls from {a['mean']:.2f} to "

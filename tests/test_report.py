@@ -98,10 +98,11 @@ def test_warnings_are_raised_by_what_they_are_about(tmp_path):
     write_run(tmp_path / "fine", 30, 9, rate=lambda share: 0.5)
     assert report.read_entry(tmp_path / "fine").warnings == []
     metrics = tmp_path / "fine" / "metrics.jsonl"
-    rows = [json.loads(line) | {"train/log_prob_gap": 0.3} for line in metrics.read_text().splitlines()]
+    more = {"train/log_prob_gap": 0.3, "solver/abduction/commonest_share": 0.6, "solver/abduction/tasks": 9}
+    rows = [json.loads(line) | more for line in metrics.read_text().splitlines()]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (said,) = report.read_entry(tmp_path / "fine").warnings  # what the run was warned of as it went
-    assert said.startswith("Step") and "0.3" in said
+    once, own = report.read_entry(tmp_path / "fine").warnings  # what the run was warned of, and what the page sees
+    assert once.startswith("Step") and "the same answer" in once and "0.300 nats" in own
 
 
 def test_runs_of_different_models_and_bad_directories(runs, tmp_path):
