@@ -436,6 +436,8 @@ def train(loop: SelfPlay, stop: StopRequest) -> None:
     config, start = loop.config, time.monotonic()
     if loop.run.resumed:
         loop.load()
+    # the cache of sampling takes what is free; Adam makes its moments later, at the first update
+    loop.policy.engine.reserve = update.moments_to_come(loop.policy, loop.optimizer)
     worst_case.at_start(loop.policy, loop.optimizer, config, loop.sizes)
     if not loop.run.resumed:
         loop.seed_stage()

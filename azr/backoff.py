@@ -1,4 +1,4 @@
-"""When memory runs out: compute less at once, do the failed part again, say so, remember it.
+"""When memory runs out: free what is cached and do the failed part again; then with less at once, say so, remember it.
 
     sizes = Sizes(token_budget=8192)
     metrics = retry(lambda: optimizer_step(..., sizes), lambda: sizes.halve(longest_sample), "update")
@@ -11,6 +11,7 @@ raising a size again; memory that ran out once does so again.
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
-    """work(), again after smaller() whenever memory runs out; one line each time. What smaller() raises ends it."""
+    """work(), again whenever memory runs out; one line each time.
+
+    The first time only what nothing refers to any more is freed: what an earlier phase left behind is no reason to
+    compute less for the rest of the run. From the second time on smaller() is called before; what it raises ends it.
+    """
+    failures = 0
     while True:
         try:
             return work()
@@ -69,7 +75,9 @@ def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
                 raise
         # Here the error is gone, and with it the frames that held half-computed tensors.
         free()
-        print(f"warning: out of memory in {what}: {smaller()}; nothing else changes", file=sys.stderr, flush=True)
+        failures += 1
+        change = "freed what was cached, and once more" if failures == 1 else smaller()
+        print(f"warning: out of memory in {what}: {change}; nothing else changes", file=sys.stderr, flush=True)
 
 
 def free() -> None:
@@ -79,20 +87,31 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that a GPU can still give to this process: what nobody holds, within the share that torch was allowed."""
+    free_bytes, total = torch.cuda.mem_get_info(device)
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
+    return min(free_bytes, share * total - torch.cuda.memory_reserved(device)) if share < 1 else free_bytes
+
+
+def allocate_in_segments_that_grow() -> None:
+    """Before CUDA wakes: lets torch's allocator extend its segments (expandable_segments), unless the user has settled
+    the allocator otherwise. Sampling and training take the same memory in pieces of other sizes, in turn; in fixed
+    segments the pieces of one are holes for the other."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # torch 2.9 renamed it and reads both
+
+
 def once_more(work: Callable[[], T], what: str) -> T:
     """work(), a second time if memory runs out, with what was cached freed; DoesNotFit if it does again.
 
     For what cannot be done in smaller parts.
     """
-    tried: list[str] = []
 
-    def cleared() -> str:
-        if tried:
-            raise DoesNotFit(f"out of memory in {what}, twice; free memory elsewhere, or take a smaller --preset")
-        tried.append(what)
-        return "what was cached is freed, and once more"
+    def no_less() -> str:
+        raise DoesNotFit(f"out of memory in {what}, twice; free memory elsewhere, or take a smaller --preset")
 
-    return retry(work, cleared, what)
+    return retry(work, no_less, what)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling

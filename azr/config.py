@@ -45,7 +45,7 @@ class Config:
     recipe: str = setting(
         "lean", "lean: the answers that measure the solve rate are trained on; azr: as published", ("lean", "azr")
     )
-    preset: str = setting("auto", "sizes for a GPU memory", ("auto", "8gb", "12gb", "16gb", "24gb", "48gb", "80gb"))
+    preset: str = setting("auto", "sizes for a GPU memory", ("auto", *plan.PRESETS))
     learning_rate: float | None = setting(None, "of AdamW, constant (tiny 1e-3, else 2e-5)")
     prompts_per_mode: int | None = setting(None, "proposals a mode and step; lower if a step takes too long")
     answers: int = setting(8, "answers that measure a task's solve rate; more: finer rewards, slower steps")

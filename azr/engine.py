@@ -16,8 +16,10 @@ How it works:
 - Loop. On CUDA the steps of a block are graphs, and the CPU reads the sampled tokens once a block: what a sequence
   sampled after its end is cut off, what it wrote after its last page went to page 0, which belongs to nobody.
 
-All of it dies with the call. Which weights, which adapters: looked up anew by each call. It knows token ids, not
-tasks. Left out: prefix sharing between different prompts, chunked prefill, speculative decoding, several GPUs.
+All of it dies with the call, at once: nothing here refers to itself in a circle, because a circle would keep gigabytes
+of cache alive until Python happens to look for circles. Which weights, which adapters: looked up anew by each call. It
+knows token ids, not tasks. Left out: prefix sharing between different prompts, chunked prefill, speculative decoding,
+several GPUs.
 """
 
 import heapq
@@ -28,14 +30,18 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from azr.backoff import free_memory
 from azr.cpu_attention import ByPage
 from azr.decoder import ROLLOUT_WEIGHTS, Decoder, Unsupported
 from azr.paged_attention import choose_attention, paged_decode
-from azr.sampling import Completion, Sampling, StopTable, sample_tokens, seed_tensor
+from azr.sampling import Completion, Sampling, StopTable, sample_without_wait, seed_tensor
 
 __all__ = ["Completion", "Engine", "Sampling", "StopTable", "Unsupported"]
 
 CPU_CACHE_BYTES = 2 << 30
+# Rows of the decode steps that are captured as graphs: each capture costs a tenth of a second, each padding row a share
+# of a step. Steps of few rows cost the same whatever their number, so the sizes are dense where rows are few.
+GRAPH_SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384)
 
 
 # --------------------------------------------------------------------------------------------------------------- state
@@ -109,7 +115,8 @@ class Engine:
     max_batch: sequences decoded at once. attn: auto | flash | triton | sdpa. rollout_weights: stored | bf16 (4-bit
     layers as copies in the dtype of computation while `generate` runs). prefill_tokens: padded tokens of a prefill.
     pages, page_size: of the KV cache; default: what the attention wants, and what is free (or `cache_bytes`) at the
-    first call. block: decode steps between two looks at the tokens (default 8 on CUDA, 1 on CPU).
+    first call, less `reserve`: bytes that the owner will take later and that sampling must leave (Adam's moments,
+    before the first update). block: decode steps between two looks at the tokens (default 8 on CUDA, 1 on CPU).
 
     Raises Unsupported (another architecture), AttentionError (an attention that cannot run here), ValueError.
     """
@@ -131,7 +138,10 @@ class Engine:
             self.attention, self.attention_note = "page", "attention page: page by page, on the CPU"
         self.page_size = page_size or self.page_size
         self.block = block or (1 if on_cpu else 8)
+        self.reserve = 0
         self.tables: dict[tuple[str, ...], StopTable] = {}
+        # one for all captures: cuBLAS keeps a work space of 8 to 32 MiB for every stream that it has met
+        self.side_stream = None if on_cpu else torch.cuda.Stream(d.device)
         d.prepare()  # parameters get their final addresses before an optimizer or a graph sees them
         d.release()
 
@@ -183,20 +193,21 @@ class Engine:
             room = CPU_CACHE_BYTES
             if self.decoder.device.type == "cuda":
                 torch.cuda.empty_cache()
-                room = torch.cuda.mem_get_info(self.decoder.device)[0] - self.working_bytes()
-        self.pages = max(1, room // self.page_bytes())
+                room = free_memory(self.decoder.device) - self.working_bytes() - self.copied_bytes() - self.reserve
+        self.pages = max(1, int(room // self.page_bytes()))
 
     def working_bytes(self) -> int:
-        """Estimate of what a call needs on a GPU beside the cache: prefill, logits, graphs, copied weights."""
+        """Estimate of what a call needs on a GPU beside the cache and copied weights: prefill, logits, graphs."""
         c = self.config
         prefill = self.prefill_tokens * (8 * c.hidden_size + 6 * c.intermediate_size) * self.decoder.dtype.itemsize
-        copies = 0
-        if self.rollout_weights == "bf16":
-            linears = (
-                m for m in self.decoder.backbone.modules() if hasattr(getattr(m, "weight", None), "quant_state")
-            )
-            copies = sum(m.in_features * m.out_features for m in linears) * self.decoder.dtype.itemsize
-        return prefill + copies + 24 * self.max_batch * c.vocab_size + (1 << 30)
+        return prefill + 24 * self.max_batch * c.vocab_size + (1 << 30)
+
+    def copied_bytes(self) -> int:
+        """Of the weights that a call unpacks for itself."""
+        if self.rollout_weights != "bf16":
+            return 0
+        linears = (m for m in self.decoder.backbone.modules() if hasattr(getattr(m, "weight", None), "quant_state"))
+        return sum(m.in_features * m.out_features for m in linears) * self.decoder.dtype.itemsize
 
     def _check(self, prompts, n, seeds, limits) -> None:
         for i, prompt in enumerate(prompts):
@@ -248,9 +259,18 @@ class _Decoding:
         self.slots = min(engine.max_batch, len(sequences))
         self.width = pages_for(longest + engine.block, self.page_size)  # pages of the longest sequence
         # no more than all slots can use, and a prompt that is held
-        self.cache = self._allocate(min(engine.pages, (self.slots + 1) * self.width))
+        self.cache = self._allocate(self._affordable(min(engine.pages, (self.slots + 1) * self.width)))
         self.pages = Pages(self.cache.shape[2] - 1)
         self.graphs = Graphs(self) if self.device.type == "cuda" else None
+
+    def _affordable(self, pages: int) -> int:
+        """No more pages than fit into what is free on a GPU now, but one sequence's: who trains, or another process,
+        may have taken memory since the engine counted its pages."""
+        if self.device.type == "cpu" or self.engine.cache_bytes is not None:
+            return pages
+        torch.cuda.empty_cache()
+        free = free_memory(self.device) - self.engine.working_bytes()
+        return max(self.width, min(pages, int(free // self.engine.page_bytes())))
 
     def _allocate(self, count: int) -> torch.Tensor:
         """(2, layers, pages, page_size, kv_heads, head_dim). Zeros: what is masked must still be finite."""
@@ -391,9 +411,22 @@ class _Decoding:
         """One token for each sample that starts, or goes on after it was preempted."""
         logits = torch.stack([group.logits for group, _ in starts])
         sequences = [sequence for _, sequence in starts]
-        count = self._tensor([len(s.ids) for s in sequences])
-        token, log_prob = sample_tokens(logits, self.sampling, self._seeds(sequences), count)
-        self._record(sequences, token[None], log_prob[None])
+        count, seeds = self._tensor([len(s.ids) for s in sequences]), self._seeds(sequences)
+        self._record(sequences, *self._sampled(
+            lambda exact: [sample_without_wait(logits, self.sampling, seeds, count, exact)]
+        ))
+
+    def _sampled(self, steps) -> tuple[list[list[int]], list[list[float]]]:
+        """(tokens, log-probs), a list for each row, from steps(exact) -> [(token, log_prob, sure), ...], one a step.
+
+        The host waits for the device here and nowhere else. Where the quick truncation was not sure of a row, all
+        steps are done again, exactly: they overwrite what they wrote.
+        """
+        for exact in (False, True):
+            tokens, log_probs, sure = zip(*steps(exact))
+            if exact or sure[0] is None or bool(torch.stack(sure).all()):
+                break
+        return torch.stack(tokens).t().tolist(), torch.stack(log_probs).t().tolist()
 
     def _decode_step(self) -> None:
         """`block` steps for all that run; the CPU waits for the device once, at the end."""
@@ -404,13 +437,22 @@ class _Decoding:
         table = self._tensor([s.pages + [0] * (width - len(s.pages)) for s in running])
         token, position, count = self._tensor([[s.ids[-1] for s in running], [s.cached for s in running],
                                                [len(s.ids) for s in running]])  # fmt: skip
-        seeds, tokens, log_probs = self._seeds(running), [], []
-        for step in range(steps):
-            logits = self.engine.head((self.graphs or self.hidden)(token, position + step, table))
-            token, log_prob = sample_tokens(logits, self.sampling, seeds, count + step)
-            tokens.append(token)
-            log_probs.append(log_prob)
-        self._record(running, torch.stack(tokens), torch.stack(log_probs))
+        seeds = self._seeds(running)
+
+        def sampled(exact: bool) -> list[tuple]:
+            done, now = [], token
+            for step in range(steps):
+                if self.graphs is not None:
+                    hidden = self.graphs(self.hidden, now, position + step, table)
+                else:
+                    hidden = self.hidden(now, position + step, table)
+                done.append(
+                    sample_without_wait(self.engine.head(hidden), self.sampling, seeds, count + step, exact)
+                )
+                now = done[-1][0]
+            return done
+
+        self._record(running, *self._sampled(sampled))
 
     def hidden(self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """(rows, H) after one more token of each row, whose keys and values are stored.
@@ -448,9 +490,8 @@ class _Decoding:
     def _seeds(self, sequences: list[Sequence]) -> torch.Tensor:
         return self.seeds[self._tensor([s.index for s in sequences])]
 
-    def _record(self, sequences: list[Sequence], tokens: torch.Tensor, log_probs: torch.Tensor) -> None:
-        """Append what was sampled, (steps, rows) each, and let go of the sequences that ended."""
-        tokens, log_probs = tokens.t().tolist(), log_probs.t().tolist()
+    def _record(self, sequences: list[Sequence], tokens: list[list[int]], log_probs: list[list[float]]) -> None:
+        """Append what was sampled, a list for each sequence, and let go of those that ended."""
         finished = set()
         for s, new_ids, new_log_probs in zip(sequences, tokens, log_probs):
             for token, log_prob in zip(new_ids, new_log_probs):
@@ -468,42 +509,45 @@ class _Decoding:
 
 
 class Graphs:
-    """Decode steps captured as CUDA graphs, one for each batch size of 1, 2, 4, 8, 16, 24, ... that occurs.
+    """Decode steps captured as CUDA graphs, one for each of GRAPH_SIZES (and multiples of the last) that occurs.
 
     Inputs are copied to fixed addresses; rows beyond the batch write to page 0. They hold addresses of weights and of
-    the cache, so they live as long as one call of `generate`. Logits come after the replay: kept by every graph, those
-    of a vocabulary of 150,000 would take gigabytes.
+    the cache, so they live as long as one call of `generate`. They do not hold the decoding they belong to: its cache
+    would then live until Python looks for circles. Logits come after the replay: kept by every graph, those of a
+    vocabulary of 150,000 would take gigabytes.
     """
 
     def __init__(self, decoding: _Decoding):
-        self.decoding, self.captured, self.pool = decoding, {}, torch.cuda.graph_pool_handle()
+        self.captured, self.pool, self.side = {}, torch.cuda.graph_pool_handle(), decoding.engine.side_stream
         rows = self.size(decoding.slots)
         self.token, self.position = torch.zeros(2, rows, dtype=torch.int64, device=decoding.device)
         self.table = torch.zeros(rows, decoding.width, dtype=torch.int64, device=decoding.device)
 
     @staticmethod
     def size(rows: int) -> int:
-        return next((n for n in (1, 2, 4) if rows <= n), -(-rows // 8) * 8)
+        largest = GRAPH_SIZES[-1]
+        return next((n for n in GRAPH_SIZES if rows <= n), -(-rows // largest) * largest)
 
-    def __call__(self, token, position, table) -> torch.Tensor:
+    def __call__(self, step, token, position, table) -> torch.Tensor:
+        """What step(token, position, table) gives for these rows, replayed."""
         rows, size = len(token), self.size(len(token))
         self.token[:size], self.position[:size], self.table[:size] = 0, 0, 0
         self.token[:rows], self.position[:rows], self.table[:rows, : table.shape[1]] = token, position, table
         if size not in self.captured:
-            self.captured[size] = self._capture(self.token[:size], self.position[:size], self.table[:size])
+            self.captured[size] = self._capture(step, self.token[:size], self.position[:size], self.table[:size])
         graph, hidden = self.captured[size]
         graph.replay()
         return hidden[:rows]
 
-    def _capture(self, *inputs):
-        side = torch.cuda.Stream()
+    def _capture(self, step, *inputs):
+        side = self.side or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles kernels and makes workspaces; it writes what the replay writes again
-            self.decoding.hidden(*inputs)
+            step(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            hidden = self.decoding.hidden(*inputs)
+        with torch.cuda.graph(graph, pool=self.pool, stream=side):
+            hidden = step(*inputs)
         return graph, hidden
 
 

@@ -15,7 +15,9 @@ import importlib
 import torch
 import torch.nn.functional as F
 
-BACKENDS = ("flash", "triton", "sdpa")
+# In the order in which auto tries them. Triton before flash-attn: its splits keep a card busy when few long sequences
+# are left, where flash-attn, held to one split (see `_flash`), puts a whole context on one multiprocessor.
+BACKENDS = ("triton", "flash", "sdpa")
 # flash-attn 2 takes only multiples of 256
 PAGE_SIZE = {"flash": 256, "triton": 64, "sdpa": 32}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -79,7 +81,7 @@ def _sdpa(q, k_pages, v_pages, block_table, lengths, scale):
 def choose_attention(wanted: str, device, dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[str, int, str]:
     """(backend, page_size, why) for wanted = auto | flash | triton | sdpa; `why` is one line to print.
 
-    auto: the first of flash, triton, sdpa that runs here and agrees with SDPA. AttentionError: the one that was asked
+    auto: the first of triton, flash, sdpa that runs here and agrees with SDPA. AttentionError: the one that was asked
     for does not, or there is no such one.
     """
     if wanted not in ("auto", *BACKENDS):

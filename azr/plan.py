@@ -150,6 +150,7 @@ class Preset:
     lora_rank: int = 32
     lora_targets: str = "all-linear"
     quantization: str = "nf4"
+    rollout_weights: str = "stored"  # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
     learning_rate: float = 2e-5
     steps: int = 500
     eval_samples: int = 0       # answers a held-out task before and after, for pass@k
@@ -160,6 +161,8 @@ PRESETS = {preset.name: preset for preset in (
     Preset("12gb", 12, 12, 1024, 64, 4096),
     Preset("16gb", 16, 16, 1024, 96, 4096),
     Preset("24gb", 24, 32, 2048, 192, 8192),
+    Preset("32gb", 32, 40, 2048, 256, 12288),
+    Preset("40gb", 40, 48, 2048, 256, 16384),
     Preset("48gb", 48, 48, 2048, 256, 16384),
     Preset("80gb", 80, 64, 4096, 384, 32768),
 )}
@@ -167,11 +170,14 @@ TINY = Preset("tiny", 0, 16, 128, 512, 2048, 320, references=2, lora_rank=16, qu
               steps=120, eval_samples=128)
 
 
-def free_gpu_bytes() -> int | None:
-    """What the GPU has free now; None without one."""
+def free_gpu_bytes() -> float | None:
+    """What a GPU can still give to this process; None without one. Asking wakes CUDA."""
     import torch
 
-    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    from azr.backoff import allocate_in_segments_that_grow, free_memory
+
+    allocate_in_segments_that_grow()
+    return free_memory(torch.device("cuda", torch.cuda.current_device())) if torch.cuda.is_available() else None
 
 
 def choose_preset(name: str, model: str, free: int | None) -> tuple[Preset, str]:
@@ -272,7 +278,11 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     load = {"weights": weights, "LoRA + Adam": 4 * adapter, "checkpoint": 2 * shape.parameters}
     if on_gpu:
         load["checkpoint"] = LOADERS * value * largest
-    rollout = {"weights": weights, "LoRA + Adam": adapter * (ADAPTER_STATE - 4), **copies, **unpacked,
+    if preset.quantization == "nf4" and preset.rollout_weights == "bf16":
+        unpacked_for_sampling = {"copied weights": value * shape.linear_parameters}
+    else:
+        unpacked_for_sampling = unpacked
+    rollout = {"weights": weights, "LoRA + Adam": adapter * (ADAPTER_STATE - 4), **copies, **unpacked_for_sampling,
                **sampling(shape, preset, device)}
     if not on_gpu:
         rollout["overhead"] = HOST_OVERHEAD

@@ -80,7 +80,20 @@ def sample_tokens(logits, sampling: Sampling, mixed_seeds, position) -> tuple[to
     Inverse CDF with sums in float64 and one uniform number per (seed, position). Order of the truncations as in
     transformers: temperature, then top-k, then top-p on what is left. The log-prob ignores both.
     """
+    token, log_prob, sure = sample_without_wait(logits, sampling, mixed_seeds, position)
+    if sure is not None and not bool(sure.all()):
+        token, log_prob, _ = sample_without_wait(logits, sampling, mixed_seeds, position, exact=True)
+    return token, log_prob
+
+
+def sample_without_wait(logits, sampling: Sampling, mixed_seeds, position, exact: bool = False) -> tuple:
+    """As `sample_tokens`, but the host never waits for the device: (token, log_prob, sure).
+
+    sure (rows,) bool: False where top-p needs more than the `CUT` most probable tokens, so that the row has to be
+    sampled again with exact=True, which sorts all. None: there was no such truncation.
+    """
     z = logits.float()
+    sure = None
     if sampling.temperature == 0:
         log_z = torch.logsumexp(z, -1, keepdim=True)
         token = z.argmax(-1)
@@ -90,30 +103,32 @@ def sample_tokens(logits, sampling: Sampling, mixed_seeds, position) -> tuple[to
         log_z = torch.logsumexp(z, -1, keepdim=True)
         p = (z - log_z).exp_()
         if sampling.top_p < 1 or sampling.top_k:
-            p = truncate(p, sampling.top_k, sampling.top_p)
+            p, sure = truncate(p, sampling.top_k, sampling.top_p, p.shape[-1] if exact else CUT)
         token = inverse_cdf(p, uniform(mixed_seeds, position))
-    return token, (z.gather(-1, token[:, None]) - log_z).squeeze(-1)
+    return token, (z.gather(-1, token[:, None]) - log_z).squeeze(-1), sure
 
 
-def truncate(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+def truncate(p: torch.Tensor, top_k: int, top_p: float, looked_at: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """p (rows, vocabulary) with zeros outside the k most probable tokens and then outside the smallest set of tokens,
     most probable first, whose share of what is left is at least top_p. Tokens as probable as the last one stay.
 
-    Sorting 150,000 tokens a row is slow, so only the largest `CUT` are sorted where they hold the mass, which is
-    checked: the result is that of a full sort. top_k = 0 and top_p = 1 mean off.
+    Sorting 150,000 tokens a row is slow, so for top-p alone only the `looked_at` most probable are sorted. Second
+    result (rows,) bool: whether they hold enough of the mass, so that the row is that of a full sort; None where
+    nothing can be missing. top_k = 0 and top_p = 1 mean off.
     """
     size = p.shape[-1]
-    largest = p.topk(min(size, top_k or CUT), dim=-1).values  # descending
-    if top_p < 1:
-        held = largest.sum(-1, keepdim=True, dtype=torch.float64)
-        total = held if top_k else p.sum(-1, keepdim=True, dtype=torch.float64)
-        if not top_k and bool((held < top_p * total).any()):
-            largest = p.sort(dim=-1, descending=True).values
-        before = largest.cumsum(-1, dtype=torch.float64) - largest
-        last = (before < top_p * total).sum(-1, keepdim=True) - 1
-    else:
+    most = min(size, top_k or looked_at)
+    largest = (p.topk(most, dim=-1) if most < size else p.sort(dim=-1, descending=True)).values  # descending
+    if top_p == 1:
         last = torch.full_like(p[:, :1], largest.shape[-1] - 1, dtype=torch.int64)
-    return p.masked_fill(p < largest.gather(-1, last), 0)
+        return p.masked_fill(p < largest.gather(-1, last), 0), None
+    held = largest.sum(-1, keepdim=True, dtype=torch.float64)
+    complete = bool(top_k) or largest.shape[-1] == size
+    total = held if complete else p.sum(-1, keepdim=True, dtype=torch.float64)
+    before = largest.cumsum(-1, dtype=torch.float64) - largest
+    last = (before < top_p * total).sum(-1, keepdim=True) - 1
+    sure = None if complete else (held >= top_p * total).squeeze(-1)
+    return p.masked_fill(p < largest.gather(-1, last), 0), sure
 
 
 def inverse_cdf(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

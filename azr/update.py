@@ -41,6 +41,11 @@ def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(policy.trainable_parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
 
+def moments_to_come(policy: Policy, optimizer) -> int:
+    """Bytes of the two fp32 moments that Adam has not made yet."""
+    return sum(8 * p.numel() for p in policy.trainable_parameters() if p not in optimizer.state)
+
+
 def advantages(samples: list[Sample], recipe: str, baseline: str = "union") -> None:
     """Sets each sample's advantage: lean: per task for solvers, per mode for proposers; azr: TRR++ per (role, mode).
 

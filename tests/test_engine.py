@@ -394,9 +394,27 @@ def test_truncation_equals_a_full_sort_at_a_large_vocabulary(scale):
     held = p.topk(sampling_module.CUT).values.sum(-1)
     assert (held < 0.9).all() if scale < 1 else (held > 0.9).all()
     for top_k, top_p in ((0, 0.9), (50, 1.0), (50, 0.7), (0, 1e-6), (30_000, 1.0)):
-        ours = truncate(p, top_k, top_p)
-        for row, kept in zip(p, ours):
-            assert torch.equal(kept > 0, truncated_by_sorting(row, top_k, top_p) > 0)
+        for looked_at in (sampling_module.CUT, p.shape[-1]):
+            ours, sure = truncate(p, top_k, top_p, looked_at)
+            quick = (top_k, top_p) in ((0, 0.9), (0, 1e-6)) and looked_at < p.shape[-1]
+            assert (sure is not None) == quick
+            if quick:  # it knows where it does not know
+                assert (sure == (scale > 1 or top_p < 0.1)).all()
+            for i, (row, kept) in enumerate(zip(p, ours)):
+                if sure is None or sure[i]:
+                    assert torch.equal(kept > 0, truncated_by_sorting(row, top_k, top_p) > 0)
+
+
+def test_flat_rows_are_sampled_again_exactly(small):
+    """Top-p over a distribution that the quick look does not cover: the same samples as with a full sort each step."""
+    policy = Policy.load(small, "none", block=4)
+    prompts, sampling = prompts_of(3), Sampling(max_new_tokens=9, top_p=0.97, temperature=3.0, stop=())
+    seeds = [[10 * i + j for j in range(4)] for i in range(3)]
+    wanted = policy.generate(prompts, 4, sampling, seeds)
+    for cut in (1, 8, 64):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sampling_module, "CUT", cut)
+            assert policy.generate(prompts, 4, sampling, seeds) == wanted
 
 
 def test_inverse_cdf_is_exact_and_never_draws_what_has_no_probability():

@@ -109,7 +109,7 @@ def test_a_backend_that_was_asked_for_and_cannot_run(wanted):
 
 
 def test_an_unknown_backend():
-    with pytest.raises(AttentionError, match="unknown attention fast: take auto, flash, triton, sdpa"):
+    with pytest.raises(AttentionError, match="unknown attention fast: take auto, triton, flash, sdpa"):
         choose_attention("fast", "cpu", torch.float32, 16, 2, 128)
 
 

@@ -72,7 +72,7 @@ def test_what_is_unknown_is_said(tmp_path):
         choose_preset("9gb", "qwen-3b", None)
 
 
-@pytest.mark.parametrize("free_gib, name", [(7.6, "8gb"), (11.5, "12gb"), (15.6, "16gb"), (23.3, "24gb"), (39, "24gb"),
+@pytest.mark.parametrize("free_gib, name", [(7.6, "8gb"), (11.5, "12gb"), (15.6, "16gb"), (23.3, "24gb"), (31.4, "32gb"), (39.3, "40gb"),
                                             (47, "48gb"), (79, "80gb"), (139, "80gb"), (4, "8gb")])
 def test_auto_takes_the_largest_that_is_free(free_gib, name):
     preset, why = choose_preset("auto", "qwen-3b", int(free_gib * GIB))
