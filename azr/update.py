@@ -207,17 +207,22 @@ def apply_gradient(policy: Policy, optimizer, loss: float) -> dict[str, float]:
 
 def take_step(policy: Policy, optimizer) -> None:
     """optimizer.step(), from the same state again if memory runs out inside: half of it may be done by then."""
-    before = state_tensors(policy, optimizer)
+    before, begun = state_tensors(policy, optimizer), []
+
+    def attempt() -> None:
+        if begun:
+            restore_tensors(policy, optimizer, before)
+        begun.append(True)
+        optimizer.step()
 
     def one_by_one() -> str:
         if all(group.get("foreach") is False for group in optimizer.param_groups):
             raise DoesNotFit("out of memory in the optimizer step, one matrix at a time; lower --lora-rank")
-        restore_tensors(policy, optimizer, before)
         for group in optimizer.param_groups:
             group["foreach"] = False  # a GPU's default takes all matrices at once
         return "one matrix at a time"
 
-    retry(optimizer.step, one_by_one, "the optimizer step")
+    retry(attempt, one_by_one, "the optimizer step")
 
 
 def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Config) -> dict[str, float]:

@@ -129,7 +129,7 @@ def test_out_of_memory_in_the_backward_pass_counts_no_gradient_twice(policy, con
         calls.clear()
         sizes = Sizes(300)
         again, _ = gradient(policy, samples, config, sizes)
-        assert sizes.token_budget == budget and len(calls) > 8
+        assert sizes.token_budget == budget and len(calls) > failing[-1]
         assert (again - whole).norm() / whole.norm() < most
 
 
