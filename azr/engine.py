@@ -546,7 +546,7 @@ class Graphs:
             step(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=side):
+        with torch.cuda.graph(graph, pool=self.pool):
             hidden = step(*inputs)
         return graph, hidden
 
