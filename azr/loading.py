@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from azr.hub import only_cached
+from azr.lora import fuse
 from azr.plan import ALIASES
 
 
@@ -303,6 +304,7 @@ def _add_lora(model, config):
             raise ModelError(f"LoRA does not fit this model: {_one_line(error)}") from error
     for p in adapter_tensors(model).values():
         p.data = p.data.float()
+    fuse(model)
     return model
 
 
