@@ -5,10 +5,11 @@
     hidden = decoder.forward(ids, position, attend)     # (tokens, hidden), `attend` stores keys and values and attends
     decoder.release()
 
-Nothing is copied: 4-bit layers are called as they are, plain weights and LoRA matrices are read where the optimizer
-writes them. Matrices that read the same input (q, k, v; gate, up) are made row slices of one storage, each still its
-own parameter, so that one product serves them all and there is no second copy that could be stale. Numerics are those
-of PEFT: LoRA in its own dtype (fp32), unmerged, added before the result is rounded.
+4-bit layers are called as they are, plain weights are read where they lie. Matrices that read the same input (q, k, v;
+gate, up) are made row slices of one storage, each still its own parameter, so that one product serves them all. LoRA
+stays unmerged: in fp32 its matrices are read where the optimizer writes them; in half precision `prepare` copies them
+to that precision, once a call of `generate`, so that there is no copy that could be stale. Numerics are those of the
+trainer (lora.py, decode_ops.py): every rounding is at the same place.
 
 Knows Qwen2 / Qwen2.5, Qwen3 (dense) and Llama 3 with static rotary scalings. Left out: other activations, sliding
 windows, mixtures of experts, several adapters at once, DoRA.
@@ -16,6 +17,9 @@ windows, mixtures of experts, several adapters at once, DoRA.
 
 import torch
 import torch.nn.functional as F
+
+from azr.decode_ops import operations
+from azr.lora import active_adapters, dequantized, is_plain
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the text
@@ -67,26 +71,17 @@ def stacked(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
 
 def _active_adapter(module) -> str | None:
     """Name of the LoRA that PEFT would apply in this layer now; None: none, or switched off."""
-    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
-        return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
+    names = active_adapters(module)
     if len(names) > 1:
         raise Unsupported(f"the engine knows one adapter at a time, not {', '.join(names)}")
-    if names and (module.lora_variant.get(names[0]) is not None or module.lora_B[names[0]].bias is not None):
-        raise Unsupported("the engine knows plain LoRA only (no DoRA, no bias)")
+    if names and not is_plain(module, names[0]):
+        raise Unsupported("the engine knows plain LoRA only (no DoRA, no bias, no dropout)")
     return names[0] if names else None
 
 
-def dequantized(linear, dtype) -> torch.Tensor:
-    """(out, in): the very matrix that a 4-bit layer multiplies with."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(linear.weight.data, linear.weight.quant_state).to(dtype).view(linear.out_features, -1)
-
-
 class Projection:
-    """Linear layers that read the same input, each with its LoRA or without. Called with (tokens, in), it returns one
-    (tokens, out) for each layer."""
+    """Linear layers that read the same input, each with its LoRA or without. Called with (tokens, in) of `dtype`, it
+    returns one (tokens, out) for each layer."""
 
     def __init__(self, modules, dtype, copy_weights: bool):
         self.bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
@@ -101,32 +96,36 @@ class Projection:
         if self.weight is not None and any(b is not None for b in biases):
             parts = [self.weight.new_zeros(n) if b is None else b.data for n, b in zip(self.sizes, biases)]
             self.bias = torch.cat(parts).to(self.weight.dtype)
-        self._find_lora(modules)
+        self._find_lora(modules, dtype)
 
-    def _find_lora(self, modules) -> None:
+    def _find_lora(self, modules, dtype) -> None:
         names = [_active_adapter(m) for m in modules]
         live = [(i, m, name) for i, (m, name) in enumerate(zip(modules, names)) if name is not None]
         self.lora = []  # (which layer, B (out, r), scaling, columns of A's product)
-        self.lora_A = stacked([m.lora_A[name].weight for _, m, name in live]) if live else None
+        self.lora_A = stacked([m.lora_A[name].weight for _, m, name in live]).to(dtype) if live else None
+        self.lora_B = None  # of all layers at once, (columns of A's product, all outputs), where they have one scaling
         start = 0
         for i, m, name in live:
             end = start + m.lora_A[name].weight.shape[0]
-            self.lora.append((i, m.lora_B[name].weight.data, m.scaling[name], slice(start, end)))
+            self.lora.append((i, m.lora_B[name].weight.data.to(dtype), m.scaling[name], slice(start, end)))
             start = end
+        # Where launching costs more than multiplying by zeros. In fp32, on a CPU, it is the other way round.
+        if self.weight is not None and dtype != torch.float32 and len({scaling for _, _, scaling, _ in self.lora}) == 1:
+            self.lora_B = self.lora_A.new_zeros(start, sum(self.sizes))
+            for i, B, _, columns in self.lora:
+                self.lora_B[columns].narrow(1, self._starts()[i], self.sizes[i]).copy_(B.t())
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        low = F.linear(x, self.lora_A) if self.lora_A is not None else None
         if self.weight is None:
             out = [base(x) for base in self.bases]
         else:
-            product, starts = F.linear(x, self.weight, self.bias), self._starts()
-            out = [product.narrow(1, start, size) for start, size in zip(starts, self.sizes)]
-        if self.lora_A is not None:
-            low = F.linear(x.to(self.lora_A.dtype), self.lora_A)
-            for i, B, scaling, columns in self.lora:
-                if out[i].dtype == B.dtype:
-                    out[i].addmm_(low[:, columns], B.t(), alpha=scaling)
-                else:
-                    out[i].add_(low[:, columns] @ B.t(), alpha=scaling)
+            whole = F.linear(x, self.weight, self.bias)
+            if self.lora_B is not None:
+                whole.addmm_(low, self.lora_B, alpha=self.lora[0][2])
+            out = [whole.narrow(1, start, size) for start, size in zip(self._starts(), self.sizes)]
+        for i, B, scaling, columns in self.lora if self.lora_B is None else ():
+            out[i].addmm_(low[:, columns], B.t(), alpha=scaling)
         return out
 
     def _starts(self) -> list[int]:
@@ -149,27 +148,17 @@ class Layer:
         self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], dtype, copy_weights)
         self.down = Projection([mlp.down_proj], dtype, copy_weights)
 
-    def __call__(self, x, cos, sin, attend, index: int) -> torch.Tensor:
-        """x (tokens, hidden) -> the same; attend(index, q, k, v, scale) -> (tokens, heads, head_dim)."""
-        tokens = x.shape[0]
-        q, k, v = (part.view(tokens, -1, self.head_dim) for part in self.qkv(_rms_norm(self.norm, x)))
+    def attention(self, y, cos, sin, attend, index: int, ops) -> torch.Tensor:
+        """y (tokens, hidden), normed -> what the layer's attention adds, (tokens, hidden)."""
+        tokens = y.shape[0]
+        q, k, v = (part.view(tokens, -1, self.head_dim) for part in self.qkv(y))
         if self.q_norm is not None:
-            q, k = _rms_norm(self.q_norm, q), _rms_norm(self.k_norm, k)
-        attended = attend(index, _rotate(q, cos, sin), _rotate(k, cos, sin), v, self.scale)
-        x = x + self.out(attended.reshape(tokens, -1))[0]
-        gate, up = self.gate_up(_rms_norm(self.mlp_norm, x))
-        return x + self.down(F.silu(gate).mul_(up))[0]
+            q, k = (ops.rms_norm(t, n.weight, n.variance_epsilon) for t, n in ((q, self.q_norm), (k, self.k_norm)))
+        return self.out(attend(index, q, k, v, cos, sin, self.scale).reshape(tokens, -1))[0]
 
-
-def _rms_norm(norm, x: torch.Tensor) -> torch.Tensor:
-    y = x.float()
-    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(norm.variance_epsilon))
-    return norm.weight * y.to(x.dtype)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x (tokens, heads, dim), cos and sin (tokens, 1, dim); the first half of sin has its sign changed."""
-    return (x * cos).addcmul_(x.roll(x.shape[-1] // 2, -1), sin)
+    def mlp(self, y, ops) -> torch.Tensor:
+        """y (tokens, hidden), normed -> what the layer's MLP adds, (tokens, hidden)."""
+        return self.down(ops.silu_mul(*self.gate_up(y)))[0]
 
 
 class Decoder:
@@ -181,6 +170,7 @@ class Decoder:
         attention = backbone.layers[0].self_attn
         self.head_dim = attention.head_dim
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.ops = operations(self.device, self.dtype)
         self.layers: list[Layer] = []
         self.cos = self.sin = None
 
@@ -209,9 +199,18 @@ class Decoder:
         self.layers, self.cos, self.sin = [], None, None
 
     def forward(self, ids: torch.Tensor, position: torch.Tensor, attend) -> torch.Tensor:
-        """ids, position (tokens,) -> (tokens, hidden) after the final norm."""
-        x = F.embedding(ids, self.backbone.embed_tokens.weight)
+        """ids, position (tokens,) -> (tokens, hidden) after the final norm.
+
+        attend(layer index, q, k, v, cos, sin, scale) -> (tokens, heads, head_dim): rotates q and k, stores k and v,
+        attends. q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), cos and sin (tokens, 1, head_dim),
+        the first half of sin with its sign changed.
+        """
+        x, ops = F.embedding(ids, self.backbone.embed_tokens.weight), self.ops
         cos, sin = self.cos[position], self.sin[position]
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, attend, index)
-        return _rms_norm(self.backbone.norm, x)
+        norms = [layer.norm for layer in self.layers] + [self.backbone.norm]
+        y = ops.rms_norm(x, norms[0].weight, norms[0].variance_epsilon)
+        for index, (layer, following) in enumerate(zip(self.layers, norms[1:])):
+            added, norm = layer.attention(y, cos, sin, attend, index, ops), layer.mlp_norm
+            y = ops.add_rms_norm(x, added, norm.weight, norm.variance_epsilon)
+            y = ops.add_rms_norm(x, layer.mlp(y, ops), following.weight, following.variance_epsilon)
+        return y

@@ -396,9 +396,9 @@ class _Decoding:
         position = torch.arange(time, device=self.device)
         where = (pages[:, position // self.page_size].flatten(), (position % self.page_size).repeat(rows))
 
-        def attend(layer, q, k, v, scale):
-            self._store(layer, where, k, v)
-            q, k, v = (t.view(rows, time, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+        def attend(layer, q, k, v, cos, sin, scale):
+            q, k = self._rotate_store(layer, q, k, v, cos, sin, where)
+            q, k, v = (t.reshape(rows, time, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
             return out.transpose(1, 2).flatten(0, 1)
 
@@ -464,8 +464,8 @@ class _Decoding:
         by_page = ByPage(table, position + 1, self.page_size) if self.engine.attention == "page" else None
         table, lengths = table.int(), (position + 1).int()
 
-        def attend(layer, q, k, v, scale):
-            self._store(layer, where, k, v)
+        def attend(layer, q, k, v, cos, sin, scale):
+            q, _ = self._rotate_store(layer, q, k, v, cos, sin, where)
             keys, values = self.cache[0, layer], self.cache[1, layer]
             if by_page is not None:
                 return by_page(q, keys, values, scale)
@@ -473,10 +473,10 @@ class _Decoding:
 
         return self.decoder.forward(token, position, attend)
 
-    def _store(self, layer: int, where: tuple, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v (tokens, kv_heads, head_dim) into the cache; where: (page of each token, offset in it)."""
-        self.cache[0, layer].index_put_(where, k)
-        self.cache[1, layer].index_put_(where, v)
+    def _rotate_store(self, layer: int, q, k, v, cos, sin, where: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k at their positions; k and v (tokens, kv_heads, head_dim) into the cache. where: (page of each token,
+        offset in it)."""
+        return self.decoder.ops.rotate_store(q, k, v, cos, sin, self.cache[0, layer], self.cache[1, layer], *where)
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:

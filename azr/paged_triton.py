@@ -17,8 +17,8 @@ TOGETHER = 16  # splits that are combined at a time
 
 
 @triton.jit
-def _split_kernel(q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale,
-                  table_stride, page_stride, token_stride, head_stride, splits,
+def _split_kernel(q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale, q_stride, table_stride,
+                  page_stride, token_stride, head_stride, splits,
                   HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
                   COLUMNS: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """One sequence, one KV head, SPLIT keys: partial (batch, heads, splits, DIM), log_sum (batch, heads, splits)."""
@@ -30,7 +30,7 @@ def _split_kernel(q, k_pages, v_pages, block_table, lengths, partial, log_sum, s
     real_head = tl.arange(0, ROWS) < GROUP
     dims = tl.arange(0, COLUMNS)
     real_dim = dims < DIM
-    queries = tl.load(q + (row * HEADS + heads[:, None]) * DIM + dims, mask=real_head[:, None] & real_dim, other=0.0)
+    queries = tl.load(q + row * q_stride + heads[:, None] * DIM + dims, mask=real_head[:, None] & real_dim, other=0.0)
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -90,14 +90,14 @@ def decode(q, k_pages, v_pages, block_table, lengths, scale: float) -> torch.Ten
     batch, heads, dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     splits = triton.cdiv(block_table.shape[1] * page_size, SPLIT)
-    q = q.contiguous()
+    q = q if q.stride()[1:] == (dim, 1) else q.contiguous()  # rows may lie apart, as slices of one product
     partial = q.new_empty(batch, heads, splits, dim, dtype=torch.float32)
     log_sum = q.new_empty(batch, heads, splits, dtype=torch.float32)
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     group, columns = heads // kv_heads, triton.next_power_of_2(dim)
     _split_kernel[(batch, kv_heads, splits)](
-        q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale,
-        block_table.stride(0), *k_pages.stride()[:3], splits,
+        q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale, q.stride(0), block_table.stride(0),
+        *k_pages.stride()[:3], splits,
         HEADS=heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=max(16, columns),
         PAGE=page_size, SPLIT=SPLIT, BLOCK=BLOCK, num_warps=4, num_stages=2,
     )  # fmt: skip
