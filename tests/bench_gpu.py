@@ -16,6 +16,7 @@ batching), smollm2 (a real model end to end).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -26,7 +27,7 @@ from pathlib import Path
 ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve()
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 GRACE = 20  # seconds beyond --seconds, then the process is ended
-RESTARTS = 6
+RESTARTS = 8
 PARTS = {  # name: (module, function, seconds it takes, about)
     "hardware": ("parts_hardware", "hardware", 20),
     "build": ("parts_memory", "build", 15),
@@ -49,6 +50,7 @@ PARTS = {  # name: (module, function, seconds it takes, about)
 
 def measure(options) -> int:
     """All parts that were asked for, each behind its own failures."""
+    import gc
     import importlib
 
     import torch
@@ -62,7 +64,9 @@ def measure(options) -> int:
     transformers.logging.set_verbosity_error()
     if options.cpu:
         torch.set_num_threads(1)
-    bench = Bench(options.json, options.run, options.until, options.cpu, options.data, options.smollm2, options.fail)
+    gc.freeze()  # what was imported is not looked at again after every measurement
+    bench = Bench(options.json, options.run, options.until, options.cpu, options.data, options.smollm2, options.fail,
+                  options.die)  # fmt: skip
     for name in options.parts:
         module, function, takes = PARTS[name]
         bench.part, begun = name, time.perf_counter()
@@ -83,7 +87,7 @@ def measure(options) -> int:
 
 def watch(options) -> int:
     """Starts the process that measures; again after the measurement in which it died. Returns the exit code."""
-    from gpu.lines import append, read_lines, summary
+    from gpu.lines import LOST, append, read_lines, summary
 
     path = Path(options.json)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,6 +99,8 @@ def watch(options) -> int:
         code, why = once(options, run, until)
         if code in (0, 2):
             break
+        if code == LOST:  # after its line was written
+            continue
         row = {"run": run, "part": "process", "name": "start"}
         if now.is_file():
             row |= json.loads(now.read_text())
@@ -115,17 +121,18 @@ def once(options, run: str, until: float) -> tuple[int, str]:
     """(exit code, how it ended) of one process; one that hangs beyond the time is ended, with all it started."""
     command = [sys.executable, str(HERE), *options.arguments, "--json", str(options.json), "--run", run]
     environment = {"TOKENIZERS_PARALLELISM": "false", "TEARDOWN_CUPTI": "0", **os.environ}
-    environment.setdefault("TRITON_INTERPRET", "1") if options.cpu else None
-    process = subprocess.Popen([*command, "--until", str(until)], cwd=ROOT, env=environment, start_new_session=True)
+    if options.cpu:
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([*command, "--until", str(until)], env=environment, start_new_session=True)
     try:
         code = process.wait(timeout=max(1.0, until + GRACE - time.time()))
         return code, f"died of signal {-code}" if code < 0 else f"ended with {code}"
-    except (subprocess.TimeoutExpired, KeyboardInterrupt) as error:
-        os.killpg(process.pid, 9)
-        process.wait()
-        if isinstance(error, KeyboardInterrupt):
-            raise
+    except subprocess.TimeoutExpired:
         return -9, f"was ended {GRACE} s after its time"
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its group holds what it has started, a sandbox's lanes too
+            os.killpg(process.pid, 9)
+        process.wait()
 
 
 # ---------------------------------------------------------------- the command line
@@ -152,6 +159,7 @@ def parsed(arguments: list[str]):
     parser.add_argument("--smollm2", metavar="DIR", help="SmolLM2 as a model directory, or as `pack` made it")
     parser.add_argument("--cpu", action="store_true", help="dry mode: every step on small shapes, no figure of a GPU")
     parser.add_argument("--fail", choices=PARTS, nargs="+", default=[], help="fail every measurement of these parts")
+    parser.add_argument("--die", choices=PARTS, nargs="+", default=[], help="end the process in them, likewise")
     parser.add_argument("--run", help=argparse.SUPPRESS)  # of the process that measures
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

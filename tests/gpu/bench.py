@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import gc
 import json
+import os
 import statistics
 import time
 import traceback
@@ -21,12 +22,12 @@ from pathlib import Path
 
 import torch
 
+from azr.backoff import is_out_of_memory
 from azr.plan import QWEN25, Shape
-from gpu.lines import append, read_lines, shown
+from gpu.lines import LOST, append, read_lines, shown
 
 SMALL = Shape(64, 2, 4, 2, 128, 1000, True, 16)  # in place of every true shape in the dry mode on a CPU
 GB = 1e9
-LOST = 17  # exit code: the CUDA context is beyond use, a new process is needed
 
 
 class Injected(RuntimeError):
@@ -36,8 +37,9 @@ class Injected(RuntimeError):
 class Bench:
     """One run. cpu: small shapes, perf_counter for events, no graphs. until: time.time() at which it must be over."""
 
-    def __init__(self, path: Path, run: str, until: float, cpu: bool = False, data=None, smollm2=None, fail=()):
-        self.path, self.run, self.until, self.cpu, self.fail = Path(path), run, until, cpu, set(fail)
+    def __init__(self, path: Path, run: str, until: float, cpu: bool = False, data=None, smollm2=None, fail=(), die=()):
+        self.path, self.run, self.until, self.cpu = Path(path), run, until, cpu
+        self.fail, self.die = set(fail), set(die)  # parts in which every measurement fails, or ends the process
         self.data, self.smollm2 = data and Path(data), smollm2 and Path(smollm2)
         self.device, self.part, self.failed = ("cpu" if cpu else "cuda"), "", 0
         self.policies: dict = {}
@@ -73,6 +75,8 @@ class Bench:
         faulthandler.dump_traceback_later(4 * takes + (120 if self.cpu else 45), exit=True)
         start, figures, failure = time.perf_counter(), {}, {}
         try:
+            if self.part in self.die:
+                os._exit(9)
             if self.part in self.fail:
                 raise Injected(f"a failure of {self.part}, as asked")
             figures = call() or {}
@@ -82,6 +86,7 @@ class Bench:
         faulthandler.cancel_dump_traceback_later()
         ok = bool(figures.pop("ok", True)) and not failure
         self.line(name, figures, time.perf_counter() - start, ok, table, **failure)
+        self.path.with_suffix(".now").unlink(missing_ok=True)
         self.clear()
         return figures or None
 
@@ -189,7 +194,8 @@ class Bench:
                 self.policies[key] = random_policy(self.shape(size), quantization, self.device, 32,
                                                    tokenizer=self.tokenizer(), max_batch=384)  # fmt: skip
             except Exception as error:
-                self.policies[key] = RuntimeError(f"no policy: {type(error).__name__}: {first_line(error)}")
+                if not is_out_of_memory(error):
+                    self.policies[key] = RuntimeError(f"no policy: {type(error).__name__}: {first_line(error)}")
                 raise
         if isinstance(self.policies[key], Exception):
             raise self.policies[key]

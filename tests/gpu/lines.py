@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+LOST = 17  # exit code: the CUDA context is beyond use, a new process is needed
+
 
 def append(path: Path, row: dict) -> None:
     with open(path, "a", encoding="utf-8") as file:

@@ -141,8 +141,8 @@ def decode_figures(bench: Bench, policy, rows: int, weights: str, tokens: int) -
     context = (24 if bench.cpu else CONTEXT) + tokens // 2
     kv = rows * context * kv_bytes(policy)
     least = (weight_bytes(policy, weights) + kv) / bandwidth(bench)
-    figures = {"rows": rows, "weights": weights, "ms a step": 1e3 * step, "tokens/s": rows / step,
-               "% of roofline": 100 * least / step, "roofline ms": 1e3 * least, "call s": whole, "timed by": timed}  # fmt: skip
+    figures = {"rows": rows, "weights": weights, "ms a step": 1e3 * step, "tokens/s": rows / step, "timed by": timed,
+               "% of roofline": 100 * least / step, "roofline ms": 1e3 * least, "call s": whole}  # fmt: skip
     if len(replays):
         figures |= {"ms a graph": 1e3 * replays.graph_seconds(), "replays": len(replays)}
     if replays.captures:

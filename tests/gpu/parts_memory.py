@@ -30,7 +30,8 @@ def built(bench: Bench, size: str, quantization: str) -> dict:
     adapter = sum(p.numel() * p.element_size() for p in policy.trainable_parameters())
     return {"seconds to build": time.perf_counter() - start, **figures, **bench.memory(),
             "planned GB": (made["load"]["weights"] + adapter) / GB,
-            "measured GB": bench.memory()["allocated GB"] - figures["before GB"], "attention": policy.engine.attention_note,
+            "measured GB": bench.memory()["allocated GB"] - figures["before GB"],
+            "attention": getattr(policy.engine, "attention_note", ""),
             "page size": policy.engine.page_size}  # fmt: skip
 
 

@@ -124,6 +124,7 @@ def attention(bench: Bench, backend: str) -> dict:
         parts = [slice(i * rows, (i + 1) * rows) for i in range(turns)]
         calls = [lambda s=s: paged_decode(backend, q[s], k, v, table[s], lengths[s], scale) for s in parts]
         seconds, how = bench.time_each(calls)
-        each.append({"backend": backend, "rows": rows, "context": context, "us": 1e6 * seconds,
-                     "GB/s": one / seconds / 1e9, "% of copy": 100 * one / seconds / bandwidth(bench), "timed": how})  # fmt: skip
+        speed = one / seconds
+        each.append({"backend": backend, "rows": rows, "context": context, "us": 1e6 * seconds, "GB/s": speed / 1e9,
+                     "% of copy": 100 * speed / bandwidth(bench), "timed": how})  # fmt: skip
     return {"each": each}

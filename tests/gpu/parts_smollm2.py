@@ -101,9 +101,9 @@ def parity(bench: Bench, held: dict, scratch: str, dtype) -> dict:
     for prompt, row in zip(prompts, ours):
         ids = torch.tensor([prompt], device=policy.device)
         with torch.no_grad():
-            theirs = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                           max_new_tokens=new, pad_token_id=policy.pad_id)[0, len(prompt):].tolist()  # fmt: skip
-        mine = row[0].ids
+            out = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                        max_new_tokens=new, pad_token_id=policy.pad_id)  # fmt: skip
+        mine, theirs = row[0].ids, out[0, len(prompt) :].tolist()
         same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
         equal, count, whole = equal + same, count + len(mine), whole + (mine == theirs)
     exact = dtype == torch.float32

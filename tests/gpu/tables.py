@@ -43,7 +43,8 @@ def section(name: str, rows: list[dict]) -> str:
     planned = plans(rows)
     if planned:
         blocks += ["### planner beside measurement, GB", markdown(planned)]
-    bad = [{"part": row["part"], "measurement": row["name"], "why": row.get("left_out") or row.get("error", "not right")}
+    why = lambda row: row.get("left_out") or row.get("error", "not right")  # noqa: E731
+    bad = [{"part": row["part"], "measurement": row["name"], "why": why(row)}
            for row in rows if "left_out" in row or not row["ok"]]  # fmt: skip
     if bad:
         blocks += ["### failed or left out", markdown(bad)]
@@ -54,7 +55,8 @@ def counts(rows: list[dict]) -> str:
     left = sum("left_out" in row for row in rows)
     failed = sum(not row["ok"] for row in rows)
     seconds = sum(row["seconds"] for row in rows)
-    return f"{len(rows)} measurements in {seconds:.0f} s: {len(rows) - failed - left} hold, {failed} failed, {left} left out."
+    hold = len(rows) - failed - left
+    return f"{len(rows)} measurements in {seconds:.0f} s: {hold} hold, {failed} failed, {left} left out."
 
 
 def of_kind(rows: list[dict]) -> list[str]:
