@@ -62,6 +62,7 @@ def measure(options) -> int:
         print("bench_gpu.py: no CUDA device here, nothing was measured", file=sys.stderr)
         return 2
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if options.cpu:
         torch.set_num_threads(1)
     gc.freeze()  # what was imported is not looked at again after every measurement

@@ -27,7 +27,7 @@ def smollm2(bench: Bench) -> None:
     bench.drop()
     held: dict = {}
     with tempfile.TemporaryDirectory() as scratch:
-        bench.measure("convert", lambda: {"directory": model_in(bench, held, scratch)}, 20, "smollm2")
+        bench.measure("convert", lambda: {"directory": model_in(bench, held, scratch)}, 40, "smollm2")
         bench.measure("greedy text", lambda: text(bench, held, scratch), 10, "smollm2")
         for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 1 if bench.cpu else 3]:
             name = f"greedy parity {str(dtype)[6:]}"
