@@ -22,6 +22,7 @@ from azr.benchmarks import BENCHMARKS, NAMES, load
 from azr.maths import MathError
 from sandbox import SandboxError
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as train_azr.py calls them, and torch
 
 class Parser(argparse.ArgumentParser):
     """Errors in one line, exit code 2."""
@@ -49,7 +50,10 @@ def build_parser() -> Parser:
     run.add_argument(
         "--quantization", choices=("nf4", "none"), help="of the base; default: the adapter's, else nf4 (tiny none)"
     )
-    run.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: the adapter's, else the device's")
+    run.add_argument(
+        "--dtype", type=lambda name: DTYPES.get(name, name), choices=tuple(DTYPES.values()), metavar="|".join(DTYPES),
+        help="default: the adapter's, else the device's",
+    )  # fmt: skip
     run.add_argument(
         "--match-entropy", action="store_true", help="raise the tuned model's temperature to the base's entropy at T"
     )

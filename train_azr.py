@@ -38,6 +38,7 @@ from azr.display import warn
 from azr.evaluation import Evaluation
 from azr.health import Watch
 from azr.heldout import load_tasks, plot_pass_at_k, sample_seed
+from azr.loss_scale import LossScale
 from azr.metrics import Clock, memory, sample_row, step_metrics
 from azr.passk import powers_of_two
 from azr.prompts import STOP, propose_prompt, solve_prompt
@@ -65,7 +66,8 @@ SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 
 SEED_ROUNDS = 20
 PROBE = 64  # prompts and answers a role and mode, frozen at step 0, for entropy on fixed data
 NON_FINITE_LIMIT = 3
-UNSAMPLED = ("log_prob_gap", "log_prob_gap_max", "gap_capped", "clip_fraction")  # train/ metrics that sft has not
+# train/ metrics that sft has not
+UNSAMPLED = ("log_prob_gap", "log_prob_gap_max", "gap_p99", "gap_outside_10", "gap_k3", "gap_capped", "clip_fraction")
 
 
 class SelfPlay(Saved):
@@ -85,6 +87,7 @@ class SelfPlay(Saved):
         held_out = dataclasses.replace(self.sampling, temperature=config.eval_temperature)
         self.evaluation = Evaluation(config, policy, sandbox, self.template, held_out, run_dir)
         self.adaptive: dict = {}  # the state of --entropy-control adaptive
+        self.loss_scale = LossScale.of(policy.info["dtype"])
         self.non_finite, self.elapsed, self.completed = 0, 0.0, 0
         self.clock = Clock()
         self.exempt: set[str] = set()  # programs that may be trivial: the identity, while there is nothing else
@@ -252,7 +255,9 @@ class SelfPlay(Saved):
         for number, part in enumerate(parts):
             batch = [samples[i] for i in part]
             entropy_control.mark(batch, config, sample_seed(config.seed, f"{step}/control", number))
-            done.append(update.optimizer_step(self.policy, self.optimizer, batch, config, self.sizes))
+            done.append(
+                update.optimizer_step(self.policy, self.optimizer, batch, config, self.sizes, self.loss_scale)
+            )
             self.check_finite(step, done[-1], batch)
         if config.entropy_control == "adaptive":
             own = [s for s in samples if s.update and not s.objective]
@@ -322,7 +327,10 @@ class SelfPlay(Saved):
             if evaluated:
                 self.evaluation.mark_best()
         if self.non_finite >= NON_FINITE_LIMIT:
-            raise GaveUp(f"step {step}: {self.non_finite} updates in a row were not finite; lower --learning-rate")
+            wider = ", or take --dtype bf16 or fp32, whose range is wider" if self.loss_scale.active else ""
+            raise GaveUp(
+                f"step {step}: {self.non_finite} updates in a row were not finite; lower --learning-rate{wider}"
+            )
         return metrics, proposals, answers
 
     def collect(self, step: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
@@ -495,7 +503,7 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     grader = maths.MathGrader() if math_ else nullcontext()
     policy = Policy.load(
         plan.model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch,
-        attn=config.attn, rollout_weights=config.rollout_weights,
+        dtype=config.dtype, attn=config.attn, rollout_weights=config.rollout_weights,
     )  # fmt: skip
     if policy.device.type == "cuda":
         policy.checkpoint_activations()

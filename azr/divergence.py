@@ -34,7 +34,8 @@ def open_policy(
     model: str, adapter: str | Path | None = None, quantization: str | None = None, **engine_options
 ) -> tuple[Policy, dict]:
     """(policy, azr.json of the adapter or {}). Without --quantization: what the adapter was trained on, else nf4 on a
-    GPU and none elsewhere. ModelError, or ValueError if the adapter was trained on another base."""
+    GPU and none elsewhere. A GPU computes in the dtype of the training, a CPU in fp32: all else is slow there.
+    ModelError, or ValueError if the adapter was trained on another base."""
     import torch
 
     from azr.rollout import ModelError, Policy
@@ -54,7 +55,8 @@ def open_policy(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft's, that the base lies elsewhere: checked below
-            policy = Policy.load(plan.model_path(model), chosen, adapter=adapter, **engine_options)
+            dtype = getattr(torch, info.get("dtype") or "", None) if torch.cuda.is_available() else None
+            policy = Policy.load(plan.model_path(model), chosen, adapter=adapter, dtype=dtype, **engine_options)
     except ModelError as error:
         raise ValueError(str(error)) from error
     if policy.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and policy.base.config.hidden_size < 512:

@@ -142,8 +142,9 @@ def slots(model: str, chosen: dict, longest: int, said: list[str]) -> int | None
     try:
         free = plan.free_gpu_bytes()
         preset = dataclasses.replace(
-            plan.choose_preset("auto", model, free)[0], max_new_tokens=longest, quantization=chosen["quantization"]
-        )
+            plan.choose_preset("auto", model, free)[0], max_new_tokens=longest, quantization=chosen["quantization"],
+            dtype="fp32" if chosen["dtype"] == "float32" else "auto",
+        )  # fmt: skip
         found = plan.plan_memory(plan.shape_of(model), preset, plan.capacity(preset, free)).preset.max_batch
     except plan.PlanError as error:
         said.append(f"slots: the engine's default ({error})")

@@ -24,6 +24,8 @@ from azr.plan import ALIASES
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BF16_SINCE = (8, 0)  # compute capability of the first cards with it in hardware, Ampere
 # settings of a config that change the logits after the head, which the chunked scoring does not know
 UNSUPPORTED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
@@ -49,7 +51,7 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    dtype = dtype or _compute_dtype(device)
+    dtype = compute_dtype(dtype, device)
     hide_broken_flash_attention()
     with _quiet():
         where = _where(name, revision)
@@ -72,24 +74,28 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
     return model, tokenizer, info, eos_ids
 
 
-def _compute_dtype(device) -> torch.dtype:
-    """bf16 on a GPU, also on one that only emulates it, which is said; fp32 on a CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    if torch.version.hip is None and (note := bf16_note(torch.cuda.get_device_capability(device))):
-        print(f"warning: {note}", file=sys.stderr, flush=True)
-    return torch.bfloat16
+def auto_dtype(device) -> str:
+    """bf16 on a GPU that has it in hardware, fp16 on an older one, fp32 on a CPU."""
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.version.hip or torch.cuda.get_device_capability(device) >= BF16_SINCE else "fp16"
 
 
-def bf16_note(capability: tuple[int, int]) -> str | None:
-    """What to expect of bf16 on an NVIDIA card of this compute capability, if it has none in hardware; else None."""
-    if capability >= (8, 0):
-        return None
-    return (
-        f"this GPU has no bf16 in hardware (compute capability {capability[0]}.{capability[1]}; 8.0, Ampere, was the "
-        "first): computing in bf16 all the same, emulated by torch and much slower; fp16, which it has, overflows in "
-        "training. Attention falls back to plain SDPA: take short responses (--max-new-tokens)"
-    )
+def compute_dtype(asked, device) -> torch.dtype:
+    """The dtype of a name, "auto" or None, or the dtype itself. One that the device only emulates is said."""
+    name = auto_dtype(device) if asked in (None, "auto") else asked
+    dtype = DTYPES.get(name, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)} or a torch.dtype, not {asked!r}")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and dtype is torch.bfloat16 and auto_dtype(device) == "fp16":
+        note = "this GPU has no bf16 in hardware: torch emulates it, which is much slower than --dtype fp16"
+    elif not on_gpu and dtype in (torch.bfloat16, torch.float16):
+        note = f"{str(dtype)[6:]} on a CPU is for tests: most CPUs compute in it many times slower than in fp32"
+    else:
+        return dtype
+    print(f"warning: {note}", file=sys.stderr, flush=True)
+    return dtype
 
 
 def hide_broken_flash_attention() -> None:

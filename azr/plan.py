@@ -151,6 +151,7 @@ class Preset:
     lora_targets: str = "all-linear"
     quantization: str = "nf4"
     rollout_weights: str = "stored"  # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
+    dtype: str = "auto"         # of computation: fp32 takes 4 bytes on a GPU too
     learning_rate: float = 2e-5
     steps: int = 500
     eval_samples: int = 0       # answers a held-out task before and after, for pass@k
@@ -258,9 +259,15 @@ def fp32_layer_bytes(shape: Shape, rank: int) -> float:
 
 def cache_bytes(shape: Shape, preset: Preset, sequences: int, device: str) -> float:
     """Of the KV cache for so many sequences of full length, in whole pages."""
-    page, block, factor = (256, 8, 1) if device == "cuda" else (32, 1, 2)
+    page, block = (256, 8) if device == "cuda" else (32, 1)
+    factor = value_bytes(preset, device) / 2
     longest = preset.prompt_tokens + preset.max_new_tokens + block
     return sequences * -(-longest // page) * page * shape.kv_bytes * factor
+
+
+def value_bytes(preset: Preset, device: str) -> int:
+    """Of a number in the dtype of computation. A CPU is planned in fp32: fp16 and bf16 are for tests there."""
+    return 4 if device != "cuda" or preset.dtype == "fp32" else 2
 
 
 def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | None = None) -> dict[str, dict]:
@@ -269,7 +276,7 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     The cache takes what `room` leaves, at most what all slots need; it is freed before training, gradients after it.
     """
     on_gpu = device == "cuda"
-    value = 2 if on_gpu else 4
+    value = value_bytes(preset, device)
     adapter = shape.lora_parameters(preset.lora_rank, preset.lora_targets)
     weights = weight_bytes(shape, preset.quantization, value)
     largest = max(rows * columns for rows, columns in shape.linears.values())
@@ -307,7 +314,8 @@ def sampling(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
     logits = (SAMPLING_BYTES * slots + 4 * min(prompts, slots)) * shape.vocabulary
     if device == "cuda":
         # a product of LoRA in fp32 beside the bf16 values
-        return {"activations": prefill * (8 * shape.hidden + 10 * shape.intermediate), "logits": logits}
+        activations = prefill * (8 * shape.hidden + 10 * shape.intermediate) * value_bytes(preset, device) / 2
+        return {"activations": activations, "logits": logits}
     return {"activations": prefill * 4 * (4 * shape.hidden + 4 * shape.intermediate), "logits": logits}
 
 
@@ -320,7 +328,9 @@ def scoring(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
         rows, columns = rows * columns // shape.vocabulary, shape.vocabulary
     block = min(rows, tokens) * columns * each
     if device == "cuda":
-        kept = 2 * shape.hidden * shape.layers + layer_bytes(shape) * BACKWARD_FACTOR
+        value = value_bytes(preset, device)
+        one = layer_bytes(shape) if value == 2 else fp32_layer_bytes(shape, preset.lora_rank)
+        kept = value * shape.hidden * shape.layers + one * BACKWARD_FACTOR
         return {"activations": tokens * kept, "logits": block + tokens * 8 * shape.hidden}
     kept = fp32_layer_bytes(shape, preset.lora_rank) * shape.layers + 4 * (3 * shape.intermediate + 2 * shape.hidden)
     return {"activations": tokens * kept, "logits": block + tokens * 12 * shape.hidden}
@@ -402,7 +412,8 @@ def render(plan: Plan, model: str = "") -> str:
     """The plan as plain text, 80 columns: a row a part, a column a phase, in GB."""
     preset, phases = plan.preset, plan.phases
     lora = plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
-    base = {"nf4": "nf4", "none": "bf16" if plan.device == "cuda" else "fp32"}[preset.quantization]
+    dtype = preset.dtype if preset.dtype != "auto" else "bf16" if plan.device == "cuda" else "fp32"
+    base = {"nf4": f"nf4, computed in {dtype}", "none": dtype}[preset.quantization]
     unit, name = (GB, "GB") if plan.peak > GB else (1e6, "MB")
     digits = 2 if unit == GB else 1
     lines = [f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "

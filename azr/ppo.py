@@ -13,6 +13,8 @@ micro-batches does not change the gradient.
 Left out: a critic, GAE (rewards are per response and gamma is 1, so every token's return is the response's reward).
 """
 
+import math
+
 import torch
 
 GROUPS = 6  # (proposer, solver) x (deduction, abduction, induction)
@@ -164,14 +166,21 @@ def kl_k3(log_prob: torch.Tensor, reference_log_prob: torch.Tensor) -> torch.Ten
 
 
 def gap_statistics(trainer_log_prob, sampler_log_prob, mask, cap: float = 2.0) -> dict[str, float]:
-    """The sampler-trainer gap over response tokens: mean and max |difference|, k3 KL, share of capped weights."""
+    """The sampler-trainer gap over response tokens, of difference d = log p_trainer - log p_sampler and ratio exp(d).
+
+    mean, p99 and max of |d| in nats; outside_10: share of tokens whose ratio is not in [0.9, 1.1]; capped: share whose
+    ratio exceeds `cap`; k3: estimate of KL(sampler || trainer).
+    """
     trainer, sampler = trainer_log_prob.detach()[mask].double(), sampler_log_prob[mask].double()
-    if not len(trainer):
-        return {"mean": 0.0, "max": 0.0, "kl": 0.0, "capped": 0.0}
+    if not (count := len(trainer)):
+        return dict.fromkeys(("mean", "p99", "max", "outside_10", "capped", "k3"), 0.0)
     gap = trainer - sampler
+    size, ratio = gap.abs(), gap.exp()
     return {
-        "mean": gap.abs().mean().item(),
-        "max": gap.abs().max().item(),
-        "kl": kl_k3(sampler, trainer).mean().item(),
-        "capped": (gap.exp() > cap).double().mean().item(),
+        "mean": size.mean().item(),
+        "p99": size.kthvalue(math.ceil(0.99 * count)).values.item(),
+        "max": size.max().item(),
+        "outside_10": ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
+        "capped": (ratio > cap).double().mean().item(),
+        "k3": kl_k3(sampler, trainer).mean().item(),
     }

@@ -18,7 +18,7 @@ def gpu() -> Findings:
     """Name, driver, memory, and what products in bf16, fp16 and fp32 really do."""
     import torch
 
-    from azr.loading import bf16_note
+    from azr.loading import auto_dtype
 
     driver = (output_of("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader") or "").strip()
     if not torch.cuda.is_available():
@@ -42,11 +42,9 @@ def gpu() -> Findings:
         found.lines.append(("products", f"fail: {one_line(error)}"))
         found.blocks.append(_no_kernels(capability, " ".join(torch.cuda.get_arch_list()), one_line(error)))
         return found
-    emulated = bf16_note(capability) if torch.version.hip is None else None
-    found.lines.append(("bf16", "emulated, not in hardware" if emulated else "in hardware"))
+    has = auto_dtype("cuda") == "bf16"
+    found.lines.append(("bf16", "in hardware" if has else "not in hardware: --dtype auto computes in fp16"))
     found.lines.append(("products", ", ".join(f"{name} {value:.1f} TFLOP/s" for name, value in speed.items())))
-    if emulated:
-        found.slows.append(emulated)
     return found
 
 
@@ -127,13 +125,13 @@ def threads() -> Findings:
 
 
 def _device_and_dtype():
+    """What a run takes here with --dtype auto."""
     import torch
 
-    return (
-        (torch.device("cuda", 0), torch.bfloat16)
-        if torch.cuda.is_available()
-        else (torch.device("cpu"), torch.float32)
-    )
+    from azr.loading import compute_dtype
+
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return device, compute_dtype("auto", device)
 
 
 def attention(backend: str, heads: int, kv_heads: int, head_dim: int) -> Findings:

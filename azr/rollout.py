@@ -53,9 +53,10 @@ class Policy:
         """Load a hub id or a directory; put new LoRA (`lora`) or a saved adapter (`adapter`) on it, or neither.
 
         quantization: "nf4" (double quantization, blocks of 64; embeddings and head stay as they are) or "none".
-        dtype: of computation and of what is not quantized; default bf16 on CUDA, fp32 on CPU. LoRA is always fp32; the
-        same seed gives the same A. engine_options: attn (auto | flash | triton | sdpa), rollout_weights (stored |
-        bf16), max_batch, pages, ...: see `Engine`. Raises ModelError.
+        dtype: of computation and of what is not quantized, a torch.dtype, bf16, fp16, fp32 or auto (None): bf16 on a
+        GPU that has it, fp16 on an older one, fp32 on a CPU. LoRA is always fp32; the same seed gives the same A.
+        engine_options: attn (auto | flash | triton | sdpa), rollout_weights (stored | bf16), max_batch, pages, ...:
+        see `Engine`. Raises ModelError.
         """
         loaded = load_model(str(model), quantization, lora, adapter, dtype, device, seed, revision)
         return cls(*loaded, **engine_options)
@@ -195,7 +196,9 @@ class Policy:
         new = hasattr(self.base, "activation_checkpointing_enable")  # newer transformers renamed it
         prefix = "activation_checkpointing" if new else "gradient_checkpointing"
         if on:
-            getattr(self.base, f"{prefix}_enable")(**{f"{prefix}_kwargs": {"use_reentrant": False}})
+            # nothing random happens in a layer, so there is no random state to keep and put back at each
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            getattr(self.base, f"{prefix}_enable")(**{f"{prefix}_kwargs": options})
         else:
             getattr(self.base, f"{prefix}_disable")()
 
@@ -209,11 +212,13 @@ class Policy:
         """Context in which the policy is its base model."""
         return self.model.disable_adapter() if self.info["lora"] else nullcontext()
 
-    def adapter_state(self) -> dict[str, torch.Tensor]:
-        """Copies of the LoRA matrices on the CPU under PEFT's names (what adapter_model.safetensors holds)."""
+    def adapter_state(self, device="cpu") -> dict[str, torch.Tensor]:
+        """Copies of the LoRA matrices under PEFT's names (what adapter_model.safetensors holds); device None: where
+        they are."""
         if not self.info["lora"]:
             return {}
-        return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in adapter_tensors(self.model).items()}
+        live = adapter_tensors(self.model).items()
+        return {name: p.detach().to(device or p.device, copy=True).contiguous() for name, p in live}
 
     def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
         """Write these values into the live LoRA matrices (optimizers keep their references). Raises ModelError."""

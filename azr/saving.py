@@ -20,6 +20,7 @@ from pathlib import Path
 from azr import arms, update
 from azr.backoff import Sizes, once_more, rollout_sizes, set_rollout_sizes
 from azr.display import warn
+from azr.loss_scale import LossScale
 from azr.prompts import template_hash
 from azr.runs import Run, RunError
 from sandbox import SandboxError
@@ -31,7 +32,7 @@ class GaveUp(RuntimeError):
 
 class Saved:
     """Of the loop: `config, policy, optimizer, buffers, sizes, foreign, evaluation, template`, and the counters
-    `non_finite, elapsed, completed, adaptive`."""
+    `non_finite, elapsed, completed, adaptive, loss_scale`."""
 
     run: Run  # opened when nothing can be refused any more
     snapshot: tuple | None = None  # of the last complete step; None: there is nothing whole to save
@@ -40,7 +41,8 @@ class Saved:
     def changing(self) -> tuple:
         """Copies of all that phase 4 changes: what a stopped step goes back to."""
         tensors = update.state_tensors(self.policy, self.optimizer)
-        return tensors, self.non_finite, self.computed_at_once(), self.adaptive
+        scale = dataclasses.asdict(self.loss_scale)
+        return tensors, self.non_finite, self.computed_at_once(), self.adaptive, scale
 
     def computed_at_once(self) -> dict:
         """Sizes that memory decides: a resume takes them over, since results depend on them in the last bit."""
@@ -57,7 +59,7 @@ class Saved:
 
     def save(self, keep: bool) -> Path:
         """Writes the last complete step, from its snapshot: the live tensors may be those of a step in progress."""
-        tensors, non_finite, sizes, adaptive = self.snapshot
+        tensors, non_finite, sizes, adaptive, loss_scale = self.snapshot
         adapter = {name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")}
         state = {
             "buffers": self.buffers.state_dict(),
@@ -65,6 +67,7 @@ class Saved:
             "elapsed": self.elapsed,
             "sizes": sizes,
             "adaptive": adaptive,
+            "loss_scale": loss_scale,
             "files": self.digests(),
         }
         info = {**self.policy.info, "template": self.template, "template_hash": template_hash(self.template)}
@@ -79,6 +82,8 @@ class Saved:
             raise RunError(f"{self.run.dir}: cannot resume, {' or '.join(self.digests())} is no longer what it was")
         once_more(lambda: update.restore_tensors(self.policy, self.optimizer, tensors), "loading the checkpoint")
         self.non_finite, self.adaptive = state["non_finite"], state.get("adaptive", {})
+        if "loss_scale" in state:  # checkpoints from before it have none
+            self.loss_scale = LossScale(**state["loss_scale"])
         self.set_computed_at_once(state["sizes"])
         self.buffers.load_state_dict(state["buffers"])
         self.elapsed, self.completed, self.saved = state["elapsed"], self.run.step, time.monotonic()

@@ -21,6 +21,7 @@ import torch
 
 from azr import arms, entropy_control, off_policy, ppo
 from azr.backoff import DoesNotFit, Sizes, retry
+from azr.loss_scale import LossScale
 from azr.tasks import MODES, Sample
 
 if TYPE_CHECKING:
@@ -113,20 +114,35 @@ def prepare(policy: Policy, samples: list[Sample], config: Config, sizes: Sizes)
 
 
 def optimizer_step(
-    policy: Policy, optimizer, samples: list[Sample], config: Config, sizes: Sizes
+    policy: Policy, optimizer, samples: list[Sample], config: Config, sizes: Sizes, scale: LossScale | None = None
 ) -> dict[str, float]:
-    """One AdamW step on the gradient of all samples, if it is finite ("skipped" is 1 if not). Returns the metrics."""
+    """One AdamW step on the gradient of all samples, if it is finite ("skipped" is 1 if not). Returns the metrics.
+
+    scale: of the loss, for fp16; a gradient that overflows in it is computed again at a lower one.
+    """
+    scale = scale or LossScale()
+    overflows = scale.overflows
 
     def work() -> tuple[float, list]:
         optimizer.zero_grad(set_to_none=True)  # what a failed attempt has added must not count twice
-        return accumulate_gradient(policy, samples, config, sizes)
+        return accumulate_gradient(policy, samples, config, sizes, scale)
 
-    loss, columns = retry(work, lambda: sizes.halve(longest(samples)), "the update")
-    return {"loss": loss, **apply_gradient(policy, optimizer, loss), **statistics(columns, samples, config)}
+    while True:
+        loss, columns = retry(work, lambda: sizes.halve(longest(samples)), "the update")
+        scale.unscale(policy.trainable_parameters())
+        used, applied = scale.value, apply_gradient(policy, optimizer, loss)
+        if not scale.again(loss, bool(applied["skipped"])):
+            break
+    if scale.active:
+        applied |= {"loss_scale": used, "overflows": scale.overflows - overflows}
+    return {"loss": loss, **applied, **statistics(columns, samples, config)}
 
 
-def accumulate_gradient(policy: Policy, samples: list[Sample], config: Config, sizes: Sizes) -> tuple[float, list]:
-    """(loss, columns for `statistics`); adds the gradient of the loss, micro-batch by micro-batch, to the parameters.
+def accumulate_gradient(
+    policy: Policy, samples: list[Sample], config: Config, sizes: Sizes, scale: LossScale
+) -> tuple[float, list]:
+    """(loss, columns for `statistics`); adds the gradient of the loss, micro-batch by micro-batch, to the parameters,
+    times the scale. The loss is returned without it.
 
     Samples without advantage have no gradient (but for an entropy bonus): for the metrics they are scored without one.
     Samples of the base, adapter off, are not the policy's to score.
@@ -156,7 +172,7 @@ def accumulate_gradient(policy: Policy, samples: list[Sample], config: Config, s
                 own = torch.tensor([not s.objective for s in batch], device=weight.device)
                 loss = loss - bonus * ppo.weighted_sum(entropy, weight * own, mask)
             if with_grad:
-                loss.backward()
+                scale.backward(loss)
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
             kept.append(columns)
             for sample, row, scored in zip(batch, entropy.tolist(), log_prob.tolist()):
@@ -184,8 +200,9 @@ def batch_loss(batch: list[Sample], log_prob: torch.Tensor, mask: torch.Tensor, 
     clip = entropy_control.clip_bounds(config.entropy_control, CLIP_LOW, CLIP_HIGH)
     token_loss = guard * ppo.ppo_token_loss(log_prob, old, advantage, *clip)
     for name, loss in (("luffy", off_policy.luffy_token_loss), ("sft", off_policy.sft_token_loss)):
-        rows = torch.tensor([s.objective == name for s in batch], device=log_prob.device)[:, None]
-        if rows.any():
+        rows = [s.objective == name for s in batch]
+        if any(rows):  # asked on the host: asking a tensor would wait for the device
+            rows = torch.tensor(rows, device=log_prob.device)[:, None]
             token_loss = torch.where(rows, loss(log_prob, advantage), token_loss)
     columns = [log_prob.detach(), old, sampler, advantage.expand_as(mask)]
     if config.entropy_control in entropy_control.MARKING:
@@ -207,7 +224,11 @@ def apply_gradient(policy: Policy, optimizer, loss: float) -> dict[str, float]:
 
 def take_step(policy: Policy, optimizer) -> None:
     """optimizer.step(), from the same state again if memory runs out inside: half of it may be done by then."""
-    before, begun = state_tensors(policy, optimizer), []
+    try:
+        before = state_tensors(policy, optimizer, None)  # a GPU copies within itself in milliseconds
+    except torch.OutOfMemoryError:
+        before = state_tensors(policy, optimizer)
+    begun = []
 
     def attempt() -> None:
         if begun:
@@ -235,6 +256,9 @@ def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Co
     result = {
         "log_prob_gap": gap["mean"],
         "log_prob_gap_max": gap["max"],
+        "gap_p99": gap["p99"],
+        "gap_outside_10": gap["outside_10"],
+        "gap_k3": gap["k3"],
         "gap_capped": gap["capped"],
         "tokens": sum(len(sample.completion.ids) for sample in samples if not sample.from_base),
         "clip_fraction": ppo.clip_fraction(log_prob, old, advantage, every, *clip),
@@ -246,8 +270,9 @@ def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Co
 
 
 def of_step(updates: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a step from those of its optimizer steps: counts are added, maxima kept, all else averaged."""
-    together = {"tokens": sum, "skipped": sum, "log_prob_gap_max": max}
+    """The metrics of a step from those of its optimizer steps: counts are added, all else is averaged, but for the
+    greatest gap and the lowest loss scale."""
+    together = {"tokens": sum, "skipped": sum, "overflows": sum, "log_prob_gap_max": max, "loss_scale": min}
     mean = lambda values: sum(values) / len(values)  # noqa: E731
     return {name: together.get(name, mean)([metrics[name] for metrics in updates]) for name in updates[0]}
 
@@ -267,11 +292,12 @@ def longest(samples: list[Sample]) -> int:
 # ------------------------------------------------------------------------------------ what an update changes, to keep
 
 
-def state_tensors(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
-    """Copies of all that an update changes, on the CPU: adapter and Adam moments."""
-    tensors = {f"adapter/{name}": tensor for name, tensor in policy.adapter_state().items()}
+def state_tensors(policy: Policy, optimizer, device="cpu") -> dict[str, torch.Tensor]:
+    """Copies of all that an update changes, adapter and Adam moments; device None: each where it is."""
+    tensors = {f"adapter/{name}": tensor for name, tensor in policy.adapter_state(device).items()}
     for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam/{i}/{name}": value.detach().to("cpu", copy=True) for name, value in moments.items()}
+        for name, value in moments.items():
+            tensors[f"adam/{i}/{name}"] = value.detach().to(device or value.device, copy=True)
     return tensors
 
 

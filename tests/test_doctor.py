@@ -151,13 +151,23 @@ def test_four_bit_widths_of_the_model_block_it():
     assert probes.four_bit([2048], needed=True).blocks == []
 
 
-def test_cards_without_bf16_are_told(monkeypatch, capsys):
-    assert loading.bf16_note((8, 0)) is None and loading.bf16_note((9, 0)) is None
-    assert loading._compute_dtype(torch.device("cpu")) is torch.float32 and capsys.readouterr().err == ""
+def test_the_dtype_follows_the_device(monkeypatch, capsys):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert loading.compute_dtype(None, cpu) is loading.compute_dtype("auto", cpu) is torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert loading.compute_dtype("auto", gpu) is loading.compute_dtype("bf16", gpu) is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4
-    assert loading._compute_dtype(torch.device("cuda", 0)) is torch.bfloat16
-    [said] = capsys.readouterr().err.splitlines()
-    assert "no bf16 in hardware" in said and "7.5" in said and "fp16" in said
+    assert loading.compute_dtype("auto", gpu) is torch.float16 and loading.compute_dtype("fp32", gpu) is torch.float32
+    assert capsys.readouterr().err == ""
+    assert loading.compute_dtype(torch.bfloat16, gpu) is torch.bfloat16  # as an adapter from another card was trained
+    assert "no bf16 in hardware" in capsys.readouterr().err
+    assert loading.compute_dtype("fp16", cpu) is torch.float16
+    assert "float16 on a CPU is for tests" in capsys.readouterr().err
+    with pytest.raises(loading.ModelError, match="dtype must be auto, bf16, fp16, fp32"):
+        loading.compute_dtype("int8", cpu)
+
+
+def test_advice_for_cards_without_kernels():
     advice = probes._no_kernels((7, 0), "sm_75 sm_80", "no kernel image")
     assert "V100" in advice and "requirements-gpu.txt" in advice
     assert "V100" not in probes._no_kernels((8, 6), "sm_90", "no kernel image")

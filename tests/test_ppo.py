@@ -128,5 +128,15 @@ def test_gap_statistics():
     mask = torch.tensor([[True, True, False]])
     stats = ppo.gap_statistics(trainer, sampler, mask)
     assert stats["mean"] == pytest.approx(1.05) and stats["max"] == pytest.approx(2.0) and stats["capped"] == 0.5
-    assert stats["kl"] == pytest.approx((math.exp(0.1) - 1.1 + math.exp(2) - 3) / 2, rel=1e-5)
-    assert ppo.gap_statistics(trainer, sampler, mask & False) == {"mean": 0.0, "max": 0.0, "kl": 0.0, "capped": 0.0}
+    assert stats["k3"] == pytest.approx((math.exp(0.1) - 1.1 + math.exp(2) - 3) / 2, rel=1e-5)
+    assert ppo.gap_statistics(trainer, sampler, mask & False) == dict.fromkeys(stats, 0.0)
+
+
+def test_the_gap_as_a_distribution():
+    """Differences of -0.02 to +0.02, and four of a hundred beyond: two ratios below 0.9, two above 1.1."""
+    gap = torch.cat([torch.linspace(-0.02, 0.02, 96), tensor(-0.11, -0.5, 0.1, 0.3)])
+    stats = ppo.gap_statistics(gap - 1, torch.full_like(gap, -1.0), torch.ones_like(gap, dtype=torch.bool))
+    assert stats["outside_10"] == pytest.approx(0.04) and stats["capped"] == 0
+    assert stats["p99"] == pytest.approx(0.3, rel=1e-5) and stats["max"] == pytest.approx(0.5)
+    inside = tensor(math.log(0.91), math.log(1.09))
+    assert ppo.gap_statistics(inside, inside * 0, inside < 9)["outside_10"] == 0
