@@ -232,7 +232,7 @@ def ends(run: RunData, key: str, part: int) -> dict | None:
 def dynamics(run: RunData, digest: Digest, windows: int = WINDOWS) -> dict:
     """All of it for one run, ready for JSON."""
     bounds, tenth = stages(run.steps, windows), max(1, len(run.steps) // 10)
-    gap = run.column("train/log_prob_gap")
+    gap, outside = run.column("train/log_prob_gap"), run.column("train/gap_outside_10")
     keys = [f"{role}/{mode}/reward" for role in ROLES for mode in MODES]
     answers = run.config.get("answers") or 8
     return {
@@ -244,6 +244,7 @@ def dynamics(run: RunData, digest: Digest, windows: int = WINDOWS) -> dict:
         "diversity": diversity(digest, bounds),
         "rewards": {key: row for key in keys if (row := ends(run, key, tenth))},
         "log_prob_gap": _mean(gap) | {"max": float(np.nanmax(gap))} if np.isfinite(gap).sum() > 1 else None,
+        "gap_outside_10": _mean(outside) if np.isfinite(outside).sum() > 1 else None,
         "time": phases(run),
         "notes": run.notes + digest.notes,
     }
@@ -289,6 +290,8 @@ def print_result(run: RunData, result: dict) -> None:
         gap = result["log_prob_gap"]
         print(f"Sampler-trainer gap, mean |log-prob gap|: {gap['mean']:.1e} [{gap['low']:.1e}, {gap['high']:.1e}]"
               f", worst step {gap['max']:.1e}")  # fmt: skip
+    if result["gap_outside_10"]:
+        print(f"Tokens whose ratio of trainer to sampler is outside [0.9, 1.1]: {shown(result['gap_outside_10'])}")
     print("Seconds a step: " + ", ".join(f"{n} {row['mean']:.2f} ({100 * row['share']:.0f} %)"
                                          for n, row in result["time"].items()))  # fmt: skip
 

@@ -24,7 +24,7 @@ import numpy as np
 from azr import dynamics as dyn
 from azr import entropy, figures, page, report_plots
 from azr.figures import shown, warn
-from azr.health import Health
+from azr.health import Health, gap_limit
 from azr.heldout import EvalResult, difference
 from azr.fits import difference_of_means, over_runs
 from azr.passk import powers_of_two
@@ -124,7 +124,7 @@ def warnings_of(entry: Entry) -> list[str]:
     if skipped:
         said.append(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
     gap = run.column("train/log_prob_gap")
-    if np.isfinite(gap).any() and np.nanmean(gap) > 0.02:
+    if np.isfinite(gap).any() and np.nanmean(gap) > gap_limit(run.config).at / 2:
         said.append(f"Sampler and trainer differ by {np.nanmean(gap):.3f} nats a token on average: the updates are "
                     "off-policy by that much.")  # fmt: skip
     tail = max(1, len(run.steps) // 10)

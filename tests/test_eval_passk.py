@@ -418,6 +418,10 @@ def test_an_adapter_is_measured_as_it_was_trained(adapter, tmp_path):
     for name, value in (("quantization", "nf4"), ("template", "plain"), ("dtype", "bfloat16")):
         with pytest.raises(ValueError, match=f"--{name} {value} contradicts"):
             settings(adapter=str(adapter), **{name: value})
+    from eval_passk import build_parser
+
+    asked = build_parser().parse_args(["run", "--benchmark", "tiny", "--dtype", "fp32"]).dtype
+    assert settings(adapter=str(adapter), dtype=asked).dtype == "float32"  # by the name that train_azr.py takes
     recorded = json.loads((adapter / "azr.json").read_text())
     other = dataclasses.replace(found, recorded=recorded | {"revision": "sha256:0"})
     with pytest.raises(ValueError, match="trained on a base with revision sha256:0"):

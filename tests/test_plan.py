@@ -59,6 +59,17 @@ def test_training_totals_against_reference_figures(size, tokens, total):
     assert sum(plan.memory(QWEN25[size], preset)["training"].values()) / GB == pytest.approx(total, rel=0.07)
 
 
+def test_fp32_takes_twice_the_bytes_on_a_gpu_and_fp16_those_of_bf16():
+    shape, auto = QWEN25["3B"], PRESETS["24gb"]
+    wide, half = (dataclasses.replace(auto, dtype=dtype) for dtype in ("fp32", "fp16"))
+    assert plan.memory(shape, half) == plan.memory(shape, auto)
+    assert plan.cache_bytes(shape, wide, 3, "cuda") == 2 * plan.cache_bytes(shape, auto, 3, "cuda")
+    more = plan.memory(shape, wide)["training"]["weights"] - plan.memory(shape, auto)["training"]["weights"]
+    assert more == pytest.approx(2 * shape.other_parameters)  # the matrices stay in 4 bits
+    assert plan.memory(shape, wide, "cpu") == plan.memory(shape, auto, "cpu")
+    assert "nf4, computed in fp32" in plan.render(plan.plan_memory(shape, wide, 24e9))
+
+
 def test_what_is_unknown_is_said(tmp_path):
     for model in ("nobody/model", "Qwen/Qwen2.5-Coder-9B", "qwen-4b", str(tmp_path)):
         with pytest.raises(PlanError, match="not known offline"):

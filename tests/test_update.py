@@ -12,7 +12,7 @@ import torch
 
 from azr import update
 from azr.backoff import DoesNotFit, Sizes, halve_rollout, is_out_of_memory, retry, rollout_sizes, set_rollout_sizes
-from azr.config import Config, resolve
+from azr.config import Config, completed, resolve
 from azr.plan import model_path
 from azr.prompts import solve_prompt
 from azr.rollout import LoraSettings, Policy, Sampling
@@ -274,3 +274,55 @@ def test_a_resumed_run_keeps_what_free_memory_would_decide_anew(tmp_path):
     assert resolve(Config(out=str(tmp_path)))[0].token_budget != 777
     with pytest.raises(ValueError, match="none to copy"):
         resolve(Config(rollout_weights="bf16"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU takes")
+def test_the_dtype_is_resolved_and_kept(tmp_path):
+    assert resolve(Config())[0].dtype == resolve(Config(dtype="auto"))[0].dtype == "fp32"
+    assert resolve(Config(dtype="fp16"))[0].dtype == "fp16"
+    large = Config(model="qwen-3b", preset="24gb", dry_run=True)
+    assert resolve(large)[0].dtype == "bf16"  # a plan for a card that is not here
+    old_card, why = resolve(Config(model="qwen-3b", card="t4", dry_run=True))
+    assert old_card.dtype == "fp16" and "no bf16 in hardware" in why
+    run = resolve(Config(out=str(tmp_path), dtype="fp16"))[0]
+    (tmp_path / "config.json").write_text(json.dumps(run.__dict__))
+    assert resolve(Config(out=str(tmp_path), resume="auto"))[0].dtype == "fp16"
+    before = {name: value for name, value in resolve(Config())[0].__dict__.items() if name != "dtype"}
+    assert completed(before)["dtype"] == "fp32"  # a run from before the setting goes on as it was
+
+
+def test_a_step_that_fails_is_taken_again_from_a_copy_wherever_there_is_room(policy, monkeypatch):
+    """A GPU without room for the copy of adapter and moments: it is made in ordinary memory."""
+    honest, asked, failed = update.state_tensors, [], []
+
+    def tight(policy, optimizer, device="cpu"):
+        asked.append(device)
+        if device is None:
+            raise torch.OutOfMemoryError("a full card")
+        return honest(policy, optimizer, device)
+
+    def fail_once(*_):  # all parameters and moments have changed by then
+        if not failed:
+            failed.append(1)
+            run_out()
+
+    def stepped(fails) -> dict:
+        optimizer = update.make_optimizer(policy, 1e-3)
+        for number in range(2):
+            for p in policy.trainable_parameters():
+                p.grad = torch.full_like(p, 0.1 + number)
+            hook = optimizer.register_step_post_hook(fail_once) if fails and number else None
+            update.take_step(policy, optimizer)
+        if hook:
+            hook.remove()
+        return honest(policy, optimizer)
+
+    start = policy.adapter_state()
+    wanted = stepped(fails=False)
+    policy.load_adapter_state(start)
+    monkeypatch.setattr(update, "state_tensors", tight)
+    found = stepped(fails=True)
+    policy.load_adapter_state(start)
+    policy.model.zero_grad(set_to_none=True)
+    assert asked == [None, "cpu"] * 2 and failed
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
