@@ -413,7 +413,7 @@ def render(plan: Plan, model: str = "") -> str:
     preset, phases = plan.preset, plan.phases
     lora = plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
     dtype = preset.dtype if preset.dtype != "auto" else "bf16" if plan.device == "cuda" else "fp32"
-    base = {"nf4": f"nf4, computed in {dtype}", "none": dtype}[preset.quantization]
+    base = {"nf4": f"nf4 + {dtype}", "none": dtype}[preset.quantization]
     unit, name = (GB, "GB") if plan.peak > GB else (1e6, "MB")
     digits = 2 if unit == GB else 1
     lines = [f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "
