@@ -33,7 +33,7 @@ if __name__ == "__main__" and "--doctor" in sys.argv:  # before the packages tha
 
 from azr import arms, display, entropy_control, maths, off_policy, plan, trackers, update, worst_case
 from azr.backoff import DoesNotFit, Sizes, is_out_of_memory
-from azr.config import Config, completed, dry_run, parse, resolve, template_of
+from azr.config import Config, base_description, completed, dry_run, parse, resolve, template_of
 from azr.display import warn
 from azr.evaluation import Evaluation
 from azr.health import Watch
@@ -504,6 +504,7 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     policy = Policy.load(
         plan.model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch,
         dtype=config.dtype, attn=config.attn, rollout_weights=config.rollout_weights,
+        need_gpu=not config.allow_cpu and base_description(config.model) is None,
     )  # fmt: skip
     if policy.device.type == "cuda":
         policy.checkpoint_activations()

@@ -33,6 +33,7 @@ class Backend:
         self.model, self.tokenizer, self.eos_ids, self.pad_id = model, tokenizer, frozenset(eos_ids), pad_id
         # PEFT puts LoRA into the base model's own layers, so the base model is the policy
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.base.config.get_text_config()  # of a model that also sees, the part that reads
 
     def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None,
                  on_finish=None):  # fmt: skip
@@ -47,7 +48,7 @@ class Backend:
         fitting = [i for i, prompt in enumerate(prompts) if self._fits(i, len(prompt), limits[i])]
         done = [[Completion([], [], "too_long") for _ in range(n)] for _ in prompts]
         if fitting and n:
-            table = StopTable(self.tokenizer, self.base.config.vocab_size, sampling.stop, self.eos_ids)
+            table = StopTable(self.tokenizer, self.config.vocab_size, sampling.stop, self.eos_ids)
             digest = hashlib.sha256(repr([list(row) for row in seeds]).encode()).digest()
             seed = int.from_bytes(digest[:4], "little")
             with self._sampling_state():
@@ -71,7 +72,7 @@ class Backend:
                 raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
 
     def _fits(self, i: int, length: int, limit: int) -> bool:
-        context = getattr(self.base.config, "max_position_embeddings", None)
+        context = getattr(self.config, "max_position_embeddings", None)
         if not context or length + limit <= context:
             return True
         reason = f"it has {length} tokens and asks for {limit} more; the model's context is {context}"

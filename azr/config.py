@@ -149,6 +149,7 @@ class Config:
         ("auto", "always", "never"),
     )
     max_batch: int | None = setting(None, "sequences decoded at once; what is learned does not depend on it")
+    allow_cpu: bool = setting(False, "train a model other than tiny on the CPU, if no GPU can be used; days for 3B")
     dry_run: bool = setting(
         False, "print the resolved settings and the memory plan, train nothing; exit 1 if it does not fit"
     )

@@ -1,7 +1,8 @@
 """Loading: a frozen base in 4 bits (or not), its tokenizer, and fp32 LoRA on it, new or saved.
 
-Every way in which a checkpoint can be incomplete, or mean something else than it says, is refused in one line.
-Left out: several GPUs, trained heads or embeddings, encoder-decoder, sliding-window models, stored quantization.
+Every way in which a checkpoint can be incomplete, or mean something else than it says, is refused in one line; so is
+a machine that cannot compute it. Weights that are stored in bitsandbytes' NF4 are taken as they are.
+Left out: several GPUs, trained heads or embeddings, encoder-decoder, other stored quantizations.
 """
 
 import difflib
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 
+from azr.backoff import allocate_in_segments_that_grow
+from azr.gpu import look, why_no_four_bit, why_unusable
 from azr.hub import only_cached
 from azr.lora import fuse
 from azr.plan import ALIASES
@@ -28,6 +31,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16_SINCE = (8, 0)  # compute capability of the first cards with it in hardware, Ampere
 # settings of a config that change the logits after the head, which the chunked scoring does not know
 UNSUPPORTED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LARGE = 100e6  # bytes of weights; computing less on a CPU needs no warning
 
 
 class ModelError(ValueError):
@@ -42,22 +46,23 @@ class LoraSettings:
 
 
 def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter, dtype, device, seed: int,
-               revision: str | None):
+               revision: str | None, need_gpu: bool = False):
     """(model, tokenizer, info, eos_ids) of a hub id or a directory; see `Policy.load`. Raises ModelError."""
     if lora is not None and adapter is not None:
         raise ModelError("give new LoRA settings or a saved adapter, not both: an adapter brings its own settings")
     if quantization not in ("nf4", "none"):
         raise ModelError(f"quantization must be nf4 or none, not {quantization!r}")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    _check_name(name)
+    allocate_in_segments_that_grow()
+    device = _choose_device(name, device, quantization, need_gpu)
     dtype = compute_dtype(dtype, device)
     hide_broken_flash_attention()
     with _quiet():
         where = _where(name, revision)
         config = _load_config(name, where)
+        stored = _stored_in_four_bits(name, config, quantization)
         tokenizer = _load_tokenizer(name, where)
-        model = _load_base(name, where, quantization, dtype, device)
+        model = _load_base(name, where, quantization, stored, dtype, device)
         eos_ids = _eos_ids(model, tokenizer)
         info = {
             "base_model": name,
@@ -96,6 +101,36 @@ def compute_dtype(asked, device) -> torch.dtype:
         return dtype
     print(f"warning: {note}", file=sys.stderr, flush=True)
     return dtype
+
+
+def _choose_device(name: str, device, quantization: str, need_gpu: bool) -> torch.device:
+    """The device asked for, else the GPU, else, with a warning if the model is large, the CPU.
+
+    ModelError: no GPU, and `need_gpu`; a GPU that this torch or, for 4 bits, this bitsandbytes cannot compute on.
+    """
+    if device is None:
+        facts = look()
+        if why := why_unusable(facts):
+            if need_gpu:
+                raise ModelError(f"{name} needs a GPU: {why}. --allow-cpu computes on the CPU all the same, which takes "
+                                 "days for billions of weights; --model tiny is made for one")  # fmt: skip
+            if facts.error is None:
+                raise ModelError(f"{why}; CUDA_VISIBLE_DEVICES= computes on the CPU")
+            if _is_large(name):
+                print(f"warning: {name} is computed on the CPU, slowly: {why}", file=sys.stderr, flush=True)
+            return torch.device("cpu")
+    device = torch.device(device or "cuda")
+    if device.type == "cuda":
+        if quantization == "nf4" and (why := why_no_four_bit()):
+            raise ModelError(why)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _is_large(name: str) -> bool:
+    path = Path(name)
+    return not path.is_dir() or sum(file.stat().st_size for file in path.glob("*.safetensors")) > LARGE
 
 
 def hide_broken_flash_attention() -> None:
@@ -138,16 +173,22 @@ def _quiet():
             transformers_logging.enable_progress_bar()
 
 
-def _where(name: str, revision: str | None) -> dict:
-    """The arguments that say where transformers looks: without a network it would retry for half a minute a file."""
+def _check_name(name: str) -> None:
+    """ModelError unless it is a directory or might be on the hub."""
     if Path(name).is_dir():
-        return {"local_files_only": True}
+        return
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise ModelError(f"no model {name!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
     if "/" not in name:
         near = difflib.get_close_matches(name, ALIASES, 1)
         raise ModelError(f"no model {name!r}: {f'did you mean {near[0]}? Known:' if near else 'give'} "
                          f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory")  # fmt: skip
+
+
+def _where(name: str, revision: str | None) -> dict:
+    """The arguments that say where transformers looks: without a network it would retry for half a minute a file."""
+    if Path(name).is_dir():
+        return {"local_files_only": True}
     return {"revision": revision, "local_files_only": only_cached(name)}
 
 
@@ -164,17 +205,35 @@ def _load_config(name: str, where: dict):
         kind = "here or on the hub (check name and network; a downloaded model is given as its directory)"
         kind = "can be read from this directory" if path.is_dir() else kind
         raise ModelError(f"no model {name!r} {kind}: {_one_line(error)}") from error
-    if (stored := getattr(config, "quantization_config", None)) is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
-        raise ModelError(f"{name} is stored quantized ({method}); give the unquantized model, it is quantized on load")
     for setting in UNSUPPORTED_HEADS:
-        if getattr(config, setting, None) not in (None, 1, 1.0):
+        if getattr(config.get_text_config(), setting, None) not in (None, 1, 1.0):
             raise ModelError(f"{name}: unsupported config setting {setting}; use a Qwen2, Qwen3 or Llama model")
-    other = {kind for kind in getattr(config, "layer_types", None) or () if kind != "full_attention"}
-    if other or not hasattr(config, "num_key_value_heads"):
-        what = ", ".join(sorted(other)) or "no num_key_value_heads"
-        raise ModelError(f"{name}: unsupported attention ({what}); use a Qwen2, Qwen3 or Llama model")
     return config
+
+
+def _stored_in_four_bits(name: str, config, quantization: str) -> bool:
+    """Whether the weights are stored as bitsandbytes' NF4. ModelError: quantized otherwise, or asked for without."""
+    stored = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not stored:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+    if method == "bitsandbytes":
+        method = "bitsandbytes, 8 bits"
+        if stored.get("load_in_4bit"):
+            method = f"bitsandbytes, {stored.get('bnb_4bit_quant_type', 'fp4')}"
+    if method != "bitsandbytes, nf4":
+        raise ModelError(
+            f"{name} is stored quantized ({method}), and only bitsandbytes' nf4 is taken as it is stored; give the "
+            "unquantized model, it is quantized on load"
+        )
+    if quantization != "nf4":
+        raise ModelError(
+            f"{name} is stored in 4 bits, which cannot be undone: take --quantization nf4, or give the unquantized model"
+        )
+    return True
 
 
 def _load_tokenizer(name: str, where: dict):
@@ -211,12 +270,12 @@ def _check_tokenizer(tokenizer, name: str) -> None:
         )
 
 
-def _load_base(name: str, where: dict, quantization: str, dtype, device):
+def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, device):
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options = dict(where)
-    if quantization == "nf4":
+    if quantization == "nf4" and not stored:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
@@ -225,8 +284,8 @@ def _load_base(name: str, where: dict, quantization: str, dtype, device):
             name, dtype=dtype, attn_implementation="sdpa", device_map={"": device}, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(f"{name} does not fit the memory of {device}: use nf4 or a smaller model") from error
+    except torch.OutOfMemoryError:
+        raise  # Policy.load says so
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{name} cannot be loaded as a causal language model: {_one_line(error)}") from error
     # transformers would go on with random values for both
@@ -237,14 +296,37 @@ def _load_base(name: str, where: dict, quantization: str, dtype, device):
     head = model.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(f"{name}: a language-model head with a bias, or none, is not supported")
+    if stored:
+        _take_dtype(name, model, dtype)
     _settle(model)
     return model
+
+
+def _take_dtype(name: str, model, dtype) -> None:
+    """A model that was stored in 4 bits computes in our dtype, as one that is quantized on load, not in the file's."""
+    exempt = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    exempt |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for key, p in model.named_parameters():
+        if type(p).__name__ != "Params4bit":
+            if p.is_floating_point() and not exempt & set(key.split(".")):
+                p.data = p.data.to(dtype)  # transformers 5.23 leaves them in the file's
+        elif p.quant_state is None:
+            raise ModelError(f"{name}: its weight files lack how {key} is quantized; the copy is incomplete")
+        else:
+            p.quant_state.dtype = dtype
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype, module.compute_type_is_set = dtype, True
 
 
 def _settle(model) -> None:
     """Freeze the base and make training and evaluation compute the same."""
     model.requires_grad_(False)
     for module in model.modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            # A weight that knows its module is a reference cycle: the GPU's memory would outlive the model until
+            # Python happens to collect garbage.
+            module.weight.module = None
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # bitsandbytes would repack the weights in place at the first evaluation on such a CPU: evaluation and
             # training would then differ, and training fail

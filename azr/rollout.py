@@ -7,7 +7,7 @@
 Sampling (engine.py) and scoring use the same modules: nothing is copied, merged or synchronised. Full logits are never
 held: log-probs and entropies come from chunks of response positions and are recomputed in the backward pass.
 
-Left out: several GPUs, trained heads or embeddings, encoder-decoder and sliding-window models.
+Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Iterator
 
 import torch
 
-from azr.backoff import halve_rollout, retry
+from azr.backoff import halve_rollout, is_out_of_memory, retry
 from azr.backends import HFGenerate
 from azr.engine import Completion, Engine, Sampling, Unsupported
 from azr.loading import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
@@ -49,26 +49,38 @@ class Policy:
 
     @classmethod
     def load(cls, model, quantization="nf4", lora: LoraSettings | None = None, adapter=None, dtype=None, device=None,
-             seed: int = 0, revision: str | None = None, **engine_options) -> "Policy":
+             seed: int = 0, revision: str | None = None, need_gpu: bool = False, **engine_options) -> "Policy":
         """Load a hub id or a directory; put new LoRA (`lora`) or a saved adapter (`adapter`) on it, or neither.
 
         quantization: "nf4" (double quantization, blocks of 64; embeddings and head stay as they are) or "none".
         dtype: of computation and of what is not quantized, a torch.dtype, bf16, fp16, fp32 or auto (None): bf16 on a
         GPU that has it, fp16 on an older one, fp32 on a CPU. LoRA is always fp32; the same seed gives the same A.
         engine_options: attn (auto | flash | triton | sdpa), rollout_weights (stored | bf16), max_batch, pages, ...:
-        see `Engine`. Raises ModelError.
+        see `Engine`. need_gpu: without one refuse, instead of a warning if the model is large. Weights stored as
+        bitsandbytes' NF4 are taken as they are. Raises ModelError, also for want of memory.
         """
-        loaded = load_model(str(model), quantization, lora, adapter, dtype, device, seed, revision)
-        return cls(*loaded, **engine_options)
+        try:
+            loaded = load_model(str(model), quantization, lora, adapter, dtype, device, seed, revision, need_gpu)
+            return cls(*loaded, **engine_options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        smaller = "a smaller model, or a card with more memory free" if quantization == "nf4" else "--quantization nf4"
+        raise ModelError(f"{model} does not fit the memory ({reason[:160]}): take {smaller}")
 
     def _engine(self, options: dict):
         """The engine; for an architecture that it does not know transformers' `generate`, which is said on stderr."""
+        head = self.head  # not `self`, which would be in a reference cycle with its engine and outlive its last user
         try:
             engine = Engine(
-                self.backbone, lambda hidden: head_logits(hidden, self.head.weight), self.base.config, self.tokenizer,
+                self.backbone, lambda hidden: head_logits(hidden, head.weight), self.base.config, self.tokenizer,
                 self.eos_ids, pad_id=self.pad_id, **options,
             )
         except Unsupported as error:
+            self._check_head()
+            # what such a model does with a row is unknown: a mask of ours may not reach all of it
+            self.shared_row = 0
             print(f"warning: {error}: sampling with transformers' generate, much slower", file=sys.stderr, flush=True)
             batch = min(options.get("max_batch", 64), 64)  # every batch waits for its longest response
             return HFGenerate(self.model, self.tokenizer, self.eos_ids, batch_size=batch, pad_id=self.pad_id)
@@ -77,6 +89,23 @@ class Policy:
         if self.device.type == "cuda":
             print(engine.attention_note, file=sys.stderr, flush=True)
         return engine
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """ModelError unless logits are what scoring takes them for: the last hidden state times the head's weights."""
+        ids = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
+        training = self.model.training
+        self.model.eval()
+        with self.disable_adapter():
+            logits = self.base(input_ids=ids, use_cache=False).logits[0].float()
+            expected = head_logits(self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0], self.head.weight)
+        self.model.train(training)
+        gap = (logits - expected).norm() / expected.norm().clamp(min=1e-30)
+        if logits.shape != expected.shape or not gap < 0.05:  # bf16 rounds the logits; a factor or a cap is far more
+            raise ModelError(
+                f"{self.info['base_model']}: its logits are not its hidden states times its head (a scale or a cap "
+                "comes after), so log-probs would be wrong; use another model"
+            )
 
     # -- text
 
