@@ -59,7 +59,7 @@ def open_policy(
             policy = Policy.load(plan.model_path(model), chosen, adapter=adapter, dtype=dtype, **engine_options)
     except ModelError as error:
         raise ValueError(str(error)) from error
-    if policy.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and policy.base.config.hidden_size < 512:
+    if policy.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and policy.head.weight.shape[1] < 512:
         torch.set_num_threads(1)  # threads that wait for each other are slower than one on matrices this small
     for key in ("revision", "tokenizer_hash"):
         # a revision may be unknown for a directory or a hub id without one

@@ -263,7 +263,9 @@ def measure(args) -> int:
         print_groups(result)
         drawn["entropy"] = draw_groups(result)
         if args.offset:
-            result["offset"] = offset(args, rows, policy, entropy)
+            info = policy.info
+            del policy  # or both would be in memory together
+            result["offset"] = offset(args, rows, info, entropy)
             if result["offset"] is None:
                 return 1
             print_offset(result["offset"])
@@ -272,20 +274,21 @@ def measure(args) -> int:
     return 0
 
 
-def offset(args, rows: list[Row], policy: Policy, entropy: list) -> dict | None:
-    """Mean entropy of the same base under the other quantization minus this one, paired by token; None: no room."""
+def offset(args, rows: list[Row], info: dict, entropy: list) -> dict | None:
+    """Mean entropy of the same base under the other quantization minus this one, paired by token; None: no room.
+
+    info: of the policy that gave `entropy`, which must be gone.
+    """
     import torch
 
+    from azr.backoff import free
     from azr.divergence import open_policy
 
     if args.adapter:
         raise ValueError("--offset compares the base in 4 bits and unquantized: leave --adapter out")
-    own, dtype = policy.info["quantization"], policy.info["dtype"]
+    own, dtype = info["quantization"], info["dtype"]
     other = "none" if own == "nf4" else "nf4"
-    # both need not be in memory together
-    policy.model = policy.base = policy.backbone = policy.head = policy.engine = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free()
     try:
         second, _ = open_policy(args.model, None, other)
         _, entropy_b, _ = score_rows(second, rows, args.temperature, args.token_budget)

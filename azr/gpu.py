@@ -10,7 +10,6 @@ torch. Left out: Windows, ROCm beyond what torch itself says, several cards (the
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import logging
 import os
 import re
@@ -155,17 +154,17 @@ def why_no_four_bit() -> str | None:
     try:
         import torch
 
-        lib = importlib.import_module("bitsandbytes.cextension").lib
-        version = importlib.metadata.version("bitsandbytes")
+        lib, package = importlib.import_module("bitsandbytes.cextension").lib, importlib.import_module("bitsandbytes")
     except (ImportError, OSError, AttributeError, RuntimeError) as error:
         return library_problem(None, str(error).splitlines()[0] if str(error) else type(error).__name__, None)
     finally:
         logger.setLevel(level)
     if getattr(lib, "compiled_with_cuda", False) or torch.version.hip is not None:
         return None
-    wanted = os.environ.get("BNB_CUDA_VERSION")
-    return library_problem(version, getattr(lib, "error_msg", "only its library for CPUs was found"), torch.version.cuda,
-                           tuple(getattr(lib, "available_versions", ())), wanted)  # fmt: skip
+    known = vars(lib)  # it answers to every name, with a function that raises
+    return library_problem(package.__version__, known.get("error_msg", "only its library for CPUs was found"),
+                           torch.version.cuda, tuple(known.get("available_versions", ())),
+                           os.environ.get("BNB_CUDA_VERSION"))  # fmt: skip
 
 
 def library_problem(version: str | None, error: str, cuda: str | None, has: tuple[str, ...] = (),

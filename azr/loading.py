@@ -279,11 +279,20 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", device_map={"": device}, output_loading_info=True,
+
+    def load(attention: str):
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, device_map={"": device}, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
-        )
+        )  # fmt: skip
+
+    try:
+        try:
+            model, report = load("sdpa")
+        except ValueError as error:  # what transformers raises for an architecture that has none
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = load("eager")
     except torch.OutOfMemoryError:
         raise  # Policy.load says so
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -299,7 +308,23 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
     if stored:
         _take_dtype(name, model, dtype)
     _settle(model)
+    if quantization == "nf4":
+        _say_what_is_not_in_four_bits(name, model, dtype)
     return model
+
+
+def _say_what_is_not_in_four_bits(name: str, model, dtype) -> None:
+    """Only linear layers are quantized: the experts of a mixture are not, and take four times what one would plan."""
+    tables = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    packed, rest, largest = 0, 0, ("", 0)
+    for key, p in model.named_parameters():
+        if type(p).__name__ == "Params4bit":
+            packed += p.quant_state.shape.numel()
+        elif id(p) not in tables:
+            rest, largest = rest + p.numel(), max(largest, (key, p.numel()), key=lambda pair: pair[1])
+    if rest > packed / 4:
+        print(f"warning: {name}: {rest / 1e9:.2f} of {(packed + rest) / 1e9:.2f} billion weights are not in 4 bits but "
+              f"in {str(dtype)[6:]}, such as {largest[0]}", file=sys.stderr, flush=True)  # fmt: skip
 
 
 def _take_dtype(name: str, model, dtype) -> None:
@@ -307,16 +332,14 @@ def _take_dtype(name: str, model, dtype) -> None:
     exempt = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     exempt |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for key, p in model.named_parameters():
-        if type(p).__name__ != "Params4bit":
-            if p.is_floating_point() and not exempt & set(key.split(".")):
-                p.data = p.data.to(dtype)  # transformers 5.23 leaves them in the file's
-        elif p.quant_state is None:
-            raise ModelError(f"{name}: its weight files lack how {key} is quantized; the copy is incomplete")
-        else:
-            p.quant_state.dtype = dtype
-    for module in model.modules():
+        if type(p).__name__ != "Params4bit" and p.is_floating_point() and not exempt & set(key.split(".")):
+            p.data = p.data.to(dtype)  # transformers 5.23 leaves them in the file's
+    for key, module in model.named_modules():
         if type(module).__name__ == "Linear4bit":
-            module.compute_dtype, module.compute_type_is_set = dtype, True
+            if (state := getattr(module.weight, "quant_state", None)) is None:
+                raise ModelError(f"{name}: its weight files lack how {key} is quantized; the copy is incomplete")
+            state.dtype = module.compute_dtype = dtype
+            module.compute_type_is_set = True
 
 
 def _settle(model) -> None:
@@ -338,7 +361,7 @@ def _settle(model) -> None:
 
 
 def _eos_ids(model, tokenizer) -> set[int]:
-    found = [model.config.eos_token_id, tokenizer.eos_token_id]
+    found = [getattr(model.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
     if getattr(model, "generation_config", None) is not None:
         found.append(model.generation_config.eos_token_id)  # the only field of it that is ever read
     lists = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in found if entry is not None]
@@ -407,6 +430,8 @@ def _new_lora(model, settings: LoraSettings, name: str, seed: int):
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
         target_modules=ATTENTION if settings.targets == "attention" else "all-linear",
     )
+    if model.config.get_text_config() is not model.config:  # it also sees or hears, which no update would change
+        config.exclude_modules = r".*(vision|visual|audio|multi_modal).*"
     model = _add_lora(model, config)
     model.peft_config["default"].base_model_name_or_path = name
     generator = torch.Generator().manual_seed(seed)

@@ -267,6 +267,7 @@ def test_a_real_architecture_with_the_real_tokenizer(tmp_path):
         2,
         "--eval-samples",
         1,
+        "--allow-cpu",
     )
     assert done.returncode == 0, done.stderr
     rows = reproducible(tmp_path / "run")
