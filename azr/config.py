@@ -120,9 +120,10 @@ class Config:
         "auto", "attention of sampling; auto: the fastest that runs here", ("auto", "flash", "triton", "sdpa")
     )
     rollout_weights: str = setting(
-        "stored",
-        "of a 4-bit base while sampling; bf16: a dequantized copy, which needs its memory and is faster at many slots",
-        ("stored", "bf16"),
+        "auto",
+        "of a 4-bit base while sampling; bf16: an unpacked copy, faster, which needs its memory; stored: as they are; "
+        "auto: copies if a quarter of the cache that all slots could use still fits beside them",
+        ("auto", "stored", "bf16"),
     )
     token_budget: int | None = setting(
         None, "tokens of a training micro-batch; lower when memory is short, the gradient stays"

@@ -23,7 +23,7 @@ from azr.lora import active_adapters, dequantized, is_plain
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the text
-ROLLOUT_WEIGHTS = ("stored", "bf16")
+ROLLOUT_WEIGHTS = ("auto", "stored", "bf16")
 
 
 class Unsupported(ValueError):

@@ -34,6 +34,7 @@ from azr.backoff import free_memory
 from azr.cpu_attention import ByPage
 from azr.decoder import ROLLOUT_WEIGHTS, Decoder, Unsupported
 from azr.paged_attention import choose_attention, paged_decode
+from azr.plan import copies_pay
 from azr.sampling import Completion, Sampling, StopTable, sample_without_wait, seed_tensor
 
 __all__ = ["Completion", "Engine", "Sampling", "StopTable", "Unsupported"]
@@ -113,7 +114,8 @@ class Engine:
 
     backbone: the transformer without its head; head: hidden (rows, H) -> fp32 logits (rows, vocabulary).
     max_batch: sequences decoded at once. attn: auto | flash | triton | sdpa. rollout_weights: stored | bf16 (4-bit
-    layers as copies in the dtype of computation while `generate` runs). prefill_tokens: padded tokens of a prefill.
+    layers as copies in the dtype of computation while `generate` runs) | auto (bf16 on a GPU where plan.copies_pay says
+    so at the first call; `rollout_weights` then says which). prefill_tokens: padded tokens of a prefill.
     pages, page_size: of the KV cache; default: what the attention wants, and what is free (or `cache_bytes`) at the
     first call, less `reserve`: bytes that the owner will take later and that sampling must leave (Adam's moments,
     before the first update). block: decode steps between two looks at the tokens (default 8 on CUDA, 1 on CPU).
@@ -122,10 +124,10 @@ class Engine:
     """
 
     def __init__(self, backbone, head, config, tokenizer, eos_ids, *, max_batch=256, attn="auto",
-                 rollout_weights="stored", cache_bytes=None, pages=None, page_size=None, prefill_tokens=8192,
+                 rollout_weights="auto", cache_bytes=None, pages=None, page_size=None, prefill_tokens=8192,
                  block=None, pad_id=0):  # fmt: skip
         if rollout_weights not in ROLLOUT_WEIGHTS:
-            raise ValueError(f"rollout_weights must be {' or '.join(ROLLOUT_WEIGHTS)}, not {rollout_weights!r}")
+            raise ValueError(f"rollout_weights must be {', '.join(ROLLOUT_WEIGHTS)}, not {rollout_weights!r}")
         self.decoder = d = Decoder(backbone, config)
         self.head, self.config, self.tokenizer, self.eos_ids = head, config, tokenizer, frozenset(eos_ids)
         self.max_batch, self.prefill_tokens, self.rollout_weights = max_batch, prefill_tokens, rollout_weights
@@ -158,6 +160,8 @@ class Engine:
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
         self._check(prompts, n, seeds, limits)
         done = _Done(n, len(prompts) * n, on_finish)
+        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
+        self._resolve_weights(longest)
         self._resolve_pages()
         fitting = []
         for i, (prompt, limit) in enumerate(zip(prompts, limits)):
@@ -184,6 +188,21 @@ class Engine:
         d = self.decoder
         return 2 * len(d.backbone.layers) * self.page_size * d.kv_heads * d.head_dim * d.dtype.itemsize
 
+    def _resolve_weights(self, longest: int) -> None:
+        """Once: whether a 4-bit base is unpacked for sampling, if that was left to the engine."""
+        if self.rollout_weights != "auto":
+            return
+        self.rollout_weights, copies = "stored", self.copied_bytes()
+        if self.decoder.device.type == "cpu" or not copies:
+            return
+        torch.cuda.empty_cache()
+        room = free_memory(self.decoder.device) - self.working_bytes() - self.reserve
+        full = (self.max_batch + 1) * pages_for(longest + self.block, self.page_size) * self.page_bytes()
+        pays = copies_pay(room, copies, full)
+        self.rollout_weights = "bf16" if pays else "stored"
+        why = "fit beside the cache" if pays else "leave too little for the cache"
+        _say(f"rollout weights {self.rollout_weights}: copies of {copies / 1e9:.1f} GB {why} ({room / 1e9:.1f} GB free)")
+
     def _resolve_pages(self) -> None:
         """Once: as many pages as fit into what is free (or `cache_bytes`), besides what a step itself needs."""
         if self.pages is not None:
@@ -193,7 +212,8 @@ class Engine:
             room = CPU_CACHE_BYTES
             if self.decoder.device.type == "cuda":
                 torch.cuda.empty_cache()
-                room = free_memory(self.decoder.device) - self.working_bytes() - self.copied_bytes() - self.reserve
+                room = free_memory(self.decoder.device) - self.working_bytes() - self.reserve
+                room -= self.copied_bytes() if self.rollout_weights == "bf16" else 0
         self.pages = max(1, int(room // self.page_bytes()))
 
     def working_bytes(self) -> int:
@@ -203,9 +223,7 @@ class Engine:
         return prefill + 24 * self.max_batch * c.vocab_size + (1 << 30)
 
     def copied_bytes(self) -> int:
-        """Of the weights that a call unpacks for itself."""
-        if self.rollout_weights != "bf16":
-            return 0
+        """Of the 4-bit weights, unpacked."""
         linears = (m for m in self.decoder.backbone.modules() if hasattr(getattr(m, "weight", None), "quant_state"))
         return sum(m.in_features * m.out_features for m in linears) * self.decoder.dtype.itemsize
 
@@ -560,4 +578,8 @@ def _distinct(sequences: list[Sequence]) -> deque[Group]:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    _say(f"warning: {text}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

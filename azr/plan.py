@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +151,7 @@ class Preset:
     lora_rank: int = 32
     lora_targets: str = "all-linear"
     quantization: str = "nf4"
-    rollout_weights: str = "stored"  # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
+    rollout_weights: str = "auto"   # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
     dtype: str = "auto"         # of computation: fp32 takes 4 bytes on a GPU too
     learning_rate: float = 2e-5
     steps: int = 500
@@ -270,6 +271,15 @@ def value_bytes(preset: Preset, device: str) -> int:
     return 4 if device != "cuda" or preset.dtype == "fp32" else 2
 
 
+def copies_pay(room: float, copies: float, full_cache: float) -> bool:
+    """Whether sampling takes `copies` bytes of unpacked weights (--rollout-weights auto), of `room` for them and the
+    cache: products are faster with them at every batch size that was measured (H200, 1 to 384 rows), but a cache that
+    holds few responses is slower than any weights. A quarter of what all slots at full length need (`full_cache`) is
+    enough, since few responses grow to their limit.
+    """
+    return room - copies >= full_cache / 4
+
+
 def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | None = None) -> dict[str, dict]:
     """Bytes of every part, by phase, on "cuda" (bf16, layers recomputed) or "cpu" (fp32, everything kept).
 
@@ -285,18 +295,18 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     load = {"weights": weights, "LoRA + Adam": 4 * adapter, "checkpoint": 2 * shape.parameters}
     if on_gpu:
         load["checkpoint"] = LOADERS * value * largest
-    if preset.quantization == "nf4" and preset.rollout_weights == "bf16":
-        unpacked_for_sampling = {"copied weights": value * shape.linear_parameters}
-    else:
-        unpacked_for_sampling = unpacked
-    rollout = {"weights": weights, "LoRA + Adam": adapter * (ADAPTER_STATE - 4), **copies, **unpacked_for_sampling,
+    rollout = {"weights": weights, "LoRA + Adam": adapter * (ADAPTER_STATE - 4), **copies, **unpacked,
                **sampling(shape, preset, device)}
     if not on_gpu:
         rollout["overhead"] = HOST_OVERHEAD
     training = {"weights": weights, "LoRA + Adam": adapter * ADAPTER_STATE, **copies, **unpacked,
                 **scoring(shape, preset, device)}
     wanted = min(preset.max_batch, in_flight(preset)) + 1       # and a prompt that is held
-    cache = cache_bytes(shape, preset, wanted, device)
+    cache, copied = cache_bytes(shape, preset, wanted, device), value * shape.linear_parameters
+    left = math.inf if room is None else room - sum(rollout.values()) - SPARE
+    pays = on_gpu and preset.rollout_weights == "auto" and copies_pay(left, copied, cache)
+    if preset.quantization == "nf4" and (pays or preset.rollout_weights == "bf16"):
+        rollout["copied weights"] = copied
     if room is not None:
         cache = max(min(cache, room - sum(rollout.values()) - SPARE), 0)
     return {"load": load, "rollout": {**rollout, "KV cache": cache}, "training": training}
