@@ -10,7 +10,7 @@ is started again after it. What no longer fits the time is written as left out.
 
 Parts, in this order: hardware (versions, ceilings), build (3B, NF4 + LoRA), leak (memory over several calls, graphs
 against eager), kernels (against float64), gap (sampler against trainer, by dtype), decode (ms a step at 1 to 384 rows,
-kernel tables), micro (products, LoRA, norms, attention), update (8k and 32k tokens, with TF32, with a fused LoRA),
+kernel tables), micro (products, LoRA, norms, attention), update (8k and 32k tokens, with TF32, with PEFT's own LoRA),
 chunked, train (train_azr.py, two steps and a resumed one), cap24 (7B under 24 GB), peers (`generate`, continuous
 batching), smollm2 (a real model end to end).
 """
@@ -121,7 +121,8 @@ def watch(options) -> int:
 def once(options, run: str, until: float) -> tuple[int, str]:
     """(exit code, how it ended) of one process; one that hangs beyond the time is ended, with all it started."""
     command = [sys.executable, str(HERE), *options.arguments, "--json", str(options.json), "--run", run]
-    environment = {"TOKENIZERS_PARALLELISM": "false", "TEARDOWN_CUPTI": "0", **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", "TEARDOWN_CUPTI": "0",
+                   "PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}  # fmt: skip (as a run sets it)
     if options.cpu:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([*command, "--until", str(until)], env=environment, start_new_session=True)
