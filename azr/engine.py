@@ -224,8 +224,9 @@ class Engine:
 
     def copied_bytes(self) -> int:
         """Of the 4-bit weights, unpacked."""
-        linears = (m for m in self.decoder.backbone.modules() if hasattr(getattr(m, "weight", None), "quant_state"))
-        return sum(m.in_features * m.out_features for m in linears) * self.decoder.dtype.itemsize
+        # by their weights: a LoRA layer shows its base's weight as its own
+        states = (getattr(p, "quant_state", None) for p in self.decoder.backbone.parameters())
+        return sum(state.shape.numel() for state in states if state is not None) * self.decoder.dtype.itemsize
 
     def _check(self, prompts, n, seeds, limits) -> None:
         for i, prompt in enumerate(prompts):
