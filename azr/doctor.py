@@ -359,7 +359,7 @@ def settings(arguments: list[str]) -> SimpleNamespace:
     name = Path(config.model.rstrip("/")).name
     return SimpleNamespace(
         model=config.model, path=path, shape=shape, tiny=tiny, attn=config.attn, out=config.out or f"runs/{name}-0",
-        quantization=config.quantization or ("none" if tiny else "nf4"),
+        quantization=config.quantization or ("none" if tiny else "nf4"), allow_cpu=getattr(config, "allow_cpu", False),
     )  # fmt: skip
 
 
@@ -389,9 +389,9 @@ def examine_torch(chosen: SimpleNamespace) -> Iterator[Findings]:
     sizes = (shape.heads, shape.kv_heads, shape.head_dim) if shape else (16, 2, 128)
     yield (card := finding(probes.gpu, vital=True))
     if not chosen.tiny and card.lines[0][1].startswith("none"):
-        yield Findings(
-            slows=[f"without a GPU {chosen.model} is far too slow to train: --model tiny is made for a CPU"]
-        )
+        text = f"without a GPU {chosen.model} is far too slow to train: --model tiny is made for a CPU"
+        anyway = f"{text}; --allow-cpu trains all the same"
+        yield Findings(slows=[text]) if chosen.allow_cpu else Findings(blocks=[anyway])
     works = {}
     for backend in (*BACKENDS, "page"):
         yield (found := finding(probes.attention, backend, *sizes))

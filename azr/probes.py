@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from azr.apart import Findings, cores, one_line, output_of
+from azr.apart import Findings, cores, one_line
 
 NF4_ERROR = 0.12  # relative, of normal weights in blocks of 64: 0.09 when right, 0.24 where scales are mixed up
 
@@ -18,11 +18,13 @@ def gpu() -> Findings:
     """Name, driver, memory, and what products in bf16, fp16 and fp32 really do."""
     import torch
 
+    from azr.gpu import look, why_unusable
     from azr.loading import auto_dtype
 
-    driver = (output_of("nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader") or "").strip()
-    if not torch.cuda.is_available():
-        return _no_gpu(torch, driver)
+    facts = look()
+    why = why_unusable(facts)
+    if facts.error is not None:
+        return _no_gpu(facts, why)
     found, properties = Findings(), torch.cuda.get_device_properties(0)
     capability = (properties.major, properties.minor)
     free, total = torch.cuda.mem_get_info(0)
@@ -30,8 +32,11 @@ def gpu() -> Findings:
     found.lines = [
         ("gpu", f"{properties.name}, compute capability {capability[0]}.{capability[1]}, {total / 2**30:.1f} GiB, "
                 f"{free / 2**30:.1f} GiB free" + (f"; the first of {count}, no other is used" if count > 1 else "")),
-        ("driver", f"{driver.split(',')[0] or 'unknown'}; torch has CUDA {torch.version.cuda or torch.version.hip}"),
+        ("driver", f"{facts.driver or 'unknown'}; torch has CUDA {torch.version.cuda or torch.version.hip}"),
     ]  # fmt: skip
+    if why:
+        found.blocks.append(why)
+        return found
     if free < 0.8 * total:
         found.slows.append(
             f"{(total - free) / 2**30:.1f} GiB of the GPU are in use already (nvidia-smi says by whom)"
@@ -40,7 +45,7 @@ def gpu() -> Findings:
         speed = {name: _teraflops(torch, getattr(torch, name)) for name in ("bfloat16", "float16", "float32")}
     except RuntimeError as error:
         found.lines.append(("products", f"fail: {one_line(error)}"))
-        found.blocks.append(_no_kernels(capability, " ".join(torch.cuda.get_arch_list()), one_line(error)))
+        found.blocks.append(f"this torch cannot compute on the GPU ({one_line(error)})")
         return found
     has = auto_dtype("cuda") == "bf16"
     found.lines.append(("bf16", "in hardware" if has else "not in hardware: --dtype auto computes in fp16"))
@@ -48,30 +53,12 @@ def gpu() -> Findings:
     return found
 
 
-def _no_gpu(torch, driver: str) -> Findings:
-    try:
-        torch.cuda.init()
-        why = "unknown"
-    except (RuntimeError, AssertionError) as error:
-        why = one_line(error)
-    found = Findings([("gpu", f"none that torch can use ({why})")])
-    if driver:
-        found.lines.append(("driver", f"nvidia-smi lists one: {driver.splitlines()[0]}"))
-        found.slows.append(
-            "there is a GPU, but this torch is built for CPUs: install a CUDA build of it"
-            if torch.version.cuda is None
-            else f"there is a GPU, but torch (CUDA {torch.version.cuda}) cannot use it: is CUDA_VISIBLE_DEVICES empty, "
-            "or the driver too old?"
-        )
+def _no_gpu(facts, why: str) -> Findings:
+    found = Findings([("gpu", f"none that torch can use: {why}")])
+    if facts.driver:
+        found.lines.append(("driver", facts.driver))
+        found.slows.append("there is a GPU, and this torch cannot use it: see the line gpu")
     return found
-
-
-def _no_kernels(capability: tuple[int, int], built_for: str, why: str) -> str:
-    text = f"this torch cannot compute on the GPU ({why}); it is built for {built_for or 'nothing'}"
-    if capability < (7, 5):
-        text += ("; cards older than Turing (V100: 7.0) need a CUDA 12 build, the last on PyPI is torch 2.10: "
-                 "requirements-gpu.txt without flash-attn and einops")  # fmt: skip
-    return text
 
 
 def _teraflops(torch, dtype, size: int = 2048) -> float:

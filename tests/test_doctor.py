@@ -167,12 +167,6 @@ def test_the_dtype_follows_the_device(monkeypatch, capsys):
         loading.compute_dtype("int8", cpu)
 
 
-def test_advice_for_cards_without_kernels():
-    advice = probes._no_kernels((7, 0), "sm_75 sm_80", "no kernel image")
-    assert "V100" in advice and "requirements-gpu.txt" in advice
-    assert "V100" not in probes._no_kernels((8, 6), "sm_90", "no kernel image")
-
-
 def test_a_broken_flash_attn_is_hidden_aloud(monkeypatch, capsys, tmp_path):
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed here")
