@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import warnings
 from pathlib import Path
 
 from azr import compare
@@ -129,6 +130,8 @@ def score(args: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     args = build_parser().parse_args(arguments)
+    # torch warns in five lines of what azr/gpu.py says in one
+    warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         return {"run": run, "score": score, "compare": compare.main}[args.command](args)
     except (ValueError, OSError, SandboxError, MathError) as error:

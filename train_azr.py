@@ -23,6 +23,7 @@ import math
 import random
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -532,6 +533,8 @@ def main(arguments: list[str]) -> int:
         from azr.export import main as export  # imports what training does not need
 
         return export(arguments[1:])
+    # torch warns in five lines of what azr/gpu.py says in one
+    warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         if "--doctor" in arguments:
             return doctor.main(arguments)

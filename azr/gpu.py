@@ -104,9 +104,9 @@ def why_unusable(facts: Facts) -> str | None:
 
 def has_kernels(capability: tuple[int, int], kernels: tuple[str, ...]) -> bool:
     """Machine code runs on cards of its major version and the same or a later minor one, PTX on all later cards."""
-    for kind, major, minor in (re.match(r"(sm|compute)_(\d+)(\d)", each).groups() for each in kernels):
-        built = int(major), int(minor)
-        if built <= capability and (kind == "compute" or built[0] == capability[0]):
+    for found in filter(None, (re.match(r"(sm|compute)_(\d+)(\d)", each) for each in kernels)):
+        built = int(found[2]), int(found[3])
+        if built <= capability and (found[1] == "compute" or built[0] == capability[0]):
             return True
     return False
 

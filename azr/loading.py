@@ -112,8 +112,8 @@ def _choose_device(name: str, device, quantization: str, need_gpu: bool) -> torc
         facts = look()
         if why := why_unusable(facts):
             if need_gpu:
-                raise ModelError(f"{name} needs a GPU: {why}. --allow-cpu computes on the CPU all the same, which takes "
-                                 "days for billions of weights; --model tiny is made for one")  # fmt: skip
+                raise ModelError(f"{name} needs a GPU: {why}; --model tiny is made for a CPU, and --allow-cpu takes this "
+                                 "one there all the same: days, for billions of weights")  # fmt: skip
             if facts.error is None:
                 raise ModelError(f"{why}; CUDA_VISIBLE_DEVICES= computes on the CPU")
             if _is_large(name):

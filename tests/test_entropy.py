@@ -1,10 +1,12 @@
 """Entropy and KL against float64 references, the logged metrics, the fit, and the command."""
 
+import argparse
 import copy
 import json
 import math
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,6 +186,26 @@ def test_command_on_a_file(tmp_path):
         found["groups"]["solver/deduction"]["token_mean"]["n"] == 3 and (tmp_path / "plots" / "entropy.png").is_file()
     )
     assert found["offset"]["groups"]["all"]["mean"] != 0
+
+
+def test_offset_holds_one_model_at_a_time(monkeypatch, tmp_path):
+    """The first must be gone when the second is opened: both would not fit a card that one of them fills."""
+    opened, alive = [], []
+
+    def watched(*arguments):
+        alive.append([model() is not None for model in opened])
+        policy, info = open_policy(*arguments)
+        opened.append(weakref.ref(policy.model))
+        return policy, info
+
+    monkeypatch.setattr("azr.divergence.open_policy", watched)
+    data = tmp_path / "probe.jsonl"
+    data.write_text(json.dumps({"prompt": TEXTS[0][0], "response": TEXTS[0][1]}) + "\n")
+    parser = argparse.ArgumentParser()
+    entropy.add_arguments(parser)
+    args = parser.parse_args(["--model", "tiny", "--data", str(data), "--offset", "--out", str(tmp_path)])
+    assert entropy.main(args) == 0
+    assert alive == [[], [False]]
 
 
 def test_bad_input_is_one_line(tmp_path):

@@ -4,9 +4,11 @@ A random Qwen2 stands in for a base model: with a made-up byte-level tokenizer, 
 where its files are at hand.
 """
 
+import gc
 import json
 import random
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -294,6 +296,27 @@ def test_the_seed_decides_the_initial_adapter(small):
     attention = Policy.load(small, "none", lora=LoraSettings(4, 8, "attention")).adapter_state()
     assert torch.equal(random_state, torch.get_rng_state())
     assert len(attention) == 2 * 4 * 2 and all("self_attn" in name for name in attention)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_dropped_policy_frees_its_memory_at_once(small, quantization):
+    """Without the garbage collector: it runs when Python has made many objects, not when a GPU is full."""
+
+    def used() -> list[weakref.ref]:
+        policy = Policy.load(small, quantization, lora=LORA)
+        policy.generate([[1, 2]], 1, Sampling(max_new_tokens=2), [[1]])
+        for _, log_prob, _, _ in policy.score([[1, 2]], [[3, 4]], with_grad=True):
+            log_prob.sum().backward()
+        layer = policy.backbone.layers[0].mlp.up_proj
+        return [weakref.ref(each) for each in (policy, policy.engine, policy.model, layer, layer.base_layer.weight)]
+
+    used()  # imports at the first use leave tracebacks, and those frames
+    gc.collect()
+    gc.disable()
+    try:
+        assert [each() for each in used()] == [None] * 5
+    finally:
+        gc.enable()
 
 
 def test_encode_adds_nothing_and_decode_keeps_everything_but_eos(policy):
