@@ -20,8 +20,8 @@ from azr.apart import output_of, read_text
 
 PINNED = "2.13.0"  # torch of requirements.txt, where the installed one has no build of the kind that is needed
 PYTORCH = "https://download.pytorch.org/whl"
-# What the driver must be for a CUDA major version (minor versions are compatible), and which cards the builds of torch
-# 2.9 to 2.14 have kernels for: NVIDIA's CUDA compatibility table and PYTORCH_RELEASES_CODE_CC in torch/cuda/__init__.py.
+# What the driver must be for a CUDA major version (NVIDIA: its minor versions are compatible), and which cards the
+# builds of torch 2.9 to 2.14 have kernels for (PYTORCH_RELEASES_CODE_CC in torch/cuda/__init__.py).
 DRIVERS = ((580, 13), (525, 12))
 BUILDS = (("cu130", 13, (7, 5), (99, 0)), ("cu126", 12, (5, 0), (9, 9)))
 HINTS = {
@@ -58,7 +58,7 @@ def look() -> Facts:
             torch.cuda.init()
             name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
             kernels = tuple(torch.cuda.get_arch_list())
-        except Exception as raised:  # RuntimeError, AssertionError, and its own DeferredCudaCallError
+        except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as raised:
             error = str(raised) or type(raised).__name__
     return Facts(
         torch.__version__, torch.version.cuda, torch.version.hip is not None, error, driver_version(),

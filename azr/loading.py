@@ -112,8 +112,10 @@ def _choose_device(name: str, device, quantization: str, need_gpu: bool) -> torc
         facts = look()
         if why := why_unusable(facts):
             if need_gpu:
-                raise ModelError(f"{name} needs a GPU: {why}; --model tiny is made for a CPU, and --allow-cpu takes this "
-                                 "one there all the same: days, for billions of weights")  # fmt: skip
+                raise ModelError(
+                    f"{name} needs a GPU: {why}; --model tiny is made for a CPU, and --allow-cpu takes this one there "
+                    "all the same: days, for billions of weights"
+                )
             if facts.error is None:
                 raise ModelError(f"{why}; CUDA_VISIBLE_DEVICES= computes on the CPU")
             if _is_large(name):
@@ -130,7 +132,8 @@ def _choose_device(name: str, device, quantization: str, need_gpu: bool) -> torc
 
 def _is_large(name: str) -> bool:
     path = Path(name)
-    return not path.is_dir() or sum(file.stat().st_size for file in path.glob("*.safetensors")) > LARGE
+    files = [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    return not path.is_dir() or sum(file.stat().st_size for file in files) > LARGE
 
 
 def hide_broken_flash_attention() -> None:
@@ -231,7 +234,8 @@ def _stored_in_four_bits(name: str, config, quantization: str) -> bool:
         )
     if quantization != "nf4":
         raise ModelError(
-            f"{name} is stored in 4 bits, which cannot be undone: take --quantization nf4, or give the unquantized model"
+            f"{name} is stored in 4 bits, which cannot be undone: take --quantization nf4, or give the unquantized "
+            "model"
         )
     return True
 

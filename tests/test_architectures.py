@@ -1,7 +1,7 @@
 """Architectures that the engine does not know: small random models of them, sampled, scored and trained all the same.
 
-What must hold for each: a sample scored alone is scored as beside others, the right-padded rows of `score` equal a plain
-forward pass, and what `generate` reports of a sample is what `score` says of it.
+What must hold for each: a sample scored alone is scored as beside others, the right-padded rows of `score` equal a
+plain forward pass, and what `generate` reports of a sample is what `score` says of it.
 """
 
 import pytest
