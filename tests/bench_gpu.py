@@ -28,6 +28,8 @@ ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve()
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 GRACE = 20  # seconds beyond --seconds, then the process is ended
 RESTARTS = 8
+HEAVY = ("bitsandbytes", "peft", "transformers.models.qwen2.modeling_qwen2", "train_azr", "bench_rollout",
+         "torch.profiler")  # fmt: skip
 PARTS = {  # name: (module, function, seconds it takes, about)
     "hardware": ("parts_hardware", "hardware", 20),
     "build": ("parts_memory", "build", 15),
@@ -65,6 +67,9 @@ def measure(options) -> int:
     transformers.logging.disable_progress_bar()
     if options.cpu:
         torch.set_num_threads(1)
+    for module in HEAVY:
+        with contextlib.suppress(Exception):  # who needs it says what is wrong with it
+            importlib.import_module(module)
     gc.freeze()  # what was imported is not looked at again after every measurement
     bench = Bench(options.json, options.run, options.until, options.cpu, options.data, options.smollm2, options.fail,
                   options.die)  # fmt: skip

@@ -274,4 +274,4 @@ def kernel_table(profile, count: int = 25) -> list[dict]:
 def activities() -> list:
     from torch.profiler import ProfilerActivity
 
-    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    return [ProfilerActivity.CUDA if torch.cuda.is_available() else ProfilerActivity.CPU]

@@ -182,8 +182,8 @@ def kernels(bench: Bench, weights: str) -> dict:
     try:
         if bench.cpu:
             with torch.profiler.profile(activities=activities()) as profile:
-                generated(bench, policy, 2, 8)
-            return {"base": base, "steps": 8, "kernels": kernel_table(profile)}
+                generated(bench, policy, 1, 3)
+            return {"base": base, "steps": 3, "kernels": kernel_table(profile)}
         with torch.profiler.profile(activities=activities()):
             torch.ones(8, device=bench.device).add_(1)  # the profiler is awake before a graph is made
         with Replays(profile_at=16, profile_steps=8) as replays:

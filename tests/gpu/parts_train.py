@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -166,6 +167,7 @@ def random_weights(bench: Bench):
     return RandomWeights
 
 
+@functools.cache
 def sandbox_refuses() -> str | None:
     """Why programs must not be run here; None where the doctor agrees."""
     try:

@@ -116,10 +116,10 @@ def layer_errors(bench: Bench, tokens: int) -> dict:
 def shared(bench: Bench, shared_row: int) -> dict:
     """Eight answers to each of four prompts, every sample in a row of its own or the prompt once."""
     policy, base = bench.any_policy()
-    prompt, answer, tokens = (8, 6, 64) if bench.cpu else (400, 400, 16384)
+    prompt, answer, tokens, count = (8, 6, 64, 1) if bench.cpu else (400, 400, 16384, 4)
     vocabulary = policy.base.config.vocab_size
-    prompts = [p for p in prompts_of(4, prompt, vocabulary) for _ in range(8)]
-    responses = prompts_of(32, answer, vocabulary, 9)
+    prompts = [p for p in prompts_of(count, prompt, vocabulary) for _ in range(8)]
+    responses = prompts_of(len(prompts), answer, vocabulary, 9)
     policy.checkpoint_activations()
     before, policy.shared_row = policy.shared_row, shared_row
     figures: dict = {"base": base, "shared row": shared_row}
@@ -130,7 +130,7 @@ def shared(bench: Bench, shared_row: int) -> dict:
     finally:
         policy.shared_row = before
         no_gradient(policy)
-    return {**figures, "s": seconds, "response tokens/s": 32 * answer / seconds}
+    return {**figures, "s": seconds, "response tokens/s": len(prompts) * answer / seconds}
 
 
 def profiled(bench: Bench, tokens: int, length: int) -> dict:
