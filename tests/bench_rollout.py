@@ -1,27 +1,20 @@
-"""Speed of sampling: the engine beside transformers' `generate` and its continuous batching, and beside the hardware.
+"""Speed of sampling on a CPU: the engine beside transformers' `generate` and its continuous batching.
 
     python tests/bench_rollout.py [--json FILE] [--quick]
 
 Everywhere: random LoRA values that are not zero, EOS and stop strings off, and a number of tokens forced for each
 request, so that all systems make exactly the same tokens' worth of text. Useful tokens/s counts forced tokens only.
 
-CPU, always: the embedded model in fp32, one thread, 256 requests of lognormal lengths (median 40, cap 256).
+The embedded model in fp32, one thread, 256 requests of lognormal lengths (median 40, cap 256).
   - `generate` is called plainly, without log-probs or stop strings, each batch as long as its longest request, at the
     batch size that was fastest in a first pass; continuous batching without log-probs at its fastest number of slots;
     the engine at its default of 256 slots, log-probs included. Then rounds of all three in turn; medians over rounds,
     by wall clock and by CPU time (on a machine that does other things too, CPU time is the one to read).
-GPU, when there is one: random weights in the exact shapes of Qwen2.5-Coder-3B and 7B, built without a download.
-  - 3B, NF4 with LoRA of rank 32: the engine with 128 slots beside `generate` at batch 64, the same 128 requests of
-    lognormal lengths (median 250, cap 1,024).
-  - a decode step at a context of about 600, as a share of the roofline: the time to copy (stored weights + keys and
-    values read) at the bandwidth that copying 1 GiB reaches in this run. A step's time is the difference of two calls,
-    divided by the difference of their lengths, so prefill and graph capture cancel.
-`--quick`: a quarter of the requests, one round; one batch size on a GPU. Exit code 1 when a target is missed (not with
---quick). Left out: other dedicated servers, sampling with top-p.
+`--quick`: a quarter of the requests, one round. Exit code 1 when a target is missed (not with --quick). Left out: other
+dedicated servers, sampling with top-p, a GPU (bench_gpu.py).
 """
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -38,16 +31,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from azr.backends import TransformersContinuousBatching  # noqa: E402
-from azr.plan import ALIASES, shape_of  # noqa: E402
+from azr.plan import ALIASES  # noqa: E402
 from azr.rollout import LoraSettings, Policy  # noqa: E402
 from azr.sampling import Sampling  # noqa: E402
 
 TARGETS = {
     "cpu/engine over generate": 1.5,
     "cpu/engine over continuous batching": 1.2,
-    "3b/engine over generate": 10.0,
 }
-TARGETS |= {f"{name}/bf16 roofline % at {batch}": 50.0 for name in ("3b", "7b") for batch in (16, 64, 128)}
 NOTHING_STOPS = dict(temperature=1.0, stop=())
 
 
@@ -157,138 +148,6 @@ def cpu_part(quick: bool) -> dict:
     return figures
 
 
-# ----------------------------------------------------------------------------------------------------------------- GPU
-
-
-def random_model(name: str, device: str):
-    """A Qwen2 of this shape in bf16 with random weights, made on the device."""
-    s = shape_of(name)
-    config = transformers.Qwen2Config(
-        vocab_size=s.vocabulary, hidden_size=s.hidden, intermediate_size=s.intermediate, num_hidden_layers=s.layers,
-        num_attention_heads=s.heads, num_key_value_heads=s.kv_heads, tie_word_embeddings=s.tied,
-        max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa"
-        )
-    assert sum(p.numel() for p in model.parameters()) == s.parameters
-    return model.requires_grad_(False).eval()
-
-
-def quantize(model) -> None:
-    """Replace the linears of the layers by NF4 ones with double quantization, one after the other."""
-    import bitsandbytes as bnb
-
-    for block in model.base_model.layers:
-        for name, linear in [(n, m) for n, m in block.named_modules() if type(m) is torch.nn.Linear]:
-            new = bnb.nn.Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None,
-                                    compute_dtype=linear.weight.dtype, compress_statistics=True, quant_type="nf4",
-                                    device="meta")  # fmt: skip
-            device = linear.weight.device
-            new.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, compress_statistics=True,
-                                           quant_type="nf4", module=new).to(device)  # fmt: skip
-            new.bias = linear.bias
-            new.support_avx512bf16_for_cpu = False
-            parent, _, last = name.rpartition(".")
-            setattr(block.get_submodule(parent), last, new)
-
-
-def policy_of(model, lora: bool, slots: int) -> Policy:
-    if lora:
-        from peft import LoraConfig, get_peft_model
-
-        settings = LoraConfig(
-            r=32, lora_alpha=64, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(model, settings)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ALIASES["tiny"])  # only asked for a padding id
-    policy = Policy(model, tokenizer, {"lora": lora or None}, set(), max_batch=slots)
-    randomize(policy)
-    no_checkpoint_settings(policy)
-    return policy
-
-
-def stored_bytes(policy: Policy) -> int:
-    """Of all weights that a decode step reads: not those of an embedding that is no head as well."""
-    unread = policy.base.get_input_embeddings().weight
-    total = 0
-    for parameter in policy.model.parameters():
-        if parameter is unread and unread is not policy.base.get_output_embeddings().weight:
-            continue
-        total += parameter.numel() * parameter.element_size()
-        if (state := getattr(parameter, "quant_state", None)) is not None:
-            total += sum(v.numel() * v.element_size() for v in state.as_dict(packed=True).values())
-    return total
-
-
-def copy_bandwidth(device: str) -> float:
-    """Bytes/s, read and written, of copying 1 GiB on the device."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return (2 << 30) / statistics.median(measured(lambda: target.copy_(source))[0] for _ in range(20))
-
-
-def step_seconds(policy: Policy, batch: int) -> float:
-    """Of one decode step of `batch` sequences at a context of 512 to 664 tokens."""
-    prompts, _ = requests(batch, 100_000, 1, 1, (512, 512))
-    short, long = 24, 152  # whole blocks of steps
-    run_engine(policy, prompts, [short] * batch)  # compiles kernels
-    seconds = {n: statistics.median(measured(lambda: run_engine(policy, prompts, [n] * batch))[0] for _ in range(3))
-               for n in (short, long)}  # fmt: skip
-    return (seconds[long] - seconds[short]) / (long - short)
-
-
-def roofline(policy: Policy, kind: str, name: str, bandwidth: float, batches) -> dict:
-    figures, weights = {}, stored_bytes(policy)
-    for batch in batches:
-        seconds = step_seconds(policy, batch)
-        cache = batch * (512 + 88) * shape_of(f"qwen-{name}").kv_bytes
-        share = 100 * (weights + cache) / bandwidth / seconds
-        print(f"  {name} {kind:14} batch {batch:4}   {1e3 * seconds:7.2f} ms a step   {batch / seconds:9.0f} tokens/s"
-              f"   {share:5.1f} % of the roofline")  # fmt: skip
-        figures |= {f"{name}/{kind} ms at {batch}": 1e3 * seconds, f"{name}/{kind} roofline % at {batch}": share}
-    return figures
-
-
-def against_generate(policy: Policy, name: str, quick: bool) -> dict:
-    prompts, lengths = requests(32 if quick else 128, 100_000, 250, 256 if quick else 1024, (200, 400))
-    run_engine(policy, prompts[:4], [8] * 4)
-    run_generate(policy, 4, prompts[:4], [8] * 4)
-    engine = statistics.median(measured(lambda: run_engine(policy, prompts, lengths))[0] for _ in range(3))
-    generate = measured(lambda: run_generate(policy, 64, prompts, lengths))[0]
-    tokens = sum(lengths)
-    print(f"  {name} NF4+LoRA, {len(prompts)} requests, {tokens} tokens: engine, 128 slots {tokens / engine:.0f}/s; "
-          f"generate, batch 64 {tokens / generate:.0f}/s; {generate / engine:.1f}x")  # fmt: skip
-    return {f"{name}/engine tokens per s": tokens / engine, f"{name}/generate tokens per s": tokens / generate,
-            f"{name}/engine over generate": generate / engine}  # fmt: skip
-
-
-def gpu_part(quick: bool, gpu: str, device: str = "cuda") -> dict:
-    bandwidth = copy_bandwidth(device)
-    figures = {"gpu": gpu, "gpu/copy GB per s": bandwidth / 1e9}
-    print(f"GPU: {gpu}, {bandwidth / 1e9:.0f} GB/s copied")
-    batches = (64,) if quick else (1, 16, 64, 128)
-    for name in ("3b", "7b"):
-        model = random_model(f"qwen-{name}", device)
-        for kind, lora in (("bf16", False), ("bf16+LoRA", True), ("NF4", False), ("NF4+LoRA", True)):
-            if kind == "NF4":
-                quantize(model)
-            policy = policy_of(model, lora, slots=128)
-            if kind == "bf16":
-                print(f"  {policy.engine.attention_note}")
-            figures |= roofline(policy, kind, name, bandwidth, batches)
-            if kind == "NF4+LoRA" and name == "3b":
-                figures |= against_generate(policy, name, quick)
-            model = policy.model.unload() if lora else policy.model
-            del policy
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-    return figures
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Speed of sampling.")
     parser.add_argument("--json", help="write the figures there")
@@ -298,10 +157,6 @@ def main() -> int:
     figures = {"machine": f"{platform.machine()} {os.cpu_count()} cores", "load": os.getloadavg()[0],
                "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
     figures |= cpu_part(arguments.quick)
-    if torch.cuda.is_available():
-        figures |= gpu_part(arguments.quick, torch.cuda.get_device_name())
-    else:
-        print("GPU: none here, so nothing of it is measured")
     missed = []
     for name, value in figures.items():
         target = TARGETS.get(name)
