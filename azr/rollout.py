@@ -198,8 +198,10 @@ class Policy:
         position = torch.tensor(position, dtype=torch.int64, device=self.device)
         target = torch.tensor(target, dtype=torch.int64, device=self.device)
         # Rows of one response need no mask: with right padding causal attention never reads it, and SDPA keeps its fast
-        # causal kernel.
-        more = {}
+        # causal kernel. A Qwen can be told so; left to look for itself, transformers asks the device whether rows are
+        # packed, and the host waits.
+        qwen = isinstance(self.engine, Engine) and self.base.config.model_type in ("qwen2", "qwen3")
+        more = {"attention_mask": {"full_attention": None}} if qwen else {}
         if len(rows) < len(indices):
             seen, place = shared_mask(len(rows), length, list(spans.values()))
             more = {"attention_mask": seen.to(self.device), "position_ids": place.to(self.device)}
