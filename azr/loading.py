@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from azr.backoff import allocate_in_segments_that_grow
+from azr.backoff import allocate_in_segments_that_grow, is_out_of_memory
 from azr.gpu import look, why_no_four_bit, why_unusable
 from azr.hub import only_cached
 from azr.lora import fuse
@@ -290,6 +290,7 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
 
+    failed_before = _failed_allocations(device)
     try:
         try:
             model, report = load("sdpa")
@@ -297,9 +298,10 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
             if "scaled_dot_product_attention" not in str(error):
                 raise
             model, report = load("eager")
-    except torch.OutOfMemoryError:
-        raise  # Policy.load says so
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        # transformers turns memory that ran out while it quantized into "some issues during automatic conversion"
+        if is_out_of_memory(error) or _failed_allocations(device) > failed_before:
+            raise torch.OutOfMemoryError("while the weights were loaded") from error
         raise ModelError(f"{name} cannot be loaded as a causal language model: {_one_line(error)}") from error
     # transformers would go on with random values for both
     if missing := sorted(report["missing_keys"]):
@@ -329,6 +331,10 @@ def _say_what_is_not_in_four_bits(name: str, model, dtype) -> None:
     if rest > packed / 4:
         print(f"warning: {name}: {rest / 1e9:.2f} of {(packed + rest) / 1e9:.2f} billion weights are not in 4 bits but "
               f"in {str(dtype)[6:]}, such as {largest[0]}", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _failed_allocations(device) -> int:
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
 
 
 def _take_dtype(name: str, model, dtype) -> None:

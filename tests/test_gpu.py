@@ -8,6 +8,7 @@ import torch
 
 from azr import gpu, loading
 from azr.gpu import Facts, has_kernels, library_problem, why_unusable
+from azr.plan import model_path
 from azr.rollout import ModelError, Policy
 
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
@@ -164,6 +165,34 @@ def test_no_memory_at_load_is_one_line(monkeypatch, tmp_path):
         with pytest.raises(ModelError, match=advice) as caught:
             Policy.load(tmp_path, quantization)
         assert "does not fit the memory" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_memory_while_quantizing_is_not_a_broken_file(monkeypatch):
+    """transformers catches it and raises something else: what counts is that the allocator has failed."""
+    from bitsandbytes.nn import Params4bit
+
+    failures = []
+
+    def full(parameter, device):
+        failures.append(device)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Params4bit, "_quantize", full)
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Policy.load(model_path("tiny"), "nf4", device="cpu")
+    monkeypatch.setattr(loading, "_failed_allocations", lambda device: len(failures))
+    with pytest.raises(ModelError, match="does not fit the memory"):
+        Policy.load(model_path("tiny"), "nf4", device="cpu")
+
+
+def test_what_bitsandbytes_puts_in_place_of_a_missing_library(monkeypatch):
+    from bitsandbytes import cextension
+
+    monkeypatch.delenv("BNB_CUDA_VERSION", raising=False)
+    lost = cextension.ErrorHandlerMockBNBNativeLibrary("No compatible CUDA binary found at /x/libbitsandbytes_cuda140.so")
+    monkeypatch.setattr(cextension, "lib", lost)
+    line = gpu.why_no_four_bit()
+    assert "pip install -U bitsandbytes" in line and "(it has 1" in line and "\n" not in line
 
 
 def test_bitsandbytes_is_looked_at_before_anything_loads(monkeypatch, tmp_path):
