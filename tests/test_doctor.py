@@ -66,7 +66,9 @@ def test_a_machine_without_gpu_with_a_broken_package_and_secrets(tmp_path):
     assert "no CUDA device" in line_of(text, "flash attention")
     for name in ("sdpa attention", "page attention"):
         assert line_of(text, name).startswith("runs in float32")
-    assert "right at width 256, 448" in line_of(text, "4-bit") and "WRONG at 160" in line_of(text, "4-bit")
+    wrong = misread(160)
+    expected = "right at width 256, 448" if wrong else "right at width 160, 256, 448"
+    assert expected in line_of(text, "4-bit") and ("WRONG at 160" in line_of(text, "4-bit")) == wrong
     assert "seccomp True" in line_of(text, "sandbox") and "math" in line_of(text, "training")
     assert line_of(text, "verdict") == "training --model tiny will work here"
     assert "flash-attn is installed but broken; never needed" in text
@@ -143,11 +145,23 @@ def test_the_softmax_of_reference_is_that_of_torch():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what bitsandbytes does on a CPU")
+def misread(width: int) -> bool:
+    """Whether bitsandbytes' kernel for this CPU goes wrong where a block goes on in the next row: the one for AVX-512
+    does, the plain one does not."""
+    bnb = pytest.importorskip("bitsandbytes")
+    weight = torch.randn(64, width, generator=torch.Generator().manual_seed(0))
+    layer = bnb.nn.Linear4bit(width, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4")
+    with torch.no_grad():
+        read = layer.to("cpu")(torch.eye(width)).T
+    return ((read - weight).norm() / weight.norm()).item() > 0.15
+
+
 def test_four_bit_widths_of_the_model_block_it():
-    pytest.importorskip("bitsandbytes")
     assert probes.four_bit([160, 448], needed=False).blocks == []
-    [block] = probes.four_bit([160, 448], needed=True).blocks
-    assert "width 160" in block and "--quantization none" in block
+    blocks = probes.four_bit([160, 448], needed=True).blocks
+    assert len(blocks) == misread(160)
+    assert all("width 160" in block and "--quantization none" in block for block in blocks)
     assert probes.four_bit([2048], needed=True).blocks == []
 
 
