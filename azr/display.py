@@ -86,7 +86,7 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 def header(config, why: str, policy, environment: dict) -> None:
     """What will be trained, on what, and what protects this machine from what it runs."""
     trained, info = sum(p.numel() for p in policy.trainable_parameters()), policy.info
-    base = "4-bit nf4" if info["quantization"] == "nf4" else info["dtype"]
+    base = f"4-bit nf4 and {info['dtype']}" if info["quantization"] == "nf4" else info["dtype"]
     prose(
         f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} weights)"
         f", on {environment['gpu'] or 'the CPU'}; {why}"
