@@ -139,7 +139,7 @@ def optimizer_step(
 
 
 def accumulate_gradient(
-    policy: Policy, samples: list[Sample], config: Config, sizes: Sizes, scale: LossScale
+    policy: Policy, samples: list[Sample], config: Config, sizes: Sizes, scale: LossScale | None = None
 ) -> tuple[float, list]:
     """(loss, columns for `statistics`); adds the gradient of the loss, micro-batch by micro-batch, to the parameters,
     times the scale. The loss is returned without it.
@@ -147,7 +147,7 @@ def accumulate_gradient(
     Samples without advantage have no gradient (but for an entropy bonus): for the metrics they are scored without one.
     Samples of the base, adapter off, are not the policy's to score.
     """
-    groups = [group_number(sample) for sample in samples]
+    scale, groups = scale or LossScale(), [group_number(sample) for sample in samples]
     lengths = [len(sample.completion.ids) for sample in samples]
     # Every token's share of the loss, counted over all samples: micro-batches cannot change the gradient.
     foreign = torch.tensor([bool(sample.objective) for sample in samples], dtype=torch.bool)
