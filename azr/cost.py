@@ -4,15 +4,18 @@
     middle, fast, slow = (step_time(plan, card, pace) for pace in PACES)
     print(render(plan, "qwen-3b", card, why, steps=500, price=0.44))
 
-Decoding is bound by memory: a step of the engine reads the weights once and every sequence's keys and values, or takes
-the products' time at the card's peak, whichever is longer; prefill and update are bound by the products (6 FLOPs a
-weight and trained token: forward, recomputed forward, gradient of the inputs). Peaks are those of the data sheets;
-what is reached of them, and how long a response is, is a guess in three paces, stated with the result. A run measures
-its own steps and corrects this after the third. Left out: evaluations, loading, several GPUs. No torch is imported.
+Decoding is bound by memory and by launching: a step of the engine reads the weights once and every sequence's keys and
+values, or takes the products' time, whichever is longer, and each layer costs a fixed time that no bandwidth shortens.
+Prefill and update are bound by the products (6 FLOPs a weight and trained token: forward, recomputed forward, gradient
+of the inputs). Peaks are those of the data sheets; what is reached of them, and how long a response is, is a guess in
+three paces, stated with the result. The middle one and the time of a layer follow what an H200 measured with a 3B
+(docs/gpu.md); no other card has been measured. A run measures its own steps and corrects this after the third. Left
+out: evaluations, loading, several GPUs. No torch is imported.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import sys
@@ -24,7 +27,7 @@ from azr.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, PlanError, Preset
 
 @dataclass(frozen=True)
 class Card:
-    """GPU memory in GiB, bandwidth in GB/s, dense bf16 products with fp32 sums in TFLOP/s: data-sheet peaks."""
+    """GPU memory in GiB, bandwidth in GB/s, dense half-precision products with fp32 sums in TFLOP/s: data-sheet peaks."""
 
     name: str
     gib: int
@@ -33,7 +36,7 @@ class Card:
 
 
 CARDS = {card.name: card for card in (
-    Card("3070", 8, 448, 41), Card("3060", 12, 360, 25), Card("t4", 16, 320, 8), Card("a4000", 16, 448, 77),
+    Card("3070", 8, 448, 41), Card("3060", 12, 360, 25), Card("t4", 16, 320, 65), Card("a4000", 16, 448, 77),
     Card("4080", 16, 717, 97), Card("3090", 24, 936, 71), Card("4090", 24, 1008, 165), Card("a10", 24, 600, 125),
     Card("l4", 24, 300, 121), Card("5090", 32, 1792, 210), Card("a6000", 48, 768, 155), Card("l40s", 48, 864, 362),
     Card("a100-40", 40, 1555, 312), Card("a100", 80, 1935, 312), Card("h100", 80, 3350, 989), Card("h200", 141, 4800, 989),
@@ -44,22 +47,27 @@ OF_PRESET = {"8gb": "3070", "12gb": "3060", "16gb": "a4000", "24gb": "3090", "32
 
 @dataclass(frozen=True)
 class Pace:
-    """A guess at what decides the time: share of the card's peaks that is reached, mean tokens of a proposal and of an
-    answer, share of proposals that are valid."""
+    """A guess at what decides the time: shares of the card's peaks that are reached, of bandwidth and of products, mean
+    tokens of a proposal and of an answer, share of proposals that are valid."""
 
     name: str
-    reached: float
+    bandwidth: float
+    products: float
     proposal: int
     answer: int
     valid: float
 
 
-PACES = (Pace("middle", 0.45, 400, 400, 0.75), Pace("fast", 0.6, 200, 200, 0.5), Pace("slow", 0.3, 1000, 1000, 1.0))
+PACES = (Pace("middle", 0.6, 0.3, 400, 400, 0.75), Pace("fast", 0.8, 0.4, 200, 200, 0.5),
+         Pace("slow", 0.4, 0.2, 1000, 1000, 1.0))  # fmt: skip
 # The embedded model writes one-line programs; its runs here had 20 to 75 tokens a proposal and 7 to 16 an answer.
-TINY_PACES = (Pace("middle", 0.45, 40, 10, 0.75), Pace("fast", 0.6, 30, 8, 0.6), Pace("slow", 0.3, 60, 20, 1.0))
+TINY_PACES = (Pace("middle", 0.45, 0.45, 40, 10, 0.75), Pace("fast", 0.6, 0.6, 30, 8, 0.6),
+              Pace("slow", 0.3, 0.3, 60, 20, 1.0))  # fmt: skip
 LONGEST_OVER_MEAN = 4  # of the responses of a phase; when few are left, slots stand empty
 PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, tokens
-LAUNCH = 2e-3  # s of a decode step that no bandwidth shortens: LoRA's small products
+# s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
+# on an H200 (3B: 4.5 ms a step at 1 and at 16 rows; 9.4 to 11.7 ms at 16 to 128 rows)
+LAUNCH, LAUNCH_STORED = 1.1e-4, 2.2e-4
 RUNS_A_SECOND = 500  # programs of proposals and answers in the sandbox, with their checks, on two cores
 # Of the embedded model in fp32 on two cores of an AMD EPYC, between its quiet runs (2.5 s a step) and its runs beside
 # others (5 s): s of a decode step, of a row of it a weight, of a trained token a weight.
@@ -149,17 +157,19 @@ def step_time(plan: Plan, card: Card | None, pace: Pace) -> StepTime:
     to_solve = min(SOLVE_PROMPT, int(0.6 * to_propose))
     sampled = proposals * proposal + answers * answer
     trained = sampled + proposals * to_propose + answers * to_solve
+    if card:
+        card = dataclasses.replace(card, bandwidth=card.bandwidth * pace.bandwidth, tflops=card.tflops * pace.products)
     propose = sampling_time(plan, card, proposals, proposal, to_propose, proposals)
     solve = sampling_time(plan, card, answers, answer, to_solve, tasks)
     update = update_time(shape, preset, card, sampled, trained)
-    scale = 1 / pace.reached if card else PACES[0].reached / pace.reached  # a CPU's rates are what was reached
+    scale = 1 if card else TINY_PACES[0].products / pace.products  # a CPU's rates are those of the middle pace
     return StepTime(
         propose * scale, solve * scale, (proposals + answers) / RUNS_A_SECOND, update * scale, sampled, trained
     )
 
 
 def sampling_time(plan: Plan, card: Card | None, responses: int, length: int, prompt: int, distinct: int) -> float:
-    """Seconds at the card's peaks to prefill `distinct` prompts and decode the responses of mean `length`."""
+    """Seconds at the card's rates to prefill `distinct` prompts and decode the responses of mean `length`."""
     shape, slots = plan.shape, max(LEAST_SLOTS, min(plan.preset.max_batch, responses))
     tail = min(plan.preset.max_new_tokens, LONGEST_OVER_MEAN * length)
     steps = max(responses * length / slots, tail)
@@ -167,9 +177,11 @@ def sampling_time(plan: Plan, card: Card | None, responses: int, length: int, pr
     if card is None:
         return steps * (CPU_STEP + rows * shape.parameters * CPU_ROW)
     products = 2 * shape.parameters / (card.tflops * 1e12)
-    read = decode_bytes(shape, plan.preset.quantization, rows) / (card.bandwidth * 1e9)
+    copied = plan.preset.quantization == "none" or "copied weights" in plan.phases["rollout"]
+    read = decode_bytes(shape, "none" if copied else "nf4", rows) / (card.bandwidth * 1e9)
     cache = rows * (prompt + length / 2) * shape.kv_bytes / (card.bandwidth * 1e9)
-    return steps * (max(read, rows * products) + cache + LAUNCH) + distinct * prompt * products
+    launch = shape.layers * (LAUNCH if copied else LAUNCH_STORED)
+    return steps * (max(read, rows * products) + cache + launch) + distinct * prompt * products
 
 
 def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
@@ -180,7 +192,7 @@ def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
 
 
 def update_time(shape: Shape, preset: Preset, card: Card | None, sampled: int, trained: int) -> float:
-    """Seconds at the card's peaks; the head counts for the sampled tokens alone, with the gradient in two halves."""
+    """Seconds at the card's rates; the head counts for the sampled tokens alone, with the gradient in two halves."""
     if card is None:
         return trained * shape.parameters * CPU_TRAINED
     flops = 6 * shape.linear_parameters * trained + 6 * shape.vocabulary * shape.hidden * sampled
@@ -236,8 +248,8 @@ def render(plan: Plan, model: str, card: Card | None, why: str, steps: int, pric
     times = [step_time(plan, card, pace) for pace in chosen]
     lines = [f"card         {why}"]
     if card:
-        lines += [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in bf16"
-                  + ("" if card.name != "t4" else "; a T4 has no bf16: its fp32 products")]  # fmt: skip
+        half = "bf16" if card.name != "t4" else "fp16; a T4 has no bf16"
+        lines += [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}"]
     lines += ["", f"{'time, computed':16}" + "".join(f"{pace.name:>12}" for pace in chosen)]
 
     def row(name: str, cells) -> None:
@@ -253,9 +265,9 @@ def render(plan: Plan, model: str, card: Card | None, why: str, steps: int, pric
     row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in chosen))
     row("  valid", (f"{100 * pace.valid:.0f} %" for pace in chosen))
     if card:
-        row("  of the peaks", (f"{100 * pace.reached:.0f} %" for pace in chosen))
+        row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in chosen))
     source = (
-        "computed, not measured on this card" if card else "from rates measured with the embedded model on two cores"
+        "computed, not measured on this card (an H200 was: docs/gpu.md)" if card else "from rates measured with the embedded model on two cores"
     )
     lines += [f"             {source};", "             a run says after 3 steps what its own steps make of it", ""]
     parts = disk(plan, model, steps, eval_every, keep_states)

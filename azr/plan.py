@@ -247,9 +247,9 @@ def weight_bytes(shape: Shape, quantization: str, value: int = 2) -> float:
 
 
 def layer_bytes(shape: Shape) -> float:
-    """Activations a token saves inside one layer: bf16 values, PEFT's fp32 copy of every adapted module's input."""
-    values = 3 * shape.intermediate + 6 * shape.hidden
-    return 2 * values + 4 * (6 * shape.hidden + shape.intermediate)
+    """Activations a token saves inside one layer: half-precision values, and what its two norms keep in fp32. An H200
+    took 13.1 GB for a micro-batch of 32,768 tokens of a 3B (14.0 GB with what the allocator held), of 13.3 planned."""
+    return 2 * (3 * shape.intermediate + 6 * shape.hidden) + 4 * 3 * shape.hidden
 
 
 def fp32_layer_bytes(shape: Shape, rank: int) -> float:

@@ -44,19 +44,19 @@ def test_parameters_equal_those_of_a_real_model(tmp_path):
 
 def test_bytes_against_reference_figures():
     """GB for NF4 with rank 32 on all matrices, and bytes a token, as worked out independently for 3B and 7B."""
-    for size, weights, lora, kv, layer in (("3B", 2.05, 0.96, 36_864, 182e3), ("7B", 5.55, 1.29, 57_344, 315e3)):
+    for size, weights, lora, kv in (("3B", 2.05, 0.96, 36_864), ("7B", 5.55, 1.29, 57_344)):
         shape = QWEN25[size]
         assert plan.weight_bytes(shape, "nf4") / GB == pytest.approx(weights, rel=0.01)
         assert 16 * shape.lora_parameters(32) / GB == pytest.approx(lora, rel=0.01)
         assert shape.kv_bytes == kv
-        assert plan.layer_bytes(shape) == pytest.approx(layer, rel=0.05)
 
 
-@pytest.mark.parametrize("size, tokens, total", [("3B", 4096, 5.0), ("3B", 8192, 6.6), ("3B", 16384, 9.8),
-                                                 ("7B", 4096, 9.9), ("7B", 8192, 12.5), ("7B", 16384, 17.5)])
-def test_training_totals_against_reference_figures(size, tokens, total):
+@pytest.mark.parametrize("tokens, peak", [(8192, 5.28), (32768, 13.1)])
+def test_training_totals_against_what_an_h200_measured(tokens, peak):
+    """The peak of a micro-batch of a 3B, which had no moments of Adam yet (results/gpu/h200-2026-11-26-second.jsonl)."""
     preset = dataclasses.replace(PRESETS["24gb"], token_budget=tokens)
-    assert sum(plan.memory(QWEN25[size], preset)["training"].values()) / GB == pytest.approx(total, rel=0.07)
+    moments = 8 * QWEN25["3B"].lora_parameters(32) / GB
+    assert sum(plan.memory(QWEN25["3B"], preset)["training"].values()) / GB == pytest.approx(peak + moments, rel=0.05)
 
 
 def test_fp32_takes_twice_the_bytes_on_a_gpu_and_fp16_those_of_bf16():
