@@ -10,6 +10,7 @@ from pathlib import Path
 from gpu.lines import number, read_lines
 
 START, END = "<!-- tables: python tests/bench_gpu.py tables -->", "<!-- end of tables -->"
+LONGEST = 9  # rows of a list among the figures, such as the kernels that took most; the file has them all
 PLANS = (("", ""), (" rollout", " rollout"), (" training", " training"))
 
 
@@ -60,7 +61,7 @@ def counts(rows: list[dict]) -> str:
 
 
 def of_kind(rows: list[dict]) -> list[str]:
-    """The table of a kind; lists among the figures are tables of their own, the list "each" is the rows themselves."""
+    """The table of a kind; lists of kernels among the figures are tables of their own, the list "each" is the rows themselves."""
     flat, lists = [], []
     for row in rows:
         plain = {key: value for key, value in row["figures"].items() if not is_table(value)}
@@ -69,8 +70,8 @@ def of_kind(rows: list[dict]) -> list[str]:
         flat += [{"": row["name"], **one} for one in each] if is_table(each) else []
         flat += [{"": row["name"], **plain}] if not is_table(each) or len(shared) > 1 else []
         for key, value in row["figures"].items():
-            if key != "each" and is_table(value):
-                lists.append(f"{row['name']}, {key}:\n\n{markdown(value)}")
+            if key != "each" and is_table(value) and "us" in value[0]:
+                lists.append(f"{row['name']}, {key}:\n\n{markdown(value[:LONGEST])}")
     by_columns: dict[frozenset, list] = {}
     for row in flat:  # rows that share no column beside the name are tables of their own
         key = next((k for k in by_columns if len(k & row.keys()) > 1), frozenset(row))
