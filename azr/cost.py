@@ -68,6 +68,7 @@ PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, 
 # s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
 # on an H200 (3B: 4.5 ms a step at 1 and at 16 rows; 9.4 to 11.7 ms at 16 to 128 rows)
 LAUNCH, LAUNCH_STORED = 1.1e-4, 2.2e-4
+SHARED_ROW = 4096  # rollout.py: tokens of a row of the update that holds several answers to one prompt
 RUNS_A_SECOND = 500  # programs of proposals and answers in the sandbox, with their checks, on two cores
 # Of the embedded model in fp32 on two cores of an AMD EPYC, between its quiet runs (2.5 s a step) and its runs beside
 # others (5 s): s of a decode step, of a row of it a weight, of a trained token a weight.
@@ -156,7 +157,10 @@ def step_time(plan: Plan, card: Card | None, pace: Pace) -> StepTime:
     to_propose = int(PROPOSE_PROMPT * preset.prompt_tokens)
     to_solve = min(SOLVE_PROMPT, int(0.6 * to_propose))
     sampled = proposals * proposal + answers * answer
-    trained = sampled + proposals * to_propose + answers * to_solve
+    rows = answers  # of the update, each with its prompt; on a GPU the answers to one prompt share rows
+    if card and 2 * answer + to_solve <= SHARED_ROW:
+        rows = tasks * math.ceil(preset.answers * answer / (SHARED_ROW - to_solve))
+    trained = sampled + proposals * to_propose + rows * to_solve
     if card:
         card = dataclasses.replace(card, bandwidth=card.bandwidth * pace.bandwidth, tflops=card.tflops * pace.products)
     propose = sampling_time(plan, card, proposals, proposal, to_propose, proposals)
