@@ -6,7 +6,8 @@
 On a CPU the traffic of the cache decides. So the loop is turned round: not "for each sequence its pages" but "for each
 page the sequences that attend to it". No page is copied, a page that n samples of a prompt share is read once for all
 of them, in one matrix product with all their queries, and no sequence pays for the length of another. The parts are
-added up with the row's own maximum, so the result is the exact softmax.
+added up with the row's own maximum, so the result is the exact softmax. In half precision the products give fp32, as
+those of SDPA do: what is rounded is the probabilities before their product with the values, and the result.
 """
 
 import torch
@@ -62,7 +63,7 @@ class ByPage:
         rows, heads, dim = q.shape
         kv_heads = k_pages.shape[2]
         group = heads // kv_heads
-        query = torch.cat((q * scale, q.new_zeros(1, heads, dim))).view(rows + 1, kv_heads, group, dim)
+        query = torch.cat((q.float() * scale, torch.zeros(1, heads, dim))).view(rows + 1, kv_heads, group, dim)
         scores = [self._scores(query, k_pages, *part) for part in self.parts]
         top = torch.full((rows + 1, kv_heads * group), float("-inf"))
         for (_, index, _), s in zip(self.parts, scores):
@@ -81,8 +82,8 @@ class ByPage:
         units, m = rows.shape
         kv_heads, group, dim = query.shape[1:]
         q = query[rows].transpose(1, 2).reshape(units * kv_heads, m * group, dim)
-        keys = k_pages[pages].transpose(1, 2).reshape(units * kv_heads, self.page_size, dim)
-        s = torch.bmm(q, keys.transpose(1, 2)).float().view(units, kv_heads, m * group, self.page_size)
+        keys = k_pages[pages].transpose(1, 2).reshape(units * kv_heads, self.page_size, dim).float()
+        s = torch.bmm(q, keys.transpose(1, 2)).view(units, kv_heads, m * group, self.page_size)
         if bias is not None:
             s += bias[:, None]
         return s.view(units, kv_heads, m, group, -1).transpose(1, 2).reshape(units, m, kv_heads * group, -1)
@@ -91,6 +92,6 @@ class ByPage:
         """fp32 (units, m, heads, dim): probabilities times the values of each unit's page."""
         units, m, heads, size = p.shape
         p = p.view(units, m, kv_heads, -1, size).transpose(1, 2).reshape(units * kv_heads, -1, size).to(values.dtype)
-        values = values.transpose(1, 2).reshape(units * kv_heads, size, -1)
-        out = torch.bmm(p, values).float().view(units, kv_heads, m, heads // kv_heads, -1)
+        values = values.transpose(1, 2).reshape(units * kv_heads, size, -1).float()
+        out = torch.bmm(p.float(), values).view(units, kv_heads, m, heads // kv_heads, -1)
         return out.transpose(1, 2).reshape(units, m, heads, -1)
