@@ -20,14 +20,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (..., size) over its root mean square, times weight (size,); a new tensor."""
+    """x (..., size) over its root mean square, times weight (size,); a new tensor in the dtype of weight."""
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(eps))
-    return weight * y.to(x.dtype)
+    return (weight * y.to(x.dtype)).to(weight.dtype)
 
 
 def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (tokens, size) += delta; returns the norm of the sum."""
+    """x (tokens, size), fp32 or the dtype of the others, += delta; returns the norm of the sum."""
     return rms_norm(x.add_(delta), weight, eps)
 
 
@@ -89,6 +89,7 @@ def largest_difference(one, other, device: torch.device, dtype: torch.dtype) -> 
     def results(ops) -> list[torch.Tensor]:
         total, cache = x.clone(), torch.zeros(2, 3, 4, 2, 16, dtype=dtype, device=device)
         out = [ops.rms_norm(x, weight, 1e-6), ops.add_rms_norm(total, delta, weight, 1e-6), total]
+        out += [ops.add_rms_norm(x.float().clone(), delta, weight, 1e-6)]  # fp32 residual
         out += [ops.silu_mul(x, delta), *ops.rotate_store(q.clone(), k.clone(), v, cos, sin, *cache, page, offset)]
         return [*out, cache]
 

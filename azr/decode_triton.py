@@ -87,14 +87,14 @@ def rms_norm(x, weight, eps: float) -> torch.Tensor:
     """See `decode_ops.rms_norm`."""
     size = x.shape[-1]
     flat = x.reshape(-1, size)
-    out = torch.empty_like(flat)
+    out = torch.empty(flat.shape, dtype=weight.dtype, device=x.device)
     _norm(flat, flat, weight, out, eps, add=False)
     return out.view(x.shape)
 
 
 def add_rms_norm(x, delta, weight, eps: float) -> torch.Tensor:
     """See `decode_ops.add_rms_norm`."""
-    out = torch.empty_like(x)
+    out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
     _norm(x, delta, weight, out, eps, add=True)
     return out
 

@@ -206,6 +206,7 @@ class Decoder:
         the first half of sin with its sign changed.
         """
         x, ops = F.embedding(ids, self.backbone.embed_tokens.weight), self.ops
+        x = x.float() if getattr(self.backbone, "residual_in_fp32", False) else x  # residual.py
         cos, sin = self.cos[position], self.sin[position]
         norms = [layer.norm for layer in self.layers] + [self.backbone.norm]
         y = ops.rms_norm(x, norms[0].weight, norms[0].variance_epsilon)

@@ -23,6 +23,7 @@ from azr.backends import HFGenerate
 from azr.engine import Completion, Engine, Sampling, Unsupported
 from azr.loading import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
 from azr.paged_attention import AttentionError
+from azr.residual import keep_in_fp32
 from azr.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
 
 __all__ = ["Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
@@ -47,6 +48,7 @@ class Policy:
         # Answers to one prompt are scored in one row of at most so many tokens, the prompt once: half the tokens of a
         # step. 0: every sample alone.
         self.shared_row = SHARED_ROW.get(self.device.type, 0)
+        keep_in_fp32(self.backbone, base.config)
         self.engine = self._engine(engine_options)
 
     @classmethod
