@@ -1,0 +1,254 @@
+"""The engine's CUDA branches, run: graphs, memory, back-off, on a card that is pretended on the CPU with real numbers.
+
+The pretended card computes what the CPU computes, so tokens must equal those of the plain CPU path, and it counts what
+a GPU would make expensive or impossible: waits of the host, memory that outlives a call.
+"""
+
+import contextlib
+import gc
+import weakref
+
+import pytest
+import torch
+from guard import why_no_guard
+from pretended_card import CARD, HostWait, PretendedCard, on_card
+
+from azr import engine as engine_module
+from azr import paged_attention
+from azr import sampling as sampling_module
+from azr.backoff import DoesNotFit
+from azr.rollout import LoraSettings, Policy
+from azr.sampling import Sampling
+from test_rollout import made_up_tokenizer, make_model, stirred
+
+pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=str(why_no_guard()))
+
+PAGE = 32
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory) -> Policy:
+    """A random model of two layers with an adapter that does something; plain CPU path, one step a block."""
+    directory = make_model(tmp_path_factory.mktemp("small"), made_up_tokenizer(), vocab=320)
+    return stirred(Policy.load(directory, "none", lora=LoraSettings(rank=4, alpha=8), device="cpu", attn="sdpa"))
+
+
+def request(prompts: int, n: int, call: int = 0) -> dict:
+    """Prompts of different lengths, other ones in each call."""
+    ids = [[1 + (31 * i + 7 * j + call) % 250 for j in range(5 + 9 * i)] for i in range(prompts)]
+    return dict(prompt_ids=ids, n=n, seeds=[[1000 * call + 10 * i + j for j in range(n)] for i in range(prompts)])
+
+
+@contextlib.contextmanager
+def no_collection():
+    """What dies here dies because nothing refers to it, not because Python looked for circles."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@pytest.fixture
+def watched(monkeypatch) -> list[weakref.ref]:
+    """Weak references to every decoding and its KV cache."""
+    references = []
+    original = engine_module._Decoding.run
+
+    def run(self):
+        references.extend([weakref.ref(self), weakref.ref(self.cache)])
+        return original(self)
+
+    monkeypatch.setattr(engine_module._Decoding, "run", run)
+    return references
+
+
+def alive(references) -> list[str]:
+    return [type(r()).__name__ for r in references if r() is not None]
+
+
+# ------------------------------------------------------------------------------------------------------- same tokens
+
+CASES = {
+    "temperature 1": (Sampling(max_new_tokens=21), {}),
+    "greedy": (Sampling(temperature=0, max_new_tokens=9), {}),
+    "top-p 0.95": (Sampling(top_p=0.95, max_new_tokens=9), {}),
+    "few pages: preempted and prefilled again": (Sampling(max_new_tokens=21, stop=()), {"pages": 9}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_graphs_sample_what_plain_steps_sample(name, watched, monkeypatch, on_cpu):
+    """Blocks of 8 steps that no limit is a multiple of, batches of 1 to 12 rows in graphs of 1 to 16."""
+    sampling, options = CASES[name]
+    monkeypatch.setattr(sampling_module, "CUT", 16)  # so that some rows need the exact truncation
+    asked = request(4, 3)
+    expected = on_cpu.generate(**asked, sampling=sampling)
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=12, **options)
+        before = card.live
+        with no_collection():
+            found = policy.generate(**asked, sampling=sampling)
+            assert not alive(watched) and card.live == before
+        assert policy.engine.block == 8 and card.captures and set(card.waits) == {"aten::_to_copy"} | (
+            {"aten::_local_scalar_dense"} if sampling.top_p < 1 else set()
+        )
+        assert sum(card.waits.values()) <= 3 * (sampling.max_new_tokens // 8 + 1 + 2) * (1 + bool(options))
+    pairs = [(a, b) for one, two in zip(expected, found) for a, b in zip(one, two)]
+    assert [a.ids for a, _ in pairs] == [b.ids for _, b in pairs]
+    assert max(abs(x - y) for a, b in pairs for x, y in zip(a.log_probs, b.log_probs)) < 1e-5
+
+
+def test_attention_auto_without_a_kernel_is_sdpa(capsys, on_cpu):
+    with PretendedCard():
+        policy = on_card(on_cpu)
+    assert policy.engine.attention == "sdpa" and "triton cannot be used" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- nothing outlives its call
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_at_the_second(*_, seen=[]):  # noqa: B006
+    seen.append(1)
+    if len(seen) % 2 == 0:
+        raise Stopped
+
+
+def test_nothing_is_alive_after_a_call_that_raised(watched, on_cpu):
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=8)
+        before = card.live
+        with no_collection():
+            with contextlib.suppress(Stopped):
+                policy.generate(**request(4, 3), sampling=Sampling(max_new_tokens=12), on_finish=stop_at_the_second)
+            assert len(watched) == 2 and not alive(watched) and card.live == before
+
+
+def test_a_wait_in_a_captured_step_is_refused_and_leaves_nothing(watched, monkeypatch, on_cpu):
+    original = paged_attention._sdpa
+
+    def asks(q, keys, values, table, lengths, scale):
+        assert lengths.max().item() > 0
+        return original(q, keys, values, table, lengths, scale)
+
+    monkeypatch.setattr(paged_attention, "_sdpa", asks)
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=8)
+        before = card.live
+        with no_collection():
+            try:
+                policy.generate(**request(2, 2), sampling=Sampling(max_new_tokens=12))
+                refused = ""
+            except HostWait as error:
+                refused = str(error)
+            assert "_local_scalar_dense while a graph is captured" in refused
+            assert not alive(watched) and card.live == before
+
+
+# ----------------------------------------------------------------------------------------------------------- back-off
+
+
+def propose_and_solve(policy: Policy, calls: range) -> list[tuple[int, int]]:
+    """Slots and pages after each call: one answer to each of 6 prompts, then three, and so on."""
+    sizes = []
+    for call in calls:
+        policy.generate(**request(6, 1 + 2 * (call % 2), call), sampling=Sampling(max_new_tokens=8, stop=()))
+        sizes.append((policy.engine.max_batch, policy.engine.pages))
+    return sizes
+
+
+def test_twenty_calls_of_propose_and_solve_keep_slots_and_pages(capsys, on_cpu):
+    """The card has what the two kinds of call needed at most when memory was plenty, and 5 % more: a cache that outlived
+    its call would take the place of the next one's."""
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=16, cache_bytes=786_432)
+        propose_and_solve(policy, range(2))
+        before, card.memory = card.live, card.live + int(1.05 * (card.peak - card.live))
+        with no_collection():
+            sizes = propose_and_solve(policy, range(20))
+            assert card.live == before
+    assert sizes == [(16, 48)] * 20
+    assert "out of memory" not in capsys.readouterr().err
+
+
+def test_a_card_that_is_too_small_frees_once_then_halves_and_settles(capsys, on_cpu):
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=16, pages=64)
+        one = policy.engine.page_bytes()
+        card.memory = card.live + 24 * one  # cache_bytes is not looked at: the pages were given
+        policy.engine.cache_bytes = 64 * one
+        sizes = []
+        for call in range(4):
+            policy.generate(**request(6, 3, call), sampling=Sampling(max_new_tokens=12, stop=()))
+            sizes.append((policy.engine.max_batch, policy.engine.pages))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert "freed what was cached, and once more" in lines[0] and "max_batch 16 -> " in lines[1]
+    assert sum("freed" in line for line in lines) == 1, lines
+    assert len(set(sizes)) == 1 and sizes[0][0] < 16
+
+
+def test_a_card_on_which_nothing_fits_says_so(on_cpu):
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=4, pages=16)
+        policy.engine.cache_bytes, card.memory = 16 * policy.engine.page_bytes(), card.live + 1000
+        with pytest.raises(DoesNotFit, match="lower --max-new-tokens or --prompt-tokens"):
+            policy.generate(**request(2, 2), sampling=Sampling(max_new_tokens=8, stop=()))
+
+
+# ------------------------------------------------------------------------------------------------ the instrument itself
+
+
+def test_what_waits_is_counted_and_refused_under_capture():
+    waits = {
+        "item": lambda x: x.sum().item(), "bool": lambda x: bool(x.any()), "nonzero": lambda x: x.nonzero(),
+        "mask": lambda x: x[x > 1], "equal": lambda x: torch.equal(x, x), "cpu": lambda x: x.cpu(),
+        "tolist": lambda x: x.tolist(), "to host": lambda x: torch.zeros(3).copy_(x),
+        "from host": lambda x: x.copy_(torch.zeros(3)),
+    }  # fmt: skip
+    with PretendedCard() as card:
+        x = torch.arange(3.0, device="cuda")
+        for name, wait in waits.items():
+            before = sum(card.waits.values())
+            wait(x)
+            assert sum(card.waits.values()) == before + (name != "from host"), name
+            with pytest.raises(HostWait), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                wait(x)
+
+
+def test_devices_do_not_mix():
+    with PretendedCard():
+        x = torch.ones(3, device="cuda")
+        assert (x + torch.tensor(1.0)).device == CARD  # a number of the host is taken
+        with pytest.raises(RuntimeError, match="tensors on cuda:0 and a CPU tensor of shape"):
+            x + torch.ones(3)
+
+
+def test_a_graph_replays_into_the_same_memory_and_keeps_numbers_of_the_host():
+    with PretendedCard():
+        graph, x, factor = torch.cuda.CUDAGraph(), torch.ones(3, device="cuda"), 2
+        with torch.cuda.graph(graph):
+            y = x[:2] * factor
+            y[0] = 7
+        x.fill_(5)
+        factor = 3  # noqa: F841  what Python computed stays as it was
+        graph.replay()
+        assert y.tolist() == [7, 10]
+
+
+def test_memory_is_counted_by_storage_and_freed_memory_stays_reserved():
+    with PretendedCard(memory=1000) as card:
+        x = torch.zeros(100, device="cuda")
+        y = x.view(10, 10)[3:]
+        del x
+        assert card.live == 400 and torch.cuda.mem_get_info() == (600, 1000)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.zeros(200, device="cuda")
+        del y
+        assert card.live == 0 and torch.cuda.mem_get_info() == (600, 1000)
+        torch.cuda.empty_cache()
+        assert torch.cuda.mem_get_info() == (1000, 1000)
