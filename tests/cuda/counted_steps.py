@@ -1,0 +1,167 @@
+"""One step of each kind on fake CUDA tensors, counted: decode with its sampling, prefill, scoring, the update.
+
+    count = decode_step(QWEN25["3B"], "nf4", "stored", rows=128)
+    count.kernels_on("h100").total(), count.bytes_on("h100").total()
+
+The project's own code runs, by way of its engine and its policy. A model of one layer and one of two are counted; the
+others add what the second one does. The Triton kernels of the attention cannot be launched: each launch is counted
+with the bytes of the keys and values of CONTEXT tokens a row.
+"""
+
+import contextlib
+import types
+
+import torch
+from fake_policy import fake_cuda, fake_policy
+from kernel_count import KernelCount, scaled
+
+from azr import engine, paged_triton
+from azr.plan import Shape
+from azr.sampling import Sampling, sample_without_wait
+from azr.scoring import ChunkedLogProb
+
+CONTEXT = 600  # tokens of a row in the cache: a prompt of 350 and half of an answer of 500
+PROMPT, PROMPTS = 350, 23  # tokens, and what fits into a prefill of 8,192
+UPDATE = (4, 2048)  # samples, tokens of each: a micro-batch of 8,192
+RANK = 32
+WEIGHTS = {"bf16": ("none", "stored"), "NF4, unpacked for sampling": ("nf4", "bf16"), "NF4": ("nf4", "stored")}
+
+
+class Launches:
+    """Stands in for a Triton kernel: `kernel[grid](arguments)` adds a launch and the bytes of `size(arguments)`."""
+
+    def __init__(self, count: KernelCount, name: str, size):
+        self.count, self.name, self.size = count, name, size
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.count.add(self.name, self.size(*args))
+
+
+@contextlib.contextmanager
+def triton_counted(count: KernelCount):
+    def split(q, k_pages, v_pages, table, lengths, partial, log_sum, *rest):
+        rows, heads, dim = q.shape
+        keys = rows * CONTEXT * k_pages.shape[2] * dim * k_pages.element_size()
+        used = rows * heads * -(-CONTEXT // paged_triton.SPLIT) * (dim + 1) * 4
+        return 2 * keys + used + q.numel() * q.element_size() + table.numel() * table.element_size()
+
+    def combine(partial, log_sum, lengths, out, *rest):
+        rows, heads, dim = out.shape
+        return rows * heads * (-(-CONTEXT // paged_triton.SPLIT) * (dim + 1) * 4 + dim * out.element_size())
+
+    kernels = paged_triton._split_kernel, paged_triton._combine_kernel
+    paged_triton._split_kernel = Launches(count, "attention, splits", split)
+    paged_triton._combine_kernel = Launches(count, "attention, combined", combine)
+    try:
+        yield
+    finally:
+        paged_triton._split_kernel, paged_triton._combine_kernel = kernels
+
+
+def decoding(policy, rows: int, weights: str):
+    """A call of `generate` in its middle: `rows` sequences run, with CONTEXT tokens each."""
+    e = policy.engine
+    e.attention, e.page_size = "triton", 64  # not chosen by trying it out, as there is nothing to run it
+    e.decoder.prepare(weights, 1024)
+    sequences = [engine.Sequence(i, tuple(range(PROMPT)), 512) for i in range(rows)]
+    return engine._Decoding(e, sequences, list(range(rows)), PROMPT + 512, Sampling(stop=()), engine._Done(1, rows, None))
+
+
+def each_layer(run, shape: Shape, layers: int | None = None) -> KernelCount:
+    """run(layers, count) for one layer and for two, scaled to the shape's; `layers`: for so many, not scaled."""
+    counts = []
+    for number in (layers,) if layers else (1, 2):
+        counts.append(KernelCount())
+        with fake_cuda():
+            run(number, counts[-1])
+    return counts[0] if layers else scaled(*counts, shape.layers)
+
+
+def decode_step(shape: Shape, weights: str, rows: int, lora_rank: int | None = RANK,
+                sampling: Sampling = Sampling(stop=()), layers: int | None = None) -> KernelCount:  # fmt: skip
+    """Hidden states, logits and a token of `rows` sequences. weights: a key of WEIGHTS."""
+    quantization, rollout = WEIGHTS[weights]
+
+    @torch.no_grad()
+    def run(number: int, count: KernelCount) -> None:
+        policy = fake_policy(shape, quantization, lora_rank, number, max_batch=rows)
+        d = decoding(policy, rows, rollout)
+        token, position = torch.zeros(2, rows, dtype=torch.int64, device="cuda")
+        table = torch.zeros(rows, d.width, dtype=torch.int64, device="cuda")
+        with triton_counted(count), count:
+            hidden = d.hidden(token, position, table)
+            logits = policy.engine.head(hidden)
+            token, log_prob, _ = sample_without_wait(logits, sampling, d.seeds, position)
+        assert hidden.dtype == torch.bfloat16 and logits.dtype == log_prob.dtype == torch.float32
+        assert token.dtype == torch.int64 and token.shape == log_prob.shape == (rows,)
+
+    return each_layer(run, shape, layers)
+
+
+def prefill_step(shape: Shape, weights: str, lora_rank: int | None = RANK) -> KernelCount:
+    """PROMPTS different prompts of PROMPT tokens."""
+    quantization, rollout = WEIGHTS[weights]
+
+    @torch.no_grad()
+    def run(number: int, count: KernelCount) -> None:
+        policy = fake_policy(shape, quantization, lora_rank, number, max_batch=PROMPTS)
+        d = decoding(policy, PROMPTS, rollout)
+        pages = engine.pages_for(PROMPT, policy.engine.page_size)
+        fresh = [(engine.Group(tuple(range(PROMPT))), list(range(1, pages + 1))) for _ in range(PROMPTS)]
+        with count:
+            d._prefill(fresh)
+        assert all(group.logits.dtype == torch.float32 for group, _ in fresh)
+
+    return each_layer(run, shape)
+
+
+def scoring(shape: Shape, quantization: str, lora_rank: int | None = RANK) -> KernelCount:
+    """Log-probs without a gradient, `Policy.score`."""
+
+    def run(number: int, count: KernelCount) -> None:
+        policy = fake_policy(shape, quantization, lora_rank, number)
+        rows, tokens = UPDATE
+        with count:
+            scored = next(policy.score([[1] * PROMPT] * rows, [[2] * (tokens - PROMPT)] * rows))
+        assert scored.log_prob.dtype == scored.entropy.dtype == torch.float32
+
+    return each_layer(run, shape)
+
+
+def log_probs(shape: Shape, backward: bool = True, entropy: bool = False) -> KernelCount:
+    """`ChunkedLogProb` of the tokens of an update, its gradient of the hidden states included; no layer."""
+    count, tokens = KernelCount(), UPDATE[0] * UPDATE[1]
+    with fake_cuda():
+        hidden = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(shape.vocabulary, shape.hidden, dtype=torch.bfloat16, device="cuda")
+        target = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        # autograd's engine has no thread for a pretended device: its two halves are called by hand
+        ctx = types.SimpleNamespace(needs_input_grad=(backward,), set_materialize_grads=lambda value: None)
+        ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
+        with count, torch.no_grad():
+            out = ChunkedLogProb.forward(ctx, hidden, weight, target)
+            if backward:
+                slope = torch.empty(tokens, device="cuda")
+                gradient = ChunkedLogProb.backward(ctx, slope, slope if entropy else None)[0]
+                assert gradient.shape == hidden.shape and gradient.dtype == hidden.dtype
+        assert all(t.dtype == torch.float32 and t.device.type == "cuda" for t in out)
+    return count
+
+
+def update(shape: Shape, quantization: str, lora_rank: int = RANK) -> KernelCount:
+    """The layers of an update: forward, recomputed, backward. On fake bf16 tensors that say "cpu", since autograd
+    refuses a pretended CUDA device: the same modules and operations, but attention is the CPU's one kernel. The 4-bit
+    product, of more than 1,536 rows, is unpacked on every card."""
+    counts = []
+    for number in (1, 2):
+        counts.append(KernelCount(device="cpu"))
+        with fake_cuda():
+            policy = fake_policy(shape, quantization, lora_rank, number, device="cpu")
+            policy.checkpoint_activations()
+            policy.model.train()
+            with counts[-1]:
+                hidden = policy.backbone(torch.zeros(UPDATE, dtype=torch.int64), use_cache=False).last_hidden_state
+                hidden.backward(torch.empty_like(hidden))
+            parameters = policy.trainable_parameters()
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters)
+    return scaled(*counts, shape.layers)
