@@ -1,6 +1,6 @@
 """One step of each kind on fake CUDA tensors, counted: decode with its sampling, prefill, scoring, the update.
 
-    count = decode_step(QWEN25["3B"], "nf4", "stored", rows=128)
+    count = decode_step(QWEN25["3B"], "NF4", rows=128)
     count.kernels_on("h100").total(), count.bytes_on("h100").total()
 
 The project's own code runs, by way of its engine and its policy. A model of one layer and one of two are counted; the
@@ -9,6 +9,7 @@ with the bytes of the keys and values of CONTEXT tokens a row.
 """
 
 import contextlib
+import functools
 import types
 
 import torch
@@ -23,7 +24,9 @@ from azr.scoring import ChunkedLogProb
 CONTEXT = 600  # tokens of a row in the cache: a prompt of 350 and half of an answer of 500
 PROMPT, PROMPTS = 350, 23  # tokens, and what fits into a prefill of 8,192
 UPDATE = (4, 2048)  # samples, tokens of each: a micro-batch of 8,192
+SCORED = 2048  # tokens of log-probs and of scoring: two chunks, all others are alike
 RANK = 32
+SAMPLING = Sampling(stop=())  # temperature 1, top-p 1
 WEIGHTS = {"bf16": ("none", "stored"), "NF4, unpacked for sampling": ("nf4", "bf16"), "NF4": ("nf4", "stored")}
 
 
@@ -77,8 +80,9 @@ def each_layer(run, shape: Shape, layers: int | None = None) -> KernelCount:
     return counts[0] if layers else scaled(*counts, shape.layers)
 
 
+@functools.cache
 def decode_step(shape: Shape, weights: str, rows: int, lora_rank: int | None = RANK,
-                sampling: Sampling = Sampling(stop=()), layers: int | None = None) -> KernelCount:  # fmt: skip
+                sampling: Sampling = SAMPLING, layers: int | None = None) -> KernelCount:  # fmt: skip
     """Hidden states, logits and a token of `rows` sequences. weights: a key of WEIGHTS."""
     quantization, rollout = WEIGHTS[weights]
 
@@ -98,6 +102,7 @@ def decode_step(shape: Shape, weights: str, rows: int, lora_rank: int | None = R
     return each_layer(run, shape, layers)
 
 
+@functools.cache
 def prefill_step(shape: Shape, weights: str, lora_rank: int | None = RANK) -> KernelCount:
     """PROMPTS different prompts of PROMPT tokens."""
     quantization, rollout = WEIGHTS[weights]
@@ -115,22 +120,23 @@ def prefill_step(shape: Shape, weights: str, lora_rank: int | None = RANK) -> Ke
     return each_layer(run, shape)
 
 
+@functools.cache
 def scoring(shape: Shape, quantization: str, lora_rank: int | None = RANK) -> KernelCount:
-    """Log-probs without a gradient, `Policy.score`."""
+    """`Policy.score` without a gradient, of one sample of SCORED tokens."""
 
     def run(number: int, count: KernelCount) -> None:
         policy = fake_policy(shape, quantization, lora_rank, number)
-        rows, tokens = UPDATE
         with count:
-            scored = next(policy.score([[1] * PROMPT] * rows, [[2] * (tokens - PROMPT)] * rows))
+            scored = next(policy.score([[1] * PROMPT], [[2] * (SCORED - PROMPT)]))
         assert scored.log_prob.dtype == scored.entropy.dtype == torch.float32
 
     return each_layer(run, shape)
 
 
+@functools.cache
 def log_probs(shape: Shape, backward: bool = True, entropy: bool = False) -> KernelCount:
-    """`ChunkedLogProb` of the tokens of an update, its gradient of the hidden states included; no layer."""
-    count, tokens = KernelCount(), UPDATE[0] * UPDATE[1]
+    """`ChunkedLogProb` of SCORED tokens, its gradient of the hidden states included; no layer."""
+    count, tokens = KernelCount(), SCORED
     with fake_cuda():
         hidden = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="cuda")
         weight = torch.empty(shape.vocabulary, shape.hidden, dtype=torch.bfloat16, device="cuda")
@@ -148,6 +154,7 @@ def log_probs(shape: Shape, backward: bool = True, entropy: bool = False) -> Ker
     return count
 
 
+@functools.cache
 def update(shape: Shape, quantization: str, lora_rank: int = RANK) -> KernelCount:
     """The layers of an update: forward, recomputed, backward. On fake bf16 tensors that say "cpu", since autograd
     refuses a pretended CUDA device: the same modules and operations, but attention is the CPU's one kernel. The 4-bit

@@ -1,0 +1,38 @@
+"""The Triton kernels of azr/paged_triton.py as machine code for cards from Ampere to Blackwell, without a card."""
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="no Triton, whose kernels these are (pip install triton)")
+
+import performance_page  # noqa: E402
+from compiled_kernels import SHARED, compile_for  # noqa: E402
+
+from azr.plan import QWEN25  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """Compiled here, not found in a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("model", performance_page.MODELS)
+def test_nothing_spills_and_shared_memory_suffices(model, capability):
+    shape = QWEN25[model]
+    reports = compile_for(capability, shape.heads, shape.kv_heads, shape.head_dim)
+    for name, report in reports.items():
+        assert report.spilled == 0 and report.registers <= 128, (name, report)
+        assert report.shared <= SHARED[capability][0] and report.programs(capability) >= 2, (name, report)
+    assert reports["splits"].tensor_cores and not reports["combined"].tensor_cores
+
+
+def test_the_page_shows_these_kernels():
+    if triton.__version__ != performance_page.COMPILED_WITH:
+        pytest.skip(f"the page is made with Triton {performance_page.COMPILED_WITH}, not {triton.__version__}")
+    shown = performance_page.section(performance_page.PAGE.read_text(encoding="utf-8"), "compiled")
+    assert shown == performance_page.counted("compiled"), (
+        "docs/performance.md is old: python tests/cuda/performance_page.py --write"
+    )
