@@ -67,7 +67,8 @@ def decoding(policy, rows: int, weights: str):
     e.attention, e.page_size = "triton", 64  # not chosen by trying it out, as there is nothing to run it
     e.decoder.prepare(weights, 1024)
     sequences = [engine.Sequence(i, tuple(range(PROMPT)), 512) for i in range(rows)]
-    return engine._Decoding(e, sequences, list(range(rows)), PROMPT + 512, Sampling(stop=()), engine._Done(1, rows, None))
+    done = engine._Done(1, rows, None)
+    return engine._Decoding(e, sequences, list(range(rows)), PROMPT + 512, SAMPLING, done)
 
 
 def each_layer(run, shape: Shape, layers: int | None = None) -> KernelCount:

@@ -10,6 +10,7 @@ what a kernel would compute is left out. Needs the guard of guard.py.
 import contextlib
 import dataclasses
 import functools
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,8 @@ from bitsandbytes.functional import QuantState
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, masking_utils
 
 from azr.loading import LoraSettings, _new_lora, _settle
 from azr.plan import Shape, model_path
@@ -40,15 +41,10 @@ def fake_cuda():
                (F, "scaled_dot_product_attention", attention_of_a_gpu),
                # transformers builds a mask where it cannot look whether one is needed, as it can on a GPU
                (masking_utils, "is_tracing", lambda tensor=None: False)]  # fmt: skip
-    before = [getattr(owner, name) for owner, name, _ in patches]
-    try:
-        for owner, name, value in patches:
-            setattr(owner, name, value)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        for (owner, name, _), value in zip(patches, before):
-            setattr(owner, name, value)
+    with contextlib.ExitStack() as stack:
+        for patched in patches:
+            stack.enter_context(patch.object(*patched))
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
 def attention_of_a_gpu(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -76,23 +72,15 @@ def fake_policy(shape: Shape, quantization: str, lora_rank: int | None = None, l
     layers: fewer than the shape has. device "cpu": for a backward pass, which PyTorch refuses on a pretended device.
     """
     shape = dataclasses.replace(shape, layers=layers or shape.layers)
-    with _no_fakes():
+    with _disable_current_modes():
         model = _on_meta(shape, quantization)
         info = {"quantization": quantization, "lora": None}
         if lora_rank:
             model, info["lora"] = _new_lora(model, LoraSettings(lora_rank, 2.0 * lora_rank), "fake", 0)
         tokenizer = _tokenizer()
-    _materialize(model, torch.device(device), quantization)
+    _materialize(model, torch.device(device))
     options = dict(attn="sdpa", cache_bytes=1 << 32, pages=10_000) | engine_options
     return Policy(model.eval(), tokenizer, info, set(), **options)
-
-
-@contextlib.contextmanager
-def _no_fakes():
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield
 
 
 def _on_meta(shape: Shape, quantization: str):
@@ -118,7 +106,7 @@ def _on_meta(shape: Shape, quantization: str):
     return model
 
 
-def _materialize(model, device: torch.device, quantization: str) -> None:
+def _materialize(model, device: torch.device) -> None:
     """Fake tensors on the device in place of those without one; what is shared stays shared."""
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():

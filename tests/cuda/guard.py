@@ -36,6 +36,6 @@ def why_no_guard() -> str | None:
         built = subprocess.run(command, capture_output=True, text=True)
         if built.returncode:
             lines = [line for line in built.stderr.splitlines() if "error" in line] or built.stderr.splitlines()
-            return f"{compiler} cannot build the device guard of the pretended card: {lines[0] if lines else 'no reason'}"
+            return f"{compiler} cannot build the device guard of the pretended card: {' '.join(lines[:1])}"
         ctypes.CDLL(str(library))  # stays loaded when its file is gone
     return None

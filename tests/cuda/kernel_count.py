@@ -14,10 +14,9 @@ from collections import Counter
 
 import torch
 from four_bit_rule import UNPACKED, launches
+from operations import WAITS, name_of, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-WAITS = {"_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
 NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
              "detach", "_reshape_alias", "resize_", "set_"}  # fmt: skip
 LOOK_UP = {"embedding", "index", "index_select", "gather"}
@@ -66,11 +65,9 @@ class KernelCount(TorchDispatchMode):
         return self._counted(func, args, kwargs, func(*args, **kwargs))
 
     def _counted(self, func, args, kwargs, out):
-        space, name = func._schema.name.split("::")
-        if space == "prim":  # asks a tensor what it is
+        if func.namespace == "prim":  # asks a tensor what it is
             return out
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        name, given, made = name_of(func), tensors_in((args, kwargs)), tensors_in(out)
         on_device = any(t.device.type == self.device for t in given + made)
         if name in WAITS or self._to_host(name, given, made):
             self.waits.append(str(func))

@@ -83,12 +83,14 @@ def passes_table() -> str:
     from azr.cost import CARDS
     from azr.plan import QWEN25
 
-    lines = [["model", "pass", "weights", "tokens", "kernels", "MB a token", *(f"{n}, tokens/s" for n in NAMES.values())]]
+    rates = [f"{name}, tokens/s" for name in NAMES.values()]
+    lines = [["model", "pass", "weights", "tokens", "kernels", "MB a token", *rates]]
     for model in MODELS:
         shape, tokens = QWEN25[model], UPDATE[0] * UPDATE[1]
         passes = [("prefill", name, prefill_step(shape, weights), PROMPT * PROMPTS) for weights, name in SHOWN.items()]
         passes.append(("scoring", "NF4", scoring(shape, "nf4"), SCORED))
-        passes += [("update, layers", name, update(shape, q), tokens) for q, name in (("none", "bf16"), ("nf4", "NF4"))]
+        for quantization, name in (("none", "bf16"), ("nf4", "NF4")):
+            passes.append(("update, layers", name, update(shape, quantization), tokens))
         passes.append(("update, log-probs", "", log_probs(shape), SCORED))
         if model == MODELS[0]:
             passes.append(("the same with an entropy bonus", "", log_probs(shape, entropy=True), SCORED))
@@ -145,19 +147,18 @@ def main() -> int:
     import triton
     from guard import why_no_guard
 
-    if reason := why_no_guard():
+    reason = why_no_guard()
+    if reason is None and triton.__version__ != COMPILED_WITH:
+        reason = f"the page is made with Triton {COMPILED_WITH}, not {triton.__version__}"
+    if reason:
         print(f"performance_page.py: {reason}", file=sys.stderr)
-        return 2
-    if triton.__version__ != COMPILED_WITH:
-        print(f"performance_page.py: the page is made with Triton {COMPILED_WITH}, not {triton.__version__}", file=sys.stderr)
         return 2
     page = PAGE.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for name in TABLES:
-            page = page.replace(section(page, name), counted(name)) if section(page, name) else page.replace(
-                f"<!-- {name}: begin -->\n", f"<!-- {name}: begin -->\n{counted(name)}"
-            )  # fmt: skip
+            begin = f"<!-- {name}: begin -->\n"
+            page = page.replace(begin + section(page, name), begin + counted(name))
     if options.write:
         PAGE.write_text(page, encoding="utf-8")
     else:

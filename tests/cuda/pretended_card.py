@@ -14,24 +14,24 @@
   results to the same storages. What was not captured by address, such as a number that Python computed, stays as it
   was, as it does in a CUDA graph.
 
-Left out: autograd, streams (there is one, in order), several cards, and kernels that exist for GPUs only.
+Left out: autograd, streams (there is one, in order), several cards, pinned memory, kernels that exist for GPUs only.
 """
 
 import contextlib
 import copy
 from collections import Counter
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from operations import WAITS, name_of, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from azr.rollout import Policy
 
 CARD = torch.device("cuda", 0)
-WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::item", "aten::is_nonzero", "aten::masked_select",
-         "aten::equal", "aten::unique_dim", "aten::_unique2", "aten::bincount", "aten::repeat_interleave"}  # fmt: skip
-COPIES = ("aten::_to_copy", "aten::copy_")
-EMPTY = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty")
+COPIES = ("_to_copy", "copy_")
+EMPTY = ("empty", "empty_like", "empty_strided", "new_empty")
 
 
 class HostWait(RuntimeError):
@@ -102,7 +102,8 @@ class OnCard(torch.Tensor):
 
 
 class PretendedCard(TorchDispatchMode):
-    """See the module. memory: bytes; live, peak: bytes in use, now and at most; waits: name -> times; captures: operations of each graph."""
+    """See the module. memory: bytes there are; live, peak: bytes in use, now and at most; waits: operation -> times;
+    captures: operations in each graph."""
 
     def __init__(self, memory: int = 1 << 40):
         super().__init__()
@@ -112,9 +113,8 @@ class PretendedCard(TorchDispatchMode):
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
-        for owner, name, value in self._patches():
-            self.stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, value)
+        for patched in self._patches():
+            self.stack.enter_context(patch.object(*patched))
         # torch.tensor(..., device="cuda") is made on the CPU and moved, as under a FakeTensorMode
         self.stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
@@ -152,32 +152,23 @@ class PretendedCard(TorchDispatchMode):
         return self._run(func, args, kwargs or {})
 
     def _run(self, func, args, kwargs):
-        name = func._schema.name if hasattr(func, "_schema") else func.__name__
-        given = _tensors((args, tuple(kwargs.values())))
-        wanted = kwargs.get("device")
-        to_card = wanted is not None and torch.device(wanted).type == "cuda"
-        if not to_card and not any(isinstance(t, OnCard) for t in given):
+        name, given = name_of(func), tensors_in((args, kwargs))
+        wanted = kwargs.get("device") and torch.device(kwargs["device"]).type
+        if wanted != "cuda" and not any(isinstance(t, OnCard) for t in given):
             return func(*args, **kwargs)
         self._check_devices(name, given)
-        if self._waits_for_device(name, args, given, wanted):
+        to_host = wanted == "cpu" or (name == "copy_" and not isinstance(given[0], OnCard))
+        if to_host or name in WAITS or _by_mask(name, args):
             self._wait(name)
-        stays = to_card or wanted is None or torch.device(wanted).type == "cuda"
         wrapped = {id(t.held): t for t in given if isinstance(t, OnCard)}
         args, kwargs = _held(args), {key: _held(value) for key, value in kwargs.items()}
-        if wanted is not None:
+        if wanted:
             kwargs["device"] = torch.device("cpu")
         with _disable_current_modes():
-            if to_card and name == "aten::_to_copy" and not isinstance(given[0], OnCard):
-                out = func(*args, **kwargs).clone()  # an upload never shares the host's memory
-            elif func is torch.ops.aten.mm.dtype:  # (a, b, dtype of the result): CUDA only
-                out = args[0].to(args[2]) @ args[1].to(args[2])
-            else:
-                out = func(*args, **kwargs)
+            out = func(*args, **kwargs)
         if self.tape is not None and not getattr(func, "is_view", False) and name not in EMPTY:
-            self.tape.append((func, args, kwargs, _tensors(out)))
-        if not stays or (name == "aten::copy_" and not isinstance(given[0], OnCard)):
-            return out
-        return self._wrap(out, wrapped)
+            self.tape.append((func, args, kwargs, tensors_in(out)))
+        return out if to_host else self._wrap(out, wrapped)
 
     def _check_devices(self, name: str, given) -> None:
         """CUDA takes CPU tensors of no dimension beside its own, and any in a copy."""
@@ -186,16 +177,6 @@ class PretendedCard(TorchDispatchMode):
                 raise HostWait(f"{name} from the host while a graph is captured")
         elif mixed := [t for t in given if not isinstance(t, OnCard) and t.dim()]:
             raise RuntimeError(f"{name}: tensors on cuda:0 and a CPU tensor of shape {tuple(mixed[0].shape)}")
-
-    def _waits_for_device(self, name: str, args, given, wanted) -> bool:
-        if name in WAITS:
-            return True
-        if name == "aten::_to_copy":  # to the host; `non_blocking` helps with pinned memory only
-            return isinstance(given[0], OnCard) and wanted is not None and torch.device(wanted).type == "cpu"
-        if name == "aten::copy_":
-            return not isinstance(given[0], OnCard)
-        masks = _tensors(args[1]) if name in ("aten::index", "aten::index_put_") else []
-        return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
 
     def _wait(self, name: str) -> None:
         if self.tape is not None:
@@ -230,11 +211,10 @@ class PretendedCard(TorchDispatchMode):
             self.tape = None
 
 
-def _tensors(tree) -> list[torch.Tensor]:
-    """All tensors in nested lists and tuples."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    return [t for part in tree for t in _tensors(part)] if isinstance(tree, (list, tuple)) else []
+def _by_mask(name: str, args) -> bool:
+    """Is it x[mask], whose shape depends on the mask?"""
+    masks = tensors_in(args[1]) if name in ("index", "index_put_") else []
+    return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
 
 
 def _held(tree):
@@ -253,7 +233,7 @@ class Graph:
     def replay(self) -> None:
         with _disable_current_modes():
             for func, args, kwargs, written in self.tape:
-                for old, new in zip(written, _tensors(func(*args, **kwargs))):
+                for old, new in zip(written, tensors_in(func(*args, **kwargs))):
                     if old.data_ptr() != new.data_ptr():
                         old.copy_(new)
 
