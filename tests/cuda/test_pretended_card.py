@@ -185,7 +185,7 @@ def test_a_card_that_is_too_small_frees_once_then_halves_and_settles(capsys, on_
         policy.engine.cache_bytes = 64 * one
         sizes = []
         for call in range(4):
-            policy.generate(**request(6, 3, call), sampling=Sampling(max_new_tokens=12, stop=()))
+            policy.generate(**request(5, 3, call), sampling=Sampling(max_new_tokens=9, stop=()))
             sizes.append((policy.engine.max_batch, policy.engine.pages))
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     assert "freed what was cached, and once more" in lines[0] and "max_batch 16 -> " in lines[1]
