@@ -1,6 +1,6 @@
 """The Triton kernels compiled to machine code for GPUs that are not here, and what the machine code needs.
 
-    report = compile_for(90, heads=16, kv_heads=2, head_dim=128)["splits"]
+    report = compile_for(90, QWEN25["3B"])["splits"]
     report.registers, report.shared, report.spilled
 
 Only Triton is needed: its package carries NVIDIA's assembler and the tool that reads what it made.
@@ -16,16 +16,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from azr import paged_triton as kernels
+from azr import decode_triton, paged_triton
+from azr.plan import Shape
 
 PAGE = 64
-# compute capability -> bytes of shared memory: of a program at most, of a multiprocessor (CUDA's table of them)
-SHARED = {80: (163 << 10, 164 << 10), 86: (99 << 10, 100 << 10), 89: (99 << 10, 100 << 10),
-          90: (227 << 10, 228 << 10), 120: (99 << 10, 100 << 10)}  # fmt: skip
+# compute capability -> KiB of shared memory a program at most, and of a multiprocessor; warps and programs that one
+# holds at most (CUDA's table of technical specifications)
+LIMITS = {80: (163, 164, 64, 32), 86: (99, 100, 48, 16), 89: (99, 100, 48, 24), 90: (227, 228, 64, 32),
+          120: (99, 100, 48, 24)}  # fmt: skip
 CARDS = {80: "A100", 86: "3090, A10", 89: "4090, L4", 90: "H100", 120: "5090"}
 REGISTERS, RESERVED = 65_536, 1 << 10  # of a multiprocessor; of shared memory a program, taken by the system
-POINTERS = dict(q="*bf16", k_pages="*bf16", v_pages="*bf16", out="*bf16", partial="*fp32", log_sum="*fp32",
-                block_table="*i32", lengths="*i32", scale="fp32")  # fmt: skip
+# every other argument is a number, or a pointer to bf16
+TYPES = {"*fp32": ("partial", "log_sum"), "*i32": ("block_table", "lengths"), "*i64": ("page", "offset"),
+         "fp32": ("scale", "eps"), "i32": ("splits", "size")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,32 +43,46 @@ class Report:
     tensor_cores: bool
 
     def programs(self, capability: int) -> int:
-        """How many fit on a multiprocessor by registers (given out in eights) and shared memory."""
+        """How many fit on a multiprocessor; registers are given out in eights."""
+        _, shared, warps, programs = LIMITS[capability]
         by_registers = REGISTERS // (-(-self.registers // 8) * 8 * 32 * self.warps)
-        return min(by_registers, SHARED[capability][1] // (self.shared + RESERVED))
+        return min(by_registers, (shared << 10) // (self.shared + RESERVED), warps // self.warps, programs)
 
 
-def compile_for(capability: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, Report]:
-    """"splits" and "combined", with the options that paged_triton.decode gives."""
-    group = heads // kv_heads
-    sizes = dict(HEADS=heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=head_dim,
-                 COLUMNS=max(16, triton.next_power_of_2(head_dim)), PAGE=PAGE, SPLIT=kernels.SPLIT,
-                 BLOCK=kernels.BLOCK, TOGETHER=kernels.TOGETHER)  # fmt: skip
-    split = _compile(kernels._split_kernel, sizes, capability, num_warps=4, num_stages=2)
-    return {"splits": split, "combined": _compile(kernels._combine_kernel, sizes, capability, num_warps=2)}
+def compile_for(capability: int, shape: Shape) -> dict[str, Report]:
+    """All kernels of a decode step by name, with the sizes and options that their callers give."""
+    group, dim, power = shape.heads // shape.kv_heads, shape.head_dim, triton.next_power_of_2
+    attention = dict(HEADS=shape.heads, GROUP=group, ROWS=max(16, power(group)), DIM=dim, COLUMNS=max(16, power(dim)),
+                     PAGE=PAGE, SPLIT=paged_triton.SPLIT, BLOCK=paged_triton.BLOCK,
+                     TOGETHER=paged_triton.TOGETHER)  # fmt: skip
+    rotary, columns = dict(HEADS=shape.heads, DIM=dim, BLOCK=power(dim // 2)), power(shape.hidden)
+    return {
+        "splits": _compile(paged_triton._split_kernel, attention, capability, num_warps=4, num_stages=2),
+        "combined": _compile(paged_triton._combine_kernel, attention, capability, num_warps=2),
+        "norm": _compile(decode_triton._norm_kernel, dict(ADD=True, BLOCK=columns), capability,
+                         num_warps=max(1, min(8, columns // 256))),
+        "SwiGLU": _compile(decode_triton._silu_mul_kernel, dict(BLOCK=decode_triton.COLUMNS), capability, num_warps=4),
+        "rotary": _compile(decode_triton._rotate_store_kernel, rotary, capability, num_warps=1),
+    }  # fmt: skip
 
 
 def _compile(kernel, sizes: dict, capability: int, **options) -> Report:
     names = kernel.arg_names
-    signature = {name: "constexpr" if name in sizes else POINTERS.get(name, "i32") for name in names}
+    signature = {name: "constexpr" if name in sizes else _type(name) for name in names}
     constants = {(i,): sizes[name] for i, name in enumerate(names) if name in sizes}
     # what the launcher finds out about its arguments: addresses, and strides of rows of 64 bf16 and more
-    aligned = [i for i, name in enumerate(names) if name.endswith("stride") or signature[name].startswith("*")]
+    aligned = [i for i, name in enumerate(names) if name.endswith(("stride", "size")) or signature[name][0] == "*"]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     used = _resources(compiled.asm["cubin"])
     return Report(used["REG"], compiled.metadata.shared, used["LOCAL"] + used["STACK"], options["num_warps"],
                   "mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"])  # fmt: skip
+
+
+def _type(name: str) -> str:
+    if name.endswith("stride"):
+        return "i32"
+    return next((kind for kind, names in TYPES.items() if name in names), "*bf16")
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

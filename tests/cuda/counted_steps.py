@@ -4,19 +4,20 @@
     count.kernels_on("h100").total(), count.bytes_on("h100").total()
 
 The project's own code runs, by way of its engine and its policy. A model of one layer and one of two are counted; the
-others add what the second one does. The Triton kernels of the attention cannot be launched: each launch is counted
-with the bytes of the keys and values of CONTEXT tokens a row.
+others add what the second one does. The Triton kernels cannot be launched: each launch is counted, with the bytes that
+it reads and writes, those of the attention with CONTEXT tokens a row.
 """
 
 import contextlib
 import functools
 import types
+from unittest.mock import patch
 
 import torch
 from fake_policy import fake_cuda, fake_policy
 from kernel_count import KernelCount, scaled
 
-from azr import engine, paged_triton
+from azr import decode_triton, engine, lora, paged_triton
 from azr.plan import Shape
 from azr.sampling import Sampling, sample_without_wait
 from azr.scoring import ChunkedLogProb
@@ -42,23 +43,53 @@ class Launches:
 
 @contextlib.contextmanager
 def triton_counted(count: KernelCount):
-    def split(q, k_pages, v_pages, table, lengths, partial, log_sum, *rest):
-        rows, heads, dim = q.shape
-        keys = rows * CONTEXT * k_pages.shape[2] * dim * k_pages.element_size()
-        used = rows * heads * -(-CONTEXT // paged_triton.SPLIT) * (dim + 1) * 4
-        return 2 * keys + used + q.numel() * q.element_size() + table.numel() * table.element_size()
-
-    def combine(partial, log_sum, lengths, out, *rest):
-        rows, heads, dim = out.shape
-        return rows * heads * (-(-CONTEXT // paged_triton.SPLIT) * (dim + 1) * 4 + dim * out.element_size())
-
-    kernels = paged_triton._split_kernel, paged_triton._combine_kernel
-    paged_triton._split_kernel = Launches(count, "attention, splits", split)
-    paged_triton._combine_kernel = Launches(count, "attention, combined", combine)
-    try:
+    """The project's Triton kernels are counted instead of launched."""
+    with contextlib.ExitStack() as stack:
+        for module, kernel, name, size in KERNELS:
+            stack.enter_context(patch.object(module, kernel, Launches(count, name, size)))
         yield
-    finally:
-        paged_triton._split_kernel, paged_triton._combine_kernel = kernels
+
+
+def _bytes(*tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _of_splits(q, k_pages, v_pages, table, *rest) -> int:
+    keys = q.shape[0] * CONTEXT * k_pages.shape[2] * q.shape[2] * k_pages.element_size()
+    return 2 * keys + _partial(q) + _bytes(q, table)
+
+
+def _of_combined(partial, log_sum, lengths, out, *rest) -> int:
+    return _partial(out) + _bytes(out)
+
+
+def _partial(q) -> int:
+    """fp32 results of the splits of CONTEXT tokens, with a weight each."""
+    rows, heads, dim = q.shape
+    return rows * heads * -(-CONTEXT // paged_triton.SPLIT) * (dim + 1) * 4
+
+
+def _of_norm(x, delta, weight, out, *rest) -> int:
+    """Where it adds, x is written too; where not, delta is x."""
+    return _bytes(x, weight, out) + (_bytes(x, delta) if delta is not x else 0)
+
+
+def _of_silu(gate, up, out, *rest) -> int:
+    return _bytes(gate, up, out)
+
+
+def _of_rotate(q, k, v, cos, sin, keys, values, page, offset, *rest) -> int:
+    """q and k are rotated in place; k and v are written to the cache."""
+    return _bytes(q, q, k, k, k, v, v, cos, sin, page, offset)
+
+
+KERNELS = (
+    (paged_triton, "_split_kernel", "attention, splits", _of_splits),
+    (paged_triton, "_combine_kernel", "attention, combined", _of_combined),
+    (decode_triton, "_norm_kernel", "norm", _of_norm),
+    (decode_triton, "_silu_mul_kernel", "silu and product", _of_silu),
+    (decode_triton, "_rotate_store_kernel", "rotary and store", _of_rotate),
+)
 
 
 def decoding(policy, rows: int, weights: str):
@@ -114,7 +145,7 @@ def prefill_step(shape: Shape, weights: str, lora_rank: int | None = RANK) -> Ke
         d = decoding(policy, PROMPTS, rollout)
         pages = engine.pages_for(PROMPT, policy.engine.page_size)
         fresh = [(engine.Group(tuple(range(PROMPT))), list(range(1, pages + 1))) for _ in range(PROMPTS)]
-        with count:
+        with triton_counted(count), count:
             d._prefill(fresh)
         assert all(group.logits.dtype == torch.float32 for group, _ in fresh)
 
@@ -155,11 +186,15 @@ def log_probs(shape: Shape, backward: bool = True, entropy: bool = False) -> Ker
     return count
 
 
+def _product_of_a_gpu(a, b):
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 @functools.cache
 def update(shape: Shape, quantization: str, lora_rank: int = RANK) -> KernelCount:
     """The layers of an update: forward, recomputed, backward. On fake bf16 tensors that say "cpu", since autograd
-    refuses a pretended CUDA device: the same modules and operations, but attention is the CPU's one kernel. The 4-bit
-    product, of more than 1,536 rows, is unpacked on every card."""
+    refuses a pretended CUDA device: the same modules and operations. The 4-bit product, of more than 1,536 rows, is
+    unpacked on every card."""
     counts = []
     for number in (1, 2):
         counts.append(KernelCount(device="cpu"))
@@ -167,8 +202,9 @@ def update(shape: Shape, quantization: str, lora_rank: int = RANK) -> KernelCoun
             policy = fake_policy(shape, quantization, lora_rank, number, device="cpu")
             policy.checkpoint_activations()
             policy.model.train()
-            with counts[-1]:
-                hidden = policy.backbone(torch.zeros(UPDATE, dtype=torch.int64), use_cache=False).last_hidden_state
+            ids, mask = torch.zeros(UPDATE, dtype=torch.int64), {"full_attention": None}  # as Policy.score gives it
+            with patch.object(lora, "product", _product_of_a_gpu), counts[-1]:
+                hidden = policy.backbone(ids, attention_mask=mask, use_cache=False).last_hidden_state
                 hidden.backward(torch.empty_like(hidden))
             parameters = policy.trainable_parameters()
             assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in parameters)

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, masking_utils
 
+from azr import decode_ops, decode_triton, decoder
 from azr.loading import LoraSettings, _new_lora, _settle
 from azr.plan import Shape, model_path
 from azr.rollout import Policy
@@ -39,6 +40,7 @@ def fake_cuda():
     patches = [(torch.cuda, "_lazy_init", lambda: None), (torch.cuda, "current_device", lambda: 0),
                (torch.cuda, "Stream", Stream), (torch.cuda, "graph_pool_handle", lambda: (0, 1)),
                (F, "scaled_dot_product_attention", attention_of_a_gpu),
+               (decoder, "operations", lambda device, dtype: decode_triton if device.type == "cuda" else decode_ops),
                # transformers builds a mask where it cannot look whether one is needed, as it can on a GPU
                (masking_utils, "is_tracing", lambda tensor=None: False)]  # fmt: skip
     with contextlib.ExitStack() as stack:
@@ -79,7 +81,7 @@ def fake_policy(shape: Shape, quantization: str, lora_rank: int | None = None, l
             model, info["lora"] = _new_lora(model, LoraSettings(lora_rank, 2.0 * lora_rank), "fake", 0)
         tokenizer = _tokenizer()
     _materialize(model, torch.device(device))
-    options = dict(attn="sdpa", cache_bytes=1 << 32, pages=10_000) | engine_options
+    options = dict(attn="sdpa", rollout_weights="stored", cache_bytes=1 << 32, pages=10_000) | engine_options
     return Policy(model.eval(), tokenizer, info, set(), **options)
 
 

@@ -25,16 +25,12 @@ NAMES = {"3090": "3090", "4090": "4090", "a100": "A100", "h100": "H100"}  # of t
 COMPILED_WITH = "3.7.1"  # Triton's version, on which registers depend
 GROUPS = {
     "4-bit products": ("4-bit product",),
-    "products in bf16": ("mm bf16", "addmm bf16"),
-    "LoRA: products in fp32": ("mm fp32", "addmm fp32", "addmm_ fp32"),
-    "casts": ("cast bf16 to fp32", "cast fp32 to bf16"),
-    "additions": ("add", "add_"),
-    "norms: square, mean, root": ("pow", "mean", "rsqrt"),
-    "multiplications (norms, rotary, gate)": ("mul", "mul_"),
-    "rotary: roll, multiply and add": ("roll", "addcmul_"),
+    "products in bf16: base, LoRA's first, head": ("mm bf16", "addmm bf16"),
+    "LoRA's second product, added to the base's": ("addmm_ bf16",),
+    "norms, with the sum before them": ("norm",),
+    "rotary positions, keys and values stored": ("rotary and store",),
     "attention": ("attention, splits", "attention, combined"),
-    "keys and values stored": ("index_put_",),
-    "gate": ("silu",),
+    "SwiGLU": ("silu and product",),
 }
 
 
@@ -68,7 +64,7 @@ def kinds_table() -> str:
     heads = [f"{name}, {what}" for name in SHOWN.values() for what in ("kernels", "GB")]
     lines = [["operations", *heads]]
     named = {part for parts in GROUPS.values() for part in parts}
-    groups = {**GROUPS, "the rest (head, sampling, indices)": tuple((kernels[0] | kernels[1]).keys() - named)}
+    groups = {**GROUPS, "the rest: sampling, indices": tuple((kernels[0] | kernels[1]).keys() - named)}
     for group, parts in groups.items():
         cells = []
         for k, b in zip(kernels, sizes):
@@ -107,14 +103,14 @@ def compiled_table() -> str:
 
     from azr.plan import QWEN25
 
-    lines = [["architecture", "cards", "model", "kernel", "registers", "shared", "spilled", "programs"]]
-    for capability, cards in CARDS.items():
+    lines = [["kernel", "model", *(f"sm_{capability} ({cards})" for capability, cards in CARDS.items())]]
+    reports = {(model, c): compile_for(c, QWEN25[model]) for model in MODELS for c in CARDS}
+    for kernel in next(iter(reports.values())):
         for model in MODELS:
-            shape = QWEN25[model]
-            for kernel, r in compile_for(capability, shape.heads, shape.kv_heads, shape.head_dim).items():
-                lines.append([f"sm_{capability}", cards, model, kernel, str(r.registers), f"{r.shared:,}",
-                              str(r.spilled), str(r.programs(capability))])  # fmt: skip
-    return f"Triton {COMPILED_WITH}.\n\n{table(lines, 4)}"
+            of = [(c, reports[model, c][kernel]) for c in CARDS]
+            cells = [f"{r.registers} / {r.spilled} / {r.shared:,} / {r.programs(c)}" for c, r in of]
+            lines.append([kernel, model, *cells])
+    return f"Triton {COMPILED_WITH}.\n\n{table(lines, 2)}"
 
 
 TABLES = {"decode": decode_table, "kinds": kinds_table, "passes": passes_table, "compiled": compiled_table}

@@ -22,8 +22,8 @@ from azr.sampling import Sampling  # noqa: E402
 
 MODELS = {name: QWEN25[name] for name in performance_page.MODELS}
 # Kernels that a step may take, on the card where it takes most. Lower them when a step gets shorter.
-DECODE_BARS = {("3B", "bf16"): 2076, ("3B", "NF4"): 2940, ("7B", "bf16"): 1628, ("7B", "NF4"): 2300}
-UPDATE_BARS = {"3B": 12_570, "7B": 9786}
+DECODE_BARS = {("3B", "bf16"): 701, ("3B", "NF4"): 1673, ("7B", "bf16"): 557, ("7B", "NF4"): 1313}
+UPDATE_BARS = {"3B": 11_194, "7B": 8714}
 GREEDY, TOP_P, TOP_K = Sampling(temperature=0, stop=()), Sampling(top_p=0.95, stop=()), Sampling(top_k=20, stop=())
 
 
@@ -57,7 +57,7 @@ def test_no_kind_of_sampling_waits(model, sampling):
 @pytest.mark.parametrize("model", MODELS)
 def test_without_lora(model, weights):
     count = decode_step(MODELS[model], weights, 16, lora_rank=None)
-    assert not count.waits and not count.strays and not count.kernels["mm fp32"]
+    assert not count.waits and not count.strays and not count.kernels["addmm_ bf16"]
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -85,7 +85,7 @@ def test_every_weight_is_read_once():
     check_rule()
     for model, shape in MODELS.items():
         head = shape.vocabulary * shape.hidden
-        lora = 4 * shape.lora_parameters(RANK)
+        lora = 2 * shape.lora_parameters(RANK)
         for weights, a_weight in (("bf16", 2.0), ("NF4", 0.516)):
             read = a_weight * shape.linear_parameters + 2 * head + lora
             moved = decode_step(shape, weights, 1).bytes_on("h100").total()
@@ -104,10 +104,9 @@ def test_prefill_never_waits(model, weights):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_scoring_waits_once_a_micro_batch(model):
-    """transformers asks the device whether the rows hold several texts each."""
+def test_scoring_never_waits(model):
     count = scoring(MODELS[model], "nf4")
-    assert len(count.waits) <= 1 and not count.strays
+    assert not count.waits and not count.strays
     assert count.kernels["_scaled_dot_product_flash_attention"] == MODELS[model].layers
 
 
@@ -122,7 +121,7 @@ def test_log_probs_never_wait(model, entropy):
 def test_an_update_has_no_more_kernels_than_before(model, quantization):
     check_rule()
     count = update(MODELS[model], quantization)
-    assert len(count.waits) <= 1 and not count.strays
+    assert not count.waits and not count.strays
     assert count.kernels_on("h100").total() <= UPDATE_BARS[model]
 
 
