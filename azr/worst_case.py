@@ -50,8 +50,9 @@ def probe(policy: Policy, optimizer, config: Config, sizes: Sizes) -> str:
         batches = micro_batches(longest, sizes.token_budget)
         for rows, length in batches:
             after = min(length - 1, response)
-            scored = policy.score([[0] * (length - after)] * rows, [[0] * after] * rows, config.temperature,
-                                  rows * length, True, sizes.chunk)  # fmt: skip
+            # different prompts: equal ones would share a row, which takes less
+            prompts = [[row, *[0] * (length - after - 1)] for row in range(rows)]
+            scored = policy.score(prompts, [[0] * after] * rows, config.temperature, rows * length, True, sizes.chunk)
             for _, log_prob, entropy, _ in scored:
                 (log_prob.sum() + (entropy.sum() if config.entropy_control in BONUS else 0)).backward()
         return batches

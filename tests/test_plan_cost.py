@@ -195,6 +195,7 @@ def test_memory_that_runs_out_in_the_probe_lowers_the_sizes(policy, monkeypatch,
     optimizer, sizes, score = update.make_optimizer(policy, 1e-3), backoff.Sizes(512), policy.score
 
     def limited(prompts, responses, *rest):
+        assert len({tuple(p) for p in prompts}) == len(prompts)  # equal ones would share a row and take less
         if sum(len(p) + len(r) for p, r in zip(prompts, responses)) > 300:
             raise torch.OutOfMemoryError("out of memory")
         return score(prompts, responses, *rest)
