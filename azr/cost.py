@@ -27,7 +27,7 @@ from azr.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, PlanError, Preset
 
 @dataclass(frozen=True)
 class Card:
-    """GPU memory in GiB, bandwidth in GB/s, dense half-precision products with fp32 sums in TFLOP/s: data-sheet peaks."""
+    """GPU memory in GiB, bandwidth in GB/s, dense half-precision products in TFLOP/s, fp32 sums: data-sheet peaks."""
 
     name: str
     gib: int
@@ -270,9 +270,9 @@ def render(plan: Plan, model: str, card: Card | None, why: str, steps: int, pric
     row("  valid", (f"{100 * pace.valid:.0f} %" for pace in chosen))
     if card:
         row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in chosen))
-    source = (
-        "computed, not measured on this card (an H200 was: docs/gpu.md)" if card else "from rates measured with the embedded model on two cores"
-    )
+    source = "from rates measured with the embedded model on two cores"
+    if card:
+        source = "computed, not measured on this card (an H200 was: docs/gpu.md)"
     lines += [f"             {source};", "             a run says after 3 steps what its own steps make of it", ""]
     parts = disk(plan, model, steps, eval_every, keep_states)
     gb = {name: f"{size / GB:.2f} GB" for name, size in parts.items()}

@@ -37,7 +37,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary positions of q (tokens, heads, dim) and k (tokens, kv_heads, dim); k and v go into the cache. Returns both.
+    """Rotary positions of q (tokens, heads, dim) and k (tokens, kv_heads, dim); k and v go into the cache; q and k.
 
     cos, sin (tokens, 1, dim), the first half of sin with its sign changed; keys, values (pages, page_size, kv_heads,
     dim) of one layer; page, offset (tokens,) int64: where each token lies. q and k may be overwritten.

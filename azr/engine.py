@@ -201,7 +201,8 @@ class Engine:
         pays = copies_pay(room, copies, full)
         self.rollout_weights = "bf16" if pays else "stored"
         why = "fit beside the cache" if pays else "leave too little for the cache"
-        _say(f"rollout weights {self.rollout_weights}: copies of {copies / 1e9:.1f} GB {why} ({room / 1e9:.1f} GB free)")
+        gb = f"copies of {copies / 1e9:.1f} GB {why}, {room / 1e9:.1f} GB are free"
+        _say(f"rollout weights {self.rollout_weights}: {gb}")
 
     def _resolve_pages(self) -> None:
         """Once: as many pages as fit into what is free (or `cache_bytes`), besides what a step itself needs."""

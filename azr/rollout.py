@@ -59,8 +59,8 @@ class Policy:
         quantization: "nf4" (double quantization, blocks of 64; embeddings and head stay as they are) or "none".
         dtype: of computation and of what is not quantized, a torch.dtype, bf16, fp16, fp32 or auto (None): bf16 on a
         GPU that has it, fp16 on an older one, fp32 on a CPU. LoRA is always fp32; the same seed gives the same A.
-        engine_options: attn (auto | flash | triton | sdpa), rollout_weights (auto | stored | bf16), max_batch, pages, ...:
-        see `Engine`. need_gpu: without one refuse, instead of a warning if the model is large. Weights stored as
+        engine_options: attn (auto | flash | triton | sdpa), rollout_weights (auto | stored | bf16), max_batch, pages,
+        ...: see `Engine`. need_gpu: without one refuse, instead of a warning if the model is large. Weights stored as
         bitsandbytes' NF4 are taken as they are. Raises ModelError, also for want of memory.
         """
         try:

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that cannot change what a step computes, but for roundings, so a resume may be given other values.
-RESUME_MAY_CHANGE = frozenset("steps max_hours price_per_hour save_every save_minutes keep_states eval_every eval_samples "
-                              "out resume config dry_run tracker card probe allow_cpu rollout_weights".split())
+RESUME_MAY_CHANGE = frozenset("steps max_hours price_per_hour save_every save_minutes keep_states eval_every "
+                              "eval_samples out resume config dry_run tracker card probe allow_cpu "
+                              "rollout_weights".split())
 KEEP_STATES = 2                                     # the newest checkpoints that keep what a resume needs
 SCRIPT = "train_azr.py"                             # what the commands say that go on with a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)

@@ -36,7 +36,8 @@ print("views ok")
 def test_kernels_equal_torchs_operations():
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", INTERPRETED]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     fp32, bf16, views = done.stdout.split("\n")[:3]
     assert float(fp32) <= 2e-6 and float(bf16) <= decode_ops.TOLERANCE[torch.bfloat16] and views == "views ok"
