@@ -76,6 +76,8 @@ CASES = {
     "greedy": (Sampling(temperature=0, max_new_tokens=9), {}),
     "top-p 0.95": (Sampling(top_p=0.95, max_new_tokens=9), {}),
     "few pages: preempted and prefilled again": (Sampling(max_new_tokens=21, stop=()), {"pages": 9}),
+    # who goes on takes the pages of who has ended, whose rows are now padding
+    "ends at different times": (Sampling(max_new_tokens=40, stop=()), {"page_size": 4, "limits": [3, 9, 22, 40]}),
 }
 
 
@@ -83,19 +85,21 @@ CASES = {
 def test_graphs_sample_what_plain_steps_sample(name, watched, monkeypatch, on_cpu):
     """Blocks of 8 steps that no limit is a multiple of, batches of 1 to 12 rows in graphs of 1 to 16."""
     sampling, options = CASES[name]
+    options = {"page_size": PAGE, "attn": "sdpa", "max_batch": 12} | options
+    limits = options.pop("limits", None)
     monkeypatch.setattr(sampling_module, "CUT", 16)  # so that some rows need the exact truncation
     asked = request(4, 3)
-    expected = on_cpu.generate(**asked, sampling=sampling)
+    expected = on_cpu.generate(**asked, sampling=sampling, max_new_tokens=limits)
     with PretendedCard() as card:
-        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=12, **options)
+        policy = on_card(on_cpu, **options)
         before = card.live
         with no_collection():
-            found = policy.generate(**asked, sampling=sampling)
+            found = policy.generate(**asked, sampling=sampling, max_new_tokens=limits)
             assert not alive(watched) and card.live == before
         assert policy.engine.block == 8 and card.captures and set(card.waits) == {"_to_copy"} | (
             {"_local_scalar_dense"} if sampling.top_p < 1 else set()
         )
-        assert sum(card.waits.values()) <= 3 * (sampling.max_new_tokens // 8 + 1 + 2) * (1 + bool(options))
+        assert sum(card.waits.values()) <= 3 * (sampling.max_new_tokens // 8 + 1 + 2) * (1 + ("pages" in options))
     pairs = [(a, b) for one, two in zip(expected, found) for a, b in zip(one, two)]
     assert [a.ids for a, _ in pairs] == [b.ids for _, b in pairs]
     assert max(abs(x - y) for a, b in pairs for x, y in zip(a.log_probs, b.log_probs)) < 1e-5
