@@ -26,8 +26,8 @@ LIMITS = {80: (163, 164, 64, 32), 86: (99, 100, 48, 16), 89: (99, 100, 48, 24), 
           120: (99, 100, 48, 24)}  # fmt: skip
 CARDS = {80: "A100", 86: "3090, A10", 89: "4090, L4", 90: "H100", 120: "5090"}
 REGISTERS, RESERVED = 65_536, 1 << 10  # of a multiprocessor; of shared memory a program, taken by the system
-# every other argument is a number, or a pointer to bf16
-TYPES = {"*fp32": ("partial", "log_sum"), "*i32": ("block_table", "lengths"), "*i64": ("page", "offset"),
+# every other argument is a stride, or a pointer to bf16; x of a norm is the residual stream
+TYPES = {"*fp32": ("partial", "log_sum", "x"), "*i32": ("block_table", "lengths"), "*i64": ("page", "offset"),
          "fp32": ("scale", "eps"), "i32": ("splits", "size")}  # fmt: skip
 
 
