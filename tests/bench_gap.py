@@ -4,9 +4,9 @@
 
 DIR is a real model (a random one has flat logits, which hide the gap); default: the embedded one. CPU, one thread,
 temperature 1, LoRA of rank 16 with B from N(0, 0.02).
-  gap      for every dtype and quantization: sampler against trainer, overall and at the first token; the trainer against
-           itself with rows of other lengths: each text cut off after the token that is scored. That is its floor:
-           no sampler whose sums run in another order can do better.
+  gap      for every dtype and quantization: sampler against trainer, overall and at the first token; and as a floor the
+           trainer against itself: with micro-batches of another size, and with matrix products that add in another
+           order, as those of a GPU do when they get other shapes (here: computed in fp32, then rounded).
   causes   the noise of one kind of rounding at a time: a forward pass in fp32 in which only that result is rounded to
            bf16, against none.
   parity   greedy completions beside those of `generate`: how many agree, and the logit margin where they part.
@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -76,10 +77,26 @@ def gap(model: str, dtype: str, quantization: str, count: int) -> dict:
     policy = load(model, dtype, quantization)
     prompts, responses, sampled = texts(policy, count)
     scored, _ = policy.score_lists(prompts, responses)
-    policy.shared_row = 0
-    cut = [(i, t) for i, ids in enumerate(responses) for t in range(0, len(ids), 16)]
-    alone = [policy.score_lists([prompts[i] + responses[i][:t]], [responses[i][t : t + 1]])[0][0] for i, t in cut]
-    return {"sampler": compared(scored, sampled), "floor": compared(alone, [scored[i][t : t + 1] for i, t in cut])}
+    smaller, _ = policy.score_lists(prompts, responses, token_budget=300)
+    with other_order():
+        reordered, _ = policy.score_lists(prompts, responses)
+    return {"sampler": compared(scored, sampled), "other micro-batches": compared(scored, smaller),
+            "other order of sums": compared(scored, reordered)}  # fmt: skip
+
+
+@contextmanager
+def other_order():
+    """Matrix products of half-precision numbers add in fp32 and in the order of fp32 products; then they are rounded."""
+    linear = F.linear
+
+    def wide(x, weight, bias=None):
+        return linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+    F.linear = wide
+    try:
+        yield
+    finally:
+        F.linear = linear
 
 
 # ------------------------------------------------------------------------------------------------------- the causes
@@ -167,6 +184,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", choices=("gap", "causes", "parity"))
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of gap and parity; default all")
+    parser.add_argument("--quantization", choices=("none", "nf4"), help="of gap; default both")
     arguments = parser.parse_args()
     if arguments.model != "tiny" and not (Path(arguments.model) / "config.json").is_file():
         print(f"{arguments.model}: no model directory; give one that holds config.json, or tiny", file=sys.stderr)
@@ -182,7 +200,7 @@ def main() -> int:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
     for dtype, quantization in CASES:
-        if arguments.only in (None, "gap") and dtype in wanted:
+        if arguments.only in (None, "gap") and dtype in wanted and arguments.quantization in (None, quantization):
             measured(f"gap {dtype} {quantization}", gap(model, dtype, quantization, count))
     if arguments.only in (None, "causes"):
         for name, figures in causes(model, count).items():
