@@ -51,7 +51,7 @@ LIMITS = {
     "format": Limit(0.50, 5, "share of answers without the asked form; healthy up to 6 %, an untrained base more"),
     "no-advantage": Limit(0.95, 5, "share of answers in groups that are all alike: no gradient; healthy up to 88 %"),
     "one-answer": Limit(0.40, 5, "share of a mode's answers that are one text; 101 of 109 runs stayed below 37 %"),
-    "gap": Limit(0.10, 3, "nats a token between sampler and trainer in bf16; healthy 0.028 to 0.045: rounding"),
+    "gap": Limit(0.10, 3, "nats a token between sampler and trainer in bf16; healthy 0.02: rounding"),
     "duplicates": Limit(0.30, 5, "share of a mode's proposals that were proposed before; healthy up to 13 %"),
     "cut-off": Limit(0.10, 3, "share of responses that end at --max-new-tokens; healthy up to 2.5 %"),
     "held-out": Limit(0.04, 1, "lost since the best: 3 standard errors, 600 tasks of which 12 % change sides"),

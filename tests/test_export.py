@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr import export, export_check, model_card
+from azr import export, export_check, model_card, nf4
 from azr.changes import AdapterUpdate
 from azr.heldout import EvalResult, TaskResult, load_tasks
 from azr.loading import LoraSettings
@@ -300,10 +300,13 @@ def test_a_changed_file_is_seen(small_checkpoint, tmp_path):
 
 
 def test_other_base_weights_in_the_forward_pass_are_seen(tiny_run, monkeypatch):
-    """Merged as a GPU reads blocks that go on in the next row, and run by a CPU's kernel, which does not."""
+    """Merged as a GPU reads the 4-bit weights, here off by 5 %, and run by a CPU's kernel. (That of a CPU with AVX-512
+    really reads some widths differently.)"""
     merge = export.open_merge(export.find_source(tiny_run, "last"), None)
     report, _, _ = export_check.measure_policy(merge, tiny_run, 1)
     assert report["base"] == 0
+    honest = nf4.NF4.dequantize
+    monkeypatch.setattr(nf4.NF4, "dequantize", lambda stored, dtype: 1.05 * honest(stored, dtype))
     other = export.Merge(merge.base, merge.adapter, merge.reference, on_gpu=True)
     report, _, _ = export_check.measure_policy(other, tiny_run, 1)
     assert report["base"] > 0.01 and report["fp32_merge"]["max"] > 1e-3
