@@ -65,6 +65,7 @@ from sandbox import Sandbox, SandboxError
 
 SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
 SEED_ROUNDS = 20
+SILENCE = 30  # seconds after which the seed stage says how far it is
 PROBE = 64  # prompts and answers a role and mode, frozen at step 0, for entropy on fixed data
 NON_FINITE_LIMIT = 3
 # train/ metrics that sft has not
@@ -351,7 +352,7 @@ class SelfPlay(Saved):
         for task in SEED_TASKS.values():
             self.buffers.add(task, 0)
         self.exempt = {SEED_PROGRAM}
-        target = min(SEED_TASKS_PER_MODE, 4 * self.config.prompts_per_mode)
+        target, said = min(SEED_TASKS_PER_MODE, 4 * self.config.prompts_per_mode), time.monotonic()
         for turn in range(SEED_ROUNDS):
             modes = tuple(mode for mode in MODES if self.buffers.size(mode) < target)
             if not modes:
@@ -359,6 +360,11 @@ class SelfPlay(Saved):
             for sample in self.validate(self.propose(f"seed-{turn}", modes)):
                 if sample.parsed.well_formed and self.buffers.size(sample.mode) < target:
                     self.buffers.add(sample.task, 0)
+            if time.monotonic() - said > SILENCE:  # a model that proposes nothing valid needs every round
+                said = time.monotonic()
+                display.say(
+                    f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {self.buffer_sizes()}, of {target} each"
+                )
         self.exempt, sizes = set(), self.buffer_sizes()
         display.say(f"seed stage, from the identity program alone: {sizes} tasks")
         if min(self.buffers.size(mode) for mode in MODES) < target:
@@ -374,8 +380,9 @@ class SelfPlay(Saved):
         if (self.run.dir / "probe.jsonl").exists():
             return
         rng, rows = random.Random(f"{self.config.seed}/probe"), []
-        proposals = self.propose("probe", count=PROBE)
-        tasks = [task for mode in MODES for task in self.buffers.sample(mode, PROBE, rng)]
+        count = min(PROBE, 8 * self.config.prompts_per_mode)  # no larger than eight steps of a small run
+        proposals = self.propose("probe", count=count)
+        tasks = [task for mode in MODES for task in self.buffers.sample(mode, count, rng)]
         for sample in proposals + self.solve("probe", tasks, 1):
             rows.append(
                 {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
