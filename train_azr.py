@@ -380,9 +380,8 @@ class SelfPlay(Saved):
         if (self.run.dir / "probe.jsonl").exists():
             return
         rng, rows = random.Random(f"{self.config.seed}/probe"), []
-        count = min(PROBE, 8 * self.config.prompts_per_mode)  # no larger than eight steps of a small run
-        proposals = self.propose("probe", count=count)
-        tasks = [task for mode in MODES for task in self.buffers.sample(mode, count, rng)]
+        proposals = self.propose("probe", count=PROBE)
+        tasks = [task for mode in MODES for task in self.buffers.sample(mode, PROBE, rng)]
         for sample in proposals + self.solve("probe", tasks, 1):
             rows.append(
                 {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
