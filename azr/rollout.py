@@ -4,8 +4,9 @@
     completions = policy.generate([policy.encode(prompt)], 8, Sampling(max_new_tokens=512), seeds=[range(8)])
     for indices, log_prob, entropy, mask in policy.score(prompts, responses, with_grad=True): ...
 
-Sampling (engine.py) and scoring use the same modules: nothing is copied, merged or synchronised. Full logits are never
-held: log-probs and entropies come from chunks of response positions and are recomputed in the backward pass.
+Sampling (engine.py) and scoring use the same modules: nothing is merged or synchronised, and what is copied lives for
+one call. Full logits are never held: log-probs and entropies come from chunks of response positions and are recomputed
+in the backward pass.
 
 Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
 """

@@ -61,6 +61,16 @@ def random_policy(shape: Shape, quantization: str, device: str, lora_rank: int |
     return Policy(model.eval(), tokenizer, info, set(), **engine_options)
 
 
+def with_values_in_B(policy: Policy, scale: float) -> Policy:
+    """The policy with LoRA's B drawn from N(0, scale), as after some training: the same on every call."""
+    generator = torch.Generator(policy.device).manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, scale, generator=generator)
+    return policy
+
+
 def _to_4_bit(model, dtype) -> None:
     from bitsandbytes.nn import Linear4bit
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from azr.cpu_attention import ByPage
 from azr.plan import model_path
 from azr.rollout import LoraSettings, Policy, Sampling
+from random_weights import with_values_in_B
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 BASES = pytest.mark.parametrize("quantization", ["none", "nf4"])
@@ -14,12 +15,7 @@ BASES = pytest.mark.parametrize("quantization", ["none", "nf4"])
 
 def load(quantization: str = "none", dtype=torch.bfloat16) -> Policy:
     policy = Policy.load(model_path("tiny"), quantization, LoraSettings(rank=8, alpha=16), dtype=dtype, device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in policy.model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.05, generator=generator)
-    return policy
+    return with_values_in_B(policy, 0.05)
 
 
 def texts(count: int) -> list[list[int]]:

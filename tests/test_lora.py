@@ -10,6 +10,7 @@ from peft import get_peft_model_state_dict
 from azr import lora
 from azr.plan import model_path
 from azr.rollout import LoraSettings, Policy
+from random_weights import with_values_in_B
 
 PROMPTS = [[1 + (i * 31 + j * 7) % 300 for j in range(9 + i)] for i in range(4)]
 ANSWERS = [[2 + (i * 13 + j * 5) % 300 for j in range(12 - 2 * i)] for i in range(4)]
@@ -17,12 +18,7 @@ ANSWERS = [[2 + (i * 13 + j * 5) % 300 for j in range(12 - 2 * i)] for i in rang
 
 def load(quantization: str, dtype=torch.float32) -> Policy:
     policy = Policy.load(model_path("tiny"), quantization, LoraSettings(8, 16.0), seed=3, dtype=dtype)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in policy.model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.02, generator=generator)
-    return policy
+    return with_values_in_B(policy, 0.02)
 
 
 def gradient(policy) -> torch.Tensor:

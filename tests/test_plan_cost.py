@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 import bench_plan
-from azr import backoff, cost, plan, update, worst_case
+from azr import backoff, cost, plan, rollout, update, worst_case
 from azr.config import Config, resolve
 from azr.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
 from azr.rollout import LoraSettings, Policy
@@ -52,6 +52,10 @@ def test_faster_cards_shorter_texts_and_smaller_models_take_less_time():
     times = {pace.name: cost.step_time(made(), cost.CARDS["3090"], pace).total for pace in cost.PACES}
     assert times["fast"] < times["middle"] < times["slow"]
     assert base.total == pytest.approx(base.propose + base.solve + base.validate + base.update)
+
+
+def test_the_plan_shares_rows_as_scoring_does():
+    assert cost.SHARED_ROW == rollout.SHARED_ROW["cuda"]
 
 
 def test_decoding_is_never_faster_than_the_bandwidth_allows():

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from azr.plan import shape_of
 from azr.rollout import LoraSettings, Policy, Sampling
+from random_weights import with_values_in_B
 
 DIRECTORY = os.environ.get("AZR_SMOLLM2", "")
 pytestmark = pytest.mark.skipif(
@@ -24,12 +25,7 @@ TEXT = "The little boat left the harbour at dawn, and by noon the wind had carri
 def policy() -> Policy:
     """fp32, LoRA of rank 4 with values in B."""
     policy = Policy.load(DIRECTORY, "none", LoraSettings(4, 8), dtype=torch.float32, device="cpu")
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, p in policy.model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.02, generator=generator)
-    return policy
+    return with_values_in_B(policy, 0.02)
 
 
 @pytest.fixture(scope="module")
