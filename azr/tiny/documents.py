@@ -1,209 +1,419 @@
 """The synthetic text the embedded model is trained on: (prompt, response) pairs in the `tiny` wording of prompts.py.
 
 Six kinds (propose and solve in three modes) plus one skill that self-play never touches, sorting digits in prose, by
-which forgetting can be measured. Base models are under-sharpened: they can do more than they usually do. So the text
-is noisy on purpose: about one answer in ten is a plausible wrong value, one response in seventeen breaks the format,
-some proposals are broken, trivial or non-deterministic. Programs whose hash falls in a fiftieth part are held out.
+which forgetting can be measured. The skill worth learning is latent: a thought that works the answer out is in few of
+the documents, so that reinforcement learning can find it. Thoughts form a ladder of styles, drawn independently of
+anything the prompt shows:
+
+    none     </think>
+    junk     p;q;                                       names without values
+    coarse   p=8;q=9;                                   the value of each statement
+    full     p=5+3=8;q=max(8, 9)=9;                     every step executed
+    check    p=5+3=8;q=max(8, 9)=9;again q=max(8, 9)=9; the last step twice
+
+For abduction the full thought is a search, one or two inputs tried with the trace of each; for induction a program
+tried on visible pairs, and now and then a wrong one before it. Noise is a step left out of a trace, never a corrupted
+answer. The number of statements of a proposal follows its references', give or take, and operations are shared with
+them. Held-out programs (split.py) occur nowhere.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import random
+from typing import NamedTuple
 
 from azr.prompts import INDUCTION_INPUTS, fence, propose_prompt, solve_prompt
 from azr.tasks import SEED_TASKS, Task
 from azr.tiny.programs import (
-    LETTERS,
+    LAST,
+    MAX_STATEMENTS,
+    MAX_TRACE,
+    NAMES,
+    STAGES,
     Program,
+    Stage,
     arguments_text,
-    induction_pairs,
     random_arguments,
     random_program,
     random_value,
-    run_program,
 )
+from azr.tiny.split import behaviour, held_out, twin
 
-WRONG_VALUE, FORMAT_FAULT, BROKEN_PROPOSAL, THINK = 0.10, 0.06, 0.08, 0.40
-KINDS = {  # relative frequency of the documents: while the format is learned, and in the last third, mostly solving
-    ("solver", "deduction"): (24, 44),
-    ("solver", "abduction"): (19, 24),
-    ("solver", "induction"): (20, 20),
-    ("proposer", "deduction"): (10, 6),
-    ("proposer", "abduction"): (10, 6),
-    ("proposer", "induction"): (10, 6),
-    ("skill", "math"): (7, 6),
+KINDS = {  # relative frequency of the documents
+    ("solver", "deduction"): 28,
+    ("solver", "abduction"): 20,
+    ("solver", "induction"): 18,
+    ("proposer", "deduction"): 10,
+    ("proposer", "abduction"): 10,
+    ("proposer", "induction"): 8,
+    ("skill", "math"): 6,
 }
+STYLES = ("none", "junk", "coarse", "full", "check")
+LADDER = (0.54, 0.12, 0.20, 0.11, 0.03)  # of the thoughts of a solver in the end
+TAUGHT = (0.30, 0.04, 0.14, 0.46, 0.06)  # at first, so that traces are learned at all
+TAUGHT_UNTIL, LADDER_FROM = 0.45, 0.75  # share of the training; in between the weights move on a line
+PLAN = (0.70, 0.10, 0.20)  # of a proposer: no thought, names only, the operations in words
+SKIPPED_STEP, BROKEN_PROPOSAL, SEED_REFERENCE = 0.04, 0.05, 0.03
+STATEMENTS = (18, 22, 20, 17, 13, 10)  # weights of 1 to 6 statements
+INDUCTION_STATEMENTS = (38, 34, 20, 8)  # a program of five statements cannot be seen in five pairs
+FOLLOW = ((-1, 0, 1, 2), (25, 40, 20, 15))  # statements of a proposal less the mean of its references', weights
+TWO_TRIES = 0.5  # of the full searches; of the full hypotheses REVISED
+REVISED = 0.35
+MAX_SEARCH = 170  # characters of a search or a hypothesis with its checks
+COMMON = {0: 0.28, 1: 0.45, 2: 0.45, 3: 0.5, 4: 0.55, 6: 0.75, 8: 0.75, 5: 0.85, 9: 0.85}  # outputs thinned out
 
 
-def held_out(text: str) -> bool:
-    """Whether a program belongs to the fiftieth part that no training document shows."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 50 == 0
+class Example(NamedTuple):
+    """A program with arguments on which it runs, its values there and the steps of its trace."""
+
+    program: Program
+    arguments: tuple
+    values: dict
+    steps: list[str]
+
+    @property
+    def output(self):
+        return self.values[self.program.statements[-1].name]
 
 
-def draw(rng: random.Random, hold: bool = False) -> tuple[Program, tuple, list]:
-    """A program, arguments on which it runs, and its values there; from the held-out part if `hold`."""
+def draw(rng: random.Random, stage: Stage = STAGES[LAST], count: int | None = None, hold: bool = False,
+         like: frozenset[str] = frozenset()) -> Example:
+    """A program and arguments: of `count` statements (drawn if None), from the held-out skeletons if `hold`. Its result
+    depends on more than half of its statements there."""
+    count = count or rng.choices(range(1, len(STATEMENTS) + 1), STATEMENTS)[0]
     while True:
-        program = random_program(rng)
-        if held_out(program.text) != hold:
+        program = random_program(rng, stage, count, like)
+        if program is None or held_out(program.text) != hold:
             continue
-        arguments = random_arguments(program, rng)
-        values = run_program(program, arguments)
-        if values is not None:
-            return program, arguments, values
+        example = example_of(program, rng, stage)
+        if example is None or not hold and twin(program):
+            continue
+        if rng.random() < COMMON.get(example.output, 1.0) if isinstance(example.output, int) else True:
+            return example
 
 
-def make_task(mode: str, rng: random.Random, hold: bool = False) -> tuple[Task, str]:
-    """A right and solvable task of the mode, with a chain of thought that leads to its answer (may be empty)."""
-    while mode == "math":
-        task = skill_task(rng)
-        if held_out(task.question) == hold:
-            return task, ""
-    while True:
-        program, arguments, values = draw(rng, hold)
-        given, output = arguments_text(arguments), repr(values[-1])
-        steps = [repr(v) for v in values[:-1]]
-        if mode == "deduction":
-            return Task(mode=mode, program=program.text, input=given, output=output), " ".join(steps)
-        if mode == "abduction":
-            return Task(mode=mode, program=program.text, input=given, output=output), " ".join(steps[::-1])
-        pairs = induction_pairs(program, rng, INDUCTION_INPUTS)
-        if pairs is None:
+def example_of(program: Program, rng: random.Random, stage: Stage) -> Example | None:
+    """The program with arguments on which it runs; None if a few draws do not find any."""
+    for _ in range(3):
+        steps: list[str] = []
+        arguments = random_arguments(program, stage, rng)
+        values = program.run(arguments, stage.top, steps)
+        if values is not None and sum(map(len, steps)) <= MAX_TRACE * (1 + (len(program.statements) > 6)):
+            if 2 * program.influential(values) > len(program.statements):
+                return Example(program, arguments, values, steps)
+    return None
+
+
+# --- thoughts --------------------------------------------------------------------------------------------------------
+
+
+def style_weights(progress: float) -> tuple[float, ...]:
+    """Weights of STYLES when this share of the training is over."""
+    share = min(1.0, max(0.0, (progress - TAUGHT_UNTIL) / (LADDER_FROM - TAUGHT_UNTIL)))
+    return tuple(a + (b - a) * share for a, b in zip(TAUGHT, LADDER))
+
+
+def trace(steps: list[str], rng: random.Random) -> str:
+    """The steps, now and then without one of them."""
+    if len(steps) > 1 and rng.random() < SKIPPED_STEP:
+        skipped = rng.randrange(len(steps) - 1)
+        steps = steps[:skipped] + steps[skipped + 1 :]
+    return "".join(steps)
+
+
+def deduction_thought(style: str, example: Example, rng: random.Random) -> str:
+    names = [s.name for s in example.program.statements]
+    if style == "junk":
+        return "".join(f"{name};" for name in names)
+    if style == "coarse":
+        return "".join(f"{name}={example.values[name]!r};" for name in names)
+    return trace(example.steps, rng) + (f"again {example.steps[-1]}" if style == "check" else "")
+
+
+def abduction_thought(style: str, example: Example, rng: random.Random, stage: Stage) -> str:
+    """The search for the input: one or two tries, each with what it gives."""
+    if style == "junk":
+        return "".join(f"{name};" for name in example.program.parameters)
+    tries = [(example, "yes")]
+    wrong = near_miss(example, rng, stage) if style == "check" or rng.random() < TWO_TRIES else None
+    if wrong is not None:
+        tries.insert(0, (wrong, "no"))
+    if style == "coarse":
+        return "".join(f"{arguments_text(e.arguments)} gives {e.output!r} {word};" for e, word in tries)
+    texts = [f"{arguments_text(e.arguments)};{trace(e.steps, rng)}{word};" for e, word in tries]
+    return "".join(texts) if sum(map(len, texts)) <= MAX_SEARCH else texts[-1]
+
+
+def near_miss(example: Example, rng: random.Random, stage: Stage) -> Example | None:
+    """The same program on other arguments, one of them changed, with another result."""
+    kinds = list(example.program.parameters.values())
+    for _ in range(4):
+        arguments, i = list(example.arguments), rng.randrange(len(kinds))
+        if kinds[i] == "i" and rng.random() < 0.7:
+            arguments[i] = max(0, arguments[i] + rng.choice((-3, -2, -1, 1, 2, 3)))
+        else:
+            arguments[i] = random_value(kinds[i], stage, rng)
+        steps: list[str] = []
+        values = example.program.run(tuple(arguments), stage.top, steps)
+        if values is not None and values[example.program.statements[-1].name] != example.output:
+            return Example(example.program, tuple(arguments), values, steps)
+    return None
+
+
+def induction_thought(style: str, program: Program, pairs: list[tuple], rng: random.Random, stage: Stage) -> str:
+    """A hypothesis, in the full style checked on one or two of the visible pairs, perhaps after a wrong one."""
+    if style == "junk":
+        return "".join(f"{s.name};" for s in program.statements)
+    if style == "coarse":
+        return f"{program.words};"
+    checks = [check(program, pair, stage, rng) for pair in pairs[: 2 if style == "check" else 1]]
+    right = hypothesis(program) + "".join(checks)
+    if len(right) > MAX_SEARCH:
+        return hypothesis(program) + checks[0]
+    if rng.random() < REVISED:
+        other = wrong_hypothesis(program, pairs[0], rng, stage)
+        if other is not None:
+            both = hypothesis(other) + check(other, pairs[0], stage, rng) + right
+            return both if len(both) <= MAX_SEARCH else right
+    return right
+
+
+def hypothesis(program: Program) -> str:
+    """A program as a thought names it: its statements."""
+    return "try " + "\n    ".join(s.lines for s in program.statements) + "\n    "
+
+
+def check(program: Program, pair: tuple, stage: Stage, rng: random.Random) -> str:
+    """The trace of a program on the arguments of a pair, and whether the result is the pair's."""
+    steps: list[str] = []
+    values = program.run(pair[0], stage.top, steps)
+    return f"{arguments_text(pair[0])};{trace(steps, rng)}" + (
+        "yes;" if values[program.statements[-1].name] == pair[1] else "no;"
+    )
+
+
+def wrong_hypothesis(program: Program, pair: tuple, rng: random.Random, stage: Stage) -> Program | None:
+    """A program of the same parameters and length that runs on the pair's arguments with another result."""
+    like = frozenset(s.kind for s in program.statements)
+    for _ in range(30):
+        other = random_program(rng, stage, len(program.statements), like)
+        if other is None or list(other.parameters.values()) != list(program.parameters.values()):
             continue
-        texts = [(arguments_text(a), repr(v)) for a, v in pairs]
-        rng.shuffle(texts)
-        half = INDUCTION_INPUTS // 2
-        return Task(
-            mode=mode,
-            program=program.text,
-            message=message_for(program, rng),
-            visible=tuple(texts[:half]),
-            hidden=tuple(texts[half:]),
-        ), program.words
+        result = other.output(pair[0], stage.top)
+        if result is not None and result != pair[1] and type(result) is type(pair[1]) and not held_out(other.text):
+            return other
+    return None
+
+
+def wrap(thought: str, answer: str) -> str:
+    """The response of the given content."""
+    return f"{thought}</think><answer>{answer}</answer>"
+
+
+# --- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def induction_pairs(program: Program, rng: random.Random, stage: Stage) -> list[tuple] | None:
+    """INDUCTION_INPUTS distinct arguments with their results, at least four distinct; None if the draws do not give
+    that."""
+    found: dict[str, tuple] = {}
+    for _ in range(3 * INDUCTION_INPUTS):
+        arguments = random_arguments(program, stage, rng)
+        result = program.output(arguments, stage.top)
+        if result is not None:
+            found[arguments_text(arguments)] = (arguments, result)
+        if len(found) == INDUCTION_INPUTS:
+            pairs = list(found.values())
+            return pairs if len({repr(result) for _, result in pairs}) >= 4 else None
+    return None
 
 
 def message_for(program: Program, rng: random.Random) -> str:
-    """A hint: everything, one operation of several, or only the type."""
-    kind = rng.choices(["full", "part", "type"], [30, 35, 35])[0]
+    """A hint: everything, one operation of several, or only the types."""
+    kind = rng.choices(("full", "part", "type"), (35, 35, 30))[0]
     if kind == "full":
         return program.words
     if kind == "part":
-        return "uses " + rng.choice(program.words.split(" then "))
-    return {"i": "a number function", "l": "a list function", "s": "a text function"}[program.takes]
+        return "uses " + rng.choice(program.statements).words
+    names = {"i": "number", "l": "list", "s": "text", "t": "tuple", "d": "dict"}
+    takes = " and ".join(names[kind] for kind in program.parameters.values())
+    return f"{takes} to {names[program.statements[-1].gives]}"
 
 
-def skill_task(rng: random.Random) -> Task:
+class Drawn(NamedTuple):
+    """A task with what a thought about it needs."""
+
+    task: Task
+    example: Example
+    pairs: list[tuple]  # visible ones of an induction task
+
+
+def draw_task(mode: str, rng: random.Random, stage: Stage = STAGES[LAST], count: int | None = None,
+              hold: bool = False) -> Drawn:
+    """A right and solvable task of one of the three modes."""
+    while True:
+        if mode == "induction" and count is None:
+            size = rng.choices(range(1, len(INDUCTION_STATEMENTS) + 1), INDUCTION_STATEMENTS)[0]
+        else:
+            size = count
+        example = draw(rng, stage, size, hold)
+        text, given = example.program.text, arguments_text(example.arguments)
+        if mode != "induction":
+            return Drawn(Task(mode=mode, program=text, input=given, output=repr(example.output)), example, [])
+        pairs = induction_pairs(example.program, rng, stage)
+        if pairs is None:
+            continue
+        texts = tuple((arguments_text(arguments), repr(result)) for arguments, result in pairs)
+        half = INDUCTION_INPUTS // 2
+        message = message_for(example.program, rng)
+        task = Task(mode=mode, program=text, message=message, visible=texts[:half], hidden=texts[half:])
+        return Drawn(task, example, pairs[:half])
+
+
+def think(drawn: Drawn, style: str, rng: random.Random, stage: Stage = STAGES[LAST]) -> str:
+    """The thought of a style about a task; "" for "none"."""
+    if style == "none":
+        return ""
+    if drawn.task.mode == "deduction":
+        return deduction_thought(style, drawn.example, rng)
+    if drawn.task.mode == "abduction":
+        return abduction_thought(style, drawn.example, rng, stage)
+    return induction_thought(style, drawn.example.program, drawn.pairs, rng, stage)
+
+
+def answer(task: Task) -> str:
+    """What stands between the answer tags of a right answer."""
+    if task.mode == "math":
+        return task.answer
+    tag, text = {"deduction": ("output", task.output), "abduction": ("input", task.input),
+                 "induction": ("python", task.program)}[task.mode]
+    return fence(tag, text)
+
+
+def skill_task(rng: random.Random, hold: bool = False) -> Task:
     """Digits to be sorted, asked in prose; the answer reads as one number."""
-    digits = [rng.randint(1, 9) for _ in range(rng.randint(3, 7))]
-    down = rng.random() < 0.3
-    question = f"Write the digits {', '.join(map(str, digits))} in {'falling' if down else 'rising'} order."
-    return Task(mode="math", question=question, answer="".join(map(str, sorted(digits, reverse=down))))
+    while True:
+        digits = [rng.randint(1, 9) for _ in range(rng.randint(3, 7))]
+        down = rng.random() < 0.3
+        question = f"Write the digits {', '.join(map(str, digits))} in {'falling' if down else 'rising'} order."
+        if (sum((i + 1) * d for i, d in enumerate(digits)) % HELD_OUT_SKILL == 0) == hold:
+            return Task(mode="math", question=question, answer="".join(map(str, sorted(digits, reverse=down))))
 
 
-def wrap(thought: str, answer: str, rng: random.Random) -> str:
-    """The response of the given content; now and then in a form that breaks the contract."""
-    if rng.random() >= FORMAT_FAULT:
-        return f"{thought}</think><answer>{answer}</answer>"
+HELD_OUT_SKILL = 50  # one question in so many
+
+
+# --- documents -------------------------------------------------------------------------------------------------------
+
+
+def solve_document(mode: str, rng: random.Random, stage: Stage = STAGES[LAST], progress: float = 1.0) -> tuple[str, str]:
+    """A solver's prompt and a right answer to it, with a thought in a style of the ladder."""
+    if mode == "math":
+        task = skill_task(rng)
+        return solve_prompt(task, "tiny"), wrap("", answer(task))
+    drawn = draw_task(mode, rng, stage)
+    style = rng.choices(STYLES, style_weights(progress))[0]
+    return solve_prompt(drawn.task, "tiny"), wrap(think(drawn, style, rng, stage), answer(drawn.task))
+
+
+def broken(example: Example, rng: random.Random) -> tuple[str, str]:
+    """A proposal that validation refuses: bad syntax, an unknown name, a wrong type, a random value, a triviality."""
+    text, given = example.program.text, arguments_text(example.arguments)
+    head = text.split("\n", 1)[0]
     fault = rng.randrange(4)
     if fault == 0:
-        return f"{thought}<answer>{answer}</answer>"  # thinking never closed
+        return text.replace("=", "", 1), given
     if fault == 1:
-        return f"{thought}</think>{answer}</answer>"  # no opening tag
+        return text.replace("x", "w", 1), given
     if fault == 2:
-        return f"{thought}</think><answer>{answer.replace('```', '')}</answer>"  # no fences
-    return f"{thought}</think><answer></answer>"
-
-
-def wrong_value(text: str, rng: random.Random) -> str:
-    """A value of the same look: a digit or letter changed, dropped or doubled."""
-    places = [i for i, ch in enumerate(text) if ch.isdigit() or ch in LETTERS or ch in LETTERS.upper()]
-    if not places:
-        return rng.choice(["0", "1", "[]", "''"])
-    i = rng.choice(places)
-    new = str(rng.randint(0, 9)) if text[i].isdigit() else rng.choice(LETTERS)
-    return text[:i] + rng.choice([new, new, "", text[i] * 2]) + text[i + 1 :]
-
-
-def solve_document(mode: str, rng: random.Random) -> tuple[str, str]:
-    """A solver's prompt and an answer, right nine times in ten."""
-    task, thought = make_task(mode, rng)
-    wrong = rng.random() < WRONG_VALUE
-    if mode == "math":
-        answer = task.answer
-        answer = "".join(rng.sample(answer, len(answer))) if wrong else answer
-    elif mode == "deduction":
-        answer = fence("output", wrong_value(task.output, rng) if wrong else task.output)
-    elif mode == "abduction":
-        answer = fence("input", wrong_value(task.input, rng) if wrong else task.input)
-    else:
-        answer = fence("python", draw(rng)[0].text if wrong else task.program)
-    thought = thought if rng.random() < THINK and not wrong else ""
-    return solve_prompt(task, "tiny"), wrap(thought, answer, rng)
-
-
-def broken(program: Program, given: str, rng: random.Random) -> tuple[str, str]:
-    """A proposal that validation refuses: bad syntax, an unknown name, a wrong type, a random value, a triviality."""
-    head, body = program.text.split("\n", 1)
-    fault = rng.randrange(5)
-    if fault == 0:
-        return program.text.replace(")", "", 1), given
-    if fault == 1:
-        return program.text.replace("x", "z", 1), given
-    if fault == 2:
-        return program.text, repr(random_value(rng.choice([t for t in "ils" if t != program.takes]), rng))
-    if fault == 3:
         return f"import random\n{head}\n    return random.randint(0, 9)", given
     return f"{head}\n    return x", given
 
 
-def propose_document(mode: str, rng: random.Random) -> tuple[str, str]:
-    """A proposer's prompt with one to three references (induction: the program) and a proposal."""
+def plan(program: Program, rng: random.Random) -> str:
+    """What a proposer thinks: nothing, names, or the operations in words."""
+    style = rng.choices(("none", "junk", "words"), PLAN)[0]
+    return {"none": "", "junk": "".join(f"{s.name};" for s in program.statements), "words": f"{program.words};"}[style]
+
+
+def propose_document(mode: str, rng: random.Random, stage: Stage = STAGES[LAST]) -> tuple[str, str]:
+    """A proposer's prompt with one to three references (induction: the program) and a proposal that follows them."""
     if mode == "induction":
-        return _propose_induction(rng)
+        return _propose_induction(rng, stage)
+    size = rng.choices(range(1, len(STATEMENTS) + 1), STATEMENTS)[0]
     references = []
-    for _ in range(rng.choices([1, 2, 3], [30, 50, 20])[0]):
-        program, arguments, _ = draw(rng)
-        references.append(Task(mode=mode, program=program.text, input=arguments_text(arguments), output=""))
-    if rng.random() < 0.03:
-        references[rng.randrange(len(references))] = SEED_TASKS["deduction"]
-    program, arguments, _ = draw(rng)
-    text, given = program.text, arguments_text(arguments)
+    for _ in range(rng.choices((1, 2, 3), (25, 50, 25))[0]):
+        near = min(len(STATEMENTS), max(1, size + rng.choice((-1, 0, 0, 1))))
+        references.append(draw(rng, stage, near))
+    mean = sum(len(e.program.statements) for e in references) / len(references)
+    tasks = [Task(mode=mode, program=e.program.text, input=arguments_text(e.arguments), output="") for e in references]
+    like = frozenset(s.kind for s in rng.choice(references).program.statements)
+    if rng.random() < SEED_REFERENCE:
+        tasks, mean, like = [SEED_TASKS["deduction"]], 1.0, frozenset()
+    count = min(MAX_STATEMENTS, max(1, round(mean + rng.random() - 0.5) + rng.choices(*FOLLOW)[0]))
+    example = draw(rng, stage, count, like=like)
+    text, given = example.program.text, arguments_text(example.arguments)
     if rng.random() < BROKEN_PROPOSAL:
-        text, given = broken(program, given, rng)
-    thought = program.words if rng.random() < THINK / 2 else ""
-    return propose_prompt(mode, references, "tiny"), wrap(thought, fence("python", text) + fence("input", given), rng)
+        text, given = broken(example, rng)
+    response = wrap(plan(example.program, rng), fence("python", text) + fence("input", given))
+    return propose_prompt(mode, tasks, "tiny"), response
 
 
-def _propose_induction(rng: random.Random) -> tuple[str, str]:
-    while True:
-        program, _, _ = draw(rng)
-        pairs = induction_pairs(program, rng, INDUCTION_INPUTS)
-        if pairs is not None:
-            break
-    inputs = [arguments_text(arguments) for arguments, _ in pairs]
+def _propose_induction(rng: random.Random, stage: Stage) -> tuple[str, str]:
+    drawn = draw_task("induction", rng, stage)
+    inputs = [given for given, _ in drawn.task.visible + drawn.task.hidden]
     if rng.random() < BROKEN_PROPOSAL:
-        inputs[rng.randrange(len(inputs))] = rng.choice(inputs + [repr(random_value(rng.choice("ils"), rng))])
-    answer = "".join(fence("input", given) for given in inputs) + fence("message", message_for(program, rng))
-    reference = Task(mode="deduction", program=program.text, input="", output="")
-    return propose_prompt("induction", [reference], "tiny"), wrap("", answer, rng)
+        inputs[rng.randrange(len(inputs))] = rng.choice(inputs)
+    text = "".join(fence("input", given) for given in inputs) + fence("message", drawn.task.message)
+    reference = Task(mode="deduction", program=drawn.task.program, input="", output="")
+    return propose_prompt("induction", [reference], "tiny"), wrap("", text)
 
 
-def document(rng: random.Random, late: bool = False) -> tuple[str, str]:
-    """One training document: (prompt, response); `late`: of the mixture for the last third of the training."""
-    role, mode = rng.choices(list(KINDS), [weights[late] for weights in KINDS.values()])[0]
-    return propose_document(mode, rng) if role == "proposer" else solve_document(mode, rng)
+def document(rng: random.Random, stage: Stage = STAGES[LAST], progress: float = 1.0) -> tuple[str, str]:
+    """One training document: (prompt, response); `progress`: the share of the training that is over."""
+    role, mode = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    if role == "proposer":
+        return propose_document(mode, rng, stage)
+    return solve_document(mode, rng, stage, progress)
 
 
-def documents(seed: int, count: int, late: bool = False) -> list[tuple[str, str]]:
-    """`count` documents of one seed."""
+def documents(seed: int | str, count: int, stage: int = LAST, progress: float = 1.0) -> list[tuple[str, str]]:
+    """`count` documents of one seed, with values up to STAGES[stage]."""
     rng = random.Random(seed)
-    return [document(rng, late) for _ in range(count)]
+    return [document(rng, STAGES[stage], progress) for _ in range(count)]
 
 
-def held_out_tasks(mode: str, count: int, seed: int = 2024) -> list[Task]:
-    """`count` distinct tasks of programs (or questions) that no training document shows."""
-    rng, found = random.Random(f"{seed}/{mode}"), {}
+# --- held out --------------------------------------------------------------------------------------------------------
+
+MODES = ("deduction", "abduction", "induction")
+TASKS = 100  # of a mode and number of statements
+DIFFICULTIES = (1, 2, 3, 4, 5, 6, 7)  # statements; 7 stands for 7 or 8
+
+
+@functools.cache
+def held_out_draws(seed: int = 2024) -> tuple[Drawn, ...]:
+    """TASKS tasks for each mode and difficulty, ordered by mode, then difficulty; no two programs behave alike."""
+    found, seen = [], set()
+    for difficulty in DIFFICULTIES:
+        for mode in MODES:
+            rng, rows = random.Random(f"{seed}/{mode}/{difficulty}"), 0
+            while rows < TASKS:
+                count = rng.choice((7, 8)) if difficulty == 7 else difficulty
+                drawn = draw_task(mode, rng, count=count, hold=True)
+                key = behaviour(drawn.example.program)
+                if key not in seen:
+                    seen.add(key)
+                    found.append(drawn)
+                    rows += 1
+    order = {mode: i for i, mode in enumerate(MODES)}
+    return tuple(sorted(found, key=lambda drawn: order[drawn.task.mode]))
+
+
+def held_out_skill(count: int, seed: int = 2024) -> list[Task]:
+    """`count` distinct questions that no training document shows."""
+    rng, found = random.Random(f"{seed}/math"), {}
     while len(found) < count:
-        task, _ = make_task(mode, rng, hold=True)
-        found[repr(task.to_json())] = task
+        task = skill_task(rng, hold=True)
+        found[task.question] = task
     return list(found.values())

@@ -1,12 +1,19 @@
 """Trains the embedded base model from scratch and writes it next to this file: `python -m azr.tiny.make`.
 
-A Qwen2 of about 1.2 M parameters, trained on synthetic text (documents.py) with the loss on response tokens only, in
-fp32, stored in bf16. About 45 minutes on two CPU cores, minutes on a GPU. Stop it at any time: the same command goes on
-from the last chunk of documents. What it writes: config.json, model.safetensors, the tokenizer, tokenizer_check.json
-(ids of a fixed text, verified on every load), base.json (template hash, tokens, loss), held_out.jsonl and skill.jsonl.
+A Qwen2 of about a million parameters, trained on synthetic text (documents.py) with the loss on response tokens only,
+in fp32, stored in bf16. Two processes, one a core, each with its own half of every batch; or one process with both
+halves in turn (a GPU, or --workers 1), which gives the same weights. Stop it at any time: the same command goes on from
+the last chunk of documents. It writes config.json, model.safetensors, the tokenizer, tokenizer_check.json (ids of a
+fixed text, verified on every load), base.json (template hash, tokens, losses), held_out.jsonl, skill.jsonl, and
+held_out_behaviours.json, by which training text and held-out tasks are kept apart.
 
     python -m azr.tiny.make                        into azr/tiny, work files in runs/tiny-base
     python -m azr.tiny.make --out other --tokens 1e6
+
+Two things are not as in a textbook. The loss of a batch is divided by a running mean of response tokens, not by the
+batch's own: batches hold documents of like length, and a mean over the batch would make the first token of a long
+thought weigh less than that of a short one, so the model would choose thoughts less often than its text does. And the
+values in programs widen by stages, each let in when the traces of the one before are learned.
 """
 
 from __future__ import annotations
@@ -21,31 +28,37 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from azr.prompts import template_hash
-from azr.tiny.documents import documents, held_out_tasks
+from azr.prompts import solve_prompt, template_hash
+from azr.tiny import documents as recipe
+from azr.tiny import split
+from azr.tiny.muon import Muon
+from azr.tiny.programs import LAST, STAGES
 from azr.tiny.vocabulary import EOS, build
 
-MODES = ("deduction", "abduction", "induction")
-CHUNK = 10_000  # documents between two saves of the work files
-BATCH_TOKENS = 4096
+SHARDS = 2  # halves of a batch, whatever the number of processes: the sums are the same bit for bit
+CHUNK = 5_000  # documents of a shard between two saves of the work files
+BATCH_TOKENS = 3072  # of a shard
 VALIDATION_SEED = 10**9
-LATE = 0.63  # share of the training after which most documents are about solving
+LEARNED = 0.10  # nats a token of full traces, below which the next stage is let in
+LONGEST_STAGE = 0.08  # of the training; then the next stage is let in all the same
+WARM_UP = 100  # steps
+MEAN_DECAY = 0.98  # of the running mean of response tokens a step
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The architecture; 1.24 M parameters with a vocabulary of 432."""
+    """The architecture."""
 
-    hidden: int = 160
+    hidden: int = 128
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    mlp: int = 448
+    mlp: int = 384
 
 
 def new_model(shape: Shape, vocabulary: int, eos: int) -> Qwen2ForCausalLM:
@@ -68,154 +81,265 @@ def new_model(shape: Shape, vocabulary: int, eos: int) -> Qwen2ForCausalLM:
     )
 
 
-def token_batches(
-    tokenizer: Tokenizer, seed: int, count: int, late: bool = False
-) -> list[list[tuple[list[int], int]]]:
-    """Documents of a seed as (ids, prompt length), in batches of like length under the budget, in random order."""
-    texts = documents(seed, count, late)
+# --- batches and losses ----------------------------------------------------------------------------------------------
+
+Row = tuple[list[int], int, int]  # ids, where the trained part begins, where it ends
+
+
+def rows_of(tokenizer: Tokenizer, texts: list[tuple[str, str]]) -> list[Row]:
+    """(ids, length of the prompt, length) of each (prompt, response)."""
     eos = tokenizer.token_to_id(EOS)
     prompts = tokenizer.encode_batch([prompt for prompt, _ in texts], add_special_tokens=False)
     responses = tokenizer.encode_batch([response for _, response in texts], add_special_tokens=False)
-    rows = sorted(
-        ((p.ids + r.ids + [eos], len(p.ids)) for p, r in zip(prompts, responses)), key=lambda row: len(row[0])
-    )
+    rows = []
+    for prompt, response in zip(prompts, responses):
+        ids = prompt.ids + response.ids + [eos]
+        rows.append((ids, len(prompt.ids), len(ids)))
+    return rows
+
+
+def batches_of(rows: list[Row], seed: str) -> list[list[Row]]:
+    """Batches of like length under BATCH_TOKENS, in random order."""
     batches, batch = [], []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: len(row[0])):
         if batch and len(row[0]) * (len(batch) + 1) > BATCH_TOKENS:
             batches.append(batch)
             batch = []
         batch.append(row)
+    batches.append(batch)
     random.Random(seed).shuffle(batches)
-    return batches + [batch]
+    return batches
 
 
-def response_loss(model: Qwen2ForCausalLM, batch, device) -> tuple[torch.Tensor, int]:
-    """Mean cross-entropy over response tokens, and how many tokens the batch has in all."""
-    width = max(len(ids) for ids, _ in batch)
+def loss_sum(model: Qwen2ForCausalLM, batch: list[Row], device) -> tuple[torch.Tensor, int]:
+    """Sum of the cross-entropy over the trained tokens of a batch, and how many there are."""
+    width = max(len(ids) for ids, _, _ in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     trained = torch.zeros(len(batch), width - 1, dtype=torch.bool)
-    for i, (row, prompt) in enumerate(batch):
+    for i, (row, start, end) in enumerate(batch):
         ids[i, : len(row)] = torch.tensor(row)
-        trained[i, prompt - 1 : len(row) - 1] = True
+        trained[i, start - 1 : end - 1] = True
     ids, trained = ids.to(device), trained.to(device)
     hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][trained]  # right-padded and causal: no mask needed
-    return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][trained]), sum(len(row) for row, _ in batch)
+    return F.cross_entropy(model.lm_head(hidden), ids[:, 1:][trained], reduction="sum"), len(hidden)
+
+
+def thought_rows(tokenizer: Tokenizer, mode: str, style: str, stage: int, count: int = 150) -> list[Row]:
+    """Solving documents of one style never trained on, with the trained part cut to the thought ("none": the answer)."""
+    rng = random.Random(f"{VALIDATION_SEED}/{mode}/{style}/{stage}")
+    rows = []
+    for _ in range(count):
+        drawn = recipe.draw_task(mode, rng, STAGES[stage])
+        thought = recipe.think(drawn, style, rng, STAGES[stage])
+        prompt, end = solve_prompt(drawn.task, "tiny"), f"</think><answer>{recipe.answer(drawn.task)}</answer>"
+        if style == "none":
+            rows += rows_of(tokenizer, [(prompt, end)])
+        else:
+            ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, thought)]
+            rows.append((ids[0] + ids[1], len(ids[0]), len(ids[0]) + len(ids[1])))
+    return rows
 
 
 @torch.no_grad()
-def validation_loss(model, tokenizer, device) -> float:
-    """Response loss on documents of a seed that is never trained on."""
-    batches = token_batches(tokenizer, VALIDATION_SEED, 1000)
-    return sum(response_loss(model, batch, device)[0].item() for batch in batches) / len(batches)
+def mean_loss(model, rows: list[Row], device) -> float:
+    """Nats a trained token."""
+    sums = [loss_sum(model, batch, device) for batch in batches_of(rows, "validation")]
+    return sum(loss.item() for loss, _ in sums) / sum(count for _, count in sums)
 
 
-def save_work(work: Path, model, optimizer, state: dict) -> None:
-    """Weights, Adam moments and counters; each file is written aside and renamed, the counters last."""
-    tensors = {f"weight/{name}": p for name, p in model.named_parameters()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam/{i}/{name}": value for name, value in moments.items()}
-    path = work / f"chunk_{state['chunk']}.safetensors"
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, str(path) + ".tmp")
-    os.replace(str(path) + ".tmp", path)
-    (work / "state.json.tmp").write_text(json.dumps(state))
-    os.replace(work / "state.json.tmp", work / "state.json")
-    for old in work.glob("chunk_*.safetensors"):
-        if old != path:
-            old.unlink()
+# --- training --------------------------------------------------------------------------------------------------------
 
 
-def load_work(work: Path, model, optimizer, device) -> dict:
-    """Puts back what save_work wrote; {} counters of a fresh start if there is nothing."""
-    if not (work / "state.json").exists():
-        return {"chunk": 0, "tokens": 0, "seconds": 0.0}
-    state = json.loads((work / "state.json").read_text())
-    tensors = load_file(work / f"chunk_{state['chunk']}.safetensors", device=str(device))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(tensors[f"weight/{name}"])
-    moments: dict[int, dict] = {}
-    for name, value in tensors.items():
-        if name.startswith("adam/"):
-            _, i, key = name.split("/")
-            moments.setdefault(int(i), {})[key] = value.cpu() if key == "step" else value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
+def optimizers_for(model, muon: bool, rate: float) -> list[tuple[torch.optim.Optimizer, float]]:
+    """(optimizer, peak learning rate): Muon for the matrices of the layers and AdamW for the rest, or AdamW alone."""
+    parameters = dict(model.named_parameters())
+    matrices = [p for name, p in parameters.items() if p.ndim == 2 and "layers" in name] if muon else []
+    rest = [p for p in parameters.values() if not any(p is m for m in matrices)]
+    pairs = [(torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0 if muon else 0.05), rate)]
+    if muon:
+        pairs.append((Muon(matrices, lr=MUON_RATE), MUON_RATE))
+    return pairs
 
 
-def learning_rate(tokens: int, total: float, peak: float) -> float:
-    """A hundred batches of warm-up, then a cosine to 2 % of the peak."""
-    warm = min(1.0, (tokens + 1) / (100 * BATCH_TOKENS))
-    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, tokens / total))))
+MUON_RATE = 0.01
 
 
-def train(model, tokenizer, args, device) -> dict:
+def schedule(step: int, done: float) -> float:
+    """Share of the peak learning rate: warm-up, then a cosine to 2 % over the training."""
+    return min(1.0, (step + 1) / WARM_UP) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+class Shards:
+    """The halves of every batch: both in this process, or one here and one in the other process."""
+
+    def __init__(self, rank: int, world: int):
+        self.mine = range(SHARDS) if world == 1 else (rank,)
+        self.alone, self.first = world == 1, rank == 0
+
+    def least(self, counts: list[int]) -> int:
+        """The smallest of the counts of all shards."""
+        value = torch.tensor(min(counts))
+        if not self.alone:
+            dist.all_reduce(value, dist.ReduceOp.MIN)
+        return int(value)
+
+    def add(self, flats: list[torch.Tensor]) -> torch.Tensor:
+        """The sum over all shards."""
+        if self.alone:
+            return flats[0] + flats[1]
+        dist.all_reduce(flats[0])
+        return flats[0]
+
+
+def gradient(model, batch: list[Row], mean: float, device) -> torch.Tensor:
+    """(parameters + 3,) gradient of the loss sum over the running mean, then loss sum, trained tokens, all tokens."""
+    model.zero_grad(set_to_none=True)
+    loss, count = loss_sum(model, batch, device)
+    (loss / mean).backward()
+    numbers = torch.tensor([loss.item(), count, sum(len(ids) for ids, _, _ in batch)], device=device)
+    return torch.cat([*(p.grad.flatten() for p in model.parameters()), numbers])
+
+
+def take_step(model, pairs, flat: torch.Tensor, share: float) -> None:
+    """One step of the optimizers with a gradient clipped to norm 1."""
+    flat = flat * min(1.0, 1.0 / (flat.norm().item() + 1e-6))
+    for p, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()])):
+        p.grad = part.view_as(p)
+    for optimizer, peak in pairs:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * share
+        optimizer.step()
+
+
+def train(model, tokenizer, args, device, shards: Shards) -> dict:
     """Trains until `args.tokens`, saving after every chunk of documents; returns the counters."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    state = load_work(args.work, model, optimizer, device)
+    pairs = optimizers_for(model, args.optimizer == "muon", args.learning_rate)
+    state = load_work(args.work, model, pairs)
     while state["tokens"] < args.tokens:
-        start, losses = time.time(), []
-        late = state["tokens"] > LATE * args.tokens
-        for batch in token_batches(tokenizer, 100 + state["chunk"], CHUNK, late):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state["tokens"], args.tokens, args.learning_rate)
-            loss, tokens = response_loss(model, batch, device)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            losses.append(loss.item())
-            state["tokens"] += tokens
+        start, before, losses, counts = time.time(), state["tokens"], 0.0, 0.0
+        done = state["tokens"] / args.tokens
+        seeds = [f"{args.seed}/{state['chunk']}/{shard}" for shard in shards.mine]
+        texts = [recipe.documents(seed, CHUNK, state["stage"], done) for seed in seeds]
+        halves = [batches_of(rows_of(tokenizer, part), seed) for part, seed in zip(texts, seeds)]
+        drawing = time.time() - start
+        for i in range(shards.least([len(half) for half in halves])):
+            mean = state["mean"] or 1000.0
+            flat = shards.add([gradient(model, half[i], mean, device) for half in halves])
+            loss, count, tokens = flat[-3:].tolist()
+            take_step(model, pairs, flat[:-3], schedule(state["step"], state["tokens"] / args.tokens))
+            state["mean"] = count if state["mean"] is None else MEAN_DECAY * mean + (1 - MEAN_DECAY) * count
+            state["tokens"] += int(tokens)
+            state["step"] += 1
+            losses, counts = losses + loss, counts + count
         state["chunk"] += 1
+        trace_loss = mean_loss(model, thought_rows(tokenizer, "deduction", "full", state["stage"]), device)
+        late = state["tokens"] > state["stage_began"] + LONGEST_STAGE * args.tokens
+        if state["stage"] < LAST and (trace_loss < LEARNED or late):
+            state |= {"stage": state["stage"] + 1, "stage_began": state["tokens"]}
         state["seconds"] += time.time() - start
-        save_work(args.work, model, optimizer, state)
-        mean, left = sum(losses) / len(losses), max(args.tokens - state["tokens"], 0)
-        pace = state["seconds"] / state["tokens"]
-        print(
-            f"chunk {state['chunk']:3d}  {state['tokens'] / 1e6:6.1f} M tokens  response loss {mean:.4f}  "
-            f"{state['tokens'] / state['seconds']:.0f} tokens/s  {left * pace / 60:.0f} min left",
-            flush=True,
-        )
+        if shards.first:
+            save_work(args.work, model, pairs, state)
+            left = (args.tokens - state["tokens"]) * state["seconds"] / state["tokens"]
+            print(
+                f"chunk {state['chunk']:3d}  {state['tokens'] / 1e6:5.1f} M tokens  response loss {losses / counts:.4f}  "
+                f"full trace {trace_loss:.4f}  stage {state['stage']}  "
+                f"{(state['tokens'] - before) / (time.time() - start):.0f} tokens/s (drawing {drawing:.0f} s)  "
+                f"{max(left, 0) / 60:.0f} min left",
+                flush=True,
+            )
     return state
+
+
+def save_work(work: Path, model, pairs, state: dict) -> None:
+    """Weights, moments and counters in one file, written aside and renamed."""
+    held = {"model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer, _ in pairs]}
+    torch.save(held | {"state": state}, work / "work.pt.tmp")
+    os.replace(work / "work.pt.tmp", work / "work.pt")
+
+
+def load_work(work: Path, model, pairs) -> dict:
+    """Puts back what save_work wrote; the counters of a fresh start if there is nothing."""
+    if not (work / "work.pt").exists():
+        return {"chunk": 0, "step": 0, "tokens": 0, "seconds": 0.0, "mean": None, "stage": 0, "stage_began": 0}
+    held = torch.load(work / "work.pt", map_location=next(model.parameters()).device, weights_only=True)
+    model.load_state_dict(held["model"])
+    for (optimizer, _), saved in zip(pairs, held["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return held["state"]
+
+
+# --- what is written -------------------------------------------------------------------------------------------------
+
+
+def losses_by_style(model, tokenizer, device) -> dict[str, float]:
+    """Nats a token on documents never trained on: of the thoughts of each style, and of answers without a thought."""
+    return {
+        f"{mode}/{style}": round(mean_loss(model, thought_rows(tokenizer, mode, style, LAST), device), 4)
+        for mode in recipe.MODES
+        for style in recipe.STYLES
+    }
 
 
 def write_model(out: Path, model, tokenizer, state: dict) -> None:
-    """The model directory: bf16 weights, tokenizer check, held-out tasks and what was trained on what."""
+    """The model directory: bf16 weights, tokenizer check, and what was trained on what."""
     model.to(torch.bfloat16).save_pretrained(out)
-    text = documents(VALIDATION_SEED, 8)
-    check = "".join(prompt + response for prompt, response in text)
+    check = "".join(prompt + response for prompt, response in recipe.documents(VALIDATION_SEED, 8))
     ids = tokenizer.encode(check, add_special_tokens=False).ids
     (out / "tokenizer_check.json").write_text(json.dumps({"text": check, "ids": ids}) + "\n")
     base = {"template": "tiny", "template_hash": template_hash("tiny"), **state}
     (out / "base.json").write_text(json.dumps(base, indent=1) + "\n")
-    tasks = [task for mode in MODES for task in held_out_tasks(mode, 200)]
-    for name, rows in (("held_out.jsonl", tasks), ("skill.jsonl", held_out_tasks("math", 200))):
-        (out / name).write_text("".join(json.dumps(task.to_json()) + "\n" for task in rows))
+
+
+def write_held_out(out: Path) -> None:
+    """held_out.jsonl and skill.jsonl, and the behaviours that training text must not have."""
+    draws = recipe.held_out_draws()
+    split.write_behaviours(drawn.example.program for drawn in draws)
+    for name, tasks in (("held_out.jsonl", [drawn.task for drawn in draws]), ("skill.jsonl", recipe.held_out_skill(200))):
+        (out / name).write_text("".join(json.dumps(task.to_json()) + "\n" for task in tasks))
+
+
+def work(rank: int, world: int, args: argparse.Namespace, device: str) -> None:
+    """One process of the training."""
+    if world > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{args.work.resolve()}/meeting", rank=rank, world_size=world)
+    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
+    shape = Shape(args.hidden, args.layers, mlp=3 * args.hidden)
+    model = new_model(shape, tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS)).to(device)
+    if rank == 0:
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count:,} parameters, {args.tokens / 1e6:.0f} M tokens, {world} x {device}", flush=True)
+    state = train(model, tokenizer, args, torch.device(device), Shards(rank, world))
+    if rank == 0:
+        state["losses"] = losses_by_style(model, tokenizer, torch.device(device))
+        write_model(args.out, model, tokenizer, state)
+        print(f"written to {args.out}: {state['losses']}")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
-    parser.add_argument(
-        "--tokens", type=float, default=26e6, help="training tokens (26e6: about 50 minutes on two cores)"
-    )
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--hidden", type=int, default=160, help="width; the MLP is 2.8 times as wide")
+    parser.add_argument("--tokens", type=float, default=70e6, help="training tokens, prompts included")
+    parser.add_argument("--seed", type=int, default=0, help="of the documents")
+    parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, of AdamW")
+    parser.add_argument("--hidden", type=int, default=128, help="width; the MLP is three times as wide")
+    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument("--workers", type=int, choices=(1, 2), default=2, help="processes (a GPU: always 1)")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.work.mkdir(parents=True, exist_ok=True)
-    build(args.out)
-    tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
-    shape = Shape(hidden=args.hidden, mlp=int(2.8 * args.hidden))
-    model = new_model(shape, tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS)).to(device)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.tokens / 1e6:.0f} M tokens, on {device}",
-        flush=True,
-    )
-    state = train(model, tokenizer, args, device)
-    state["validation_loss"] = round(validation_loss(model, tokenizer, device), 4)
-    write_model(args.out, model, tokenizer, state)
-    print(f"written to {args.out}: validation response loss {state['validation_loss']}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.work / "meeting").unlink(missing_ok=True)
+    if not (args.out / "tokenizer.json").exists() or not (args.work / "work.pt").exists():
+        write_held_out(args.out)
+        build(args.out)
+    if torch.cuda.is_available() or args.workers == 1:
+        work(0, 1, args, "cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        torch.multiprocessing.spawn(work, (2, args, "cpu"), nprocs=2)
 
 
 if __name__ == "__main__":

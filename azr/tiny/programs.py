@@ -1,273 +1,491 @@
-"""Random small typed programs for the embedded model: ints, lists of ints, strings over a-e; one to three operations.
+"""Random small programs for the embedded model: one to eight statements whose values can be followed step by step.
 
-A `Program` carries its text, the words that name its operations, and a Python callable for each operation, so its value
-on an input, with every intermediate value, is computed by executing those callables; a test runs the texts in the
-sandbox and compares. Left out on purpose: dicts, floats, nested loops, recursion. The model has a million parameters.
+    def f(x, y):            a program assigns one fresh name in each statement and returns the last one
+        p=x+3
+        q=max(p, y)         the trace of f(5, 9): p=5+3=8;q=max(8, 9)=9;
+        return q
+
+A statement is an operation, a choice (an expression or a block) or a loop with state. Values are computed by the
+Python callables of the tables below, never by evaluating text; a test runs the texts in the sandbox and compares.
+`Program.run` also writes the trace: every executed step with the values put in place of the names, because a small
+model learns to copy and compute, not to look up and compute in one go (measured: trace loss .10 against .49).
+
+`Stage` says which types and how large ints a program may hold: training begins with digits. Left out on purpose: nested
+loops, recursion, floats, negative numbers; the model has about a million parameters.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from dataclasses import dataclass
 from typing import Any, Callable, NamedTuple
 
-LETTERS = "abcde"
-MAX_TEXT = 24  # longest value text a document shows
+LETTERS = "abcdefgh"
+NAMES = "pqrstumn"  # a statement's target, in order; v is the variable of loops
+PARAMETERS = "xyz"
+TOP = ""  # where a run keeps the largest int allowed, among the values of its variables
+MAX_LIST, MAX_STRING = 5, 7  # elements or letters of a value
+MAX_TRACE = 130  # characters; about as many tokens
+MAX_STATEMENTS = 8
+STYLES = (64, 18, 10, 8)  # of statements: operation, loop, conditional expression, block
+PARAMETER_TYPES = (56, 26, 18)
+UNREAD, NOT_NEWEST = 0.6, 0.95  # how often a source is one that nothing has read yet; is not the newest
+LIKE = 6.0  # how much likelier an operation of a reference is in a proposal
+
+
+class OutOfRange(Exception):
+    """A value is negative, too large, too long or mixed: the program does not fit this input."""
+
+
+class Stage(NamedTuple):
+    """Which values a program may hold: types i(nt), l(ist of ints), s(tring), t(uple), d(ict), and the largest int."""
+
+    types: str
+    top: int
+
+
+STAGES = (Stage("i", 9), Stage("i", 99), Stage("il", 99), Stage("ils", 99), Stage("ilstd", 99))
+LAST = len(STAGES) - 1
 
 
 class Operation(NamedTuple):
-    """One typed operation. {e} is the operand, in parentheses if needed, {E} the bare one, {c} the constant."""
+    """One typed operation: {a} and {b} are operands, {c} the constant. `words` name it in messages."""
 
     weight: float
     words: str
-    takes: str  # i(nt), l(ist of ints), s(tring)
+    takes: str  # types of a and b
     gives: str
     text: str
-    run: Callable[[Any, Any], Any]
-    constant: str = ""  # "": none; "small" 1-9; "divisor" 2-5; "factor" 2-4; "letter"; "cut" 1-2
-    atomic: bool = True  # the text needs no parentheses as an operand
+    run: Callable[[Any, Any, Any], Any]
+    constant: str = ""  # see `constant`; "": none
 
 
 OPERATIONS = [
-    Operation(3.0, "add {c}", "i", "i", "{e}+{c}", lambda v, c: v + c, "small", False),
-    Operation(2.5, "subtract {c}", "i", "i", "{e}-{c}", lambda v, c: v - c, "small", False),
-    Operation(2.0, "multiply by {c}", "i", "i", "{e}*{c}", lambda v, c: v * c, "factor", False),
-    Operation(1.5, "divide by {c}", "i", "i", "{e}//{c}", lambda v, c: v // c, "divisor", False),
-    Operation(1.5, "remainder of {c}", "i", "i", "{e}%{c}", lambda v, c: v % c, "divisor", False),
-    Operation(1.0, "take from {c}", "i", "i", "{c}-{e}", lambda v, c: c - v, "small", False),
-    Operation(0.7, "absolute", "i", "i", "abs({E})", lambda v, c: abs(v)),
-    Operation(1.0, "at least {c}", "i", "i", "max({E}, {c})", lambda v, c: max(v, c), "small"),
-    Operation(1.0, "at most {c}", "i", "i", "min({E}, {c})", lambda v, c: min(v, c), "small"),
-    Operation(0.7, "square", "i", "i", "{e}**2", lambda v, c: v**2, "", False),
-    Operation(0.6, "negate", "i", "i", "-{e}", lambda v, c: -v, "", False),
-    Operation(0.8, "count up", "i", "l", "list(range({E}))", lambda v, c: list(range(v))),
-    Operation(0.8, "pair with {c}", "i", "l", "[{E}, {c}]", lambda v, c: [v, c], "small"),
-    Operation(0.5, "repeat in a list {c}", "i", "l", "[{E}]*{c}", lambda v, c: [v] * c, "factor", False),
-    Operation(0.8, "as text", "i", "s", "str({E})", lambda v, c: str(v)),
-    Operation(1.5, "length", "l", "i", "len({E})", lambda v, c: len(v)),
-    Operation(2.0, "sum", "l", "i", "sum({E})", lambda v, c: sum(v)),
-    Operation(1.2, "largest", "l", "i", "max({E})", lambda v, c: max(v)),
-    Operation(1.2, "smallest", "l", "i", "min({E})", lambda v, c: min(v)),
-    Operation(1.0, "first", "l", "i", "{e}[0]", lambda v, c: v[0]),
-    Operation(1.0, "last", "l", "i", "{e}[-1]", lambda v, c: v[-1]),
-    Operation(0.7, "count of {c}", "l", "i", "{e}.count({c})", lambda v, c: v.count(c), "small"),
-    Operation(1.6, "sort", "l", "l", "sorted({E})", lambda v, c: sorted(v)),
-    Operation(0.7, "sort down", "l", "l", "sorted({E})[::-1]", lambda v, c: sorted(v)[::-1]),
-    Operation(1.6, "reverse", "l", "l", "{e}[::-1]", lambda v, c: v[::-1]),
-    Operation(1.0, "drop first {c}", "l", "l", "{e}[{c}:]", lambda v, c: v[c:], "cut"),
-    Operation(1.0, "keep first {c}", "l", "l", "{e}[:{c}]", lambda v, c: v[:c], "cut"),
-    Operation(0.7, "drop last", "l", "l", "{e}[:-1]", lambda v, c: v[:-1]),
-    Operation(0.7, "every second", "l", "l", "{e}[::2]", lambda v, c: v[::2]),
-    Operation(1.0, "append {c}", "l", "l", "{e}+[{c}]", lambda v, c: v + [c], "small", False),
-    Operation(0.7, "put {c} before", "l", "l", "[{c}]+{e}", lambda v, c: [c] + v, "small", False),
-    Operation(1.2, "add {c} to each", "l", "l", "[v+{c} for v in {E}]", lambda v, c: [u + c for u in v], "small"),
-    Operation(1.0, "multiply each by {c}", "l", "l", "[v*{c} for v in {E}]", lambda v, c: [u * c for u in v], "factor"),
-    Operation(1.0, "keep over {c}", "l", "l", "[v for v in {E} if v>{c}]", lambda v, c: [u for u in v if u > c],
-              "small"),
-    Operation(0.8, "keep even", "l", "l", "[v for v in {E} if v%2==0]", lambda v, c: [u for u in v if u % 2 == 0]),
-    Operation(0.8, "unique sorted", "l", "l", "sorted(set({E}))", lambda v, c: sorted(set(v))),
-    Operation(0.5, "twice over", "l", "l", "{e}*2", lambda v, c: v * 2, "", False),
-    Operation(1.0, "join digits", "l", "s", "''.join(str(v) for v in {E})", lambda v, c: "".join(map(str, v))),
-    Operation(1.3, "length", "s", "i", "len({E})", lambda v, c: len(v)),
-    Operation(1.0, "count {c}", "s", "i", "{e}.count({c})", lambda v, c: v.count(c), "letter"),
-    Operation(0.8, "find {c}", "s", "i", "{e}.find({c})", lambda v, c: v.find(c), "letter"),
-    Operation(1.8, "reverse", "s", "s", "{e}[::-1]", lambda v, c: v[::-1]),
-    Operation(1.3, "upper case", "s", "s", "{e}.upper()", lambda v, c: v.upper()),
-    Operation(1.0, "drop first {c}", "s", "s", "{e}[{c}:]", lambda v, c: v[c:], "cut"),
-    Operation(1.0, "keep first {c}", "s", "s", "{e}[:{c}]", lambda v, c: v[:c], "cut"),
-    Operation(0.8, "drop last", "s", "s", "{e}[:-1]", lambda v, c: v[:-1]),
-    Operation(0.7, "every second", "s", "s", "{e}[::2]", lambda v, c: v[::2]),
-    Operation(1.2, "end with {c}", "s", "s", "{e}+{c}", lambda v, c: v + c, "letter", False),
-    Operation(1.0, "start with {c}", "s", "s", "{c}+{e}", lambda v, c: c + v, "letter", False),
-    Operation(0.8, "repeat {c}", "s", "s", "{e}*{c}", lambda v, c: v * c, "factor", False),
-    Operation(0.8, "remove {c}", "s", "s", "{e}.replace({c}, '')", lambda v, c: v.replace(c, ""), "letter"),
-    Operation(1.0, "sort letters", "s", "s", "''.join(sorted({E}))", lambda v, c: "".join(sorted(v))),
-    Operation(0.7, "letters", "s", "l", "list({E})", lambda v, c: list(v)),
+    Operation(2.5, "plus {c}", "i", "i", "{a}+{c}", lambda a, b, c: a + c, "large"),
+    Operation(2.0, "minus {c}", "i", "i", "{a}-{c}", lambda a, b, c: a - c, "small"),
+    Operation(2.0, "times {c}", "i", "i", "{a}*{c}", lambda a, b, c: a * c, "factor"),
+    Operation(1.0, "divided by {c}", "i", "i", "{a}//{c}", lambda a, b, c: a // c, "factor"),
+    Operation(1.0, "remainder of {c}", "i", "i", "{a}%{c}", lambda a, b, c: a % c, "small"),
+    Operation(1.0, "taken from {c}", "i", "i", "{c}-{a}", lambda a, b, c: c - a, "large"),
+    Operation(0.7, "at least {c}", "i", "i", "max({a}, {c})", lambda a, b, c: max(a, c), "large"),
+    Operation(0.7, "at most {c}", "i", "i", "min({a}, {c})", lambda a, b, c: min(a, c), "large"),
+    Operation(4.0, "sum of two", "ii", "i", "{a}+{b}", lambda a, b, c: a + b),
+    Operation(2.5, "difference of two", "ii", "i", "{a}-{b}", lambda a, b, c: a - b),
+    Operation(1.5, "product of two", "ii", "i", "{a}*{b}", lambda a, b, c: a * b),
+    Operation(1.5, "distance of two", "ii", "i", "abs({a}-{b})", lambda a, b, c: abs(a - b)),
+    Operation(1.5, "larger of two", "ii", "i", "max({a}, {b})", lambda a, b, c: max(a, b)),
+    Operation(1.5, "smaller of two", "ii", "i", "min({a}, {b})", lambda a, b, c: min(a, b)),
+    Operation(2.0, "pair of two", "ii", "l", "[{a}, {b}]", lambda a, b, c: [a, b]),
+    Operation(0.6, "list with {c}", "i", "l", "[{a}, {c}]", lambda a, b, c: [a, c], "small"),
+    Operation(0.5, "repeated in a list", "i", "l", "[{a}]*{c}", lambda a, b, c: [a] * c, "factor"),
+    Operation(0.5, "as text", "i", "s", "str({a})", lambda a, b, c: str(a)),
+    Operation(1.0, "length", "l", "i", "len({a})", lambda a, b, c: len(a)),
+    Operation(1.8, "total", "l", "i", "sum({a})", lambda a, b, c: sum(a)),
+    Operation(1.2, "largest", "l", "i", "max({a})", lambda a, b, c: max(a)),
+    Operation(1.2, "smallest", "l", "i", "min({a})", lambda a, b, c: min(a)),
+    Operation(1.0, "first", "l", "i", "{a}[0]", lambda a, b, c: a[0]),
+    Operation(1.0, "last", "l", "i", "{a}[-1]", lambda a, b, c: a[-1]),
+    Operation(0.6, "count of {c}", "l", "i", "{a}.count({c})", lambda a, b, c: a.count(c), "small"),
+    Operation(1.2, "count in list", "li", "i", "{a}.count({b})", lambda a, b, c: a.count(b)),
+    Operation(1.5, "sorted", "l", "l", "sorted({a})", lambda a, b, c: sorted(a)),
+    Operation(1.5, "reversed", "l", "l", "{a}[::-1]", lambda a, b, c: a[::-1]),
+    Operation(0.8, "without first {c}", "l", "l", "{a}[{c}:]", lambda a, b, c: a[c:], "cut"),
+    Operation(0.8, "first {c} only", "l", "l", "{a}[:{c}]", lambda a, b, c: a[:c], "cut"),
+    Operation(0.8, "end with {c}", "l", "l", "{a}+[{c}]", lambda a, b, c: a + [c], "small"),
+    Operation(2.0, "end with number", "li", "l", "{a}+[{b}]", lambda a, b, c: a + [b]),
+    Operation(1.5, "start with number", "li", "l", "[{b}]+{a}", lambda a, b, c: [b] + a),
+    Operation(1.5, "joined lists", "ll", "l", "{a}+{b}", lambda a, b, c: a + b),
+    Operation(1.0, "plus {c} each", "l", "l", "[v+{c} for v in {a}]", lambda a, b, c: [v + c for v in a], "small"),
+    Operation(1.2, "plus number each", "li", "l", "[v+{b} for v in {a}]", lambda a, b, c: [v + b for v in a]),
+    Operation(1.0, "times {c} each", "l", "l", "[v*{c} for v in {a}]", lambda a, b, c: [v * c for v in a], "factor"),
+    Operation(0.8, "over {c} only", "l", "l", "[v for v in {a} if v>{c}]", lambda a, b, c: [v for v in a if v > c], "small"),
+    Operation(1.0, "over number only", "li", "l", "[v for v in {a} if v>{b}]", lambda a, b, c: [v for v in a if v > b]),
+    Operation(1.0, "length", "s", "i", "len({a})", lambda a, b, c: len(a)),
+    Operation(0.8, "count of {c}", "s", "i", "{a}.count({c})", lambda a, b, c: a.count(c), "letter"),
+    Operation(0.6, "place of {c}", "s", "i", "({a}+{c}).find({c})", lambda a, b, c: (a + c).find(c), "letter"),
+    Operation(1.5, "reversed", "s", "s", "{a}[::-1]", lambda a, b, c: a[::-1]),
+    Operation(1.2, "capitals", "s", "s", "{a}.upper()", lambda a, b, c: a.upper()),
+    Operation(0.8, "without first {c}", "s", "s", "{a}[{c}:]", lambda a, b, c: a[c:], "cut"),
+    Operation(0.8, "first {c} only", "s", "s", "{a}[:{c}]", lambda a, b, c: a[:c], "cut"),
+    Operation(1.0, "end with {c}", "s", "s", "{a}+{c}", lambda a, b, c: a + c, "letter"),
+    Operation(0.8, "start with {c}", "s", "s", "{c}+{a}", lambda a, b, c: c + a, "letter"),
+    Operation(1.8, "joined texts", "ss", "s", "{a}+{b}", lambda a, b, c: a + b),
+    Operation(1.2, "number written behind", "si", "s", "{a}+str({b})", lambda a, b, c: a + str(b)),
+    Operation(0.8, "letter at the number", "si", "s", "{a}[{b}%len({a})]", lambda a, b, c: a[b % len(a)]),
+    Operation(0.6, "sorted letters", "s", "s", "''.join(sorted({a}))", lambda a, b, c: "".join(sorted(a))),
+    Operation(0.6, "repeated twice", "s", "s", "{a}*2", lambda a, b, c: a * 2),
+    Operation(0.8, "tuple of two", "ii", "t", "({a}, {b})", lambda a, b, c: (a, b)),
+    Operation(0.5, "tuple with text", "si", "t", "({a}, {b})", lambda a, b, c: (a, b)),
+    Operation(0.7, "dict of two", "ii", "d", "{{'a': {a}, 'b': {b}}}", lambda a, b, c: {"a": a, "b": b}),
+    Operation(0.5, "dict with text", "si", "d", "{{{a}: {b}}}", lambda a, b, c: {a: b}),
+    Operation(1.0, "last of the tuple", "t", "i", "{a}[-1]", lambda a, b, c: a[-1]),
+    Operation(0.7, "tuple turned", "t", "t", "{a}[::-1]", lambda a, b, c: a[::-1]),
+    Operation(1.0, "keys", "d", "l", "list({a}.values())", lambda a, b, c: list(a.values())),
+    Operation(1.0, "largest value", "d", "i", "max({a}.values())", lambda a, b, c: max(a.values())),
 ]
 
 
 class Loop(NamedTuple):
-    """A loop over `x` as one operation; {c} is its constant."""
+    """A loop with state {q} over {v}; {a} is the operand, {b} a second one, {c} the constant.
 
+    `start` gives the first state and `over` what v runs over (None: while `holds`), each from (a, b, c);
+    `step` the next state from (q, v, a, b, c).
+    """
+
+    weight: float
     words: str
     takes: str
-    lines: str
-    run: Callable[[Any, Any], Any]
+    gives: str
+    first: str
+    head: str
+    body: str
+    start: Callable[..., Any]
+    over: Callable[..., Any] | None
+    step: Callable[..., Any]
     constant: str = ""
+    holds: Callable[..., bool] | None = None  # (q, b, c)
 
 
 LOOPS = [
-    Loop("sum of each times {c}", "l", "t=0\n    for v in x:\n        t+=v*{c}\n    return t",
-         lambda x, c: sum(v * c for v in x), "factor"),
-    Loop("sum of even", "l", "t=0\n    for v in x:\n        if v%2==0:\n            t+=v\n    return t",
-         lambda x, c: sum(v for v in x if v % 2 == 0)),
-    Loop("count over {c}", "l", "t=0\n    for v in x:\n        if v>{c}:\n            t+=1\n    return t",
-         lambda x, c: sum(1 for v in x if v > c), "small"),
-    Loop("running sums", "l", "t=0\n    r=[]\n    for v in x:\n        t+=v\n        r.append(t)\n    return r",
-         lambda x, c: [sum(x[: i + 1]) for i in range(len(x))]),
-    Loop("each minus {c}", "l", "r=[]\n    for v in x:\n        r.append(v-{c})\n    return r",
-         lambda x, c: [v - c for v in x], "small"),
-    Loop("double each letter", "s", "r=''\n    for v in x:\n        r+=v*2\n    return r",
-         lambda x, c: "".join(v * 2 for v in x)),
-    Loop("letters before others reversed", "s", "r=''\n    for v in x:\n        r=v+r\n    return r",
-         lambda x, c: x[::-1]),
-    Loop("letters without {c}", "s", "r=''\n    for v in x:\n        if v!={c}:\n            r+=v\n    return r",
-         lambda x, c: "".join(v for v in x if v != c), "letter"),
-    Loop("sum up to it plus {c}", "i", "t={c}\n    for v in range(x):\n        t+=v\n    return t",
-         lambda x, c: c + sum(range(x)), "small"),
-    Loop("multiples of {c}", "i", "r=[]\n    for v in range(x):\n        r.append(v*{c})\n    return r",
-         lambda x, c: [v * c for v in range(x)], "factor"),
-    Loop("add {c} until over 20", "i", "while x<20:\n        x+={c}\n    return x",
-         lambda x, c: x if x >= 20 else x + c * -(-(20 - x) // c), "small"),
+    Loop(1.5, "all added to number", "li", "i", "{b}", "for v in {a}:", "{q}+{v}",
+         lambda a, b, c: b, lambda a, b, c: a, lambda q, v, a, b, c: q + v),
+    Loop(1.0, "all added times {c}", "l", "i", "0", "for v in {a}:", "{q}+{v}*{c}",
+         lambda a, b, c: 0, lambda a, b, c: a, lambda q, v, a, b, c: q + v * c, "factor"),
+    Loop(1.0, "distance from each", "li", "i", "{b}", "for v in {a}:", "abs({q}-{v})",
+         lambda a, b, c: b, lambda a, b, c: a, lambda q, v, a, b, c: abs(q - v)),
+    Loop(1.5, "number added in turns of {c}", "ii", "i", "{a}", "for v in range({c}):", "{q}+{b}",
+         lambda a, b, c: a, lambda a, b, c: range(c), lambda q, v, a, b, c: q + b, "turns"),
+    Loop(1.0, "turn added in turns of {c}", "i", "i", "{a}", "for v in range({c}):", "{q}+{v}",
+         lambda a, b, c: a, lambda a, b, c: range(c), lambda q, v, a, b, c: q + v, "turns"),
+    Loop(0.8, "doubled in turns of {c}", "i", "i", "{a}", "for v in range({c}):", "{q}*2",
+         lambda a, b, c: a, lambda a, b, c: range(c), lambda q, v, a, b, c: q * 2, "turns"),
+    Loop(1.0, "doubled less number in turns of {c}", "ii", "i", "{a}", "for v in range({c}):", "{q}*2-{b}",
+         lambda a, b, c: a, lambda a, b, c: range(c), lambda q, v, a, b, c: q * 2 - b, "turns"),
+    Loop(1.2, "lowered by {c} while over", "i", "i", "{a}", "while {q}>{c}:", "{q}-{c}",
+         lambda a, b, c: a, None, lambda q, v, a, b, c: q - c, "large", lambda q, b, c: q > c),
+    Loop(1.0, "raised by number up to {c}", "ii", "i", "{a}", "while {q}<{c}:", "{q}+{b}",
+         lambda a, b, c: a, None, lambda q, v, a, b, c: q + b, "goal", lambda q, b, c: q < c),
+    Loop(1.0, "list of number and turn", "i", "l", "[]", "for v in range({c}):", "{q}+[{a}+{v}]",
+         lambda a, b, c: [], lambda a, b, c: range(c), lambda q, v, a, b, c: q + [a + v], "turns"),
+    Loop(1.2, "running totals", "l", "l", "[0]", "for v in {a}:", "{q}+[{q}[-1]+{v}]",
+         lambda a, b, c: [0], lambda a, b, c: a, lambda q, v, a, b, c: q + [q[-1] + v]),
+    Loop(1.0, "each put before {c}", "l", "l", "[{c}]", "for v in {a}:", "[{v}]+{q}",
+         lambda a, b, c: [c], lambda a, b, c: a, lambda q, v, a, b, c: [v] + q, "small"),
+    Loop(1.0, "each letter before", "s", "s", "''", "for v in {a}:", "{v}+{q}",
+         lambda a, b, c: "", lambda a, b, c: a, lambda q, v, a, b, c: v + q),
+    Loop(1.0, "each letter with {c}", "s", "s", "''", "for v in {a}:", "{q}+{v}+{c}",
+         lambda a, b, c: "", lambda a, b, c: a, lambda q, v, a, b, c: q + v + c, "letter"),
+    Loop(0.8, "two more for each letter", "si", "i", "{b}", "for v in {a}:", "{q}+2",
+         lambda a, b, c: b, lambda a, b, c: a, lambda q, v, a, b, c: q + 2),
+]
+MAX_TURNS = 4
+
+
+class Test(NamedTuple):
+    """The condition of a choice."""
+
+    takes: str
+    words: str
+    text: str
+    holds: Callable[..., bool]
+    constant: str = ""
+
+
+TESTS = [
+    Test("i", "over {c}", "{a}>{c}", lambda a, b, c: a > c, "large"),
+    Test("i", "even", "{a}%2==0", lambda a, b, c: a % 2 == 0),
+    Test("ii", "over the other", "{a}>{b}", lambda a, b, c: a > b),
+    Test("l", "longer than {c}", "len({a})>{c}", lambda a, b, c: len(a) > c, "cut"),
+    Test("s", "longer than {c}", "len({a})>{c}", lambda a, b, c: len(a) > c, "cut"),
 ]
 
-CONDITIONS = {
-    "i": [("x>{c}", "over {c}", lambda x, c: x > c, "small"), ("x%2==0", "even", lambda x, c: x % 2 == 0, "")],
-    "l": [("len(x)>{c}", "longer than {c}", lambda x, c: len(x) > c, "cut"),
-          ("x[0]>{c}", "first over {c}", lambda x, c: x[0] > c, "small")],
-    "s": [("len(x)>{c}", "longer than {c}", lambda x, c: len(x) > c, "cut"),
-          ("{c} in x", "with {c}", lambda x, c: c in x, "letter")],
-}
+
+def constant(kind: str, top: int, rng: random.Random):
+    """A value for {c}; `top` is the stage's largest int."""
+    if kind == "large":
+        return rng.randint(1, 9) if top < 10 or rng.random() < 0.6 else rng.randint(10, 40)
+    return {
+        "small": lambda: rng.randint(1, 9), "factor": lambda: rng.randint(2, 4), "cut": lambda: rng.randint(1, 3),
+        "turns": lambda: rng.randint(2, 3), "goal": lambda: rng.randint(5, 9) * (1 if top < 10 else 5),
+        "letter": lambda: rng.choice(LETTERS), "": lambda: None,
+    }[kind]()
+
+
+@dataclass(frozen=True)
+class Statement:
+    """One statement with its target and sources chosen.
+
+    `lines` is its text; `value(env)` its value given the values of the variables, and with a list `steps` it appends
+    what the trace shows of it. `words` name it; `kind` is the template's text (what "a shared operation" means).
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    gives: str
+    lines: str
+    words: str
+    kind: str
+    value: Callable[[dict, list | None], Any]
+
+
+def checked(value: Any, top: int | None) -> Any:
+    """The value, if it is short enough and no int in it is negative or above `top`; OutOfRange if not. None: any."""
+    if top is None:
+        return value
+    ints = value if isinstance(value, list) else [value] if isinstance(value, int) else ()
+    if isinstance(value, (tuple, dict)):
+        ints = [v for v in (value.values() if isinstance(value, dict) else value) if isinstance(v, int)]
+    if any(not 0 <= v <= top for v in ints):
+        raise OutOfRange
+    if isinstance(value, list) and len(value) > MAX_LIST or isinstance(value, str) and len(value) > MAX_STRING:
+        raise OutOfRange
+    return value
+
+
+def _operation(name: str, op: Operation, operands: tuple[str, ...], c: Any) -> Statement:
+    a, b = operands[0], operands[-1]
+
+    def value(env, steps):
+        left, right = env[a], env[b]
+        result = checked(op.run(left, right, c), env[TOP])
+        if steps is not None:
+            steps.append(f"{name}={op.text.format(a=repr(left), b=repr(right), c=repr(c))}={result!r};")
+        return result
+
+    text = op.text.format(a=a, b=b, c=repr(c))
+    words = op.words.format(c=str(c))
+    return Statement(name, operands, op.gives, f"{name}={text}", words, op.text, value)
+
+
+def _loop(name: str, loop: Loop, operands: tuple[str, ...], c: Any) -> Statement:
+    a, b = operands[0], operands[-1]
+
+    def turns(state, left, right):
+        if loop.over is not None:
+            yield from loop.over(left, right, c)
+        else:
+            while loop.holds(state[0], right, c):
+                yield None
+
+    def value(env, steps):
+        left, right = env[a], env[b]
+        state, count = [checked(loop.start(left, right, c), env[TOP])], 0
+        if steps is not None:
+            steps.append(f"{name}={state[0]!r};")
+        for v in turns(state, left, right):
+            before, count = state[0], count + 1
+            state[0] = checked(loop.step(before, v, left, right, c), env[TOP])
+            if count > (100 if env[TOP] is None else MAX_TURNS) or state[0] == before and loop.over is None:
+                raise OutOfRange
+            if steps is not None:
+                shown = dict(q=repr(before), v=repr(v), a=repr(left), b=repr(right), c=repr(c))
+                steps.append(f"{name}={loop.body.format(**shown)}={state[0]!r};")
+        return state[0]
+
+    names = dict(q=name, v="v", a=a, b=b, c=repr(c))
+    first, head, body = (part.format(**names) for part in (loop.first, loop.head, loop.body))
+    lines = f"{name}={first}\n    {head}\n        {name}={body}"
+    return Statement(name, operands, loop.gives, lines, loop.words.format(c=str(c)), loop.head + loop.body, value)
+
+
+def _choice(name, test: Test, operands, c, yes: Statement, no: Statement, block: bool) -> Statement:
+    a, b = operands[0], operands[-1]
+
+    def value(env, steps):
+        left, right = env[a], env[b]
+        holds = test.holds(left, right, c)
+        if steps is not None:
+            steps.append(f"{test.text.format(a=repr(left), b=repr(right), c=repr(c))} {'yes' if holds else 'no'};")
+        return (yes if holds else no).value(env, steps)
+
+    text = test.text.format(a=a, b=b, c=repr(c))
+    if block:
+        lines = f"if {text}:\n        {yes.lines}\n    else:\n        {no.lines}"
+    else:
+        lines = f"{yes.lines} if {text} else {no.lines[len(name) + 1 :]}"
+    words = f"{yes.words} if {test.words.format(c=str(c))} else {no.words}"
+    sources = tuple(dict.fromkeys(operands + yes.sources + no.sources))
+    return Statement(name, sources, yes.gives, lines, words, test.text, value)
 
 
 @dataclass(frozen=True)
 class Program:
-    """`text` defines f(x) or f(x, y); `trace(x, y)` gives the values after each operation; it may raise."""
+    """`text` defines f over `parameters` (name -> type)."""
 
-    text: str
-    words: str
-    takes: str
-    two: bool  # whether there is a second parameter y, a small int
-    trace: Callable[[Any, Any], list]
+    parameters: dict[str, str]
+    statements: tuple[Statement, ...]
 
+    @property
+    def text(self) -> str:
+        lines = "".join(f"    {s.lines}\n" for s in self.statements)
+        return f"def f({', '.join(self.parameters)}):\n{lines}    return {self.statements[-1].name}"
 
-def constant(kind: str, rng: random.Random):
-    """A value for an operation's constant."""
-    return {
-        "small": lambda: rng.randint(1, 9), "divisor": lambda: rng.randint(2, 5), "factor": lambda: rng.randint(2, 4),
-        "cut": lambda: rng.randint(1, 2), "letter": lambda: rng.choice(LETTERS), "": lambda: None,
-    }[kind]()
+    @property
+    def words(self) -> str:
+        return " then ".join(s.words for s in self.statements)
 
+    def run(self, arguments: tuple, top: int | None = 99, steps: list | None = None) -> dict[str, Any] | None:
+        """The values of all variables, and with a list `steps` the trace; None if the program fails or a value does not
+        fit (see `checked`)."""
+        env = {TOP: top, **dict(zip(self.parameters, arguments))}
+        try:
+            for s in self.statements:
+                env[s.name] = s.value(env, steps)
+        except (OutOfRange, IndexError, ValueError, ZeroDivisionError, TypeError):
+            return None
+        return env
 
-def _pick(takes: str, rng: random.Random, gives: str | None = None) -> Operation:
-    fitting = [o for o in OPERATIONS if o.takes == takes and (gives is None or o.gives == gives)]
-    return rng.choices(fitting, [o.weight for o in fitting])[0]
+    def output(self, arguments: tuple, top: int | None = 99) -> Any:
+        """The value returned; None as for `run`."""
+        env = self.run(arguments, top)
+        return None if env is None else env[self.statements[-1].name]
 
-
-def _apply(op: Operation, operand: str, atomic: bool, c: str) -> str:
-    return op.text.replace("{e}", operand if atomic else f"({operand})").replace("{E}", operand).replace("{c}", c)
-
-
-def _chain(takes: str, rng: random.Random, count: int, two: bool):
-    """`count` operations with constants; one of the int constants is y if `two`."""
-    steps, kind = [], takes
-    for _ in range(count):
-        op = _pick(kind, rng)
-        steps.append((op, constant(op.constant, rng)))
-        kind = op.gives
-    places = [i for i, (op, _) in enumerate(steps) if op.constant in ("small", "divisor", "factor")]
-    return steps, (rng.choice(places) if two and places else -1)
-
-
-def random_program(rng: random.Random) -> Program:
-    """One program; its style and number of operations are drawn from the mixture described in the module."""
-    takes = rng.choices("ils", [36, 36, 28])[0]
-    style = rng.choices(["nest", "assign", "loop", "if", "either"], [58, 18, 10, 9, 5])[0]
-    if style == "loop":
-        return _loop_program(takes, rng)
-    if style in ("if", "either"):
-        return _branch_program(takes, rng, style)
-    count = rng.choices([1, 2, 3], [46, 38, 16])[0]
-    steps, place_y = _chain(takes, rng, max(count, 2) if style == "assign" else count, rng.random() < 0.25)
-    names = ["y" if i == place_y else repr(c) for i, (_, c) in enumerate(steps)]
-    lines, operand, atomic = [], "x", True
-    for i, ((op, _), name) in enumerate(zip(steps, names)):
-        operand, atomic = _apply(op, operand, atomic, name), op.atomic
-        if style == "assign" and i < len(steps) - 1:
-            lines.append(f"{'ab'[i]}={operand}\n    ")
-            operand, atomic = "ab"[i], True
-    two = place_y >= 0
-    words = " then ".join(op.words.replace("{c}", name.strip("'")) for (op, _), name in zip(steps, names))
-
-    def trace(x, y):
-        values = [x]
-        for i, (op, c) in enumerate(steps):
-            values.append(op.run(values[-1], y if i == place_y else c))
-        return values[1:]
-
-    return Program(f"def f(x{', y' if two else ''}):\n    {''.join(lines)}return {operand}", words, takes, two, trace)
+    def influential(self, env: dict[str, Any]) -> int:
+        """How many statements change the result when their value is another one, everything after them run again."""
+        count, last = 1, self.statements[-1].name
+        for i, s in enumerate(self.statements[:-1]):
+            for other in _others(env[s.name]):
+                again = dict(env)
+                again[s.name] = other
+                try:
+                    for later in self.statements[i + 1 :]:
+                        again[later.name] = later.value(again, None)
+                except (OutOfRange, IndexError, ValueError, ZeroDivisionError, TypeError):
+                    continue
+                if again[last] != env[last]:
+                    count += 1
+                    break
+        return count
 
 
-def _loop_program(takes: str, rng: random.Random) -> Program:
-    loop = rng.choice([loop for loop in LOOPS if loop.takes == takes])
-    c = constant(loop.constant, rng)
-    text = loop.lines.replace("{c}", repr(c))
-    return Program(f"def f(x):\n    {text}", loop.words.replace("{c}", str(c)), takes, False,
-                   lambda x, y: [loop.run(x, c)])
+def _others(value: Any) -> list:
+    """Two values near the given one, to see whether anything depends on it."""
+    if isinstance(value, int):
+        return [value + 1, value - 1 if value else 2]
+    if isinstance(value, list):
+        return [value[::-1] + [1], [v + 1 for v in value]]
+    if isinstance(value, str):
+        return [value[::-1] + "a", value[1:] + "h"]
+    if isinstance(value, tuple):
+        return [(*value[:-1], 7), (*value[:-1], 8)]
+    return [{**value, next(reversed(value)): 7}, {**value, next(reversed(value)): 8}]
 
 
-def _branch_program(takes: str, rng: random.Random, style: str) -> Program:
-    test, test_words, holds, kind = rng.choice(CONDITIONS[takes])
-    limit = constant(kind, rng)
-    yes = _pick(takes, rng)
-    no = _pick(takes, rng, yes.gives)
-    c_yes, c_no = constant(yes.constant, rng), constant(no.constant, rng)
-    test = test.replace("{c}", repr(limit))
-    left, right = _apply(yes, "x", True, repr(c_yes)), _apply(no, "x", True, repr(c_no))
-    if style == "if":
-        body = f"if {test}:\n        return {left}\n    return {right}"
-    else:
-        body = f"return {left} if {test} else {right}"
-    words = (f"{yes.words.replace('{c}', str(c_yes))} if {test_words.replace('{c}', str(limit))} "
-             f"else {no.words.replace('{c}', str(c_no))}")
-    return Program(f"def f(x):\n    {body}", words, takes, False,
-                   lambda x, y: [yes.run(x, c_yes) if holds(x, limit) else no.run(x, c_no)])
+class _Draw:
+    """One program in the making: chooses operations and their sources, unread variables first."""
+
+    def __init__(self, rng: random.Random, stage: Stage, like: frozenset[str]):
+        self.rng, self.stage, self.like = rng, stage, like
+        self.types: dict[str, str] = {}
+        self.unread: list[str] = []
+        self.statements: list[Statement] = []
+
+    def source(self, kinds: str, taken: str = "") -> str | None:
+        """A variable of one of the types, seldom the newest where there is a choice; None if there is none."""
+        fits = [n for n, kind in self.types.items() if kind in kinds and n != taken]
+        unread = [n for n in self.unread if n in fits]
+        pool = unread if unread and self.rng.random() < UNREAD else fits
+        newest = next(reversed(self.types))
+        if len(pool) > 1 and newest in pool and self.rng.random() < NOT_NEWEST:
+            pool = [n for n in pool if n != newest]
+        return self.rng.choice(pool) if pool else None
+
+    def pick(self, table: str, first: str, gives: str | None = None):
+        """(entry, operands, constant) of a table whose first operand is the variable; None if nothing fits."""
+        fits, weights = _fitting(table, self.types[first], gives, self.stage.types)
+        if self.like:
+            weights = [w * (LIKE if kind_of(entry) in self.like else 1) for w, entry in zip(weights, fits)]
+        for entry in self.rng.choices(fits, weights, k=3) if fits else ():
+            second = first if len(entry.takes) == 1 else self.source(entry.takes[1], first)
+            if second is not None:
+                operands = (first,) if len(entry.takes) == 1 else (first, second)
+                return entry, operands, constant(entry.constant, self.stage.top, self.rng)
+        return None
+
+    def statement(self, name: str) -> Statement | None:
+        """One more statement; None if the choice made does not fit the variables there are."""
+        style = self.rng.choices(("operation", "loop", "expression", "block"), STYLES)[0]
+        first = self.source("ils" if style != "operation" else "ilstd")
+        if first is None:
+            return None
+        if style == "operation":
+            found = self.pick("operations", first)
+            return found and _operation(name, *found)
+        if style == "loop":
+            found = self.pick("loops", first)
+            return found and _loop(name, *found)
+        test = self.pick("tests", first)
+        source = self.source("ils")
+        yes = source and self.pick("operations", source)
+        no = yes and self.pick("operations", source if self.rng.random() < 0.5 else yes[1][0], yes[0].gives)
+        if test is None or no is None or yes[0].gives in "td":
+            return None
+        branches = [_operation(name, *branch) for branch in (yes, no)]
+        return None if branches[0].lines == branches[1].lines else _choice(name, *test, *branches, style == "block")
+
+    def add(self, statement: Statement) -> None:
+        self.statements.append(statement)
+        self.unread = [n for n in self.unread if n not in statement.sources] + [statement.name]
+        self.types[statement.name] = statement.gives
 
 
-def random_value(takes: str, rng: random.Random):
-    """An argument of the type: ints 0-9 (one in seven to 20), lists and strings of 1 to 4 elements."""
-    if takes == "i":
-        return rng.randint(0, 20) if rng.random() < 0.15 else rng.randint(0, 9)
-    length = rng.choices([1, 2, 3, 4], [12, 26, 34, 28])[0]
-    if takes == "l":
-        return [rng.randint(0, 9) for _ in range(length)]
+@functools.cache
+def _fitting(table: str, first: str, gives: str | None, types: str) -> tuple[list, list]:
+    """Entries of a table for the type of the first operand, with their weights."""
+    entries = {"operations": OPERATIONS, "loops": LOOPS, "tests": TESTS}[table]
+    fits = [e for e in entries if e.takes[0] == first and set(e.takes) <= set(types)]
+    fits = [e for e in fits if getattr(e, "gives", "i") in types and gives in (None, getattr(e, "gives", "i"))]
+    return fits, [getattr(e, "weight", 1.0) for e in fits]
+
+
+def kind_of(entry: Any) -> str:
+    """What makes two statements the same operation: the text of the table, whatever names and constants it has."""
+    return entry.head + entry.body if isinstance(entry, Loop) else entry.text
+
+
+def random_program(rng: random.Random, stage: Stage, count: int, like: frozenset[str] = frozenset()) -> Program | None:
+    """A program of `count` statements, operations in `like` (see `kind_of`) favoured; None if the draw went wrong:
+    fewer than half of its statements can reach the result."""
+    draw = _Draw(rng, stage, like)
+    for name in PARAMETERS[: rng.choices((1, 2, 3), (30, 45, 25))[0]]:
+        draw.types[name] = rng.choices("ils", PARAMETER_TYPES)[0]
+        if draw.types[name] not in stage.types:
+            draw.types[name] = "i"
+        draw.unread.append(name)
+    parameters = dict(draw.types)
+    tries = 0
+    while len(draw.statements) < count:
+        statement = draw.statement(NAMES[len(draw.statements)])
+        tries += 1
+        if statement is not None:
+            draw.add(statement)
+        elif tries > 6 * count:
+            return None
+    wanted, reached = {draw.statements[-1].name}, 0
+    for statement in reversed(draw.statements):
+        if statement.name in wanted:
+            wanted.update(statement.sources)
+            reached += 1
+    return Program(parameters, tuple(draw.statements)) if 2 * reached > count else None
+
+
+def random_value(kind: str, stage: Stage, rng: random.Random) -> Any:
+    """An argument: ints mostly of one digit, lists of 1 to 4 of them, strings of 1 to 4 letters."""
+    if kind == "i":
+        return rng.randint(0, 9) if stage.top < 10 or rng.random() < 0.5 else rng.randint(10, 50)
+    length = rng.choices((1, 2, 3, 4), (10, 28, 36, 26))[0]
+    if kind == "l":
+        high = 9 if rng.random() < 0.8 else 30
+        return [rng.randint(0, high) for _ in range(length)]
     return "".join(rng.choice(LETTERS) for _ in range(length))
 
 
-def random_arguments(program: Program, rng: random.Random) -> tuple:
-    """(x, y); y is None for a program of one parameter."""
-    return random_value(program.takes, rng), (rng.randint(1, 9) if program.two else None)
+def random_arguments(program: Program, stage: Stage, rng: random.Random) -> tuple:
+    """One value for each parameter."""
+    return tuple(random_value(kind, stage, rng) for kind in program.parameters.values())
 
 
 def arguments_text(arguments: tuple) -> str:
     """The text between the parentheses of f(...)."""
-    return repr(arguments[0]) if arguments[1] is None else f"{arguments[0]!r}, {arguments[1]!r}"
-
-
-def run_program(program: Program, arguments: tuple) -> list | None:
-    """The values after each operation, or None if the program raises or a value is too long to show."""
-    try:
-        values = program.trace(*arguments)
-    except (IndexError, ValueError, ZeroDivisionError, TypeError):
-        return None
-    return values if all(len(repr(v)) <= MAX_TEXT for v in values) else None
-
-
-def induction_pairs(program: Program, rng: random.Random, count: int) -> list[tuple[tuple, Any]] | None:
-    """`count` distinct arguments with their results, at least three distinct; None if the draws do not give that."""
-    found: dict[str, tuple] = {}
-    for _ in range(5 * count):
-        arguments = random_arguments(program, rng)
-        if program.takes == "i":
-            arguments = (rng.randint(0, 20), arguments[1])  # ten distinct inputs want a wider range than one
-        elif len(arguments[0]) == 1 and rng.random() < 0.8:
-            continue
-        values = run_program(program, arguments)
-        if values is not None:
-            found[arguments_text(arguments)] = (arguments, values[-1])
-        if len(found) == count:
-            pairs = list(found.values())
-            if program.takes == "i" and rng.random() < 0.9:
-                pairs.sort(key=lambda pair: pair[0])
-            return pairs if len({repr(v) for _, v in pairs}) >= 3 else None
-    return None
+    return ", ".join(map(repr, arguments))

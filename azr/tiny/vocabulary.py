@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from azr.tiny.documents import documents
+from azr.tiny.programs import LETTERS
 
 EOS = "<|endoftext|>"
 QWEN2_PATTERN = (
@@ -22,88 +23,24 @@ QWEN2_PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 STRUCTURE = [
-    "User: ",
-    "Assistant: <think>",
-    "<think>",
-    "</think>",
-    "<answer>",
-    "</answer>",
-    "</think><answer>",
-    "\n```\n",
-    "```python\n",
-    "```input\n",
-    "```output\n",
-    "```message\n",
-    "def f(x):\n    ",
-    "def f(x, y):\n    ",
-    "return ",
-    "\n    return ",
-    "\n        return ",
-    "\n    ",
-    "\n        ",
-    "\n            ",
-    ", ",
-    "x, y",
-    "[::-1]",
-    "[::2]",
-    "[:-1]",
-    "[-1]",
-    " for v in ",
-    " if ",
-    " else ",
-    "for v in x:",
-    "if v",
-    "while x",
-    "%2==0",
-    " then ",
-    "**2",
-    "//",
-    "+=",
-    ":]",
-    "[:",
-    "''",
-    "str(v)",
-    "''.join(",
-    ".upper()",
-    ".count(",
-    ".find(",
-    ".replace(",
-    ".append(",
-    "sorted(",
-    "sorted(set(",
-    "len(",
-    "sum(",
-    "max(",
-    "min(",
-    "abs(",
-    "list(",
-    "list(range(",
-    "str(",
-    "range(",
-    "len(x)",
-    ", '')",
-    "import random",
-    "random.randint(",
-    "add ",
-    " in x",
-    " of ",
-    "as ",
-    "up ",
-    " by ",
-    "propose ",
-    "solve ",
-    "Write the digits ",
-    " in rising order.",
-    " in falling order.",
-    " function",
+    "User: ", "Assistant: <think>", "<think>", "</think>", "<answer>", "</answer>", "</think><answer>",
+    "\n```\n", "```python\n", "```input\n", "```output\n", "```message\n", "\n```\n```input\n", "\n```\n```output\n",
+    "def f(x):\n    ", "def f(x, y):\n    ", "def f(x, y, z):\n    ", "\n    return ", "\n    ", "\n        ",
+    ":\n        ", "):\n        ", "\n    else:\n        ", "\n    if ", "\n    while ", "\n    for v in ",
+    "\n    for v in range(", "if ", " if ", " else ", "while ", "for v in ", " for v in ", " if v>", ", ",
+    "[::-1]", "[-1]", "[0]", "[]", "''", "%2==0", "//", ":]", "[:", "%len(", "+[", "]+", "=[", "]*",
+    "''.join(sorted(", ".upper()", ".count(", ".find(", "sorted(", "len(", "sum(", "max(", "min(", "abs(", "list(",
+    "str(", "+str(", ".values()", "{'a': ", "'b': ", ": ", "range(", "import random\n", "random.randint(", "return ",
+    "try ", "again ", " gives ", " yes;", " no;", "yes;", "no;", " then ", "uses ", " to ", " and ", " of ", " in ",
+    " each", "each ", " added", "propose ", "solve ", "Write the digits ", " in rising order.", " in falling order.",
 ]
 
 
 def words_of_the_documents(count: int = 3000) -> list[str]:
-    """Words of three letters or more; none that could be part of a value (all letters in a-e)."""
+    """Words of three letters or more; none that could be part of a value (all letters in a-h)."""
     text = "\n".join(prompt + response for prompt, response in documents(seed=1, count=count))
     words = set(re.findall(r"[A-Za-z]{3,}", text)) - {"User", "Assistant"}
-    return sorted(w for w in words if not set(w.lower()) <= set("abcde"))
+    return sorted(w for w in words if not set(w.lower()) <= set(LETTERS))
 
 
 def build(directory: Path) -> None:
