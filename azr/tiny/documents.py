@@ -40,14 +40,14 @@ from azr.tiny.programs import (
 )
 from azr.tiny.split import behaviour, held_out, twin
 
-KINDS = {  # relative frequency of the documents
-    ("solver", "deduction"): 28,
-    ("solver", "abduction"): 20,
-    ("solver", "induction"): 18,
-    ("proposer", "deduction"): 10,
-    ("proposer", "abduction"): 10,
-    ("proposer", "induction"): 8,
-    ("skill", "math"): 6,
+KINDS = {  # relative frequency of the documents: at first, while all values are ints, and then; traces come first
+    ("solver", "deduction"): (64, 28),
+    ("solver", "abduction"): (10, 20),
+    ("solver", "induction"): (8, 18),
+    ("proposer", "deduction"): (5, 10),
+    ("proposer", "abduction"): (5, 10),
+    ("proposer", "induction"): (4, 8),
+    ("skill", "math"): (4, 6),
 }
 STYLES = ("none", "junk", "coarse", "full", "check")
 LADDER = (0.54, 0.12, 0.20, 0.11, 0.03)  # of the thoughts of a solver in the end
@@ -372,7 +372,7 @@ def _propose_induction(rng: random.Random, stage: Stage) -> tuple[str, str]:
 
 def document(rng: random.Random, stage: Stage = STAGES[LAST], progress: float = 1.0) -> tuple[str, str]:
     """One training document: (prompt, response); `progress`: the share of the training that is over."""
-    role, mode = rng.choices(list(KINDS), list(KINDS.values()))[0]
+    role, mode = rng.choices(list(KINDS), [weights[stage.types != "i"] for weights in KINDS.values()])[0]
     if role == "proposer":
         return propose_document(mode, rng, stage)
     return solve_document(mode, rng, stage, progress)

@@ -322,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
-    parser.add_argument("--tokens", type=float, default=70e6, help="training tokens, prompts included")
+    parser.add_argument("--tokens", type=float, default=36e6, help="training tokens, prompts included")
     parser.add_argument("--seed", type=int, default=0, help="of the documents")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, of AdamW")
