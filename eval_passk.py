@@ -46,7 +46,7 @@ def build_parser() -> Parser:
     )
     run.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0.6; 0 is greedy")
     run.add_argument("--top-p", type=float, default=0.95, metavar="P", help="0.95")
-    run.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (4096; tiny 128)")
+    run.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (4096; tiny 192)")
     run.add_argument("--template", choices=NAMES, help="default: the adapter's, else the model's own, else azr")
     run.add_argument(
         "--quantization", choices=("nf4", "none"), help="of the base; default: the adapter's, else nf4 (tiny none)"

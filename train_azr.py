@@ -145,9 +145,8 @@ class SelfPlay(Saved):
     def validate(self, samples: list[Sample]) -> list[Sample]:
         """Runs every proposal in the sandbox; each sample gets a verdict, a valid one its task. Returns the valid."""
         parsed = [sample for sample in samples if sample.parsed.value is not None]
-        verdicts = validate(
-            [sample.parsed.value for sample in parsed], self.sandbox, self.buffers.keys(), exempt=self.exempt
-        )
+        proposals, refused = [sample.parsed.value for sample in parsed], self.evaluation.refused
+        verdicts = validate(proposals, self.sandbox, self.buffers.keys(), exempt=self.exempt, held_out=refused)
         for sample in samples:
             sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
         for sample, verdict in zip(parsed, verdicts):

@@ -234,6 +234,8 @@ def remedy(w: Window, mode: str, reason: str) -> str:
         return "Prompts do not fit: try fewer --references or a lower --prompt-tokens"
     if reason == "duplicate":
         return warmer(w.config)
+    if reason == "held_out":
+        return f"They are programs of --eval-data, names and constants aside. {warmer(w.config)}"
     if reason in ("infra", "timeout", "memory"):
         return "See what the sandbox says: python -m sandbox doctor"
     flags = [cooler(w.config)]

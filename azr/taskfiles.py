@@ -2,12 +2,14 @@
 
     python -m azr.taskfiles tiny tasks.jsonl --count 3000                  tasks of the embedded model's generator
     python -m azr.taskfiles tiny gold.jsonl --count 3000 --solutions       the same with right responses (off-policy)
+    python -m azr.taskfiles tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
     python -m azr.taskfiles run RUN tasks.jsonl                            the tasks in a run's buffers
     python -m azr.taskfiles run RUN own.jsonl --solutions                  its own verified answers (rejection sampling)
     python -m azr.taskfiles benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
 
 A file lists each task once; with --solutions, each (task, response). No program of the generator is among the embedded
-model's held-out ones. SFT on gold responses and on a model's own right answers are different experiments: the latter
+model's held-out ones or behaves like one. The tasks of a seed are the same with and without responses, in any style.
+SFT on gold responses and on a model's own right answers are different experiments: the latter
 stays near what the model writes anyway (arXiv 2505.11711: 90 % unchanged weights for it, 6-15 % for the former).
 
 Left out: log-probs of the responses; without them off-policy solutions need --off-policy-weight luffy.
@@ -27,36 +29,57 @@ from azr import arms
 from azr.runs import newest_intact, read_metrics, read_samples, write_jsonl_atomic
 from azr.tasks import MODES, SEED_PROGRAM, Task
 
+STYLES = ("none", "junk", "coarse", "full", "check", "ladder")  # see azr/tiny/documents.py
 
-def tiny_tasks(modes: list[str], count: int, seed: int, solutions: bool) -> list[Task]:
+
+def tiny_tasks(options: argparse.Namespace) -> list[Task]:
     """`count` distinct tasks a mode of the generator, with right responses in the tiny wording if asked for.
 
-    A response thinks first, as two in five of the documents that the base was trained on.
+    ValueError: an unknown mode, a number of statements that no program has, or a flag that would do nothing.
     """
-    from azr.tiny.documents import THINK, make_task
+    from azr.tiny import documents as recipe
 
+    modes, sizes = options.modes.split(","), _statements(options.statements)
+    if unknown := set(modes) - {*MODES, "math"}:
+        raise ValueError(f"--modes {','.join(sorted(unknown))}: there are {', '.join((*MODES, 'math'))}")
+    if options.style and not options.solutions:
+        raise ValueError(f"--style {options.style} is about the thoughts of responses: it needs --solutions")
     found: dict[str, Task] = {}
     for mode in modes:
-        rng, before = random.Random(f"{seed}/{mode}/task file"), len(found)
-        while len(found) < before + count:
-            task, thought = make_task(mode, rng)
-            thought = thought if rng.random() < THINK else ""
-            response = gold_response(task, thought) if solutions else None
-            found.setdefault(task.hash, dataclasses.replace(task, response=response))
+        # two streams: what is thought must not change which tasks are drawn
+        rng, thoughts = (random.Random(f"{options.seed}/{mode}/{name}") for name in ("task file", "thoughts"))
+        before = len(found)
+        while len(found) < before + options.count:
+            if mode == "math":
+                task, drawn = recipe.skill_task(rng), None
+            else:
+                drawn = recipe.draw_task(mode, rng, count=rng.choice(sizes) if sizes else None)
+                task = drawn.task
+            if task.hash in found:
+                continue
+            thought = _thought(drawn, options.style or "ladder", thoughts) if options.solutions and drawn else ""
+            response = recipe.wrap(thought, recipe.answer(task)) if options.solutions else None
+            found[task.hash] = dataclasses.replace(task, response=response)
     return list(found.values())
 
 
-def gold_response(task: Task, thought: str) -> str:
-    """A right and well-formed response to a task of the generator."""
-    from azr.prompts import fence
+def _statements(text: str | None) -> list[int]:
+    """The numbers of statements asked for; [] for the generator's own mixture."""
+    from azr.tiny.programs import MAX_STATEMENTS
 
-    answer = {
-        "deduction": lambda: fence("output", task.output),
-        "abduction": lambda: fence("input", task.input),
-        "induction": lambda: fence("python", task.program),
-        "math": lambda: task.answer,
-    }[task.mode]()
-    return f"{thought}</think><answer>{answer}</answer>"
+    numbers = [part.strip() for part in text.split(",")] if text else []
+    if any(not part.isdecimal() or not 1 <= int(part) <= MAX_STATEMENTS for part in numbers):
+        raise ValueError(f"--statements {text}: expected numbers from 1 to {MAX_STATEMENTS}, separated by commas")
+    return [int(part) for part in numbers]
+
+
+def _thought(drawn, style: str, rng: random.Random) -> str:
+    """A thought of the style; "ladder": of a style drawn as in the last part of the base's training."""
+    from azr.tiny import documents as recipe
+
+    if style == "ladder":
+        style = rng.choices(recipe.STYLES, recipe.style_weights(1.0))[0]
+    return recipe.think(drawn, style, rng)
 
 
 def run_tasks(run: Path) -> list[Task]:
@@ -98,10 +121,7 @@ def benchmark_tasks(name: str) -> list[Task]:
 
 def collect(options: argparse.Namespace) -> list[Task]:
     if options.command == "tiny":
-        modes = options.modes.split(",")
-        if unknown := set(modes) - {*MODES, "math"}:
-            raise ValueError(f"--modes {','.join(sorted(unknown))}: there are {', '.join((*MODES, 'math'))}")
-        return tiny_tasks(modes, options.count, options.seed, options.solutions)
+        return tiny_tasks(options)
     if options.command == "benchmark":
         return benchmark_tasks(options.name)
     return run_solutions(options.run, options.per_task) if options.solutions else run_tasks(options.run)
@@ -122,6 +142,8 @@ def main(arguments: list[str] | None = None) -> int:
     tiny.add_argument("--count", type=int, default=1000, help="tasks a mode (default 1000)")
     tiny.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}; math sorts digits")
     tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--statements", metavar="N[,N...]", help="of the programs, each as often (default: as in training)")
+    tiny.add_argument("--style", choices=STYLES, help="of the thoughts, with --solutions (default ladder: as in training)")
     run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")
     run.add_argument("run", type=Path, metavar="RUN")
     run.add_argument("--per-task", type=int, default=4, help="different answers a task (default 4)")

@@ -26,7 +26,7 @@ from dataclasses import replace
 
 from azr.audit import audit_induction, fresh_inputs  # noqa: F401 (re-exported)
 from azr.jsonlines import stream
-from azr.normalize import read_program
+from azr.normalize import read_program, skeleton
 from azr.prompts import INDUCTION_INPUTS, STOP, propose_prompt, solve_prompt, template_hash  # noqa: F401 (re-exported)
 from azr.records import (FIELDS, MODES, SEED_PROGRAM, SEED_TASKS, VISIBLE, Parsed, Proposal, Sample,  # noqa: F401
                          Task, Verdict, bad_characters, mode_field, text_field)
@@ -123,13 +123,15 @@ def _input_key(text: str, parameters: dict[str, str]) -> str:
 
 
 def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None = frozenset(),
-             max_output_chars: int = MAX_OUTPUT, exempt: set[str] = frozenset()) -> list[Verdict]:
+             max_output_chars: int = MAX_OUTPUT, exempt: set[str] = frozenset(),
+             held_out: frozenset[str] = frozenset()) -> list[Verdict]:
     """A verdict for each proposal, in order; a valid one carries its task.
 
     known: duplicate keys of tasks that exist already; a proposal repeated in the list is a duplicate of the first valid
     one. None: every proposal for itself, no duplicates.
     exempt: programs that an induction proposal may be about although they are trivial: {SEED_PROGRAM} in the seed
     stage, where nothing else could be given to the proposer.
+    held_out: skeletons (azr.normalize) of programs kept for measuring, which must not be trained on.
     """
     verdicts: list[Verdict | None] = [None] * len(proposals)
     first, repeats, runs = {}, [], []  # runs: (position, proposal with canonical inputs)
@@ -137,6 +139,9 @@ def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None
         checked = _check_text(proposal)
         if isinstance(checked, Verdict):
             verdicts[i] = checked
+            continue
+        if held_out and skeleton(checked.program) in held_out:
+            verdicts[i] = Verdict(False, "held_out", "but for names and constants it is a program of a held-out task")
             continue
         key = duplicate_key(checked) if known is not None else i
         if key in (known or ()):
