@@ -105,7 +105,7 @@ class Evaluation:
         return evaluate(self.policy, self.tasks(), 1, greedy, self.template, self.sandbox, 0).metrics()
 
     def pass_at_k_samples(self, name: str) -> EvalResult | None:
-        """--eval-samples answers to each task (tiny: to a part of them); kept in eval/NAME.json, made only once. None if
+        """--eval-samples answers to each task (tiny: a part of them); kept in eval/NAME.json, made only once. None if
         there are to be none."""
         path, n = self.run_dir / "eval" / f"{name}.json", self.config.eval_samples
         if not n:
