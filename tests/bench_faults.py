@@ -169,7 +169,7 @@ def measure(directory: Path, steps: int, kills: int, stops: int, quick: bool, se
     held_out = directory / "held_out.jsonl"
     lines = (Path(model_path("tiny")) / "held_out.jsonl").read_text().splitlines()
     tasks = 2 if quick else 8  # a mode
-    held_out.write_text("\n".join(lines[0:tasks] + lines[200 : 200 + tasks] + lines[400 : 400 + tasks]) + "\n")
+    held_out.write_text("\n".join(lines[:tasks] + lines[700 : 700 + tasks] + lines[1400 : 1400 + tasks]) + "\n")
     flags = ["--steps", str(steps), "--eval-data", str(held_out), *SMALL]
     flags += ["--eval-every", "2", "--eval-samples", "1"] if quick else ["--eval-every", "20", "--eval-samples", "2"]
     alone, killed, stopped = (Drill(directory / name, flags, not quick) for name in ("alone", "killed", "stopped"))

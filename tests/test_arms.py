@@ -290,7 +290,36 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     with pytest.raises(ValueError, match="line 1: has no .response."):
         arms.read_data(again, solutions=True)
     assert taskfiles.main(["run", str(tmp_path), str(again)]) == 2
-    assert taskfiles.main(["tiny", str(again), "--modes", "poetry"]) == 2
+    capsys.readouterr()
+    for flags, words in ((["--modes", "poetry"], "poetry: there are"), (["--statements", "0"], "from 1 to 8"),
+                         (["--statements", "2,x"], "from 1 to 8"), (["--style", "full"], "needs --solutions")):  # fmt: skip
+        assert taskfiles.main(["tiny", str(again), *flags]) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert words in line
+
+
+def test_task_files_of_one_difficulty_and_style(tmp_path):
+    """What experiments need: programs of given lengths, thoughts of a given style, nothing that is held out."""
+    from azr.evaluation import statements
+    from azr.tiny import split
+
+    def written(*flags):
+        assert taskfiles.main(["tiny", str(tmp_path / "made.jsonl"), "--count", "30", *flags]) == 0
+        return arms.read_data(tmp_path / "made.jsonl", "--solutions" in flags)
+
+    for sizes in ("1", "3,6", "8"):
+        assert {statements(task.program) for task in written("--statements", sizes)} == set(map(int, sizes.split(",")))
+    thoughts = {}
+    for style in taskfiles.STYLES:
+        rows = written("--modes", "deduction", "--statements", "2", "--solutions", "--style", style)
+        assert not any(split.held_out(task.program) for task in rows)
+        thoughts[style] = {task.hash: task.response.partition("</think>")[0] for task in rows}
+    assert len({tuple(rows) for rows in thoughts.values()}) == 1  # the same tasks
+    assert set(thoughts["none"].values()) == {""} and set(thoughts["junk"].values()) == {"p;q;"}
+    assert all(text.startswith("p=") and text.count(";") == 2 for text in thoughts["coarse"].values())
+    assert all(text.partition("again ")[0].endswith(text.partition("again ")[2]) for text in thoughts["check"].values())
+    assert sum(len(text) for text in thoughts["full"].values()) > sum(len(t) for t in thoughts["coarse"].values())
+    assert len({bool(text) for text in thoughts["ladder"].values()}) == 2
 
 
 def test_a_bad_line_is_named(tmp_path):

@@ -67,7 +67,7 @@ def test_a_machine_without_gpu_with_a_broken_package_and_secrets(tmp_path):
     for name in ("sdpa attention", "page attention"):
         assert line_of(text, name).startswith("runs in float32")
     wrong = misread(160)
-    expected = "right at width 256, 448" if wrong else "right at width 160, 256, 448"
+    expected = "right at width 128, 256, 384" if wrong else "right at width 128, 160, 256, 384"
     assert expected in line_of(text, "4-bit") and ("WRONG at 160" in line_of(text, "4-bit")) == wrong
     assert "seccomp True" in line_of(text, "sandbox") and "math" in line_of(text, "training")
     assert line_of(text, "verdict") == "training --model tiny will work here"

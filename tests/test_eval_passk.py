@@ -113,7 +113,7 @@ def test_templates(tmp_path):
     crux, maths = load(f"cruxeval-o={write(tmp_path / 'c', CRUX)}"), load(f"gsm8k={write(tmp_path / 'm', MATHS)}")
     code = load(f"humaneval+={write(tmp_path / 'h', [HALF])}")
     tiny = load("tiny")
-    assert len(tiny.items) == 600 and prompt(tiny.items[0], "tiny").startswith("User: solve deduction")
+    assert len(tiny.items) == 2100 and prompt(tiny.items[0], "tiny").startswith("User: solve deduction")
     assert prompt(code.items[0], "plain") == HALF["prompt"] and HALF["prompt"] in prompt(code.items[0], "azr")
     assert "[4, 5]" not in prompt(crux.items[0], "plain") and prompt(maths.items[0], "direct").endswith(
         "The answer is"
@@ -470,7 +470,7 @@ def test_ctrl_c_keeps_what_is_finished_and_exits_0(tmp_path):
     said, errors = process.communicate(timeout=120)
     assert process.returncode == 0 and "the same command goes on" in said, errors
     lines = path.read_text().splitlines()
-    assert 0 < len(lines) < 64 * 600 and set(json.loads(lines[0])) == {
+    assert 0 < len(lines) < 64 * 2100 and set(json.loads(lines[0])) == {
         "task_id",
         "sample",
         "completion",

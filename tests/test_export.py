@@ -83,14 +83,14 @@ def make_run(out: Path, policy: Policy, rate: float = 1e-3) -> Path:
             "response": f"</think> <answer>{task.input or 'x'}</answer>",
         }
         for role in ("proposer", "solver")
-        for task in [TASKS[0], TASKS[1], TASKS[200], TASKS[201]]
+        for task in [TASKS[0], TASKS[1], TASKS[700], TASKS[701]]
     ]
     (out / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (out / "eval").mkdir()
     for name, correct in (("base", 1), ("step_8", 3)):
         tasks = [
             TaskResult(task.hash, task.mode, 4, correct, 4, correct, 1, 0, 0, [9] * 4)
-            for task in TASKS[:10] + TASKS[200:210]
+            for task in TASKS[:10] + TASKS[700:710]
         ]
         settings = {
             "samples": 4,

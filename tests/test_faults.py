@@ -38,7 +38,7 @@ SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 32 --eval-samples 0 -
 def held_out(tmp_path_factory):
     lines = (Path(model_path("tiny")) / "held_out.jsonl").read_text().splitlines()
     path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
-    path.write_text("\n".join(lines[0:2] + lines[200:202] + lines[400:402]) + "\n")
+    path.write_text("\n".join(lines[0:2] + lines[700:702] + lines[1400:1402]) + "\n")
     return path
 
 

@@ -19,7 +19,7 @@ from azr import paged_attention  # noqa: E402
 from azr.paged_attention import AttentionError, choose_attention, paged_decode, unusable  # noqa: E402
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256, 257, 300]
-SHAPES = {"qwen-3b": (16, 2, 128), "qwen-7b": (28, 4, 128), "qwen-0.5b": (14, 2, 64), "tiny": (4, 2, 40),
+SHAPES = {"qwen-3b": (16, 2, 128), "qwen-7b": (28, 4, 128), "qwen-0.5b": (14, 2, 64), "tiny": (4, 2, 32),
           "no groups": (3, 3, 16)}  # fmt: skip
 
 

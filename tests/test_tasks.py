@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from azr import tasks
 from azr.audit import wilson
+from azr.normalize import skeleton
 from azr.responses import fences, leaked_code
 from azr.tasks import (MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Proposal, Task, judge, parse_answer, parse_proposal,
                        validate)
@@ -247,6 +248,18 @@ def test_duplicates_by_name_and_layout_only(sandbox):
     names = deduction("def f(x, y):\n    return x - y", "y=1, x=2"), deduction("def f(a, b):\n    return a - b",
                                                                                "a=2, b=1")
     assert reasons(names, sandbox) == ["ok", "duplicate"]
+
+
+def test_held_out_programs_are_refused_whatever_their_constants_and_names(sandbox):
+    held_out = frozenset({skeleton("def f(x):\n    p=x+3\n    return p*'a'")})
+    same = deduction("def f(number):\n    q = number + 40  # more\n    return q * 'bc'")
+    others = [deduction("def f(x):\n    p=x-3\n    return p*'a'"), deduction("def f(x):\n    p=3+x\n    return p*'a'")]
+    about = induction("def f(x):\n    p=x+1\n    return p*'a'")
+    assert reasons([same, *others, about], sandbox, held_out=held_out) == ["held_out", "ok", "ok", "held_out"]
+    assert reasons([same, *others, about], sandbox) == ["ok"] * 4
+    [verdict] = validate([same], sandbox, held_out=held_out)
+    assert not verdict.ok and verdict.task is None and verdict.detail
+    assert reasons([deduction("def f(x:\n    return")], sandbox, held_out=held_out) == ["syntax"]  # read, never run
 
 
 def test_the_seed_is_exempt_for_induction_alone(sandbox):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from azr.evaluation import evenly, statements
+from azr.evaluation import statements
 from azr.heldout import load_tasks
 from azr.plan import model_path
 from azr.prompts import template_hash
@@ -309,15 +309,6 @@ def test_the_held_out_file(held_out, monkeypatch):
     assert len(skill) == 200 and skill == recipe.held_out_skill(200)
     rng = random.Random(1)
     assert not {t.question for t in skill} & {recipe.skill_task(rng).question for _ in range(5000)}
-
-
-def test_a_run_is_evaluated_on_a_part_of_them(held_out):
-    greedy = evenly(held_out, 20)
-    counts = Counter((task.mode, statements(task.program)) for task in greedy)
-    assert len(greedy) == 360 and set(counts.values()) == {20} and len(counts) == 18
-    sampled, place = evenly(greedy, 5), {task.hash: i for i, task in enumerate(held_out)}
-    assert len(sampled) == 90 and all(place[task.hash] % 20 == 0 for task in sampled)
-    assert evenly(held_out[:7], 20) == held_out[:7]
 
 
 # ----------------------------------------------------------------------------------------------- the model's own files
