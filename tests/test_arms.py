@@ -292,7 +292,8 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     assert taskfiles.main(["run", str(tmp_path), str(again)]) == 2
     capsys.readouterr()
     for flags, words in ((["--modes", "poetry"], "poetry: there are"), (["--statements", "0"], "from 1 to 8"),
-                         (["--statements", "2,x"], "from 1 to 8"), (["--style", "full"], "needs --solutions")):  # fmt: skip
+                         (["--statements", "2,x"], "from 1 to 8"),
+                         (["--style", "full"], "needs --solutions")):  # fmt: skip
         assert taskfiles.main(["tiny", str(again), *flags]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert words in line
@@ -317,7 +318,9 @@ def test_task_files_of_one_difficulty_and_style(tmp_path):
     assert len({tuple(rows) for rows in thoughts.values()}) == 1  # the same tasks
     assert set(thoughts["none"].values()) == {""} and set(thoughts["junk"].values()) == {"p;q;"}
     assert all(text.startswith("p=") and text.count(";") == 2 for text in thoughts["coarse"].values())
-    assert all(text.partition("again ")[0].endswith(text.partition("again ")[2]) for text in thoughts["check"].values())
+    for text in thoughts["check"].values():
+        trace, _, again = text.partition("again ")
+        assert again and trace.endswith(again)
     assert sum(len(text) for text in thoughts["full"].values()) > sum(len(t) for t in thoughts["coarse"].values())
     assert len({bool(text) for text in thoughts["ladder"].values()}) == 2
 

@@ -47,8 +47,8 @@ def test_skeletons_know_structure_and_nothing_else():
     same = ["def f(a):\n    p=a+3\n    return p", "def f(x): # add\n  q = x+70\n\n  return q",
             "def f(x):\n    'adds'\n    y=x+0.5e3\n    return y"]  # fmt: skip
     assert len(set(map(skeleton, same))) == 1
-    others = ["def f(a):\n    p=a-3\n    return p", "def f(a):\n    p=3+a\n    return p", "def f(a, b):\n    p=a+3\n    return p",
-              "def f(a):\n    p=a+'c'\n    return p", "def f(a):\n    p=a+a\n    return p"]  # fmt: skip
+    others = [f"def f({names}):\n    p={value}\n    return p" for names, value in
+              (("a", "a-3"), ("a", "3+a"), ("a, b", "a+3"), ("a", "a+'c'"), ("a", "a+a"))]  # fmt: skip
     assert len(set(map(skeleton, others + same))) == 6
     texts = ["def f(a):\n    return a+'c'", 'def f(b):\n    return b + "it"', "def f(a):\n    return a+r'\\d'"]
     assert len(set(map(skeleton, texts))) == 1
@@ -84,7 +84,8 @@ def test_a_file_is_taken_whole_and_stays_as_it_was(held_out, tmp_path):
 def test_what_the_seed_stage_made_is_not_refused(at_hand, tmp_path, monkeypatch):
     """Another model: CRUXEval, where it can be had, and tasks that were proposed before they were frozen."""
     file = tmp_path / "cruxeval.jsonl"
-    rows = [{"id": str(i), "code": text, "input": "1, 2"[: 4 * i + 1], "output": "4"} for i, text in enumerate(PROGRAMS)]
+    inputs = zip(PROGRAMS, ("1", "1, 2"))
+    rows = [{"id": text[:10], "code": text, "input": given, "output": "4"} for text, given in inputs]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) if at_hand else "{}\n")
     monkeypatch.setattr(evaluation, "cruxeval_tasks", functools.partial(benchmarks.cruxeval_tasks, path=file))
     other = made(Config(model="other", eval_data=None), tmp_path / "run")
