@@ -19,7 +19,7 @@ from azr.runs import Run
 from azr.stop import StopRequest
 from sandbox import Sandbox
 
-SMALL = {"seed": 1, "prompts_per_mode": 2, "answers": 3, "max_new_tokens": 34, "eval_every": 0,
+SMALL = {"seed": 1, "prompts_per_mode": 2, "answers": 3, "max_new_tokens": 64, "eval_every": 0,
          "eval_samples": 0, "save_every": 99, "steps": 20, "max_batch": 256}  # fmt: skip
 
 

@@ -36,7 +36,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from azr.plan import model_path  # noqa: E402
 from azr.runs import newest_intact  # noqa: E402
 
-SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 48 --save-every 2".split()
+SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 64 --save-every 2".split()
 COLD_EVERY = 10  # starts
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 

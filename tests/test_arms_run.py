@@ -84,7 +84,7 @@ def test_an_untrained_proposer_gets_no_gradient_and_leaves_the_solver_alone(worl
     for row, samples in zip(arm.rows, arm.trained):
         dropped, added = row["train/tokens_dropped"], row["train/tokens_added"]
         assert dropped == arms.tokens([s for s in samples if s.role == "proposer"]) > 0
-        assert abs(added - dropped) <= 20 if proposer == "no-update-matched" else added == 0
+        assert abs(added - dropped) <= 34 if proposer == "no-update-matched" else added == 0
         assert row["train/log_prob_gap"] < 1e-4 and row["proposer/all/entropy"] > 0
 
 
@@ -274,7 +274,7 @@ def test_rlvr_takes_mathematics_and_a_number_of_tokens(world, files):
     pytest.importorskip("math_verify")
     arm = world.run(algorithm="rlvr", data=files["math"], step_tokens=150)
     for row, samples in zip(arm.rows, arm.trained):
-        assert abs(row["train/tokens"] - 150) <= 24 and {s.mode for s in samples} == {"math"}
+        assert abs(row["train/tokens"] - 150) <= 34 and {s.mode for s in samples} == {"math"}
         right = [s.correct == (s.parsed.value == s.task.answer) for s in samples if s.parsed.value]
         assert all(right)
     assert any(row["solver/math/accuracy"] > 0 for row in arm.rows)

@@ -73,7 +73,7 @@ def ranked():
     """Held-out tasks of the embedded model in order of how often it solves them, easiest first."""
     tasks = [task for task in load_tasks(TINY / "held_out.jsonl") if task.mode != "induction"][::20]
     policy = Policy.load(str(TINY), "none", max_batch=512)
-    sampling = Sampling(1.0, max_new_tokens=32, stop=(STOP,))
+    sampling = Sampling(1.0, max_new_tokens=96, stop=(STOP,))
     with Sandbox() as sandbox:
         done = evaluate(policy, tasks, 12, sampling, "tiny", sandbox, seed=5)
     order = np.argsort([-row.correct for row in done.tasks], kind="stable")
@@ -92,7 +92,7 @@ def write_run(path: Path, stages: list[list], damage: float, logged: list[float]
                 parameter.data = size * torch.randn(parameter.shape, generator=generator)
         policy.save_adapter(directory)
         (directory / "azr.json").write_text(json.dumps(info))
-    config = {"model": "tiny", "seed": 0, "steps": 10, "temperature": 1.0, "max_new_tokens": 32, "max_batch": 512}
+    config = {"model": "tiny", "seed": 0, "steps": 10, "temperature": 1.0, "max_new_tokens": 96, "max_batch": 512}
     (path / "config.json").write_text(json.dumps(config))
     metrics = [
         {"step": s, "held_out/all/accuracy": 0.2, "solver/deduction/response_tokens": 9.0} for s in range(1, 11)

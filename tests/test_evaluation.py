@@ -8,14 +8,19 @@ from pathlib import Path
 
 import pytest
 
+import train_azr
 from azr import benchmarks, evaluation
 from azr.config import Config, resolve
 from azr.evaluation import Evaluation, evenly, statements
 from azr.heldout import load_tasks
+from azr.metrics import step_metrics
 from azr.normalize import skeleton
 from azr.plan import model_path
 from azr.prompts import fence
-from azr.tasks import MODES, SEED_TASKS, Buffers, Task, parse_proposal
+from azr.rollout import LoraSettings, Policy, Sampling
+from azr.sampling import Completion
+from azr.tasks import MODES, SEED_TASKS, Buffers, Sample, Task, parse_answer, parse_proposal
+from sandbox import Sandbox
 
 TINY = Path(model_path("tiny"))
 PROGRAMS = ["def f(x):\n    p=x+3\n    return p", "def f(x, y):\n    p=x*y\n    return p"]
@@ -67,6 +72,17 @@ def test_the_embedded_model_is_measured_on_a_part_of_its_file(held_out, tmp_path
     assert own.tasks() == greedy
 
 
+def test_many_answers_are_for_a_part_of_that_part(held_out, tmp_path):
+    config, policy = resolve(Config(eval_samples=2))[0], Policy.load(str(TINY), "none", max_batch=512)
+    with Sandbox(1) as sandbox:
+        short = Sampling(1.0, max_new_tokens=3)
+        own = Evaluation(config, policy, sandbox, "tiny", short, tmp_path)
+        own.freeze(Buffers())
+        base = own.pass_at_k_samples("base")
+    assert [row.hash for row in base.tasks] == [task.hash for task in evenly(held_out, 5)]
+    assert base.settings["samples"] == 2 and own.pass_at_k_samples("base") == base  # read, not made again
+
+
 def test_a_file_is_taken_whole_and_stays_as_it_was(held_out, tmp_path):
     file = tmp_path / "some.jsonl"
     file.write_text("".join(json.dumps(task.to_json()) + "\n" for task in held_out[690:710]))
@@ -101,13 +117,6 @@ def test_what_the_seed_stage_made_is_not_refused(at_hand, tmp_path, monkeypatch)
 
 def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_path):
     """In the loop: three proposals of held-out programs with other constants and names, one of another program."""
-    import train_azr
-    from azr.metrics import step_metrics
-    from azr.rollout import LoraSettings, Policy
-    from azr.sampling import Completion
-    from azr.tasks import Sample
-    from sandbox import Sandbox
-
     config = resolve(Config(answers=2))[0]
     policy = Policy.load(str(TINY), "none", LoraSettings(2, 4.0))
     free = "def f(x):\n    p=x+3\n    q=p-x\n    return [q, p, x]"
@@ -141,9 +150,6 @@ def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_
 
 def answer(task, text):
     """An answer of the solver, parsed and not yet judged."""
-    from azr.sampling import Completion
-    from azr.tasks import Sample, parse_answer
-
     response = f"</think><answer>{fence('output', text)}</answer>"
     sample = Sample("solver", task.mode, "", [1], Completion([1, 2], [-0.5] * 2, "stop"), response, "a")
     sample.task, sample.parsed, sample.entropy = task, parse_answer(task.mode, response), [0.1] * 2

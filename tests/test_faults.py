@@ -31,7 +31,7 @@ from sandbox import Sandbox, SandboxError
 from sandbox.outcomes import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 32 --eval-samples 0 --eval-every 1 --save-every 1".split()
+SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 64 --eval-samples 0 --eval-every 1 --save-every 1".split()
 
 
 @pytest.fixture(scope="module")
