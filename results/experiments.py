@@ -4,9 +4,9 @@
     python results/experiments.py run joint/0               one run: data, training, measurements, results/joint/0.json
     python results/experiments.py run --jobs 2              everything that is missing, in the order of the list
     python results/tables.py                                tables and plots from results/*/*.json
-    python -m azr.tiny.make --hidden 80 --out runs/experiments/tiny-half --work runs/half    once, for the half-* arms
+    python -m azr.tiny.make --hidden 64 --out runs/experiments/tiny-half --work runs/half    once, for the half-* arms
 
-A run takes three to six minutes on one CPU core. Stop it at any time: training goes on from its last checkpoint, the
+A run takes some minutes on one CPU core. Stop it at any time: training goes on from its last checkpoint, the
 measurements from what they have written. Runs (checkpoints, samples) stay in --runs and can be deleted; the small
 JSON files that are committed hold what the tables need. Every arm is a few flags of train_azr.py, the rest is COMMON.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,9 +35,10 @@ sys.path.insert(0, str(ROOT))
 from azr.heldout import answer_key  # noqa: E402
 
 STEPS, CHECKPOINTS = 80, (20, 40, 60, 80)
-PER_MODE = 67  # held-out tasks a mode that are sampled many times: the first of azr/tiny/held_out.jsonl
+PER_CELL = 11  # held-out tasks that are sampled many times, of each mode and number of statements up to HARDEST
+HARDEST = 6  # statements of the longest programs that the base has solved in training
 COMMON = f"--steps {STEPS} --prompts-per-mode 8 --token-budget 1024 --eval-every 20 --eval-samples 0".split()
-STEP_TOKENS = 2400  # response tokens a step of rlvr and sft: what joint self-play has with these settings
+STEP_TOKENS = 2400  # response tokens a step of rlvr and sft, as joint has: azr.taskfiles run tells what that is
 WIDE, NARROW = 512, 128  # answers a held-out task; pass@256 needs at least twice as many
 WIDE_SEEDS = 3  # training seeds that get WIDE answers where an arm has them
 MODES = ("deduction", "abduction", "induction")
@@ -141,17 +143,34 @@ def prepare(runs: Path) -> None:
     for name, more in (("tasks", ()), ("gold", ("--solutions",))):
         if not (runs / f"{name}.jsonl").exists():
             call(log, "-m", "azr.taskfiles", "tiny", runs / f"{name}.jsonl", "--count", 3000, *more)
-    lines = (ROOT / "azr" / "tiny" / "held_out.jsonl").read_text().splitlines(keepends=True)
-    kept = [[line for line in lines if f'"mode": "{mode}"' in line][:PER_MODE] for mode in MODES]
-    (runs / "held_out.jsonl").write_text("".join(line for part in kept for line in part))
+    kept = stratified((ROOT / "azr" / "tiny" / "held_out.jsonl").read_text().splitlines(), PER_CELL)
+    (runs / "held_out.jsonl").write_text("".join(f"{line}\n" for line in kept))
     if not (runs / "tiny-nf4").exists():
         round_to_nf4(ROOT / "azr" / "tiny", runs / "tiny-nf4")
+
+
+def stratified(lines: list[str], per_cell: int) -> list[str]:
+    """The first `per_cell` tasks of each mode and number of statements up to HARDEST. ValueError if there are fewer."""
+    cells: dict[tuple[str, int], list[str]] = {(mode, n): [] for mode in MODES for n in range(1, HARDEST + 1)}
+    for line in lines:
+        task = json.loads(line)
+        cell = cells.get((task["mode"], statements(task["program"])))
+        if cell is not None and len(cell) < per_cell:
+            cell.append(line)
+    if short := [f"{mode} with {n} statements" for (mode, n), cell in cells.items() if len(cell) < per_cell]:
+        raise ValueError(f"held_out.jsonl has fewer than {per_cell} tasks of {short[0]}")
+    return [line for cell in cells.values() for line in cell]
+
+
+def statements(program: str) -> int:
+    """How many statements a program of the embedded model's language has: each assigns a name of its own."""
+    return len(set(re.findall(r"^ +(\w)=", program, re.MULTILINE)))
 
 
 def round_to_nf4(model: Path, out: Path) -> None:
     """A copy of an unsharded model whose linear layers hold what 4 bits keep of them: noise that no step removes.
 
-    Instead of --quantization nf4, for bitsandbytes' CPU kernel misreads matrices of this width.
+    Instead of --quantization nf4, whose products are slow on a CPU: the same noise at the price of bf16.
     """
     import torch
     from safetensors.torch import load_file, save_file

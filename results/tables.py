@@ -521,7 +521,7 @@ def fill(text: str, name: str, content: str) -> str:
     start, end = f"<!-- {name} -->", "<!-- end -->"
     before, found, rest = text.partition(start)
     if not found or end not in rest:
-        raise ValueError(f"RESULTS.md has no {start} ... {end}")
+        raise ValueError(f"the page has no {start} ... {end}")
     return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 
 
