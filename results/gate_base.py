@@ -10,7 +10,7 @@ from gate_numbers import LEVELS, STYLES, TRACED, Counts, full_prefix, given_styl
 from gate_text import grid, styles_table, table
 
 from azr.passk import share_interval
-from azr.tasks import MODES
+from azr.tasks import MODES, Task
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2)
 A_CELL, SAMPLES = 25, 16  # held-out tasks of a mode and level, and answers to each
@@ -104,10 +104,10 @@ def forced(options: argparse.Namespace) -> str:
     """Measures what forced.json lacks; the report as Markdown."""
     with Lab(options.model, seed=options.seed) as lab:
         store = forced_store(options, lab)
-        prefixes = store.get("prefixes", deduction_prefixes, lab)
         for style in FORCED:
-            part = [i for i in lab.part(cell(options, A_CELL)) if prefix(lab, style, i, prefixes) is not None]
-            begun = [prefix(lab, style, i, prefixes) for i in part]
+            begun = {i: prefix(lab.tasks[i], style) for i in lab.part(cell(options, A_CELL))}
+            part = [i for i, text in begun.items() if text is not None]
+            begun = [begun[i] for i in part]
             store.get(f"{style} T0", lab.answer, part, 1, 0.0, begun)
             store.get(f"{style} T0.6", lab.answer, part, samples(options, SAMPLES), 0.6, begun)
         few = lab.part(cell(options, FEW_A_CELL))
@@ -120,30 +120,20 @@ def forced_store(options: argparse.Namespace, lab: Lab) -> Store:
     return Store(options.out / "forced.json", {"model": lab.digest, "seed": options.seed, "longest": lab.longest})
 
 
-def deduction_prefixes(lab: Lab) -> dict[str, str]:
-    """Place of each held-out deduction -> how its full trace begins. ValueError if it is not this generator's task."""
-    from azr.tiny.documents import held_out_draws
+def prefix(task: Task, style: str) -> str | None:
+    """How a response to the task begins in the style; None: no text makes it do so.
 
-    begun = {drawn.task.hash: full_prefix(drawn.example.steps) for drawn in held_out_draws()}
-    mine = {str(i): task for i, task in enumerate(lab.tasks) if task.mode == "deduction"}
-    if missing := [i for i, task in mine.items() if task.hash not in begun]:
-        raise ValueError(f"{lab.model}/held_out.jsonl: task {missing[0]} is not one of this version's generator")
-    return {i: begun[task.hash] for i, task in mine.items()}
-
-
-def prefix(lab: Lab, style: str, i: int, prefixes: dict[str, str]) -> str | None:
-    """How a response to the task at place i begins in the style; None: no text makes it do so.
-
-    Abduction has none: a search begins with arguments, and giving them would give the answer away or spoil it.
+    Abduction has no full one: a search begins with arguments, and giving them would give the answer away or spoil it.
     """
-    mode = lab.tasks[i].mode
     if style == "direct":
         return DIRECT
-    return {"deduction": prefixes.get(str(i)), "induction": "try "}.get(mode)
+    if task.mode == "deduction":
+        return full_prefix(task.program, task.input)
+    return "try " if task.mode == "induction" else None
 
 
 def forced_report(lab: Lab, store: Store) -> str:
-    results = {name: lab.counts(rows) for name, rows in store.parts.items() if name != "prefixes"}
+    results = {name: lab.counts(rows) for name, rows in store.parts.items()}
     rows = []
     for name, counts in results.items():
         for mode in MODES if not name.startswith("own") else ():

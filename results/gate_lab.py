@@ -1,7 +1,7 @@
 """What every gate needs: the held-out tasks, a model that answers or proposes, and a file of results that goes on.
 
-    with Lab(options) as lab:
-        rows = lab.answer(lab.part(25), n=16, temperature=0.6)          # rows for gate_numbers.Counts.from_json
+    with Lab("tiny") as lab:
+        lab.counts(lab.answer(lab.part(25), 16, 0.6)).interval()        # 25 held-out tasks of each mode and level
     store = Store("results/tiny/base.json", {"model": lab.digest, "samples": 16})
     rows = store.get("T0.6", lab.answer, lab.part(25), 16, 0.6)         # made and saved once
 """
@@ -126,12 +126,12 @@ class Lab:
         """
         tasks = [self.tasks[i] for i in index]
         rows = []
-        for mode_row, (i, task) in zip(self.respond(tasks, n, temperature, prefixes, first), zip(index, tasks)):
+        for i, task, answers in zip(index, tasks, self.respond(tasks, n, temperature, prefixes, first)):
             cells: dict[str, list[int]] = {}
-            for response, tokens, right, _, _ in mode_row:
+            for response, tokens, right, _, _ in answers:
                 cell = cells.setdefault(style_of(task.mode, thought_of(response)), [0, 0, 0])
-                cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + right, cell[2] + tokens
-            rows.append([i, cells, sum(row[3] for row in mode_row), sum(row[4] for row in mode_row)])
+                cell[:] = cell[0] + 1, cell[1] + right, cell[2] + tokens
+            rows.append([i, cells, sum(answer[3] for answer in answers), sum(answer[4] for answer in answers)])
         return rows
 
     def respond(self, tasks: list[Task], n: int, temperature: float, prefixes: Sequence[str] = (),

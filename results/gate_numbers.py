@@ -18,6 +18,7 @@ import numpy as np
 
 from azr.passk import Interval, difference_interval, pass_at_k, share_interval
 from azr.tasks import MODES, Task
+from sandbox import literal
 
 STYLES = ("none", "junk", "coarse", "full", "check", "other")
 TRACED = ("full", "check")  # thoughts in which something was worked out
@@ -115,21 +116,48 @@ def stratified(tasks: Sequence[Task], a_cell: int | None) -> list[int]:
     return kept
 
 
-def full_prefix(steps: Sequence[str]) -> str:
-    """How a full trace begins: up to its first value that had to be computed, with the expression, without the value.
+def full_prefix(program: str, given: str) -> str:
+    """How a full trace of f(given) begins: up to its first value that has to be computed, with the expression, without
+    the value. The program is one of the generator's.
 
     Starts of loops before it are copies and stay. It ends before the equals sign, which is one token with the bracket
     of a list that follows: "=" alone would say that no list comes, in a way that no text of the training has.
     """
+    function = ast.parse(program).body[0]
+    values = dict(zip((a.arg for a in function.args.args), literal.parse_args(given)[0]))
     text = ""
-    for step in steps:
-        if step.endswith((" yes;", " no;")):
-            return text + step.rpartition(" ")[0]
-        head, _, _ = step.rpartition("=")
-        if "=" in head:
-            return text + head
-        text += step
+    for node, after in zip(function.body, function.body[1:]):
+        if isinstance(node, ast.If) or isinstance(getattr(node, "value", None), ast.IfExp):
+            return text + _filled(program, (node if isinstance(node, ast.If) else node.value).test, values)
+        if isinstance(node, ast.While) and not _turns(node, values):
+            continue
+        if isinstance(node, (ast.For, ast.While)):
+            if isinstance(node, ast.For):
+                over = node.iter
+                values[node.target.id] = values[over.id][0] if isinstance(over, ast.Name) else 0  # range(...)
+            node = node.body[0]
+        name, expression = node.targets[0].id, _filled(program, node.value, values)
+        if not isinstance(after, (ast.For, ast.While)):
+            return f"{text}{name}={expression}"
+        values[name] = ast.literal_eval(expression)
+        text += f"{name}={expression};"
     return text  # nothing is computed: loops that never turn
+
+
+def _filled(program: str, node: ast.expr, values: dict) -> str:
+    """The text of an expression with values in the place of names."""
+    line, start = program.split("\n")[node.lineno - 1], node.col_offset
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in values]
+    text, end = "", start
+    for name in sorted(names, key=lambda n: n.col_offset):
+        text, end = text + line[end : name.col_offset] + repr(values[name.id]), name.end_col_offset
+    return text + line[end : node.end_col_offset]
+
+
+def _turns(loop: ast.While, values: dict) -> bool:
+    """Whether `while p>3` or `while p<3` turns at all."""
+    left, right = values[loop.test.left.id], loop.test.comparators[0].value
+    return left > right if isinstance(loop.test.ops[0], ast.Gt) else left < right
 
 
 # ---------------------------------------------------------------- counts a task

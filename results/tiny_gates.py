@@ -28,9 +28,13 @@ sys.path[:0] = [str(ROOT), str(RESULTS)]
 
 import gate_base  # noqa: E402
 import gate_proposals  # noqa: E402
+import gate_table  # noqa: E402
+import gate_training  # noqa: E402
 
 COMMANDS = {"base": gate_base.base, "forced": gate_base.forced, "proposals": gate_proposals.proposals,
-            "examples": gate_proposals.examples}  # fmt: skip
+            "rlvr": gate_training.rlvr, "oracle": gate_training.oracle, "selfplay": gate_training.selfplay,
+            "examples": gate_proposals.examples, "table": gate_table.report}  # fmt: skip
+TRAININGS = ("rlvr", "oracle", "selfplay")
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +53,11 @@ def parser() -> Parser:
         command.add_argument("--out", type=Path, default=RESULTS / "tiny", help="of the results (results/tiny)")
         command.add_argument("--seed", type=int, default=0, help="of sampling, and of a training (0)")
         command.add_argument("--quick", action="store_true", help="a smoke test")
+        if name in TRAININGS:
+            command.add_argument("--runs", type=Path, default=ROOT / "runs" / "tiny-gates", help="for the trainings")
+            command.add_argument("--flags", default="", metavar="'--x 1'", help="more flags of train_azr.py")
+        if name in ("rlvr", "oracle"):
+            command.add_argument("--steps", type=int, default=gate_training.STEPS, help="of each training (150)")
         if name == "examples":
             command.add_argument("--adapter", type=Path, help="a checkpoint of a training (none: the base)")
     return made
@@ -59,6 +68,7 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.quick:
         options.out = options.out / "quick"
+        options.runs = getattr(options, "runs", ROOT / "runs") / "quick"
     try:
         print(COMMANDS[options.command](options))
     except (ValueError, OSError) as error:

@@ -1,0 +1,188 @@
+"""The gates, passed or not, and what was measured for each: Markdown, between two markers of docs/tiny.md."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from gate_base import base_report, base_store, forced_differences, forced_report, forced_store
+from gate_lab import Lab, Store
+from gate_numbers import TRACED, Counts, paired, spearman_interval
+from gate_proposals import examples_report, followed, proposals_report
+from gate_text import table
+from gate_training import (
+    base_counts,
+    best_of,
+    gain,
+    oracle_report,
+    rlvr_report,
+    selfplay_report,
+    trained_counts,
+)
+
+from azr.passk import Interval, share_interval
+from azr.tasks import MODES
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "tiny.md"
+BEGIN, END = "<!-- gates: results/tiny_gates.py table -->", "<!-- end of the gates -->"
+
+
+class Gate(NamedTuple):
+    """One line of the table. passed: None where nothing is asked."""
+
+    gate: str
+    what: str
+    value: object
+    n: str
+    seed: object
+    command: str
+    passed: bool | None
+
+
+def report(options: argparse.Namespace) -> str:
+    """The Markdown of everything in OUT that is about this model; into docs/tiny.md too, except with --quick."""
+    with Lab(options.model) as lab:
+        parts = list(sections(options, lab))
+    if not parts:
+        raise ValueError(f"{options.out}: has no results of this model yet")
+    gates = [gate for _, _, rows in parts for gate in rows]
+    said = {True: "passed", False: "**failed**", None: "-"}
+    lines = [table(["gate", "what", "value", "n", "seed", "command", ""], [[*g[:-1], said[g.passed]] for g in gates])]
+    for title, text, _ in parts:
+        lines += [f"### {title}", "", text, ""]
+    text = squeezed("\n".join(lines))
+    if not options.quick:
+        put(PAGE, text)
+    return text
+
+
+def squeezed(text: str) -> str:
+    """The text with at most one empty line in a row."""
+    while "\n\n\n" in text:
+        text = text.replace("\n\n\n", "\n\n")
+    return text.strip() + "\n"
+
+
+def put(page: Path, text: str) -> None:
+    """The text between the markers of the page, which are added at its end if they are missing."""
+    old = page.read_text() if page.exists() else "# The embedded model: can it be learned on?\n"
+    if BEGIN not in old:
+        old = f"{old.rstrip()}\n\n{BEGIN}\n{END}\n"
+    head, _, rest = old.partition(BEGIN)
+    page.write_text(f"{head}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+
+
+def sections(options: argparse.Namespace, lab: Lab) -> Iterator[tuple[str, str, list[Gate]]]:
+    """(title, Markdown, gates) of each file of results."""
+    zero = argparse.Namespace(**{**vars(options), "seed": 0})
+    if (store := base_store(zero, lab)).parts.get("reach"):
+        yield "The base", base_report(lab, store), reach_gates(store)
+    if (store := forced_store(zero, lab)).parts.get("own T0.6"):
+        yield "The base, made to think", forced_report(lab, store), forced_gates(lab, store)
+    for path in sorted(options.out.glob("proposals.json")):
+        store = Store(path, {"model": lab.digest})
+        if set(MODES) <= set(store.parts):
+            yield "Proposals of the base", proposals_report(store), proposal_gates(store)
+    for name, text, gates in TRAININGS:
+        for path in sorted(options.out.glob(f"{name}-*.json")):
+            store, seed = Store(path, {"model": lab.digest}), path.stem.rpartition("-")[2]
+            if "many" in store.parts or "hard" in store.parts:
+                before = base_counts(options, lab)
+                given = before["T0"] if name == "oracle" else before
+                yield f"{name}, seed {seed}", text(lab, given, store), gates(lab, before, store, seed)
+    for path in sorted(options.out.glob("examples-*.json")):
+        yield f"Examples: {path.stem.partition('-')[2]}", examples_report(Store(path, {})), []
+
+
+# ---------------------------------------------------------------- gates
+
+
+def reach_gates(store: Store) -> list[Gate]:
+    _, n, right = (np.array(column) for column in zip(*store.parts["reach"]))
+    never, sure = share_interval((right == 0) * 1.0), share_interval((right / n > 0.95) * 1.0)
+    size = f"{len(n)} tasks, {n.max()} answers"
+    return [Gate("d", "tasks below 1/256, at least 25 %", never, size, 0, "base", never.mean >= 0.25),
+            Gate("d", "tasks above .95, at most 20 %", sure, size, 0, "base", sure.mean <= 0.20)]  # fmt: skip
+
+
+def forced_gates(lab: Lab, store: Store) -> list[Gate]:
+    results = {name: lab.counts(rows) for name, rows in store.parts.items()}
+    rules = {"4-7": ("4 statements or more, 25 points", lambda x: x >= 0.25),
+             "1": ("one statement, within 10 points", lambda x: abs(x) <= 0.10)}  # fmt: skip
+    found = []
+    for mode, at, levels, n, value in forced_differences(results):
+        if levels in rules and at == "T0":
+            what, rule = rules[levels]
+            passed = rule(value.mean) if mode == "deduction" else None
+            what = f"{mode}, full less direct, greedy, {what}"
+            found.append(Gate("b", what, value, f"{n} tasks", 0, "forced", passed))
+    return found
+
+
+def proposal_gates(store: Store) -> list[Gate]:
+    found = []
+    for mode in ("deduction", "abduction"):
+        pairs = followed(store, mode)
+        value = spearman_interval(*zip(*pairs)) if len(pairs) > 2 else Interval(np.nan, np.nan, np.nan)
+        found.append(Gate("c", f"{mode}, Spearman of references and proposal, .5", value, f"{len(pairs)} proposals", 0,
+                          "proposals", bool(value.mean >= 0.5)))  # fmt: skip
+    for mode in MODES:
+        rows, solved = store.parts[mode]["rows"], store.parts[mode]["solved"]
+        valid = share_interval(np.array([r[2] == "ok" and not r[3] for r in rows]) * 1.0)
+        found.append(Gate("g", f"{mode}, valid proposals, 60 %", valid, f"{len(rows)} proposals", 0, "proposals",
+                          valid.mean >= 0.6))  # fmt: skip
+        if solved:
+            rate = share_interval(np.array([right / n for _, _, n, right in solved]))
+            found.append(Gate("g", f"{mode}, own proposals solved, 10 to 60 %", rate, f"{len(solved)} tasks", 0,
+                              "proposals", 0.1 <= rate.mean <= 0.6))  # fmt: skip
+    return found
+
+
+def rlvr_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
+    after, command = trained_counts(lab, store), f"rlvr --seed {seed}"
+    best = best_of(before)
+    first, above = paired(before["T0"], after["T0"]), paired(before[best], after["T0"])
+    found = [Gate("a", "greedy gain, 8 points", first, f"{len(after['T0'])} tasks", seed, command, first.mean >= 0.08),
+             Gate("a", f"greedy, less the base at its best, {best}", above, f"{len(before['T1'])} tasks", seed, command,
+                  bool(above.low > 0))]  # fmt: skip
+    return found + moonshot(before, after, seed, command)
+
+
+def moonshot(before: dict[str, Counts], after: dict[str, Counts], seed: str, command: str) -> list[Gate]:
+    """Against the base that is forced to its full style; nothing asks that this be passed."""
+    found = []
+    for mode in ("deduction", "induction"):
+        value = gain(before["full T0"].of(mode), after["T0"].of(mode))
+        n = f"{len(before['full T0'].of(mode))} tasks"
+        found.append(Gate("b2", f"{mode}, greedy, less the base forced to think", value, n, seed, command, None))
+    return found
+
+
+def oracle_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
+    easy, hard = (lab.counts(store.parts[kind]) for kind in ("easy", "hard"))
+    value = paired(easy, hard)
+    return [Gate("e", "hard less easy proposer, greedy, other than 0", value, f"{len(easy)} tasks", seed,
+                 f"oracle --seed {seed}", bool(value.excludes_zero))]  # fmt: skip
+
+
+def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
+    after, command = trained_counts(lab, store), f"selfplay --seed {seed}"
+    value = paired(before["T0"], after["T0"])
+    thoughts = [1 - c["T1"].shares()["none"] for c in (before, after)]
+    traced = [sum(c["T1"].shares()[style] for style in TRACED) for c in (before, after)]
+    tokens = [c["T1"].tokens() for c in (before, after)]
+    n = f"{len(after['T0'])} tasks"
+    answers = f"{after['T1'].n.sum()} answers"
+    found = [Gate("f", "greedy gain, 5 points", value, n, seed, command, value.mean >= 0.05)]
+    for what, (a, b), form in (("share of thoughts, T1, up", thoughts, "{:.3f}"),
+                               ("share of worked-out thoughts, T1, up", traced, "{:.3f}"),
+                               ("tokens of a response, T1, up", tokens, "{:.1f}")):  # fmt: skip
+        found.append(Gate("f", what, f"{form.format(a)} to {form.format(b)}", answers, seed, command, bool(b > a)))
+    return found + moonshot(before, after, seed, command)
+
+
+TRAININGS = (("rlvr", rlvr_report, rlvr_gates), ("oracle", oracle_report, oracle_gates),
+             ("selfplay", selfplay_report, selfplay_gates))  # fmt: skip
