@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -30,13 +29,15 @@ from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from azr.heldout import answer_key  # noqa: E402
+from gate_numbers import BEYOND, level, stratified  # noqa: E402
+
+from azr.heldout import answer_key, load_tasks  # noqa: E402
+from azr.runs import write_jsonl_atomic  # noqa: E402
 
 STEPS, CHECKPOINTS = 80, (20, 40, 60, 80)
-PER_CELL = 11  # held-out tasks that are sampled many times, of each mode and number of statements up to HARDEST
-HARDEST = 6  # statements of the longest programs that the base has solved in training
+A_CELL = 11  # held-out tasks that are sampled many times, of each mode and number of statements from 1 to 6
 COMMON = f"--steps {STEPS} --prompts-per-mode 8 --token-budget 1024 --eval-every 20 --eval-samples 0".split()
 STEP_TOKENS = 2400  # response tokens a step of rlvr and sft, as joint has: azr.taskfiles run tells what that is
 WIDE, NARROW = 512, 128  # answers a held-out task; pass@256 needs at least twice as many
@@ -143,28 +144,11 @@ def prepare(runs: Path) -> None:
     for name, more in (("tasks", ()), ("gold", ("--solutions",))):
         if not (runs / f"{name}.jsonl").exists():
             call(log, "-m", "azr.taskfiles", "tiny", runs / f"{name}.jsonl", "--count", 3000, *more)
-    kept = stratified((ROOT / "azr" / "tiny" / "held_out.jsonl").read_text().splitlines(), PER_CELL)
-    (runs / "held_out.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    tasks = load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl")
+    kept = [tasks[i] for i in stratified(tasks, A_CELL) if level(tasks[i]) < BEYOND]
+    write_jsonl_atomic(runs / "held_out.jsonl", [task.to_json() for task in kept])
     if not (runs / "tiny-nf4").exists():
         round_to_nf4(ROOT / "azr" / "tiny", runs / "tiny-nf4")
-
-
-def stratified(lines: list[str], per_cell: int) -> list[str]:
-    """The first `per_cell` tasks of each mode and number of statements up to HARDEST. ValueError if there are fewer."""
-    cells: dict[tuple[str, int], list[str]] = {(mode, n): [] for mode in MODES for n in range(1, HARDEST + 1)}
-    for line in lines:
-        task = json.loads(line)
-        cell = cells.get((task["mode"], statements(task["program"])))
-        if cell is not None and len(cell) < per_cell:
-            cell.append(line)
-    if short := [f"{mode} with {n} statements" for (mode, n), cell in cells.items() if len(cell) < per_cell]:
-        raise ValueError(f"held_out.jsonl has fewer than {per_cell} tasks of {short[0]}")
-    return [line for cell in cells.values() for line in cell]
-
-
-def statements(program: str) -> int:
-    """How many statements a program of the embedded model's language has: each assigns a name of its own."""
-    return len(set(re.findall(r"^ +(\w)=", program, re.MULTILINE)))
 
 
 def round_to_nf4(model: Path, out: Path) -> None:

@@ -3,21 +3,21 @@
     python results/first_run.py runs/tiny-0 runs/tiny-1 runs/tiny-2     finished runs of train_azr.py, a seed each
     python results/first_run.py                                         plot and README again from first_run.json
 
-PER_CELL held-out tasks of each mode and number of statements; at every temperature --samples answers a task (greedy:
-one) of the base and of each run's last checkpoint, by eval_passk.py. And the base made to think: its answers begin with
-a thought of the right kind (OPENINGS), at temperatures 0 and 1. Stop it at any time: the same command goes on, from
---work, where a part is kept under a hash of the weights, so that other weights never count as measured.
+A_CELL held-out tasks of each mode and number of statements from 1 to 6; --samples answers a task (greedy: one) of the
+base and of each run's last checkpoint at every temperature. And the base made to think in full, as gate b does it:
+its deductions begin with the first step of their trace, its value left out, its inductions with a hypothesis. No text
+makes it search, so for an abduction it counts as it is at its best temperature.
 
-Intervals are over tasks, paired; what is said of several runs is of the mean of them, task by task.
+Stop it at any time: the same command goes on, each model and temperature is made once. Intervals are over tasks,
+paired; what is said of several runs is of the mean of them, task by task.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import contextlib
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -29,86 +29,45 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from experiments import HARDEST, MODES, statements, stratified, write  # noqa: E402
+from gate_base import deduction_prefixes, prefix  # noqa: E402
+from gate_lab import Lab, Store  # noqa: E402
+from gate_numbers import BEYOND, TRACED, Counts, level  # noqa: E402
 from tables import fill, show, table  # noqa: E402
 
-from azr.heldout import sample_seed  # noqa: E402
+from azr.evalrun import adapter_directory  # noqa: E402
+from azr.heldout import load_tasks  # noqa: E402
 from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
+from azr.plan import model_path  # noqa: E402
+from azr.runs import read_metrics  # noqa: E402
+from azr.tasks import MODES  # noqa: E402
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THINKING = (1.0, 0.0)  # temperatures of the base made to think
-PER_CELL = 10
-PART = 10  # steps at both ends of a run whose means are compared
+A_CELL = 10
+WINDOW = 10  # steps at both ends of a run whose means are compared
 SECTIONS = ("first-run", "first-run-tables")  # markers in README.md
-# What the first tokens of a thought are, token by token. A deduction's begins with the value of p or how it is
-# computed, an abduction's with an input, an induction's with a program. No style is chosen further than that.
-OPENINGS = {"deduction": (r"p", r"=\[?"), "abduction": (r"\d|'|\[(0\])?",), "induction": (r"try ",)}
+FORCED = "made to think"
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def measure(runs: list[Path], args: argparse.Namespace) -> dict:
-    """What first_run.json holds: settings, tasks, "MODEL/T" for each model and temperature, the training, an example.
-
-    MODEL is base, think (the base made to think) or seedN. ValueError: runs that do not belong together.
-    """
-    import eval_passk
-
-    runs_by_seed, model, longest = together(runs)
-    lines = stratified((Path(model_directory(model)) / "held_out.jsonl").read_text().splitlines(), args.per_cell)
-    text = "".join(f"{line}\n" for line in lines)
-    work = args.work / digest(text.encode(), str(longest).encode())
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "held_out.jsonl").write_text(text)
-    more = ["--benchmark", f"tiny={work / 'held_out.jsonl'}"]
-    base = digest((Path(model_directory(model)) / "model.safetensors").read_bytes())
-    weights = {"base": (base, ["--model", model])}
-    for seed, checkpoint in runs_by_seed.items():
-        adapter = (checkpoint / "adapter_model.safetensors").read_bytes()
-        weights[f"seed{seed}"] = (digest(base.encode(), adapter), ["--adapter", str(checkpoint)])
-    data: dict = {
-        "settings": {"model": model, "samples": args.samples, "per_cell": args.per_cell, "max_new_tokens": longest},
-        "tasks": tasks_of(lines),
-    }
-    answers = {}
-    for name, (key, given) in weights.items():
-        for t in TEMPERATURES:
-            n, out = args.samples if t else 1, work / f"{key}-{t:g}"
-            if not finished(out, n):
-                command = ["run", *given, *more, "--samples", str(n), "--temperature", str(t), "--top-p", "1"]
-                done(eval_passk.main([*command, "--max-new-tokens", str(longest), "--out", str(out)]), out, n)
-            data[f"{name}/{t:g}"], answers[name, t] = numbers(out, out / "samples.jsonl", n, data["tasks"])
-    for t in THINKING:
-        n, out = args.samples if t else 1, work / f"{base}-think-{t:g}"
-        if not finished(out, n):
-            think(model, lines, n, t, longest, out / "samples.jsonl")
-            command = ["score", str(out / "samples.jsonl"), *more, "--out", str(out)]
-            done(eval_passk.main(command), out, n)
-        data[f"think/{t:g}"], _ = numbers(out, out / "samples.jsonl", n, data["tasks"])
-    for seed, checkpoint in runs_by_seed.items():
-        data[f"training/seed{seed}"] = training(checkpoint.parent.parent / "metrics.jsonl")
-    first = f"seed{next(iter(runs_by_seed))}"
-    data["example"] = example(data, lines, first, answers["base", 0.0], answers[first, 0.0])
-    return data
-
-
-def together(runs: list[Path]) -> tuple[dict[int, Path], str, int]:
-    """({seed: last checkpoint}, the model that all runs started from, --max-new-tokens)."""
-    from azr.evalrun import adapter_directory
-
+def together(runs: list[Path]) -> tuple[dict[str, Path], str, int]:
+    """({"seed S": last checkpoint}, the model that all runs began with, --max-new-tokens). ValueError: no such runs."""
     found, settings = {}, set()
     for run in runs:
         try:
             config = json.loads((run / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: no readable config.json; give the directory of a run of train_azr.py") from error
-        checkpoint = adapter_directory(run, [])
+        checkpoint, name = adapter_directory(run, []), f"seed {config['seed']}"
         if checkpoint == run:
             raise ValueError(f"{run}: has no checkpoint yet")
-        if config["seed"] in found:
-            raise ValueError(f"{run}: {found[config['seed']].parent.parent} has the same seed, {config['seed']}")
-        found[config["seed"]] = checkpoint
+        if name in found:
+            raise ValueError(f"{run}: {found[name].parent.parent} has the same seed")
+        if config["quantization"] != "none":
+            raise ValueError(f"{run}: its base was quantized; the embedded model is measured as it is")
+        found[name] = checkpoint
         settings.add((config["model"], config["max_new_tokens"]))
     if len(settings) > 1:
         raise ValueError(f"the runs differ in model or --max-new-tokens: {sorted(settings)}")
@@ -116,276 +75,227 @@ def together(runs: list[Path]) -> tuple[dict[int, Path], str, int]:
     return dict(sorted(found.items())), model, longest
 
 
-def model_directory(model: str) -> str:
-    from azr.plan import model_path
+def measure(args: argparse.Namespace) -> None:
+    """Makes what first_run.json lacks. ValueError if it is about other runs or settings."""
+    seeds, model, longest = together(args.runs)
+    labs = {name: Lab(model, checkpoint, longest=longest) for name, checkpoint in seeds.items()}
+    base = Lab(model, longest=longest)
+    settings = {"model": model, "base": base.digest, "runs": {name: lab.digest for name, lab in labs.items()},
+                "samples": args.samples, "a_cell": args.a_cell, "longest": longest}  # fmt: skip
+    store = Store(args.out / "first_run.json", settings)
+    part = [i for i in base.part(args.a_cell) if level(base.tasks[i]) < BEYOND]
+    for name, checkpoint in seeds.items():
+        store.get(f"{name} training", training, checkpoint.parent.parent)
+    with contextlib.ExitStack() as opened:
+        for name, lab in ({"base": base} | labs).items():
+            opened.enter_context(lab)
+            for t in TEMPERATURES:
+                store.get(f"{name} T{t:g}", lab.answer, part, args.samples if t else 1, t)
+        for t in THINKING:
+            store.get(f"{FORCED} T{t:g}", forced, base, part, args.samples if t else 1, t)
+        first = next(iter(labs))
+        store.get("example", example, base, labs[first], store.parts, first)
 
-    return model_path(model)
+
+def forced(base: Lab, part: list[int], n: int, temperature: float) -> list:
+    """Rows of `Lab.answer` of the base made to think in full, where a text makes it do so."""
+    prefixes = deduction_prefixes(base)
+    begun = {i: prefix(base, "full", i, prefixes) for i in part}
+    mine = [i for i in part if begun[i] is not None]
+    return base.answer(mine, n, temperature, [begun[i] for i in mine])
 
 
-def digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:12]
+def training(run: Path) -> dict[str, list]:
+    """Means over the first and over the last WINDOW steps, by mode; None where there was nothing to measure."""
+    steps = [row for row in read_metrics(run) if row["step"] > 0]
+    part = min(WINDOW, max(1, len(steps) // 2))
 
+    def mean(rows: list[dict], name: str) -> float | None:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        return sum(values) / len(values) if values else None
 
-def finished(out: Path, n: int) -> bool:
-    path = out / "result.json"
-    return path.exists() and json.loads(path.read_text())["samples_per_problem"] >= n
-
-
-def done(code: int, out: Path, n: int) -> None:
-    """Goes on only if the command did what it was asked for; it says itself why not."""
-    if code or not finished(out, n):
-        sys.exit(code)
-
-
-def tasks_of(lines: list[str]) -> dict[str, list]:
-    """Columns: id as eval_passk.py has it, mode, statements."""
-    from azr.tasks import Task
-
-    tasks = [Task.from_json(json.loads(line)) for line in lines]
     return {
-        "id": [f"{task.mode}/{task.hash[:16]}" for task in tasks],
-        "mode": [task.mode for task in tasks],
-        "statements": [statements(task.program) for task in tasks],
-    }
-
-
-def numbers(graded: Path, samples: Path, n: int, tasks: dict) -> tuple[dict, dict[str, str]]:
-    """({correct, thoughts: counts a task; tokens: mean a task}, the first answer to each task) of n answers a task."""
-    place = {task: i for i, task in enumerate(tasks["id"])}
-    correct, thoughts, tokens = np.zeros((3, len(place)), int)
-    first = {}
-    for row in map(json.loads, open(graded / "graded.jsonl", encoding="utf-8")):
-        if row["sample"] < n:
-            correct[place[row["task_id"]]] += row["correct"]
-            tokens[place[row["task_id"]]] += row["tokens"]
-    for row in map(json.loads, open(samples, encoding="utf-8")):
-        if row["sample"] < n:
-            thoughts[place[row["task_id"]]] += bool(row["completion"].partition("</think>")[0].strip())
-        if row["sample"] == 0:
-            first[row["task_id"]] = row["completion"]
-    columns = {"correct": correct.tolist(), "thoughts": thoughts.tolist(), "tokens": (tokens / n).tolist()}
-    return {"n": n} | columns, first
-
-
-def think(model: str, lines: list[str], n: int, temperature: float, longest: int, out: Path) -> None:
-    """Answers of the base that begin with a thought (OPENINGS), as samples for `eval_passk.py score`."""
-    from azr.plan import TINY
-    from azr.prompts import solve_prompt
-    from azr.rollout import Policy, Sampling
-    from azr.tasks import Task
-
-    policy = Policy.load(model_directory(model), "none", max_batch=TINY.max_batch)
-    tasks = [Task.from_json(json.loads(line)) for line in lines for _ in range(n)]
-    seeds = [sample_seed(0, task.hash, i % n) for i, task in enumerate(tasks)]
-    opening = Opening(policy, temperature)
-    prompts = [policy.encode(solve_prompt(task, "tiny")) for task in tasks]
-    begun = [opening(ids, task.mode, seed) for ids, task, seed in zip(prompts, tasks, seeds)]
-    most = max(map(len, begun))
-    rows = policy.generate([a + b for a, b in zip(prompts, begun)], 1, Sampling(temperature, max_new_tokens=longest - most),
-                           [[seed] for seed in seeds])  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out, "w", encoding="utf-8") as file:
-        for i, (task, start, (completion,)) in enumerate(zip(tasks, begun, rows)):
-            ids = start + completion.ids
-            row = {"task_id": f"{task.mode}/{task.hash[:16]}", "sample": i % n, "completion": policy.decode(ids)}
-            file.write(json.dumps(row | {"tokens": len(ids), "finish_reason": completion.finish_reason}) + "\n")
-
-
-class Opening:
-    """Draws the first tokens of a thought from the model's own probabilities, among those that OPENINGS allows."""
-
-    def __init__(self, policy, temperature: float):
-        self.policy, self.temperature, self.known = policy, temperature, {}
-        texts = [policy.tokenizer.decode([i]) for i in range(policy.base.config.vocab_size)]
-        patterns = {pattern for opening in OPENINGS.values() for pattern in opening}
-        self.allowed = {p: [i for i, text in enumerate(texts) if re.fullmatch(p, text)] for p in patterns}
-
-    def __call__(self, prompt: list[int], mode: str, seed: int) -> list[int]:
-        rng, ids = np.random.default_rng(seed), []
-        for pattern in OPENINGS[mode]:
-            allowed, logits = self.allowed[pattern], self.logits((*prompt, *ids))[self.allowed[pattern]]
-            if self.temperature:
-                shares = np.exp((logits - logits.max()) / self.temperature)
-                ids.append(allowed[rng.choice(len(allowed), p=shares / shares.sum())])
-            else:
-                ids.append(allowed[int(logits.argmax())])
-        return ids
-
-    def logits(self, ids: tuple[int, ...]) -> np.ndarray:
-        import torch
-
-        if ids not in self.known:
-            with torch.no_grad():
-                row = self.policy.base(input_ids=torch.tensor([ids], device=self.policy.device)).logits[0, -1]
-            self.known[ids] = row.double().cpu().numpy()
-        return self.known[ids]
-
-
-def training(path: Path) -> dict[str, list[list[float]]]:
-    """Means over the first and over the last PART steps: by mode valid proposals and tokens of an answer, entropies."""
-    steps = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] > 0]
-    part = min(PART, max(1, len(steps) // 2))
-    names = {
-        "valid": "proposer/{}/valid_rate", "tokens": "solver/{}/response_tokens",
-        "proposer_entropy": "proposer/{}/entropy", "solver_entropy": "solver/{}/entropy",
+        name: [[mean(rows, name.replace("MODE", mode)) for mode in MODES] for rows in (steps[:part], steps[-part:])]
+        for name in ("proposer/MODE/valid_rate", "solver/MODE/response_tokens", "proposer/MODE/entropy",
+                     "solver/MODE/entropy")
     }  # fmt: skip
-    mean = lambda rows, name: float(np.mean([row[name] for row in rows if row.get(name) is not None] or [np.nan]))  # noqa: E731
-    return {
-        key: [[mean(rows, name.format(mode)) for mode in MODES] for rows in (steps[:part], steps[-part:])]
-        for key, name in names.items()
-    }
 
 
-def example(data: dict, lines: list[str], name: str, before: dict[str, str], after: dict[str, str]) -> dict | None:
-    """A deduction task with its greedy answers: the longest program that only the trained model has right."""
-    tasks, wrong, right = data["tasks"], data["base/0"]["correct"], data[f"{name}/0"]["correct"]
-    fits = [i for i, mode in enumerate(tasks["mode"]) if mode == "deduction" and right[i] > wrong[i]]
-    if not fits:
+def example(base: Lab, trained: Lab, parts: dict, name: str) -> dict | None:
+    """A deduction with its greedy answers: the longest program that only the trained model has right."""
+    before, after = (base.counts(parts[f"{model} T0"]) for model in ("base", name))
+    found = before.index[(after.right > before.right) & (before.modes == "deduction")]
+    if not len(found):
         return None
-    i = max(fits, key=lambda i: tasks["statements"][i])
-    key = tasks["id"][i]
-    return {"task": json.loads(lines[i]), "before": before[key], "after": after[key], "model": name}
+    task = base.tasks[max(found, key=lambda i: level(base.tasks[i]))]
+    texts = [lab.respond([task], 1, 0.0)[0][0][0] for lab in (base, trained)]
+    return {"model": name, "task": task.to_json(), "before": texts[0], "after": texts[1]}
 
 
 # ---------------------------------------------------------------- figures
 
 
 class Figures:
-    """first_run.json, and what the page asks of it. `trained`: the runs."""
+    """first_run.json, and what the page asks of it. Models: base, FORCED, each seed, and "after", their mean."""
 
     def __init__(self, data: dict):
-        self.data = data
-        self.n = data["settings"]["samples"]
-        self.modes, self.statements = np.array(data["tasks"]["mode"]), np.array(data["tasks"]["statements"])
-        self.trained = sorted({key.partition("/")[0] for key in data if key.startswith("seed")})
+        self.parts, self.n = data["parts"], data["settings"]["samples"]
+        self.seeds = list(data["settings"]["runs"])
+        tasks = load_tasks(Path(model_path(data["settings"]["model"])) / "held_out.jsonl")
+        self.counts = {name: Counts.from_json(rows, tasks) for name, rows in self.parts.items() if " T" in name}
+        self.modes, self.levels = self.counts["base T0"].modes, self.counts["base T0"].levels
         # the best for the base over all tasks, chosen on these very tasks: in the base's favour
-        self.best = max(TEMPERATURES, key=lambda t: self.solved("base", t, 1).mean())
+        self.best = max(TEMPERATURES, key=lambda t: self.solved("base", t).mean())
 
-    def solved(self, name: str, t: float, k: int) -> np.ndarray:
-        """(tasks,) pass@k; "after": the mean of the runs."""
+    def solved(self, name: str, t: float, k: int = 1) -> np.ndarray:
+        """(tasks,) pass@k; of FORCED, where nothing was forced, the base's at its best temperature (k > 1: at t)."""
         if name == "after":
-            return np.mean([self.solved(run, t, k) for run in self.trained], axis=0)
-        row = self.data[f"{name}/{t:g}"]
-        return pass_at_k(row["n"], row["correct"], k)
+            return np.mean([self.solved(seed, t, k) for seed in self.seeds], axis=0)
+        mine = self.counts[f"{name} T{t:g}"]
+        values = pass_at_k(mine.n, mine.right, k)
+        if name == FORCED:
+            every = self.solved("base", self.best if k == 1 else t, k).copy()
+            every[np.isin(self.counts["base T0"].index, mine.index)] = values
+            return every
+        return values
 
-    def column(self, name: str, t: float, key: str) -> np.ndarray:
-        """(tasks,) share of answers with a thought, or tokens of an answer."""
-        if name == "after":
-            return np.mean([self.column(run, t, key) for run in self.trained], axis=0)
-        row = self.data[f"{name}/{t:g}"]
-        return np.array(row[key]) / (row["n"] if key == "thoughts" else 1)
+    def tokens(self, name: str, t: float) -> np.ndarray:
+        """(tasks,) mean length of a response."""
+        names = self.seeds if name == "after" else [name]
+        tables = [self.counts[f"{n} T{t:g}"].table for n in names]
+        return np.mean([x[:, :, 2].sum(axis=1) / x[:, :, 0].sum(axis=1) for x in tables], axis=0)
 
-    def has(self, name: str, t: float) -> bool:
-        return name == "after" or f"{name}/{t:g}" in self.data
+    def share(self, name: str, t: float, styles: tuple[str, ...]) -> float:
+        """Of the answers, those with a thought in one of the styles."""
+        found = [self.counts[f"{n} T{t:g}"].shares() for n in (self.seeds if name == "after" else [name])]
+        return float(np.mean([sum(shares[style] for style in styles) for shares in found]))
 
-    def gain(self, name: str, other: str, t: float, t_other: float, k: int = 1, part=slice(None)) -> Interval:
-        """Of `name` over `other`, each at its temperature, paired over tasks."""
+    def gain(self, name: str, t: float, other: str, t_other: float, k: int = 1, part=slice(None)) -> Interval:
+        """pass@k of `name` minus that of `other`, each at its temperature, paired over tasks."""
         return difference_interval((self.solved(name, t, k) - self.solved(other, t_other, k))[part])
 
 
 def short(value: float) -> str:
-    """.415, as the README writes shares."""
+    """.415: a share as the README writes it."""
     return f"{value:.3f}".removeprefix("0")
+
+
+def signed(interval: Interval) -> str:
+    """+.038 [+.023, +.055], bold where the interval leaves 0 out."""
+    return show(interval).replace("+0.", "+.").replace("-0.", "-.")
 
 
 def named(t: float) -> str:
     return f"T {t:g}".replace("0.", ".") if t else "greedy"
 
 
+def verdict(interval: Interval) -> str:
+    return "above" if interval.low > 0 else "below" if interval.high < 0 else "not told apart from"
+
+
 def sentence(f: Figures) -> str:
     """What was measured, in words that follow from the intervals."""
-    runs = len(f.trained)
-    gain, forced = f.gain("after", "base", 0, f.best), f.gain("after", "think", 0, 0)
-    wide = f.gain("after", "base", 1, 1, f.n)
-    each = [f.gain(name, "base", 0, f.best).mean for name in f.trained]
-    many = f" (mean of {runs} training seeds; {min(each):+.3f} to {max(each):+.3f})" if runs > 1 else " (one seed)"
-    says = lambda x: "above" if x.low > 0 else "below" if x.high < 0 else "not told apart from"  # noqa: E731
+    over_best, over_forced = f.gain("after", 0, "base", f.best), f.gain("after", 0, FORCED, 0)
+    wide = f.gain("after", 1, "base", 1, f.n)
+    each = [f.gain(seed, 0, "base", f.best).mean for seed in f.seeds]
+    spread = f"; seed by seed {' / '.join(f'{x:+.3f}'.replace('0.', '.') for x in each)}" if len(each) > 1 else ""
+    worked = [f"{100 * f.share(name, 0, TRACED):.0f} %" for name in ("base", "after")]
+    tokens = [f"{f.tokens(name, 0).mean():.0f}" for name in ("base", "after")]
+    greedy, best, made = (short(f.solved(*of).mean()) for of in (("after", 0), ("base", f.best), (FORCED, 0)))
+    many = [short(f.solved(name, 1, f.n).mean()) for name in ("base", "after")]
+    seeds = f"{len(each)} training seed{'s' if len(each) > 1 else ''}"
     return (
-        f"After `python train_azr.py` the embedded model's greedy answers to held-out tasks are right in "
-        f"{short(f.solved('after', 0, 1).mean())} of all cases{many}: **{says(gain)} the base at its best temperature** "
-        f"({named(f.best)}, {short(f.solved('base', f.best, 1).mean())}; {show(gain)}) and {says(forced)} the base made "
-        f"to think ({short(f.solved('think', 0, 1).mean())}; {show(forced)}). "
-        f"Greedy answers with a thought: {100 * f.column('base', 0, 'thoughts').mean():.0f} % before, "
-        f"{100 * f.column('after', 0, 'thoughts').mean():.0f} % after; {f.column('base', 0, 'tokens').mean():.0f} and "
-        f"{f.column('after', 0, 'tokens').mean():.0f} tokens. Within {f.n} tries at temperature 1 it is {says(wide)} the "
-        f"base: {short(f.solved('base', 1, f.n).mean())} before, {short(f.solved('after', 1, f.n).mean())} after "
-        f"({show(wide)})."
+        f"After `python train_azr.py` ({seeds}) the embedded model solves {greedy} of the held-out tasks greedily: "
+        f"**{verdict(over_best)} the base at its best temperature** ({named(f.best)}: {best}; "
+        f"{signed(over_best)}{spread}), and **{verdict(over_forced)} the base made to think in full** ({made}; "
+        f"{signed(over_forced)}). Greedy answers that were worked out step by step: {worked[0]} before, {worked[1]} "
+        f"after; tokens an answer: {tokens[0]} and {tokens[1]}. Within {f.n} tries at temperature 1 it is "
+        f"{verdict(wide)} the base: {many[0]} before, {many[1]} after ({signed(wide)})."
     )
 
 
+def label(f: Figures, name: str) -> str:
+    mean = f", mean of {len(f.seeds)}" if name == "after" and len(f.seeds) > 1 else ""
+    return {"base": "base", FORCED: "base made to think"}.get(name, name) + mean
+
+
 def frontier(f: Figures) -> str:
-    """Both ends of pass@k, thoughts and lengths at each temperature."""
+    """pass@1, pass@n, styles and lengths at each temperature."""
     columns = sorted(TEMPERATURES)
-    after = f"after, mean of {len(f.trained)}" if len(f.trained) > 1 else "after"
-    label = {"base": "base", "think": "base made to think", "after": after}
     rows = []
     for k in (1, f.n):
-        for name in label:
-            cells = [short(f.solved(name, t, k).mean()) if f.has(name, t) and (t or k == 1) else "" for t in columns]
-            rows.append([f"pass@{k}, {label[name]}", *cells])
-    for key, unit, scale, digits in (("thoughts", "answers with a thought, %", 100, 0), ("tokens", "tokens", 1, 1)):
-        for name in ("base", "after"):
-            cells = [f"{scale * f.column(name, t, key).mean():.{digits}f}" for t in columns]
-            rows.append([f"{unit}, {label[name]}", *cells])
+        for name in ("base", FORCED, "after"):
+            there = [t for t in (THINKING if name == FORCED else TEMPERATURES) if t or k == 1]
+            cells = [short(f.solved(name, t, k).mean()) if t in there else "" for t in columns]
+            rows.append([f"pass@{k}, {label(f, name)}", *cells])
+    for name in ("base", "after"):
+        cells = [f"{100 * f.share(name, t, TRACED):.0f}" for t in columns]
+        rows.append([f"worked out step by step, %, {label(f, name)}", *cells])
+    for name in ("base", "after"):
+        rows.append([f"tokens an answer, {label(f, name)}", *(f"{f.tokens(name, t).mean():.1f}" for t in columns)])
     return table(["", *map(named, columns)], rows)
 
 
 def changes(f: Figures) -> str:
-    """By mode: greedy after, less the base at its best temperature, a column a run."""
+    """By mode: greedy accuracy of each run, less the base at its best temperature."""
     parts = {mode: f.modes == mode for mode in MODES} | {"all": np.full(len(f.modes), True)}
     rows = []
     for name, part in parts.items():
-        bases = [f.solved("base", 0, 1), f.solved("base", f.best, 1), f.solved("think", 0, 1)]
-        gains = [show(f.gain(run, "base", 0, f.best, part=part)) for run in f.trained]
-        rows.append([f"{name} ({part.sum()} tasks)", *(short(values[part].mean()) for values in bases), *gains])
-    wide = [show(f.gain(run, "base", 1, 1, f.n)) for run in f.trained]
-    rows.append([f"all, pass@{f.n} at temperature 1", "", short(f.solved("base", 1, f.n).mean()), "", *wide])
-    head = ["greedy accuracy", "base", f"base, {named(f.best)}: its best", "base made to think"]
-    return table([*head, *(run.replace("seed", "seed ") for run in f.trained)], rows)
+        bases = [f.solved("base", 0), f.solved("base", f.best), f.solved(FORCED, 0)]
+        forced_here = [True, True, name != "abduction"]
+        cells = [short(values[part].mean()) if there else "" for values, there in zip(bases, forced_here)]
+        rows.append([f"{name} ({part.sum()} tasks)", *cells,
+                     *(signed(f.gain(seed, 0, "base", f.best, part=part)) for seed in f.seeds)])  # fmt: skip
+    rows.append([f"all, pass@{f.n} at temperature 1", "", short(f.solved("base", 1, f.n).mean()), "",
+                 *(signed(f.gain(seed, 1, "base", 1, f.n)) for seed in f.seeds)])  # fmt: skip
+    return table(["greedy", "base", f"base at its best, {named(f.best)}", "base made to think", *f.seeds], rows)
 
 
 def lengths(f: Figures) -> str:
-    """By number of statements: greedy accuracy and tokens of a greedy answer."""
-    parts = [f.statements == n for n in range(1, HARDEST + 1)]
-    label = {"base": "base", "think": "base made to think", "after": "after"}
-    rows = [[f"greedy, {label[n]}", *(short(f.solved(n, 0, 1)[p].mean()) for p in parts)] for n in label]
-    rows += [[f"tokens, {label[n]}", *(f"{f.column(n, 0, 'tokens')[p].mean():.0f}" for p in parts)] for n in label]
-    return table(["statements", *map(str, range(1, HARDEST + 1))], rows)
+    """By number of statements: greedy accuracy, and tokens of a greedy answer."""
+    parts = {at: f.levels == at for at in range(1, BEYOND)}
+    rows = [[f"greedy, {label(f, name)}", *(short(f.solved(name, 0)[part].mean()) for part in parts.values())]
+            for name in ("base", FORCED, "after")]  # fmt: skip
+    rows += [[f"tokens, {label(f, name)}", *(f"{f.tokens(name, 0)[part].mean():.0f}" for part in parts.values())]
+             for name in ("base", "after")]  # fmt: skip
+    return table(["statements", *map(str, parts)], rows)
 
 
-def run_table(f: Figures) -> str:
+def ends(f: Figures) -> str:
     """Means over the ends of training, mode by mode."""
-    names = {"valid": ("valid proposals, %", 100, 0), "tokens": ("tokens of an answer", 1, 0),
-             "proposer_entropy": ("proposer entropy, nats", 1, 2), "solver_entropy": ("solver entropy, nats", 1, 2)}  # fmt: skip
+    names = {"proposer/MODE/valid_rate": ("valid proposals, %", 100, 0), "solver/MODE/response_tokens":
+             ("tokens an answer", 1, 0), "proposer/MODE/entropy": ("proposer entropy, nats", 1, 2),
+             "solver/MODE/entropy": ("solver entropy, nats", 1, 2)}  # fmt: skip
     rows = []
-    for key, (label, scale, digits) in names.items():
-        ends = [f.data[f"training/{run}"][key] for run in f.trained]
-        cells = [" -> ".join(" / ".join(f"{scale * x:.{digits}f}" for x in end) for end in pair) for pair in ends]
-        rows.append([label, *cells])
-    return table(["", *(run.replace("seed", "seed ") for run in f.trained)], rows)
+    for key, (title, scale, digits) in names.items():
+        shown = [["-" if x is None else f"{scale * x:.{digits}f}" for x in end]
+                 for seed in f.seeds for end in f.parts[f"{seed} training"][key]]  # fmt: skip
+        halves = [" / ".join(end) for end in shown]
+        rows.append([title, *(f"{a} -> {b}" for a, b in zip(halves[::2], halves[1::2]))])
+    return table(["", *f.seeds], rows)
 
 
 def shown_example(f: Figures) -> str:
     """A task with the greedy answers before and after, as the model wrote them."""
-    found = f.data["example"]
+    found = f.parts["example"]
     if found is None:
         return ""
     task = found["task"]
-    text = f"{task['program']}\nf({task['input']}) is {task['output']}\n\n"
-    text += f"before   <think>{found['before']}\nafter    <think>{found['after']}"
-    return f"\n\nOne greedy answer before and after ({found['model'].replace('seed', 'seed ')}):\n\n```\n{text}\n```"
+    text = f"{task['program']}\n\nf({task['input']}) is {task['output']}\n\n"
+    text += f"before   <think>{found['before']}\n\nafter    <think>{found['after']}"
+    return f"\n\nA greedy answer before and after ({found['model']}):\n\n````\n{text}\n````"
 
 
 def sections(f: Figures) -> dict[str, str]:
     """What stands between the markers of README.md."""
-    tasks = f"{len(f.modes)} held-out tasks, {f.n} answers each (greedy: one)"
-    return {
-        SECTIONS[0]: "![pass@1 and pass@64 of the embedded model over temperatures, before and after self-play]"
-                     f"(results/first_run.png)\n\n{sentence(f)}",
-        SECTIONS[1]: f"{tasks}; brackets are 95 % intervals, paired over the tasks.\n\n{frontier(f)}\n\n{changes(f)}\n\n"
-                     f"{lengths(f)}\n\nMeans over the first and the last {PART} steps (deduction / abduction / induction):"
-                     f"\n\n{run_table(f)}{shown_example(f)}",
-    }  # fmt: skip
+    image = (f"![pass@1 and pass@{f.n} of the embedded model over temperatures, before and after self-play]"
+             "(results/first_run.png)")  # fmt: skip
+    tables = (
+        f"{len(f.modes)} held-out tasks, {f.n} answers each (greedy: one); 95 % intervals, paired over the tasks.\n\n"
+        f"{frontier(f)}\n\n{changes(f)}\n\n{lengths(f)}\n\nMeans over the first and the last {WINDOW} steps "
+        f"(deduction / abduction / induction):\n\n{ends(f)}{shown_example(f)}"
+    )
+    return {SECTIONS[0]: f"{image}\n\n{sentence(f)}", SECTIONS[1]: tables}
 
 
 def filled(page: str, f: Figures) -> str:
@@ -396,25 +306,25 @@ def filled(page: str, f: Figures) -> str:
 
 
 def plot(f: Figures, path: Path) -> None:
-    """pass@1 against pass@n; a line through the temperatures of each model, greedy accuracy marked on the axis."""
+    """pass@1 against pass@n: a line through the temperatures of each model; greedy accuracy marked on the axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
     hot = [t for t in TEMPERATURES if t]
-    for color, names in (("C0", ["base"]), ("C3", f.trained)):
+    for color, names in (("C0", ["base"]), ("C3", f.seeds)):
+        text = "base" if names == ["base"] else "after self-play" + (", a line a seed" if len(names) > 1 else "")
         for i, name in enumerate(names):
             x, y = ([f.solved(name, t, k).mean() for t in hot] for k in (1, f.n))
-            label = {"base": "base"}.get(name, "after self-play" + (", a line a seed" if len(names) > 1 else ""))
-            axes.plot(x, y, marker="o", markersize=4, color=color, alpha=0.9, label=label if not i else None)
+            axes.plot(x, y, marker="o", markersize=4, color=color, label=None if i else text)
             for t, *at in zip(hot, x, y):
                 axes.annotate(f"{t:g}", at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=color)
-            axes.axvline(f.solved(name, 0, 1).mean(), ymax=0.06, color=color, linewidth=2)
-    at = [f.solved("think", 1, k).mean() for k in (1, f.n)]
-    axes.plot(*at, marker="^", color="C0", linestyle="", label="base made to think, temperature 1")
-    axes.axvline(f.solved("think", 0, 1).mean(), ymax=0.06, color="C0", linewidth=2, linestyle=":")
+            axes.axvline(f.solved(name, 0).mean(), ymax=0.06, color=color, linewidth=2)
+    axes.plot(*(f.solved(FORCED, 1, k).mean() for k in (1, f.n)), marker="^", color="C0", linestyle="",
+              label="base made to think, temperature 1")  # fmt: skip
+    axes.axvline(f.solved(FORCED, 0).mean(), ymax=0.06, color="C0", linewidth=2, linestyle=":")
     axes.plot([], [], color="gray", linewidth=2, label="greedy, on the axis (dotted: base made to think)")
-    axes.set(xlabel="pass@1", ylabel=f"pass@{f.n}", title=f"{len(f.modes)} held-out tasks; numbers: temperature")
+    axes.set(xlabel="pass@1", ylabel=f"pass@{f.n}", title=f"{len(f.modes)} held-out tasks; small numbers: temperature")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
@@ -424,30 +334,32 @@ def plot(f: Figures, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories; none: draw only")
     parser.add_argument("--samples", type=int, default=64, help="answers a task and temperature (64)")
-    parser.add_argument("--per-cell", type=int, default=PER_CELL, help="tasks of each mode and length (10)")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "first_run", help="where answers are kept")
+    parser.add_argument("--a-cell", type=int, default=A_CELL, help="tasks of each mode and number of statements (10)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of first_run.json and first_run.png")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the page with the markers")
     args = parser.parse_args(arguments)
     try:
-        if min(args.samples, args.per_cell) < 1:
-            raise ValueError("--samples and --per-cell must be at least 1")
-        page, path = args.readme.read_text(), args.out / "first_run.json"
+        if min(args.samples, args.a_cell) < 1:
+            raise ValueError("--samples and --a-cell must be at least 1")
+        page = args.readme.read_text()
         for name in SECTIONS:
-            fill(page, name, "")
+            fill(page, name, "")  # refused before anything is measured
         if args.runs:
-            data = measure(args.runs, args)
-            args.out.mkdir(parents=True, exist_ok=True)
-            write(path, data)
-        elif not path.exists():
-            raise ValueError(f"no {path} yet; give the directories of runs")
+            measure(args)
+        path = args.out / "first_run.json"
+        if not path.exists():
+            raise ValueError(f"{path}: no such file yet; give the directories of runs")
         figures = Figures(json.loads(path.read_text()))
     except (ValueError, OSError) as error:
         print(f"first_run.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {args.out / 'first_run.json'}", file=sys.stderr)
+        return 0
     plot(figures, args.out / "first_run.png")
     args.readme.write_text(filled(page, figures))
     print(sentence(figures))
