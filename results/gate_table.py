@@ -49,6 +49,7 @@ def report(options: argparse.Namespace) -> str:
     if not parts:
         raise ValueError(f"{options.out}: has no results of this model yet")
     gates = [gate for _, _, rows in parts for gate in rows]
+    gates += every_seed(gates)
     said = {True: "passed", False: "**failed**", None: "-"}
     lines = [table(["gate", "what", "value", "n", "seed", "command", ""], [[*g[:-1], said[g.passed]] for g in gates])]
     for title, text, _ in parts:
@@ -176,7 +177,7 @@ def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str)
     tokens = [c["T1"].tokens() for c in (before, after)]
     n = f"{len(after['T0'])} tasks"
     answers = f"{after['T1'].n.sum()} answers"
-    found = [Gate("f", "greedy gain, 5 points", value, n, seed, command, value.mean >= 0.05)]
+    found = [Gate("f", GAIN, value, n, seed, command, value.mean >= 0.05)]
     for what, (a, b), form in (("share of thoughts, T1, up", thoughts, "{:.3f}"),
                                ("share of worked-out thoughts, T1, up", traced, "{:.3f}"),
                                ("tokens of a response, T1, up", tokens, "{:.1f}")):  # fmt: skip
@@ -184,5 +185,16 @@ def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str)
     return found + moonshot(before, after, seed, command)
 
 
+def every_seed(gates: list[Gate]) -> list[Gate]:
+    """The mean and the range of self-play's gains, if several seeds were run; five are asked for."""
+    gains = [gate.value.mean for gate in gates if gate.what == GAIN]
+    if len(gains) < 2:
+        return []
+    value = f"{np.mean(gains):.3f}, from {min(gains):.3f} to {max(gains):.3f}"
+    passed = len(gains) >= 5 and min(gains) >= 0.05
+    return [Gate("f", f"{GAIN}, in every seed: mean and range", value, f"{len(gains)} seeds", "-", "selfplay", passed)]
+
+
+GAIN = "greedy gain, 5 points"
 TRAININGS = (("rlvr", rlvr_report, rlvr_gates), ("oracle", oracle_report, oracle_gates),
              ("selfplay", selfplay_report, selfplay_gates))  # fmt: skip

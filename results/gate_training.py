@@ -73,11 +73,10 @@ def rlvr_flags(options: argparse.Namespace, lab: Lab, name: str, sizes: Sequence
     flags = ["--steps", str(options.steps), "--eval-every", "50", "--eval-samples", "0", *options.flags.split()]
     flags += QUICK if options.quick else []
     held_out = lab.write(lab.part(cell(options, A_CELL)), options.runs / "held_out.jsonl")
-    data = options.runs / f"tasks-{name}.jsonl"
-    flags += ["--algorithm", "rlvr", "--data", str(data), "--eval-data", str(held_out)]
-    config, _ = resolve(parse(["--model", options.model, *flags], ""))
-    task_file(data, config.steps * config.prompts_per_mode, options.seed, sizes)
-    return flags
+    flags += ["--algorithm", "rlvr", "--eval-data", str(held_out), "--data"]
+    config, _ = resolve(parse(["--model", options.model, *flags, "-"], ""))
+    count = config.steps * config.prompts_per_mode
+    return [*flags, str(task_file(options.runs / f"tasks-{name}-{count}.jsonl", count, options.seed, sizes))]
 
 
 def train(options: argparse.Namespace, name: str, flags: Sequence[str]) -> dict:
@@ -114,6 +113,7 @@ def adapter_of(trained: dict) -> Path:
 
 def training_store(options: argparse.Namespace, lab: Lab, name: str) -> Store:
     settings = {"model": lab.digest, "seed": options.seed, "longest": lab.longest, "flags": options.flags}
+    settings["steps"] = getattr(options, "steps", None)
     return Store(options.out / f"{name}-{options.seed}.json", settings)
 
 

@@ -31,6 +31,8 @@ import gate_proposals  # noqa: E402
 import gate_table  # noqa: E402
 import gate_training  # noqa: E402
 
+from sandbox import SandboxError  # noqa: E402
+
 COMMANDS = {"base": gate_base.base, "forced": gate_base.forced, "proposals": gate_proposals.proposals,
             "rlvr": gate_training.rlvr, "oracle": gate_training.oracle, "selfplay": gate_training.selfplay,
             "examples": gate_proposals.examples, "table": gate_table.report}  # fmt: skip
@@ -69,9 +71,12 @@ def main(arguments: list[str]) -> int:
     if options.quick:
         options.out = options.out / "quick"
         options.runs = getattr(options, "runs", ROOT / "runs") / "quick"
+    if options.command in TRAININGS:  # train_azr.py is started in the root
+        options.runs = options.runs.resolve()
+        options.model = options.model if options.model == "tiny" else str(Path(options.model).resolve())
     try:
         print(COMMANDS[options.command](options))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SandboxError) as error:
         print(f"tiny_gates.py: {error}", file=sys.stderr)
         return 2
     return 0
