@@ -55,7 +55,7 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
 def commonest_share(answers: list[Sample]) -> float:
     """Share of the answers that are one and the same text, whatever the task; NaN where nothing was answered.
 
-    Proposer and solver can agree on one literal: tasks with the input 0, answered by 0 (RESULTS.md, section 1).
+    Proposer and solver can agree on one literal: tasks with the input 0, answered by 0, as runs did.
     """
     texts = Counter(sample.parsed.value for sample in answers if sample.parsed.value is not None)
     return texts.most_common(1)[0][1] / len(answers) if texts else math.nan

@@ -309,7 +309,7 @@ def plot(f: Figures, path: Path) -> None:
     """pass@1 against pass@n: a line through the temperatures of each model; greedy accuracy marked on the axis."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
     axes = figure.subplots()
     hot = [t for t in TEMPERATURES if t]
     for color, names in (("C0", ["base"]), ("C3", f.seeds)):
@@ -326,7 +326,7 @@ def plot(f: Figures, path: Path) -> None:
     axes.plot([], [], color="gray", linewidth=2, label="greedy, on the axis (dotted: base made to think)")
     axes.set(xlabel="pass@1", ylabel=f"pass@{f.n}", title=f"{len(f.modes)} held-out tasks; small numbers: temperature")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 

@@ -67,7 +67,7 @@ def modes_of_tasks(arms: dict) -> np.ndarray:
 
 
 def gain(arms: dict, name: str, k: int) -> np.ndarray:
-    """(seeds, tasks): pass@k of an arm minus that of its base, whose two samples are pooled; seeds with n >= 2 k."""
+    """(seeds, tasks): pass@k of an arm minus that of its base, whose samples are pooled; seeds with n >= 2 k."""
     base = "half-base" if name.startswith("half-") and name != "half-peak" else "base"
     reference = np.mean([solved(result, k) for result in arms[base]], axis=0)
     rows = [solved(result, k) - reference for result in arms[name] if result["held_out"]["n"] >= 2 * k]

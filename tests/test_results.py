@@ -34,15 +34,61 @@ def test_the_order_has_every_run_and_ends_with_what_each_needs():
     assert last["joint", 2] == experiments.WIDE and last["joint", 3] == experiments.NARROW
 
 
-def test_the_page_is_what_the_files_say(tmp_path):
-    arms, text = tables.load(), (ROOT / "RESULTS.md").read_text()
-    assert text == tables.filled(text, arms)
-    first = json.loads((ROOT / "results" / "joint" / "0.json").read_text())
-    first["held_out"]["correct"] = [0] * len(first["held_out"]["correct"])
-    arms["joint"][0] = first
-    assert text != tables.filled(text, arms)
+def made_up(arm: str, seed: int, gain: float) -> dict:
+    """A file of results as experiments.py writes it: 12 tasks, one answer in four right, `gain` more after training."""
+    rng, n = np.random.default_rng([seed, len(arm)]), 512
+    held_out = {"n": n, "correct": [int(x) for x in rng.binomial(n, 0.25 + gain, 12)], "distinct_correct": [2] * 12,
+                "commonest": {mode: ["0", 0.3] for mode in tables.MODES}}  # fmt: skip
+    if arm == "base":
+        return {"arm": arm, "seed": seed, "held_out": held_out}
+    noise = lambda mean: float(mean + 0.01 * rng.standard_normal())  # noqa: E731
+    sizes = {"S1": 0.9, "S2": 0.9, "U1_rms": noise(0.02), "S5": {"excess": 0.0, "null": 0.9}}
+    step = lambda: sizes | {"U1_rel_fro": noise(0.1), "skill": noise(0.8), **{k: noise(0.1) for k in KLS}}  # noqa: E731
+    ends = lambda value: [{"mean": noise(value)} for _ in range(4)]  # noqa: E731
+    names = [*experiments.SERIES, "proposer/all/entropy", "solver/all/entropy"]
+    return {
+        "arm": arm, "seed": seed, "flags": "", "held_out": held_out, "skill_base": 0.9,
+        "series": {name: [noise(0.5) for _ in range(20)] for name in names},
+        "checkpoints": {at: step() for at in ("40", "80")},
+        "probe_entropy": {at: {"proposer/all": noise(0.5), "solver/all": noise(0.5)} for at in ("0", "40", "80")},
+        "update": {"adapted": sizes | {"at_rms_3e-5": sizes, "R1_effective_rank": 12.0}},
+        "greedy": {"accuracy": {"80": [noise(0.3)] * 3}}, "diversity": [{"program_distance": noise(0.5)}],
+        "solve_rate": {f"{mode}/last": [1, *[2] * 7, 1] for mode in tables.MODES},
+        "difficulty": {"solvers": ["base", "80"], "rate": {"base": ends(0.3), "80": ends(0.4)},
+                       "tokens": {"base": ends(12)}, "logged_rate": ends(0.3)},
+    }  # fmt: skip
+
+
+KLS = ("kl_forward/solver", "kl_forward/untrained", "kl_reverse/solver")
+
+
+def test_tables_and_plots_of_the_page_from_files(tmp_path, monkeypatch):
+    """Every table has its place in RESULTS.md; a planted gain comes back in the first one, bold."""
+    (tmp_path / "RESULTS.md").write_text((ROOT / "RESULTS.md").read_text())
+    (tmp_path / "results").mkdir()
+    gains = {"joint": 0.2, "rlvr": 0.2} | dict.fromkeys(("base", "no-update", "frozen-base", "half-peak"), 0)
+    for arm, gain in gains.items():
+        for seed in range(3):
+            experiments.write(tmp_path / "results" / arm / f"{seed}.json", made_up(arm, seed, gain))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
+    assert tables.main() == 0
+    page = (tmp_path / "RESULTS.md").read_text()
+    assert page == tables.filled(page, tables.load())
+    for make in tables.TABLES:
+        assert len(page.partition(f"<!-- {make.__name__} -->")[2].partition("<!-- end -->")[0]) > 100, make
+    joint, frozen = (tables.gain(tables.load(), arm, 1).mean() for arm in ("joint", "frozen-base"))
+    assert joint == pytest.approx(0.2, abs=0.02) and frozen == pytest.approx(0, abs=0.02)
+    assert f"**{joint:+.3f} [" in page and f"**{frozen:+.3f} [" not in page
+    assert len(list((tmp_path / "results" / "plots").glob("*.png"))) == 5
     with pytest.raises(ValueError, match="no <!-- sharpening -->"):
         tables.fill("", "sharpening", "")
+
+
+def test_the_page_is_what_the_files_say():
+    """Where there are results: what stands in RESULTS.md was made from them."""
+    arms, text = tables.load(), (ROOT / "RESULTS.md").read_text()
+    assert all(text.count(f"<!-- {make.__name__} -->") == 1 for make in tables.TABLES)
+    assert not arms or text == tables.filled(text, arms)
 
 
 def test_results_of_a_run(tmp_path):
