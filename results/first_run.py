@@ -29,7 +29,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from gate_base import deduction_prefixes, prefix  # noqa: E402
+from gate_base import prefix  # noqa: E402
 from gate_lab import Lab, Store  # noqa: E402
 from gate_numbers import BEYOND, TRACED, Counts, level  # noqa: E402
 from tables import fill, show, table  # noqa: E402
@@ -99,8 +99,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def forced(base: Lab, part: list[int], n: int, temperature: float) -> list:
     """Rows of `Lab.answer` of the base made to think in full, where a text makes it do so."""
-    prefixes = deduction_prefixes(base)
-    begun = {i: prefix(base, "full", i, prefixes) for i in part}
+    begun = {i: prefix(base.tasks[i], "full") for i in part}
     mine = [i for i in part if begun[i] is not None]
     return base.answer(mine, n, temperature, [begun[i] for i in mine])
 
