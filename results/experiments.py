@@ -368,9 +368,13 @@ def main() -> int:
         return 2
     runs = arguments.runs.resolve()
     names = [(arm, int(seed), ARMS[arm].wanted(int(seed))) for arm, seed in given] or list(order())
-    prepare(runs)
-    if not given:
-        bases(runs)
+    try:
+        prepare(runs)
+        if not given:
+            bases(runs)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"experiments.py: {error}", file=sys.stderr)
+        return 1 if isinstance(error, RuntimeError) else 2
     missing = [name for name in names if not done(*name)]
     if not missing:
         print(f"nothing is missing in {RESULTS}; remove a file to have it made again")

@@ -6,7 +6,7 @@
 A_CELL held-out tasks of each mode and number of statements from 1 to 6; --samples answers a task (greedy: one) of the
 base and of each run's last checkpoint at every temperature. And the base made to think in full, as gate b does it:
 its deductions begin with the first step of their trace, its value left out, its inductions with a hypothesis. No text
-makes it search, so for an abduction it counts as it is at its best temperature.
+makes it search, so an abduction counts as the base answers it: instead of greedily, at its best temperature.
 
 Stop it at any time: the same command goes on, each model and temperature is made once. Intervals are over tasks,
 paired; what is said of several runs is of the mean of them, task by task.
@@ -147,13 +147,13 @@ class Figures:
         self.best = max(TEMPERATURES, key=lambda t: self.solved("base", t).mean())
 
     def solved(self, name: str, t: float, k: int = 1) -> np.ndarray:
-        """(tasks,) pass@k; of FORCED, where nothing was forced, the base's at its best temperature (k > 1: at t)."""
+        """(tasks,) pass@k. Where nothing was forced, FORCED is the base, greedy at its best temperature, else at t."""
         if name == "after":
             return np.mean([self.solved(seed, t, k) for seed in self.seeds], axis=0)
         mine = self.counts[f"{name} T{t:g}"]
         values = pass_at_k(mine.n, mine.right, k)
         if name == FORCED:
-            every = self.solved("base", self.best if k == 1 else t, k).copy()
+            every = self.solved("base", t or self.best, k).copy()
             every[np.isin(self.counts["base T0"].index, mine.index)] = values
             return every
         return values
