@@ -168,7 +168,7 @@ PRESETS = {preset.name: preset for preset in (
     Preset("48gb", 48, 48, 2048, 256, 16384),
     Preset("80gb", 80, 64, 4096, 384, 32768),
 )}
-TINY = Preset("tiny", 0, 16, 192, 512, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
+TINY = Preset("tiny", 0, 8, 192, 512, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
               steps=120, eval_samples=64)
 
 
