@@ -16,12 +16,12 @@ import sys
 
 # subcommand -> (module, one line of help); a module is imported when its name is typed, so that --help stays fast
 COMMANDS = {
-    "sparsity": ("azr.sparsity", "size, sparsity, rank and concentration of an update"),
-    "entropy": ("azr.entropy", "exact entropy of a model on given text, and the curves of a run"),
-    "dynamics": ("azr.dynamics", "validity, solve rates, lengths, diversity, rewards, time of a run"),
-    "difficulty": ("azr.difficulty", "harder tasks or a weaker solver: fixed solvers on each stage's proposals"),
-    "forgetting": ("azr.forgetting", "what was lost, against KL, size and sparsity of the update"),
-    "report": ("azr.report", "one HTML page about one or more runs"),
+    "sparsity": ("azr.weights.sparsity", "size, sparsity, rank and concentration of an update"),
+    "entropy": ("azr.analysis.entropy", "exact entropy of a model on given text, and the curves of a run"),
+    "dynamics": ("azr.analysis.dynamics", "validity, solve rates, lengths, diversity, rewards, time of a run"),
+    "difficulty": ("azr.analysis.difficulty", "harder tasks or a weaker solver: fixed solvers on each stage's proposals"),
+    "forgetting": ("azr.analysis.forgetting", "what was lost, against KL, size and sparsity of the update"),
+    "report": ("azr.analysis.report", "one HTML page about one or more runs"),
 }
 
 

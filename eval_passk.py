@@ -18,9 +18,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from azr import compare
-from azr.benchmarks import BENCHMARKS, NAMES, load
-from azr.maths import MathError
+from azr.evals import compare
+from azr.evals.benchmarks import BENCHMARKS, NAMES, load
+from azr.evals.math_answers import MathError
 from sandbox import SandboxError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as train_azr.py calls them, and torch
@@ -81,9 +81,9 @@ def build_parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input."""
-    from azr import evalrun
-    from azr.display import say
-    from azr.evalscore import check_ks, conclude
+    from azr.evals import run as evalrun
+    from azr.train.screen import say
+    from azr.evals.score import check_ks, conclude
     from azr.stop import StopNow, StopRequest
 
     for name in ("samples", "max_new_tokens", "limit"):
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
 
 def score(args: argparse.Namespace) -> int:
     """Grades samples that were made elsewhere. ValueError: bad input."""
-    from azr import evalscore
+    from azr.evals import score as evalscore
 
     evalscore.score(args.samples, load(args.benchmark), args.k, args.out, args.guess_filter)
     return 0
@@ -130,7 +130,7 @@ def score(args: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     args = build_parser().parse_args(arguments)
-    # torch warns in five lines of what azr/gpu.py says in one
+    # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         return {"run": run, "score": score, "compare": compare.main}[args.command](args)

@@ -27,26 +27,28 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
-from azr import doctor
+from azr.machine import doctor
 
 if __name__ == "__main__" and "--doctor" in sys.argv:  # before the packages that it looks at
     sys.exit(doctor.main(sys.argv[1:]))
 
-from azr import arms, display, entropy_control, maths, off_policy, plan, trackers, update, worst_case
-from azr.backoff import DoesNotFit, Sizes, is_out_of_memory
-from azr.config import Config, base_description, completed, dry_run, parse, resolve, template_of
-from azr.display import warn
-from azr.evaluation import Evaluation
-from azr.health import Watch
-from azr.heldout import load_tasks, plot_pass_at_k, sample_seed
-from azr.loss_scale import LossScale
-from azr.metrics import Clock, memory, sample_row, step_metrics
+from azr.evals import math_answers
+from azr.machine import plan
+from azr.train import screen, memory_probe, arms, entropy_control, off_policy, trackers, update
+from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
+from azr.train.config import Config, base_description, completed, dry_run, parse, resolve, template_of
+from azr.train.screen import warn
+from azr.train.evaluation import Evaluation
+from azr.analysis.health import Watch
+from azr.evals.held_out import load_tasks, plot_pass_at_k, sample_seed
+from azr.train.loss_scale import LossScale
+from azr.train.metrics import Clock, memory, sample_row, step_metrics
 from azr.passk import powers_of_two
-from azr.prompts import STOP, propose_prompt, solve_prompt
-from azr.rewards import proposer_reward, solver_reward
-from azr.rollout import LoraSettings, ModelError, Policy, Sampling
+from azr.tasks.prompts import STOP, propose_prompt, solve_prompt
+from azr.train.rewards import proposer_reward, solver_reward
+from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
 from azr.runs import DiskError, Run, RunError, read_lines, write_jsonl_atomic
-from azr.saving import GaveUp, Saved
+from azr.train.checkpoint import GaveUp, Saved
 from azr.stop import StopNow, StopRequest
 from azr.tasks import (
     MODES,
@@ -183,7 +185,7 @@ class SelfPlay(Saved):
         for sample, verdict in zip(code, verdicts):
             sample.correct, sample.detail = verdict.ok, verdict.detail
             sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
-        pairs = [(sample.task.answer, maths.extract(sample.response)) for sample in math_]
+        pairs = [(sample.task.answer, math_answers.extract(sample.response)) for sample in math_]
         for sample, verdict in zip(math_, self.grader.grade(pairs) if pairs else []):
             sample.correct = verdict.ok
             sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
@@ -361,11 +363,11 @@ class SelfPlay(Saved):
                     self.buffers.add(sample.task, 0)
             if time.monotonic() - said > SILENCE:  # a model that proposes nothing valid needs every round
                 said = time.monotonic()
-                display.say(
+                screen.say(
                     f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {self.buffer_sizes()}, of {target} each"
                 )
         self.exempt, sizes = set(), self.buffer_sizes()
-        display.say(f"seed stage, from the identity program alone: {sizes} tasks")
+        screen.say(f"seed stage, from the identity program alone: {sizes} tasks")
         if min(self.buffers.size(mode) for mode in MODES) < target:
             warn(
                 f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these"
@@ -452,7 +454,7 @@ def train(loop: SelfPlay, stop: StopRequest) -> None:
         loop.load()
     # the cache of sampling takes what is free; Adam makes its moments later, at the first update
     loop.policy.engine.reserve = update.moments_to_come(loop.policy, loop.optimizer)
-    worst_case.at_start(loop.policy, loop.optimizer, config, loop.sizes)
+    memory_probe.at_start(loop.policy, loop.optimizer, config, loop.sizes)
     if not loop.run.resumed:
         loop.seed_stage()
     loop.snapshot = loop.changing()
@@ -462,38 +464,38 @@ def train(loop: SelfPlay, stop: StopRequest) -> None:
         loop.freeze_probe()
         loop.evaluation.freeze(loop.buffers)
         loop.evaluation.pass_at_k_samples("base")
-    lines = display.StepLines(config.steps, config.price_per_hour)
+    lines = screen.StepLines(config.steps, config.price_per_hour)
     lines.header()
-    watch = Watch(dataclasses.asdict(config), loop.run.dir, display.warn)
+    watch = Watch(dataclasses.asdict(config), loop.run.dir, screen.warn)
     for step in range(loop.completed + 1, config.steps + 1):
         metrics, proposals, answers = loop.step(step, stop)
         lines.show(metrics)
         watch.add(metrics)
         if proposals and (step % 25 == 1 or step == config.steps):
-            display.sample_table(step, proposals, answers)
+            screen.sample_table(step, proposals, answers)
         if config.max_hours and time.monotonic() - start > 3600 * config.max_hours and step < config.steps:
-            display.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
+            screen.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
             return
     conclude(loop)
-    display.summary(watch.health.summary())
-    display.where(loop.run.dir)
+    screen.summary(watch.health.summary())
+    screen.where(loop.run.dir)
 
 
 def conclude(loop: SelfPlay) -> None:
     """Trained against base: the table and the pass@k plot."""
     rows = [row for row in read_lines(loop.run.dir / "metrics.jsonl") if row["step"] > 0]
     count = min(10, max(1, len(rows) // 2))
-    display.training_table(rows[:count], rows[-count:])
+    screen.training_table(rows[:count], rows[-count:])
     base, trained = (loop.evaluation.pass_at_k_samples(name) for name in ("base", f"step_{loop.completed}"))
     if base and trained:
         ks = powers_of_two(loop.config.eval_samples)
-        display.before_after(base, trained, ks)
+        screen.before_after(base, trained, ks)
         plot = loop.run.dir / "plots" / "pass_at_k.png"
         plot.parent.mkdir(exist_ok=True)
         plot_pass_at_k({"base": base, NAMES[loop.config.algorithm]: trained}, plot, ks)
-        display.say(f"pass@k, base against trained: {plot}")
+        screen.say(f"pass@k, base against trained: {plot}")
     if best := loop.evaluation.mark_best():
-        display.say(best)
+        screen.say(best)
 
 
 def start(config: Config, why: str, stop: StopRequest) -> None:
@@ -506,7 +508,7 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     if config.eval_data and any(task.mode == "math" for task in load_tasks(config.eval_data)):
         raise ValueError(f"{config.eval_data}: has math tasks; measure them with eval_passk.py, before and after")
     data, given, math_ = arms.read_files(config)
-    grader = maths.MathGrader() if math_ else nullcontext()
+    grader = math_answers.MathGrader() if math_ else nullcontext()
     policy = Policy.load(
         plan.model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch,
         dtype=config.dtype, attn=config.attn, rollout_weights=config.rollout_weights,
@@ -518,13 +520,13 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     with Sandbox() as sandbox, grader as grader:
         loop = LOOPS[config.algorithm](config, policy, sandbox, run_dir, data, given, grader)
         with Run.open(Path(config.out), dataclasses.asdict(config), config.resume, completed) as loop.run:
-            display.header(config, why, policy, loop.run.environment(sandbox=sandbox.state))
+            screen.header(config, why, policy, loop.run.environment(sandbox=sandbox.state))
             loop.tracker = trackers.open_tracker(config.tracker, loop.run)
             try:
                 train(loop, stop)
             except StopNow:
                 with stop.shield():
-                    display.say(loop.stopped())
+                    screen.say(loop.stopped())
             except Exception as error:
                 with stop.shield():
                     loop.failed(error)
@@ -535,10 +537,10 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     if arguments[:1] == ["export"]:
-        from azr.export import main as export  # imports what training does not need
+        from azr.weights.export import main as export  # imports what training does not need
 
         return export(arguments[1:])
-    # torch warns in five lines of what azr/gpu.py says in one
+    # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         if "--doctor" in arguments:

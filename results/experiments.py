@@ -33,13 +33,13 @@ sys.path[:0] = [str(ROOT), str(RESULTS)]
 
 from gate_numbers import BEYOND, level, stratified  # noqa: E402
 
-from azr.heldout import answer_key, load_tasks  # noqa: E402
+from azr.evals.held_out import answer_key, load_tasks  # noqa: E402
 from azr.runs import write_jsonl_atomic  # noqa: E402
 
 STEPS, CHECKPOINTS = 80, (20, 40, 60, 80)
 A_CELL = 11  # held-out tasks that are sampled many times, of each mode and number of statements from 1 to 6
 COMMON = f"--steps {STEPS} --prompts-per-mode 8 --token-budget 1024 --eval-every 20 --eval-samples 0".split()
-STEP_TOKENS = 2400  # response tokens a step of rlvr and sft, as joint has: azr.taskfiles run tells what that is
+STEP_TOKENS = 2400  # response tokens a step of rlvr and sft, as joint has: azr.train.make_data run tells what that is
 WIDE, NARROW = 512, 128  # answers a held-out task; pass@256 needs at least twice as many
 WIDE_SEEDS = 3  # training seeds that get WIDE answers where an arm has them
 MODES = ("deduction", "abduction", "induction")
@@ -143,7 +143,7 @@ def prepare(runs: Path) -> None:
     log = runs / "prepare.log"
     for name, more in (("tasks", ()), ("gold", ("--solutions",))):
         if not (runs / f"{name}.jsonl").exists():
-            call(log, "-m", "azr.taskfiles", "tiny", runs / f"{name}.jsonl", "--count", 3000, *more)
+            call(log, "-m", "azr.train.make_data", "tiny", runs / f"{name}.jsonl", "--count", 3000, *more)
     tasks = load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl")
     kept = [tasks[i] for i in stratified(tasks, A_CELL) if level(tasks[i]) < BEYOND]
     write_jsonl_atomic(runs / "held_out.jsonl", [task.to_json() for task in kept])
@@ -159,7 +159,7 @@ def round_to_nf4(model: Path, out: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from azr.nf4 import quantize
+    from azr.weights.nf4 import quantize
 
     aside = out.with_suffix(".tmp")
     shutil.copytree(model, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py", "__pycache__"))

@@ -34,10 +34,10 @@ from gate_lab import Lab, Store  # noqa: E402
 from gate_numbers import BEYOND, TRACED, Counts, level  # noqa: E402
 from tables import fill, show, table  # noqa: E402
 
-from azr.evalrun import adapter_directory  # noqa: E402
-from azr.heldout import load_tasks  # noqa: E402
+from azr.evals.run import adapter_directory  # noqa: E402
+from azr.evals.held_out import load_tasks  # noqa: E402
 from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
-from azr.plan import model_path  # noqa: E402
+from azr.machine.plan import model_path  # noqa: E402
 from azr.runs import read_metrics  # noqa: E402
 from azr.tasks import MODES  # noqa: E402
 

@@ -18,10 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from azr import plan
-from azr.config import base_description
-from azr.heldout import load_tasks, sample_seed
-from azr.prompts import solve_prompt
+from azr.machine import plan
+from azr.train.config import base_description
+from azr.evals.held_out import load_tasks, sample_seed
+from azr.tasks.prompts import solve_prompt
 from azr.tasks import Task, judge, parse_answer
 
 from gate_numbers import Counts, stratified, style_of, thought_of  # isort: skip
@@ -95,7 +95,7 @@ class Lab:
 
     @cached_property
     def policy(self):
-        from azr.rollout import Policy
+        from azr.policy.policy import Policy
 
         return Policy.load(self.model, "none", adapter=self.adapter, device="cpu", max_batch=plan.TINY.max_batch)
 
@@ -160,6 +160,6 @@ class Lab:
 
     def generate(self, prompts: list[list[int]], n: int, temperature: float, seeds: list[list[int]]) -> list:
         """Completions, (prompts, n)."""
-        from azr.rollout import Sampling
+        from azr.policy.policy import Sampling
 
         return self.policy.generate(prompts, n, Sampling(temperature=temperature, max_new_tokens=self.longest), seeds)

@@ -16,9 +16,9 @@ from gate_lab import Lab, Store
 from gate_numbers import spearman_interval, statements
 from gate_text import table
 
-from azr.heldout import sample_seed
+from azr.evals.held_out import sample_seed
 from azr.passk import share_interval
-from azr.prompts import propose_prompt, solve_prompt
+from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.tasks import MODES, Parsed, Task, Verdict, duplicate_key, parse_proposal, validate
 from azr.tiny import documents
 from azr.tiny.programs import arguments_text

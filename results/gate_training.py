@@ -33,7 +33,7 @@ from gate_numbers import (
 )
 from gate_text import table
 
-from azr.config import parse, resolve
+from azr.train.config import parse, resolve
 from azr.passk import difference_interval, pass_at_k
 from azr.runs import read_metrics, read_samples, write_jsonl_atomic
 from azr.tasks import MODES, Task

@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from azr import arms
-from azr.config import Config, resolve
-from azr.maths import MathGrader
-from azr.plan import model_path
-from azr.rollout import LoraSettings, Policy
+from azr.train import arms
+from azr.train.config import Config, resolve
+from azr.evals.math_answers import MathGrader
+from azr.machine.plan import model_path
+from azr.policy.policy import LoraSettings, Policy
 from azr.runs import Run
 from azr.stop import StopRequest
 from sandbox import Sandbox

@@ -2,14 +2,14 @@
 
     python tests/bench_analyze.py [--json FILE] [--quick] [--shape 3B] [--directory DIR]
 
-Writes random bf16 weights in the true shapes of Qwen2.5 (azr/plan.py) shard by shard, a second checkpoint that differs
+Writes random bf16 weights in the true shapes of Qwen2.5 (azr/machine/plan.py) shard by shard, a second checkpoint that differs
 by 3e-5 a weight, and a rank-32 adapter; then runs the command itself and waits for it: seconds, CPU seconds, peak
 memory of the process, gigabytes of weights a second. Compared, at the same shape and within one run, with
 
 - the published way: both models loaded, all differences concatenated, |d| <= 1e-5 counted (`published`, below). It
   gives one number, the command gives all of them. Where memory is short it runs at a smaller shape, and says so;
 - reading the same files and doing nothing with them;
-- bitsandbytes' own CPU quantizer, against azr/nf4.py, on one matrix: ratio of CPU seconds.
+- bitsandbytes' own CPU quantizer, against azr/weights/nf4.py, on one matrix: ratio of CPU seconds.
 
 The files are in the page cache when they are measured. --quick: the shape of 0.5B with four layers.
 """
@@ -36,8 +36,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from azr import nf4, plan  # noqa: E402
-from azr.weights import find_tensors  # noqa: E402
+from azr.machine import plan  # noqa: E402
+from azr.weights import nf4  # noqa: E402
+from azr.weights.files import find_tensors  # noqa: E402
 
 SHARD = 1 << 29  # weights
 POOL = 1 << 26  # random numbers that all tensors are cut from: drawing them takes longer than anything measured here
@@ -160,7 +161,7 @@ def read_only(directories: list[Path]) -> float:
 
 
 def quantizer_ratio(repeats: int = 3) -> float:
-    """CPU seconds of bitsandbytes over those of azr/nf4.py for one matrix; the codes must be equal."""
+    """CPU seconds of bitsandbytes over those of azr/weights/nf4.py for one matrix; the codes must be equal."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it recommends a kernel package that is not needed
     import bitsandbytes.functional as bnb
 

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
-from azr.decode_ops import rms_norm  # noqa: E402
-from azr.plan import model_path  # noqa: E402
-from azr.ppo import gap_statistics  # noqa: E402
-from azr.rollout import LoraSettings, Policy, Sampling  # noqa: E402
-from azr.scoring import ChunkedLogProb  # noqa: E402
+from azr.policy.decode_ops import rms_norm  # noqa: E402
+from azr.machine.plan import model_path  # noqa: E402
+from azr.train.ppo import gap_statistics  # noqa: E402
+from azr.policy.policy import LoraSettings, Policy, Sampling  # noqa: E402
+from azr.policy.scoring import ChunkedLogProb  # noqa: E402
 
 QUESTIONS = (
     "The capital of France is", "Write a Python function that reverses a list.", "Explain why the sky is blue.",

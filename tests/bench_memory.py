@@ -50,7 +50,7 @@ def naive_logsumexp(hidden, weight, target):
 
 
 def chunked(hidden, weight, target):
-    from azr.scoring import ChunkedLogProb
+    from azr.policy.scoring import ChunkedLogProb
 
     return ChunkedLogProb.apply(hidden, weight, target)
 
@@ -118,7 +118,7 @@ def _peak(device) -> int:
 
 def capped_policy(case: dict):
     """Random weights on the device of the case, under the cap if that is a GPU."""
-    from azr.plan import QWEN25, Shape
+    from azr.machine.plan import QWEN25, Shape
     from random_weights import random_policy
 
     small = Shape(64, 2, 4, 2, 128, 1000, True, 16)
@@ -135,7 +135,7 @@ def capped_policy(case: dict):
 def training_case(case: dict) -> dict:
     """An optimizer step on one micro-batch of `tokens`: four samples, half of each is the response."""
     policy = capped_policy(case)
-    from azr.update import make_optimizer
+    from azr.train.update import make_optimizer
 
     built, optimizer = _used(case), make_optimizer(policy, 1e-5)
     half = case["tokens"] // 8
@@ -158,12 +158,12 @@ def step_case(case: dict) -> dict:
     """Sampling and update of a step at the preset's sizes: proposals, eight answers to each task, one AdamW step."""
     import dataclasses
 
-    from azr.config import Config, resolve
-    from azr.backoff import Sizes
-    from azr.prompts import propose_prompt, solve_prompt
-    from azr.rollout import Sampling
+    from azr.train.config import Config, resolve
+    from azr.policy.backoff import Sizes
+    from azr.tasks.prompts import propose_prompt, solve_prompt
+    from azr.policy.policy import Sampling
     from azr.tasks import MODES, SEED_TASKS, Sample
-    from azr.update import make_optimizer, optimizer_step
+    from azr.train.update import make_optimizer, optimizer_step
 
     preset = resolve(Config(model="qwen-3b", preset="24gb", quantization="nf4"))[0]
     preset = dataclasses.replace(preset, **case.get("sizes", {}))
@@ -195,7 +195,7 @@ def step_case(case: dict) -> dict:
 
 def tasks_of(path: str) -> list:
     """Tasks as this project writes them, or {"snippet", "input", "output"} as in the published seed files."""
-    from azr.heldout import load_tasks
+    from azr.evals.held_out import load_tasks
     from azr.tasks import Task
 
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -20,7 +20,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from azr import compare, passk
+from azr import passk
+from azr.evals import compare
 
 SAMPLES = 1024
 KS = [2**i for i in range(11)]

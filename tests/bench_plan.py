@@ -29,8 +29,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from azr import plan  # noqa: E402
-from azr.plan import Preset, Shape  # noqa: E402
+from azr.machine import plan  # noqa: E402
+from azr.machine.plan import Preset, Shape  # noqa: E402
 
 MB, MOST_OFF, MINUTES = 1e6, 0.15, 20
 # What weighs most differs: activations, weights, the vocabulary, the cache.
@@ -95,10 +95,11 @@ def case(given: dict) -> dict:
     """Peaks of load, rollout and training for the sizes of a preset."""
     import torch
 
-    from azr.config import Config
-    from azr.rollout import LoraSettings, Policy, Sampling
+    from azr.train.config import Config
+    from azr.policy.policy import LoraSettings, Policy, Sampling
     from azr.tasks import MODES, Sample
-    from azr import backoff, update
+    from azr.policy import backoff
+    from azr.train import update
     import bitsandbytes, peft, transformers  # noqa: E401, F401
     from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 

@@ -30,10 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from azr.backends import TransformersContinuousBatching  # noqa: E402
-from azr.plan import ALIASES  # noqa: E402
-from azr.rollout import LoraSettings, Policy  # noqa: E402
-from azr.sampling import Sampling  # noqa: E402
+from azr.policy.hf_generate import TransformersContinuousBatching  # noqa: E402
+from azr.machine.plan import ALIASES  # noqa: E402
+from azr.policy.policy import LoraSettings, Policy  # noqa: E402
+from azr.policy.sampling import Sampling  # noqa: E402
 
 TARGETS = {
     "cpu/engine over generate": 1.5,

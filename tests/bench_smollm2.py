@@ -44,8 +44,8 @@ import transformers  # noqa: E402
 import bench_gap  # noqa: E402
 import bench_plan  # noqa: E402
 import bench_rollout  # noqa: E402
-from azr import plan  # noqa: E402
-from azr.rollout import LoraSettings, Policy  # noqa: E402
+from azr.machine import plan  # noqa: E402
+from azr.policy.policy import LoraSettings, Policy  # noqa: E402
 
 MATRIX = "model.layers.7.mlp.down_proj.weight"  # the one that is measured here again
 # train_azr.py with fewer rounds of the seed stage and a smaller probe: this model proposes next to nothing valid, so

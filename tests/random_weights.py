@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from azr.loading import LoraSettings, _new_lora, _settle
-from azr.plan import Shape, model_path
-from azr.rollout import Policy
+from azr.policy.load import LoraSettings, _new_lora, _settle
+from azr.machine.plan import Shape, model_path
+from azr.policy.policy import Policy
 
 SCALE = 0.02
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from azr import sparsity
-from azr.changes import AdapterUpdate, Reference
-from azr.weights import Adapter, Checkpoint
+from azr.weights import sparsity
+from azr.weights.reference import AdapterUpdate, Reference
+from azr.weights.files import Adapter, Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "azr" / "tiny"
@@ -380,7 +380,7 @@ def test_tied_heads_other_vocabularies_and_dtypes_are_named(tmp_path, base, caps
 
 def test_a_merge_on_a_4_bit_base_is_recognised(tmp_path, base, capsys):
     """Measured against the original it is all quantization error; with --quantization nf4 it is the update."""
-    from azr import nf4
+    from azr.weights import nf4
 
     tuned = weights()
     for name, tensor in tuned.items():

@@ -9,8 +9,8 @@ import torch
 from test_rollout import made_up_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from azr.backends import HFGenerate
-from azr.rollout import LoraSettings, ModelError, Policy, Sampling
+from azr.policy.hf_generate import HFGenerate
+from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
 
 SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, head_dim=16, max_position_embeddings=256)  # fmt: skip

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from azr import arms, entropy_control, off_policy, ppo, rewards, taskfiles
-from azr.config import Config, resolve
-from azr.records import Sample
-from azr.sampling import Completion
+from azr.train import make_data, arms, entropy_control, off_policy, ppo, rewards
+from azr.train.config import Config, resolve
+from azr.tasks.task import Sample
+from azr.policy.sampling import Completion
 from azr.tasks import Task, judge, parse_answer
 
 # ------------------------------------------------------------------------------------------------------------ rewards
@@ -273,7 +273,7 @@ def test_filling_a_step_comes_within_a_sample_of_its_tokens(capsys):
 
 def test_task_files_of_the_generator(tmp_path, capsys):
     path, modes = tmp_path / "gold.jsonl", "deduction,abduction,induction,math"
-    assert taskfiles.main(["tiny", str(path), "--count", "12", "--modes", modes, "--solutions"]) == 0
+    assert make_data.main(["tiny", str(path), "--count", "12", "--modes", modes, "--solutions"]) == 0
     assert "48 solutions (deduction 12, abduction 12, induction 12, math 12)" in capsys.readouterr().out
     solutions = arms.read_data(path, solutions=True)
     parsed = [parse_answer(task.mode, task.response) for task in solutions]
@@ -285,33 +285,33 @@ def test_task_files_of_the_generator(tmp_path, capsys):
         assert all(verdict.ok for verdict in judge(code, sandbox))  # gold solutions are right
     assert all(p.value == task.answer for task, p in zip(solutions, parsed) if task.mode == "math")
     again = tmp_path / "tasks.jsonl"
-    assert taskfiles.main(["tiny", str(again), "--count", "12", "--modes", modes]) == 0
+    assert make_data.main(["tiny", str(again), "--count", "12", "--modes", modes]) == 0
     assert {t.hash for t in arms.read_data(again, False)} == {t.hash for t in solutions}
     with pytest.raises(ValueError, match="line 1: has no .response."):
         arms.read_data(again, solutions=True)
-    assert taskfiles.main(["run", str(tmp_path), str(again)]) == 2
+    assert make_data.main(["run", str(tmp_path), str(again)]) == 2
     capsys.readouterr()
     for flags, words in ((["--modes", "poetry"], "poetry: there are"), (["--statements", "0"], "from 1 to 8"),
                          (["--statements", "2,x"], "from 1 to 8"),
                          (["--style", "full"], "needs --solutions")):  # fmt: skip
-        assert taskfiles.main(["tiny", str(again), *flags]) == 2
+        assert make_data.main(["tiny", str(again), *flags]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert words in line
 
 
 def test_task_files_of_one_difficulty_and_style(tmp_path):
     """What experiments need: programs of given lengths, thoughts of a given style, nothing that is held out."""
-    from azr.evaluation import statements
+    from azr.train.evaluation import statements
     from azr.tiny import split
 
     def written(*flags):
-        assert taskfiles.main(["tiny", str(tmp_path / "made.jsonl"), "--count", "30", *flags]) == 0
+        assert make_data.main(["tiny", str(tmp_path / "made.jsonl"), "--count", "30", *flags]) == 0
         return arms.read_data(tmp_path / "made.jsonl", "--solutions" in flags)
 
     for sizes in ("1", "3,6", "8"):
         assert {statements(task.program) for task in written("--statements", sizes)} == set(map(int, sizes.split(",")))
     thoughts = {}
-    for style in taskfiles.STYLES:
+    for style in make_data.STYLES:
         rows = written("--modes", "deduction", "--statements", "2", "--solutions", "--style", style)
         assert not any(split.held_out(task.program) for task in rows)
         thoughts[style] = {task.hash: task.response.partition("</think>")[0] for task in rows}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from arms_world import World
-from azr import arms, off_policy, rewards, taskfiles, update
-from azr.backoff import Sizes
+from azr.train import make_data, arms, off_policy, rewards, update
+from azr.policy.backoff import Sizes
 from azr.tasks import MODES
 
 GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]
@@ -30,7 +30,7 @@ def files(tmp_path_factory):
     folder, paths = tmp_path_factory.mktemp("files"), {}
     for name, flags in (("tasks", ()), ("gold", ("--solutions",)), ("math", ("--modes", "math"))):
         paths[name] = str(folder / f"{name}.jsonl")
-        assert taskfiles.main(["tiny", paths[name], "--count", "40", *flags]) == 0
+        assert make_data.main(["tiny", paths[name], "--count", "40", *flags]) == 0
     return paths
 
 
@@ -360,12 +360,12 @@ def test_a_runs_tasks_and_answers_become_files(world, tmp_path, capsys):
     run = world.run(proposer="no-update")
     run.loop.run.save_checkpoint(5, run.loop.policy.save_adapter, {}, {"buffers": run.loop.buffers.state_dict()}, {})
     tasks, own = tmp_path / "tasks.jsonl", tmp_path / "own.jsonl"
-    assert taskfiles.main(["run", str(run.out), str(tasks)]) == 0
+    assert make_data.main(["run", str(run.out), str(tasks)]) == 0
     assert "--step-tokens" in capsys.readouterr().out
     assert len(arms.read_data(tasks, False)) == sum(run.loop.buffers.size(mode) for mode in MODES) - 3
-    assert taskfiles.main(["run", str(run.out), str(own), "--solutions", "--per-task", "2"]) == 0
+    assert make_data.main(["run", str(run.out), str(own), "--solutions", "--per-task", "2"]) == 0
     right = {(row["prompt"], row["response"]) for row in run.samples if row["reward"].get("correct")}
-    from azr.prompts import solve_prompt
+    from azr.tasks.prompts import solve_prompt
 
     written = arms.read_data(own, True)
     assert written and all((solve_prompt(task, "tiny"), task.response) in right for task in written)

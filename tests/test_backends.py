@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr import backends
-from azr.backends import HFGenerate, TransformersContinuousBatching, cut
-from azr.rollout import LoraSettings, Policy
-from azr.sampling import Sampling, StopTable
+from azr.policy import hf_generate
+from azr.policy.hf_generate import HFGenerate, TransformersContinuousBatching, cut
+from azr.policy.policy import LoraSettings, Policy
+from azr.policy.sampling import Sampling, StopTable
 
-TINY = Path(backends.__file__).parent / "tiny"
+TINY = Path(hf_generate.__file__).parent / "tiny"
 TEXTS = ["def f(x):\n    return x + 1\n", "d", "print(", "def f(a, b):\n    c = a * b\n    return c\n\n# f(3, 4) =",
          "x = [1, 2, 3]\n", "answer", "return"]  # fmt: skip
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from azr import heldout
-from azr.heldout import EvalResult, TaskResult, evaluate, load_tasks, plot_pass_at_k
+from azr.evals import held_out as heldout
+from azr.evals.held_out import EvalResult, TaskResult, evaluate, load_tasks, plot_pass_at_k
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ class Scripted:
         return "".join(map(chr, ids))
 
     def generate(self, prompts, n, sampling, seeds):
-        from azr.engine import Completion
+        from azr.policy.engine import Completion
         self.seeds += seeds
         self.calls += 1
         texts = [[next(self.answers) for _ in range(n)] for _ in prompts]
@@ -97,7 +97,7 @@ def sandbox():
 
 
 def run(tmp_path, sandbox, answers, seed=0, progress=None):
-    from azr.engine import Sampling
+    from azr.policy.engine import Sampling
     tasks, policy = load_tasks(write(tmp_path / "t.jsonl", ROWS)), Scripted(answers)
     return evaluate(policy, tasks, 4, Sampling(max_new_tokens=64), "azr", sandbox, seed, progress), policy
 
@@ -174,14 +174,14 @@ def test_plot_has_a_panel_a_mode_and_one_for_all(tmp_path):
 
 
 def test_no_torch_is_imported():
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.benchmarks; print('torch' in sys.modules)"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.evals.benchmarks; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 # ---------------------------------------------------------------- CRUXEval
 
 def test_cruxeval_is_read_from_its_public_file():
-    from azr.benchmarks import cruxeval_tasks
+    from azr.evals.benchmarks import cruxeval_tasks
 
     path = Path(__file__).parents[1].parent / "shared" / "data" / "benchmarks" / "cruxeval.jsonl"
     if not path.is_file():
@@ -193,7 +193,7 @@ def test_cruxeval_is_read_from_its_public_file():
 
 
 def test_a_file_that_is_not_cruxeval_is_refused(tmp_path):
-    from azr.benchmarks import cruxeval_tasks
+    from azr.evals.benchmarks import cruxeval_tasks
 
     (tmp_path / "x.jsonl").write_text('{"code": "def f(x): return x"}\n')
     with pytest.raises(ValueError, match="not CRUXEval"):

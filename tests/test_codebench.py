@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from azr.codebench import Problem, accepts, calibrate, close, convert, grade, load_problems, program_of
+from azr.evals.code_answers import Problem, accepts, calibrate, close, convert, grade, load_problems, program_of
 from sandbox import BENCHMARK, Sandbox
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "benchmarks"

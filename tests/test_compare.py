@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from azr import compare, compare_view, passk
+from azr import passk
+from azr.evals import compare, compare_view
 
 ROOT = Path(__file__).resolve().parents[1]
 INFO = {
@@ -333,7 +334,7 @@ def test_the_crossing_is_interpolated_and_censored_at_the_ends():
 
 
 def test_no_torch_and_no_matplotlib_until_it_is_needed():
-    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.compare, azr.compare_view
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.evals.compare, azr.evals.compare_view
 print([name for name in ("torch", "matplotlib", "rich") if name in sys.modules])"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr import decode_ops
+from azr.policy import decode_ops
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = """
 import torch
-from azr import decode_ops, decode_triton
+from azr.policy import decode_ops, decode_triton
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     print(decode_ops.largest_difference(decode_ops, decode_triton, torch.device("cpu"), dtype))
@@ -69,6 +69,6 @@ def test_rotation_rounds_where_transformers_rounds():
 
 def test_a_cpu_takes_torchs_operations_and_a_broken_triton_is_told_of(monkeypatch, capsys):
     assert decode_ops.operations(torch.device("cpu"), torch.float32) is decode_ops
-    monkeypatch.setitem(sys.modules, "azr.decode_triton", None)
+    monkeypatch.setitem(sys.modules, "azr.policy.decode_triton", None)
     assert decode_ops.operations(torch.device("cuda"), torch.bfloat16) is decode_ops
     assert "fused kernels of a decode step cannot be used" in capsys.readouterr().err

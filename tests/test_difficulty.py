@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from azr import difficulty
-from azr.heldout import evaluate, load_tasks
-from azr.prompts import template_hash
-from azr.rollout import LoraSettings, Policy, Sampling
+from azr.analysis import difficulty
+from azr.evals.held_out import evaluate, load_tasks
+from azr.tasks.prompts import template_hash
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import STOP
 from sandbox import Sandbox
 

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from azr import display
+from azr.train import screen as display
 
 ROOT = Path(__file__).parents[1]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # What a model may write: code, an accent, an emoji, and an escape that clears the screen.
 CHILD = r"""
 import sys
-from azr import display
-from azr.heldout import EvalResult, TaskResult
-from azr.records import Parsed, Sample, Task
+from azr.train import screen as display
+from azr.evals.held_out import EvalResult, TaskResult
+from azr.tasks.task import Parsed, Sample, Task
 from azr.tasks import MODES
 
 def row(step):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr import apart, doctor, loading, paged_attention, probes
+from azr.machine import isolated, doctor, probes
+from azr.policy import load, attention as paged_attention
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="checks are forked")
 
@@ -113,11 +114,11 @@ def test_apart_survives_crash_exit_and_hang():
         while True:
             time.sleep(60)
 
-    assert apart.apart(lambda: iter([1, [2, "x"]])) == ([1, [2, "x"]], None)
-    assert apart.apart(lambda: half_way(raises)) == (["first"], "ValueError: two")
-    assert apart.apart(lambda: half_way(lambda: os.kill(os.getpid(), 9))) == (["first"], "ended by SIGKILL")
-    assert apart.apart(lambda: half_way(lambda: os._exit(7))) == (["first"], "ended by exit code 7")
-    assert apart.apart(lambda: half_way(hangs), seconds=0.5) == (["first"], "no answer in 0 s")
+    assert isolated.apart(lambda: iter([1, [2, "x"]])) == ([1, [2, "x"]], None)
+    assert isolated.apart(lambda: half_way(raises)) == (["first"], "ValueError: two")
+    assert isolated.apart(lambda: half_way(lambda: os.kill(os.getpid(), 9))) == (["first"], "ended by SIGKILL")
+    assert isolated.apart(lambda: half_way(lambda: os._exit(7))) == (["first"], "ended by exit code 7")
+    assert isolated.apart(lambda: half_way(hangs), seconds=0.5) == (["first"], "no answer in 0 s")
 
 
 def broken_check():
@@ -125,8 +126,8 @@ def broken_check():
 
 
 def test_a_check_that_fails_blocks_only_if_it_is_vital():
-    assert apart.finding(broken_check).blocks == []
-    assert apart.finding(broken_check, vital=True).blocks == ["the check of broken check failed: OSError: no"]
+    assert isolated.finding(broken_check).blocks == []
+    assert isolated.finding(broken_check, vital=True).blocks == ["the check of broken check failed: OSError: no"]
 
 
 def test_a_kernel_that_computes_wrong_is_seen(monkeypatch):
@@ -167,29 +168,29 @@ def test_four_bit_widths_of_the_model_block_it():
 
 def test_the_dtype_follows_the_device(monkeypatch, capsys):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert loading.compute_dtype(None, cpu) is loading.compute_dtype("auto", cpu) is torch.float32
+    assert load.compute_dtype(None, cpu) is load.compute_dtype("auto", cpu) is torch.float32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert loading.compute_dtype("auto", gpu) is loading.compute_dtype("bf16", gpu) is torch.bfloat16
+    assert load.compute_dtype("auto", gpu) is load.compute_dtype("bf16", gpu) is torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))  # a T4
-    assert loading.compute_dtype("auto", gpu) is torch.float16 and loading.compute_dtype("fp32", gpu) is torch.float32
+    assert load.compute_dtype("auto", gpu) is torch.float16 and load.compute_dtype("fp32", gpu) is torch.float32
     assert capsys.readouterr().err == ""
-    assert loading.compute_dtype(torch.bfloat16, gpu) is torch.bfloat16  # as an adapter from another card was trained
+    assert load.compute_dtype(torch.bfloat16, gpu) is torch.bfloat16  # as an adapter from another card was trained
     assert "no bf16 in hardware" in capsys.readouterr().err
-    assert loading.compute_dtype("fp16", cpu) is torch.float16
+    assert load.compute_dtype("fp16", cpu) is torch.float16
     assert "float16 on a CPU is for tests" in capsys.readouterr().err
-    with pytest.raises(loading.ModelError, match="dtype must be auto, bf16, fp16, fp32"):
-        loading.compute_dtype("int8", cpu)
+    with pytest.raises(load.ModelError, match="dtype must be auto, bf16, fp16, fp32"):
+        load.compute_dtype("int8", cpu)
 
 
 def test_a_broken_flash_attn_is_hidden_aloud(monkeypatch, capsys, tmp_path):
     if importlib.util.find_spec("flash_attn"):
         pytest.skip("flash-attn is installed here")
-    loading.hide_broken_flash_attention()
+    load.hide_broken_flash_attention()
     assert capsys.readouterr().err == ""
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
     monkeypatch.syspath_prepend(tmp_path)
     try:
-        loading.hide_broken_flash_attention()
+        load.hide_broken_flash_attention()
         [said] = capsys.readouterr().err.splitlines()
         assert "ImportError: undefined symbol" in said and "without it" in said
         assert importlib.util.find_spec("flash_attn") is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from bench_report import write_run
 
-from azr import dynamics, rundata
+from azr.analysis import reader, dynamics
 from azr.runs import RunError
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +43,7 @@ def test_length_is_controlled_for_being_right():
     correct = rng.random(len(step)) < step / 100
     tokens = np.where(correct, 10, 20) + rng.integers(-2, 3, len(step))
     columns = {"step": step, "tokens": tokens, "correct": correct, "task": step}
-    digest = rundata.Digest([], {}, {"deduction": columns}, {}, {}, [])
+    digest = reader.Digest([], {}, {"deduction": columns}, {}, {}, [])
     found = dynamics.lengths(digest, [(1, 50), (51, 100)])["deduction"]
     assert found["per_100_steps"]["low"] < 0 < found["per_100_steps"]["high"]
     assert found["right_minus_wrong"]["mean"] == pytest.approx(-10, abs=0.2)
@@ -52,8 +52,8 @@ def test_length_is_controlled_for_being_right():
 
 
 def test_numbers_of_a_known_run(run_dir):
-    run = rundata.read_run(run_dir)
-    digest = rundata.read_samples(run, (1, 20))
+    run = reader.read_run(run_dir)
+    digest = reader.read_samples(run, (1, 20))
     found = dynamics.dynamics(run, digest, 4)
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     mine = [r for r in rows if r["role"] == "proposer" and r["mode"] == "deduction" and r["step"] <= 5]
@@ -67,7 +67,7 @@ def test_numbers_of_a_known_run(run_dir):
     assert sum(found["solve_rate"]["deduction/first"]["histogram"]) == pytest.approx(1)
     assert found["time"]["update"]["mean"] == 5.0 and found["time"]["update"]["share"] == pytest.approx(5 / 9)
     assert 0 < found["diversity"]["windows"][0]["program_distance"]["mean"] < 1
-    assert digest.lines == len(rows) and set(digest.examples) == {(s, m) for s in (1, 20) for m in rundata.MODES}
+    assert digest.lines == len(rows) and set(digest.examples) == {(s, m) for s in (1, 20) for m in reader.MODES}
     _, proposal, answers = digest.examples[1, "deduction"]
     assert answers and answers[0]["task"] == proposal["task"]
 
@@ -76,7 +76,7 @@ def test_gaps_tears_and_damage_become_notes(run_dir, tmp_path):
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     (tmp_path / "config.json").write_text((run_dir / "config.json").read_text())
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines[:3] + ["{broken}"] + lines[5:8] + [lines[8][:40]]))
-    run = rundata.read_run(tmp_path)
+    run = reader.read_run(tmp_path)
     values = run.column("train/log_prob_gap")
     assert (
         run.steps.tolist() == list(range(1, 9))
@@ -85,7 +85,7 @@ def test_gaps_tears_and_damage_become_notes(run_dir, tmp_path):
     said = " ".join(run.notes)
     assert "torn" in said and "line 4" in said and "2 step(s)" in said and not run.finished
     (tmp_path / "samples.jsonl").write_text((run_dir / "samples.jsonl").read_text()[:30_000] + '\n{"step": 1}\n{"st')
-    digest = rundata.read_samples(run)
+    digest = reader.read_samples(run)
     assert digest.lines > 5 and len(digest.notes) == 3  # torn, cut in the middle, without fields
 
 
@@ -101,7 +101,7 @@ def test_what_is_no_run_is_refused(run_dir, tmp_path):
     for name, said in (("none", "no such"), ("empty", "is empty"), ("foreign", "not a run"), ("half", "cannot be read"),
                        ("young", "no step")):  # fmt: skip
         with pytest.raises(RunError, match=said) as error:
-            rundata.read_run(tmp_path / name)
+            reader.read_run(tmp_path / name)
         assert "\n" not in str(error.value)
         command = [sys.executable, str(ROOT / "analyze.py"), "dynamics", str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from azr import decoder
-from azr import engine as engine_module
-from azr import sampling as sampling_module
-from azr.cpu_attention import SHARED_ROWS, ByPage
-from azr.engine import Engine
-from azr.plan import model_path
-from azr.rollout import LoraSettings, Policy
-from azr.sampling import Sampling, inverse_cdf, sample_tokens, seed_tensor, truncate, uniform
+from azr.policy import decoder
+from azr.policy import engine as engine_module
+from azr.policy import sampling as sampling_module
+from azr.policy.cpu_attention import SHARED_ROWS, ByPage
+from azr.policy.engine import Engine
+from azr.machine.plan import model_path
+from azr.policy.policy import LoraSettings, Policy
+from azr.policy.sampling import Sampling, inverse_cdf, sample_tokens, seed_tensor, truncate, uniform
 from test_rollout import REAL_TOKENIZER, made_up_tokenizer, make_model, prompts_of, seeds_of, stirred
 
 LORA = LoraSettings(rank=4, alpha=8)

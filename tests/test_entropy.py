@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from azr import entropy
-from azr.divergence import divergences, open_policy, token_divergences
+from azr.analysis import entropy
+from azr.analysis.divergence import divergences, open_policy, token_divergences
 from azr.fits import difference_of_means, linear_fit, ratio_of_sums
-from azr.metrics import entropy_metrics
-from azr.rollout import LoraSettings, Policy
+from azr.train.metrics import entropy_metrics
+from azr.policy.policy import LoraSettings, Policy
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
@@ -198,7 +198,7 @@ def test_offset_holds_one_model_at_a_time(monkeypatch, tmp_path):
         opened.append(weakref.ref(policy.model))
         return policy, info
 
-    monkeypatch.setattr("azr.divergence.open_policy", watched)
+    monkeypatch.setattr("azr.analysis.divergence.open_policy", watched)
     data = tmp_path / "probe.jsonl"
     data.write_text(json.dumps({"prompt": TEXTS[0][0], "response": TEXTS[0][1]}) + "\n")
     parser = argparse.ArgumentParser()

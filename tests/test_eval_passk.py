@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from azr import evalrun, evalscore, plan
-from azr.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
-from azr.grading import Answer, Grader, program_text, task_answer
+from azr.evals import run as evalrun, score as evalscore
+from azr.machine import plan
+from azr.evals.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
+from azr.evals.grade import Answer, Grader, program_text, task_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -397,8 +398,8 @@ def adapter(tmp_path_factory):
     """A sharpened model: the base with its answers pushed by random LoRA weights."""
     import torch
 
-    from azr.prompts import template_hash as hash_of
-    from azr.rollout import LoraSettings, Policy
+    from azr.tasks.prompts import template_hash as hash_of
+    from azr.policy.policy import LoraSettings, Policy
 
     directory = tmp_path_factory.mktemp("adapter")
     policy = Policy.load(plan.model_path("tiny"), "none", LoraSettings(4, 8.0))

@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 
 import train_azr
-from azr import benchmarks, evaluation
-from azr.config import Config, resolve
-from azr.evaluation import Evaluation, evenly, statements
-from azr.heldout import load_tasks
-from azr.metrics import step_metrics
-from azr.normalize import skeleton
-from azr.plan import model_path
-from azr.prompts import fence
-from azr.rollout import LoraSettings, Policy, Sampling
-from azr.sampling import Completion
+from azr.evals import benchmarks
+from azr.train import evaluation
+from azr.train.config import Config, resolve
+from azr.train.evaluation import Evaluation, evenly, statements
+from azr.evals.held_out import load_tasks
+from azr.train.metrics import step_metrics
+from azr.tasks.program import skeleton
+from azr.machine.plan import model_path
+from azr.tasks.prompts import fence
+from azr.policy.policy import LoraSettings, Policy, Sampling
+from azr.policy.sampling import Completion
 from azr.tasks import MODES, SEED_TASKS, Buffers, Sample, Task, parse_answer, parse_proposal
 from sandbox import Sandbox
 

@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr import export, export_check, model_card, nf4
-from azr.changes import AdapterUpdate
-from azr.heldout import EvalResult, TaskResult, load_tasks
-from azr.loading import LoraSettings
-from azr.plan import model_path
-from azr.prompts import solve_prompt, template_hash
-from azr.rollout import Policy
+from azr.weights import export, export_check, model_card, nf4
+from azr.weights.reference import AdapterUpdate
+from azr.evals.held_out import EvalResult, TaskResult, load_tasks
+from azr.policy.load import LoraSettings
+from azr.machine.plan import model_path
+from azr.tasks.prompts import solve_prompt, template_hash
+from azr.policy.policy import Policy
 from azr.runs import Run
-from azr.updates import compare
+from azr.weights.sizes import compare
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(model_path("tiny"))

@@ -20,12 +20,14 @@ import pytest
 import torch
 
 import train_azr
-from azr import backoff, runs, update
-from azr.config import Config, completed, resolve
-from azr.engine import Engine
-from azr.evaluation import Evaluation
-from azr.plan import model_path
-from azr.rollout import Policy
+from azr import runs
+from azr.policy import backoff
+from azr.train import update
+from azr.train.config import Config, completed, resolve
+from azr.policy.engine import Engine
+from azr.train.evaluation import Evaluation
+from azr.machine.plan import model_path
+from azr.policy.policy import Policy
 from azr.runs import Run, newest_intact
 from sandbox import Sandbox, SandboxError
 from sandbox.outcomes import Job

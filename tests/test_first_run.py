@@ -14,7 +14,7 @@ import first_run  # noqa: E402
 from first_run import FORCED, TEMPERATURES, THINKING, Figures  # noqa: E402
 from gate_numbers import BEYOND, level, stratified  # noqa: E402
 
-from azr.heldout import load_tasks  # noqa: E402
+from azr.evals.held_out import load_tasks  # noqa: E402
 
 SAMPLES = 8
 PAGE = "a\n<!-- first-run -->\nold\n<!-- end -->\nb\n<!-- first-run-tables -->\n<!-- end -->\nc\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from azr import forgetting
-from azr.prompts import template_hash
-from azr.rollout import LoraSettings, Policy
+from azr.analysis import forgetting
+from azr.tasks.prompts import template_hash
+from azr.policy.policy import LoraSettings, Policy
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "azr" / "tiny"

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from azr.cpu_attention import ByPage
-from azr.plan import model_path
-from azr.rollout import LoraSettings, Policy, Sampling
+from azr.policy.cpu_attention import ByPage
+from azr.machine.plan import model_path
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from random_weights import with_values_in_B
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -6,10 +6,10 @@ import io
 import pytest
 import torch
 
-from azr import gpu, loading
-from azr.gpu import Facts, has_kernels, library_problem, why_unusable
-from azr.plan import model_path
-from azr.rollout import ModelError, Policy
+from azr.policy import load, gpu
+from azr.policy.gpu import Facts, has_kernels, library_problem, why_unusable
+from azr.machine.plan import model_path
+from azr.policy.policy import ModelError, Policy
 
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
@@ -142,14 +142,14 @@ def test_a_wrong_name_is_said_before_the_machine():
 def test_a_card_that_cannot_be_used_is_no_card_to_compute_on(monkeypatch, tmp_path):
     """A V100 is pretended: the decision is tested above, here that loading asks for it and does not fall back."""
     v100 = facts(name="V100", capability=(7, 0), kernels=CU130, driver="580.65.06")
-    monkeypatch.setattr(loading, "look", lambda: v100)
+    monkeypatch.setattr(load, "look", lambda: v100)
     with pytest.raises(ModelError, match="no kernels for V100.*cu126.*CUDA_VISIBLE_DEVICES= "):
         Policy.load(tmp_path, "none")
 
 
 def test_a_large_model_on_the_cpu_is_said(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(loading, "look", lambda: facts(error=NO_DRIVER))
-    monkeypatch.setattr(loading, "LARGE", 10)
+    monkeypatch.setattr(load, "look", lambda: facts(error=NO_DRIVER))
+    monkeypatch.setattr(load, "LARGE", 10)
     (tmp_path / "model.safetensors").write_bytes(b"0" * 11)
     with pytest.raises(ModelError, match="without config.json"):
         Policy.load(tmp_path, "none")
@@ -160,7 +160,7 @@ def test_no_memory_at_load_is_one_line(monkeypatch, tmp_path):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
 
-    monkeypatch.setattr("azr.rollout.load_model", full)
+    monkeypatch.setattr("azr.policy.policy.load_model", full)
     for quantization, advice in (("none", "--quantization nf4"), ("nf4", "a smaller model")):
         with pytest.raises(ModelError, match=advice) as caught:
             Policy.load(tmp_path, quantization)
@@ -180,7 +180,7 @@ def test_no_memory_while_quantizing_is_not_a_broken_file(monkeypatch):
     monkeypatch.setattr(Params4bit, "_quantize", full)
     with pytest.raises(ModelError, match="cannot be loaded"):
         Policy.load(model_path("tiny"), "nf4", device="cpu")
-    monkeypatch.setattr(loading, "_failed_allocations", lambda device: len(failures))
+    monkeypatch.setattr(load, "_failed_allocations", lambda device: len(failures))
     with pytest.raises(ModelError, match="does not fit the memory"):
         Policy.load(model_path("tiny"), "nf4", device="cpu")
 
@@ -196,6 +196,6 @@ def test_what_bitsandbytes_puts_in_place_of_a_missing_library(monkeypatch):
 
 
 def test_bitsandbytes_is_looked_at_before_anything_loads(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "why_no_four_bit", lambda: "no library")
+    monkeypatch.setattr(load, "why_no_four_bit", lambda: "no library")
     with pytest.raises(ModelError, match="no library"):
         Policy.load(tmp_path, "nf4", device="cuda:0")

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from azr import health
-from azr.config import Config
-from azr.health import LIMITS, WINDOW, Health, Watch, example
-from azr.metrics import commonest_share
+from azr.analysis import health
+from azr.train.config import Config
+from azr.analysis.health import LIMITS, WINDOW, Health, Watch, example
+from azr.train.metrics import commonest_share
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"learning_rate": 1e-3, "references": 2, "answers": 8, "temperature": 1.0, "max_new_tokens": 128,
@@ -332,7 +332,7 @@ def test_the_example_is_the_last_of_its_reason(tmp_path):
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    done = [sys.executable, "-m", "azr.health", *map(str, arguments)]
+    done = [sys.executable, "-m", "azr.analysis.health", *map(str, arguments)]
     return subprocess.run(done, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

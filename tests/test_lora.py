@@ -1,4 +1,4 @@
-"""azr/lora.py: the gradient is PEFT's, and nothing else of a PEFT model changes."""
+"""azr/policy/lora.py: the gradient is PEFT's, and nothing else of a PEFT model changes."""
 
 import gc
 import weakref
@@ -7,9 +7,9 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from azr import lora
-from azr.plan import model_path
-from azr.rollout import LoraSettings, Policy
+from azr.policy import lora
+from azr.machine.plan import model_path
+from azr.policy.policy import LoraSettings, Policy
 from random_weights import with_values_in_B
 
 PROMPTS = [[1 + (i * 31 + j * 7) % 300 for j in range(9 + i)] for i in range(4)]

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import train_azr
-from azr import loss_scale, update
-from azr.backoff import Sizes
-from azr.config import Config, resolve
-from azr.loss_scale import FIRST, GROW_AFTER, MOST, LossScale
-from azr.plan import model_path
-from azr.prompts import solve_prompt
-from azr.rollout import LoraSettings, Policy, Sampling
+from azr.train import loss_scale, update
+from azr.policy.backoff import Sizes
+from azr.train.config import Config, resolve
+from azr.train.loss_scale import FIRST, GROW_AFTER, MOST, LossScale
+from azr.machine.plan import model_path
+from azr.tasks.prompts import solve_prompt
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from azr.maths import MAX_ANSWER, MathGrader, extract, is_number, last_boxed, normalise
+from azr.evals.math_answers import MAX_ANSWER, MathGrader, extract, is_number, last_boxed, normalise
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,7 +129,7 @@ def test_a_worker_that_was_killed_is_started_again(grader):
 def test_sympy_stays_out_of_this_process():
     pytest.importorskip("math_verify")
     code = (
-        "import sys; from azr.maths import MathGrader\nwith MathGrader(1) as g: print(g.grade([('1/2', '0.5')])[0].ok, "
+        "import sys; from azr.evals.math_answers import MathGrader\nwith MathGrader(1) as g: print(g.grade([('1/2', '0.5')])[0].ok, "
         "'sympy' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -15,8 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the child
 
-from azr import paged_attention  # noqa: E402
-from azr.paged_attention import AttentionError, choose_attention, paged_decode, unusable  # noqa: E402
+from azr.policy import attention as paged_attention  # noqa: E402
+from azr.policy.attention import AttentionError, choose_attention, paged_decode, unusable  # noqa: E402
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256, 257, 300]
 SHAPES = {"qwen-3b": (16, 2, 128), "qwen-7b": (28, 4, 128), "qwen-0.5b": (14, 2, 64), "tiny": (4, 2, 32),
@@ -219,7 +219,7 @@ def test_triton_kernel_compiles_for_gpus(capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from azr import paged_triton as kernels
+    from azr.policy import triton_attention as kernels
 
     sizes = dict(HEADS=16, GROUP=8, ROWS=16, DIM=128, COLUMNS=128, PAGE=64, SPLIT=kernels.SPLIT, BLOCK=kernels.BLOCK,
                  TOGETHER=kernels.TOGETHER)  # fmt: skip

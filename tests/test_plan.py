@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from azr import plan
-from azr.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
+from azr.machine import plan
+from azr.machine.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
 
 ROOT = Path(__file__).resolve().parents[1]
 

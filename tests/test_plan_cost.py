@@ -14,10 +14,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 import bench_plan
-from azr import backoff, cost, plan, rollout, update, worst_case
-from azr.config import Config, resolve
-from azr.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
-from azr.rollout import LoraSettings, Policy
+from azr.machine import cost, plan
+from azr.policy import policy as rollout, backoff
+from azr.train import memory_probe, update
+from azr.train.config import Config, resolve
+from azr.machine.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
+from azr.policy.policy import LoraSettings, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -155,7 +157,7 @@ def test_the_plan_is_within_15_percent_of_the_measured_peak(tmp_path):
 
 
 def test_after_three_measured_steps_a_run_says_what_it_will_take(capsys):
-    from azr.display import StepLines
+    from azr.train.screen import StepLines
 
     lines = StepLines(500, 0.44)
     for step in range(1, 5):
@@ -180,7 +182,7 @@ def small(**change) -> Config:
 def test_the_probe_leaves_everything_as_it_was(policy):
     optimizer, sizes = update.make_optimizer(policy, 1e-3), backoff.Sizes(512)
     before, rng = update.state_tensors(policy, optimizer), torch.get_rng_state()
-    line = worst_case.probe(policy, optimizer, small(), sizes)
+    line = memory_probe.probe(policy, optimizer, small(), sizes)
     assert "4 x 128 tokens" in line and "peak" in line and sizes == backoff.Sizes(512)
     after = update.state_tensors(policy, optimizer)
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
@@ -189,9 +191,9 @@ def test_the_probe_leaves_everything_as_it_was(policy):
 
 
 def test_the_probe_fills_the_token_budget():
-    assert worst_case.micro_batches(128, 512) == [(4, 128)]
-    assert worst_case.micro_batches(300, 512) == [(1, 300), (2, 256)]
-    assert worst_case.micro_batches(600, 512) == [(1, 600)]
+    assert memory_probe.micro_batches(128, 512) == [(4, 128)]
+    assert memory_probe.micro_batches(300, 512) == [(1, 300), (2, 256)]
+    assert memory_probe.micro_batches(600, 512) == [(1, 600)]
 
 
 def test_memory_that_runs_out_in_the_probe_lowers_the_sizes(policy, monkeypatch, capsys):
@@ -205,14 +207,14 @@ def test_memory_that_runs_out_in_the_probe_lowers_the_sizes(policy, monkeypatch,
         return score(prompts, responses, *rest)
 
     monkeypatch.setattr(policy, "score", limited)
-    assert "2 x 128 tokens" in worst_case.probe(policy, optimizer, small(), sizes)
+    assert "2 x 128 tokens" in memory_probe.probe(policy, optimizer, small(), sizes)
     assert sizes.token_budget == 256 and "token budget 512 -> 256" in capsys.readouterr().err
     monkeypatch.setattr(policy, "score", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
     with pytest.raises(backoff.DoesNotFit, match="lower --max-new-tokens"):
-        worst_case.probe(policy, optimizer, small(), sizes)
+        memory_probe.probe(policy, optimizer, small(), sizes)
 
 
 def test_the_probe_runs_on_a_gpu_or_when_asked(policy, capsys):
     for how, expected in (("auto", policy.device.type == "cuda"), ("never", False), ("always", True)):
-        worst_case.at_start(policy, update.make_optimizer(policy, 1e-3), small(probe=how), backoff.Sizes(512))
+        memory_probe.at_start(policy, update.make_optimizer(policy, 1e-3), small(probe=how), backoff.Sizes(512))
         assert ("probe:" in capsys.readouterr().out) == expected

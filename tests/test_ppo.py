@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azr import ppo
+from azr.train import ppo
 
 
 def tensor(*values):

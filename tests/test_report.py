@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from bench_report import write_run
 
-from azr import report
-from azr.rundata import same_model, read_run
+from azr.analysis import report
+from azr.analysis.reader import same_model, read_run
 
 ROOT = Path(__file__).parents[1]
 

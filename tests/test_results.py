@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import experiments  # noqa: E402
 import tables  # noqa: E402
 
-from azr.config import parse, resolve  # noqa: E402
+from azr.train.config import parse, resolve  # noqa: E402
 from azr.passk import Interval  # noqa: E402
 
 

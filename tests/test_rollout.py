@@ -20,9 +20,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from azr import ppo
-from azr.rollout import LoraSettings, ModelError, Policy, Sampling
-from azr.scoring import ChunkedLogProb, micro_batches, share_prompts
+from azr.train import ppo
+from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
+from azr.policy.scoring import ChunkedLogProb, micro_batches, share_prompts
 
 REAL_TOKENIZER = Path(__file__).parents[1].parent / "shared" / "data" / "qwen2.5-tokenizer"
 LORA = LoraSettings(rank=8, alpha=16)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from azr import scoring
-from azr.scoring import ChunkedLogProb, head_logits
+from azr.policy import scoring
+from azr.policy.scoring import ChunkedLogProb, head_logits
 
 
 def naive(hidden, weight, target, temperature=1.0):

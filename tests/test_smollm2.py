@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from azr.plan import shape_of
-from azr.rollout import LoraSettings, Policy, Sampling
+from azr.machine.plan import shape_of
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from random_weights import with_values_in_B
 
 DIRECTORY = os.environ.get("AZR_SMOLLM2", "")

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from azr.plan import model_path
-from azr.rollout import LoraSettings, ModelError, Policy, Sampling
+from azr.machine.plan import model_path
+from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
 
 TINY = model_path("tiny")
 TEXTS = [("def f(x):\n    return x + 1\n", "f(3) == 4"), ("answer", " is 12"), ("answer", "s")]

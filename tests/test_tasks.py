@@ -1,4 +1,4 @@
-"""azr/tasks.py: records, reading responses, validation, judging, buffers, audit."""
+"""azr/tasks/__init__.py: records, reading responses, validation, judging, buffers, audit."""
 
 import json
 import random
@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azr import tasks
-from azr.audit import wilson
-from azr.normalize import skeleton
-from azr.responses import fences, leaked_code
+from azr.tasks.audit import wilson
+from azr.tasks.program import skeleton
+from azr.tasks.parse import fences, leaked_code
 from azr.tasks import (MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Proposal, Task, judge, parse_answer, parse_proposal,
                        validate)
 from sandbox import PROPOSAL, Outcome, Sandbox, literal
@@ -399,7 +399,7 @@ def test_a_failing_sandbox_is_infra_and_never_a_right_answer(sandbox):
 
 
 def test_judging_what_is_no_task_of_ours(sandbox):
-    with pytest.raises(ValueError, match="azr.benchmarks"):
+    with pytest.raises(ValueError, match="azr.evals.benchmarks"):
         judge([(Task("math", question="1+1", answer="2"), "2")], sandbox)
     with pytest.raises(ValueError, match="no literal"):
         judge([(Task("deduction", DOUBLE, "1", "2 +"), "2")], sandbox)

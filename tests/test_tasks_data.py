@@ -1,4 +1,4 @@
-"""azr/tasks.py on published data: CRUXEval, and seed tasks that a real model proposed. Skipped without the data."""
+"""azr/tasks/__init__.py on published data: CRUXEval, and seed tasks that a real model proposed. Skipped without the data."""
 
 import json
 from collections import Counter

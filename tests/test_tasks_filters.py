@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from azr.jsonlines import batches
+from azr.jsonl import batches
 from azr.tasks import SEED_TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +83,7 @@ def test_bad_lines_of_judge():
             SEED_TASKS["induction"].to_json() | {"answer": "x", "hidden": []}]
     answers, code, _ = run("judge", rows)
     assert code == 1 and [answer["line"] for answer in answers] == [1, 2, 3, 4, 5]
-    for answer, word in zip(answers, ["'answer' is missing", "'answer' must be text", "azr.benchmarks", "no literal",
+    for answer, word in zip(answers, ["'answer' is missing", "'answer' must be text", "azr.evals.benchmarks", "no literal",
                                       "'hidden'"]):
         assert word in answer["error"]
 

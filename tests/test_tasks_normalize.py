@@ -1,4 +1,4 @@
-"""azr/normalize.py: the normal form against Python's own parser (on trusted programs), and on text that is none."""
+"""azr/tasks/program.py: the normal form against Python's own parser (on trusted programs), and on text that is none."""
 
 import ast
 import builtins
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azr.normalize import read_program
+from azr.tasks.program import read_program
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 

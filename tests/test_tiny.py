@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from azr.evaluation import statements
-from azr.heldout import load_tasks
-from azr.plan import model_path
-from azr.prompts import template_hash
-from azr.responses import fences
+from azr.train.evaluation import statements
+from azr.evals.held_out import load_tasks
+from azr.machine.plan import model_path
+from azr.tasks.prompts import template_hash
+from azr.tasks.parse import fences
 from azr.tasks import MODES, Proposal, judge, parse_answer, parse_proposal, validate
 from azr.tiny import documents as recipe
 from azr.tiny import make, programs, split

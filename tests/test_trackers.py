@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from azr import trackers
-from azr.config import Config
+from azr.train import trackers
+from azr.train.config import Config
 from azr.runs import Run, RunError
 
 ROOT = Path(__file__).parents[1]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from azr.plan import model_path
+from azr.machine.plan import model_path
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(model_path("tiny"))
@@ -139,7 +139,7 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    from azr.rollout import Policy
+    from azr.policy.policy import Policy
 
     out, quantization, _ = finished
     adapter = out / "checkpoints/step_4"
@@ -171,7 +171,7 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
 
 
 def test_a_saved_config_can_be_passed_back(finished):
-    from azr.config import parse, resolve
+    from azr.train.config import parse, resolve
 
     out, _, _ = finished
     stored = json.loads((out / "config.json").read_text())

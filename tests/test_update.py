@@ -10,12 +10,12 @@ import math
 import pytest
 import torch
 
-from azr import update
-from azr.backoff import DoesNotFit, Sizes, halve_rollout, is_out_of_memory, retry, rollout_sizes, set_rollout_sizes
-from azr.config import Config, completed, resolve
-from azr.plan import model_path
-from azr.prompts import solve_prompt
-from azr.rollout import LoraSettings, Policy, Sampling
+from azr.train import update
+from azr.policy.backoff import DoesNotFit, Sizes, halve_rollout, is_out_of_memory, retry, rollout_sizes, set_rollout_sizes
+from azr.train.config import Config, completed, resolve
+from azr.machine.plan import model_path
+from azr.tasks.prompts import solve_prompt
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
 
 TOO_MUCH = 1 << 50  # elements

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from azr import nf4, spectra, updates
+from azr.weights import sizes as updates, nf4, spectra
 
 SIGMA, SIDE = 0.02, 1024
 
@@ -59,7 +59,7 @@ def test_the_reference_is_what_the_loaded_model_computes_with():
     """On the CPU, for rows that are a multiple of the block size and for such that are not."""
     import bitsandbytes as bnb
 
-    from azr.changes import Reference
+    from azr.weights.reference import Reference
 
     for columns in (128, 96):
         weight = (SIGMA * gaussian(64, columns)).bfloat16()

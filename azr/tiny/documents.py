@@ -23,7 +23,7 @@ import functools
 import random
 from typing import NamedTuple
 
-from azr.prompts import INDUCTION_INPUTS, fence, propose_prompt, solve_prompt
+from azr.tasks.prompts import INDUCTION_INPUTS, fence, propose_prompt, solve_prompt
 from azr.tasks import SEED_TASKS, Task
 from azr.tiny.programs import (
     LAST,

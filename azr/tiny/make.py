@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from azr.prompts import solve_prompt, template_hash
+from azr.tasks.prompts import solve_prompt, template_hash
 from azr.tiny import documents as recipe
 from azr.tiny import split
 from azr.tiny.muon import Muon

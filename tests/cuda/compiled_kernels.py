@@ -16,8 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from azr import decode_triton, paged_triton
-from azr.plan import Shape
+from azr.policy import triton_attention, decode_triton
+from azr.machine.plan import Shape
 
 PAGE = 64
 # compute capability -> KiB of shared memory a program at most, and of a multiprocessor; warps and programs that one
@@ -53,12 +53,12 @@ def compile_for(capability: int, shape: Shape) -> dict[str, Report]:
     """All kernels of a decode step by name, with the sizes and options that their callers give."""
     group, dim, power = shape.heads // shape.kv_heads, shape.head_dim, triton.next_power_of_2
     attention = dict(HEADS=shape.heads, GROUP=group, ROWS=max(16, power(group)), DIM=dim, COLUMNS=max(16, power(dim)),
-                     PAGE=PAGE, SPLIT=paged_triton.SPLIT, BLOCK=paged_triton.BLOCK,
-                     TOGETHER=paged_triton.TOGETHER)  # fmt: skip
+                     PAGE=PAGE, SPLIT=triton_attention.SPLIT, BLOCK=triton_attention.BLOCK,
+                     TOGETHER=triton_attention.TOGETHER)  # fmt: skip
     rotary, columns = dict(HEADS=shape.heads, DIM=dim, BLOCK=power(dim // 2)), power(shape.hidden)
     return {
-        "splits": _compile(paged_triton._split_kernel, attention, capability, num_warps=4, num_stages=2),
-        "combined": _compile(paged_triton._combine_kernel, attention, capability, num_warps=2),
+        "splits": _compile(triton_attention._split_kernel, attention, capability, num_warps=4, num_stages=2),
+        "combined": _compile(triton_attention._combine_kernel, attention, capability, num_warps=2),
         "norm": _compile(decode_triton._norm_kernel, dict(ADD=True, BLOCK=columns), capability,
                          num_warps=max(1, min(8, columns // 256))),
         "SwiGLU": _compile(decode_triton._silu_mul_kernel, dict(BLOCK=decode_triton.COLUMNS), capability, num_warps=4),

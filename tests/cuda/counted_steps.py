@@ -17,10 +17,10 @@ import torch
 from fake_policy import fake_cuda, fake_policy
 from kernel_count import KernelCount, scaled
 
-from azr import decode_triton, engine, lora, paged_triton
-from azr.plan import Shape
-from azr.sampling import Sampling, sample_without_wait
-from azr.scoring import ChunkedLogProb
+from azr.policy import triton_attention, decode_triton, engine, lora
+from azr.machine.plan import Shape
+from azr.policy.sampling import Sampling, sample_without_wait
+from azr.policy.scoring import ChunkedLogProb
 
 CONTEXT = 600  # tokens of a row in the cache: a prompt of 350 and half of an answer of 500
 PROMPT, PROMPTS = 350, 23  # tokens, and what fits into a prefill of 8,192
@@ -66,7 +66,7 @@ def _of_combined(partial, log_sum, lengths, out, *rest) -> int:
 def _partial(q) -> int:
     """fp32 results of the splits of CONTEXT tokens, with a weight each."""
     rows, heads, dim = q.shape
-    return rows * heads * -(-CONTEXT // paged_triton.SPLIT) * (dim + 1) * 4
+    return rows * heads * -(-CONTEXT // triton_attention.SPLIT) * (dim + 1) * 4
 
 
 def _of_norm(x, delta, weight, out, *rest) -> int:
@@ -84,8 +84,8 @@ def _of_rotate(q, k, v, cos, sin, keys, values, page, offset, *rest) -> int:
 
 
 KERNELS = (
-    (paged_triton, "_split_kernel", "attention, splits", _of_splits),
-    (paged_triton, "_combine_kernel", "attention, combined", _of_combined),
+    (triton_attention, "_split_kernel", "attention, splits", _of_splits),
+    (triton_attention, "_combine_kernel", "attention, combined", _of_combined),
     (decode_triton, "_norm_kernel", "norm", _of_norm),
     (decode_triton, "_silu_mul_kernel", "silu and product", _of_silu),
     (decode_triton, "_rotate_store_kernel", "rotary and store", _of_rotate),

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, masking_utils
 
-from azr import decode_ops, decode_triton, decoder
-from azr.loading import LoraSettings, _new_lora, _settle
-from azr.plan import Shape, model_path
-from azr.rollout import Policy
+from azr.policy import decode_ops, decode_triton, decoder
+from azr.policy.load import LoraSettings, _new_lora, _settle
+from azr.machine.plan import Shape, model_path
+from azr.policy.policy import Policy
 
 BLOCK, NESTED = 64, 256  # weights that share a scale, scales that share one
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-# (multiprocessors, compute capability), names as in azr/cost.py: what the rule looks at
+# (multiprocessors, compute capability), names as in azr/machine/cost.py: what the rule looks at
 CARDS = {"3090": (82, 8, 6), "4090": (128, 8, 9), "a100": (108, 8, 0), "h100": (132, 9, 0)}
 LARGEST = 1536  # rows above which weights are always unpacked
 UNPACKED = 4  # launches: scales, their offset, weights, product

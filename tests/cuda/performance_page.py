@@ -37,8 +37,8 @@ GROUPS = {
 def decode_table() -> str:
     from counted_steps import decode_step
 
-    from azr.cost import CARDS
-    from azr.plan import QWEN25
+    from azr.machine.cost import CARDS
+    from azr.machine.plan import QWEN25
 
     lines = [["model", "weights", "rows", *NAMES.values()]]
     for model in MODELS:
@@ -57,7 +57,7 @@ def decode_table() -> str:
 def kinds_table() -> str:
     from counted_steps import decode_step
 
-    from azr.plan import QWEN25
+    from azr.machine.plan import QWEN25
 
     counts = [decode_step(QWEN25["3B"], weights, 128) for weights in SHOWN]
     kernels, sizes = [c.kernels_on("h100") for c in counts], [c.bytes_on("h100") for c in counts]
@@ -76,8 +76,8 @@ def kinds_table() -> str:
 def passes_table() -> str:
     from counted_steps import PROMPT, PROMPTS, SCORED, UPDATE, log_probs, prefill_step, scoring, update
 
-    from azr.cost import CARDS
-    from azr.plan import QWEN25
+    from azr.machine.cost import CARDS
+    from azr.machine.plan import QWEN25
 
     rates = [f"{name}, tokens/s" for name in NAMES.values()]
     lines = [["model", "pass", "weights", "tokens", "kernels", "MB a token", *rates]]
@@ -101,7 +101,7 @@ def passes_table() -> str:
 def compiled_table() -> str:
     from compiled_kernels import CARDS, compile_for
 
-    from azr.plan import QWEN25
+    from azr.machine.plan import QWEN25
 
     lines = [["kernel", "model", *(f"sm_{capability} ({cards})" for capability, cards in CARDS.items())]]
     reports = {(model, c): compile_for(c, QWEN25[model]) for model in MODELS for c in CARDS}

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from operations import WAITS, name_of, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from azr.rollout import Policy
+from azr.policy.policy import Policy
 
 CARD = torch.device("cuda", 0)
 COPIES = ("_to_copy", "copy_")

@@ -7,7 +7,7 @@ triton = pytest.importorskip("triton", reason="no Triton, whose kernels these ar
 import performance_page  # noqa: E402
 from compiled_kernels import LIMITS, compile_for  # noqa: E402
 
-from azr.plan import QWEN25  # noqa: E402
+from azr.machine.plan import QWEN25  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,8 +17,8 @@ from fake_policy import attention_of_a_gpu, fake_cuda  # noqa: E402
 from four_bit_rule import CARDS, RuleNotFound, launches  # noqa: E402
 from kernel_count import KernelCount  # noqa: E402
 
-from azr.plan import QWEN25  # noqa: E402
-from azr.sampling import Sampling  # noqa: E402
+from azr.machine.plan import QWEN25  # noqa: E402
+from azr.policy.sampling import Sampling  # noqa: E402
 
 MODELS = {name: QWEN25[name] for name in performance_page.MODELS}
 # Kernels that a step may take, on the card where it takes most. Lower them when a step gets shorter.

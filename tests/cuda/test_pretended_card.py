@@ -15,12 +15,12 @@ from pretended_card import CARD, HostWait, PretendedCard, on_card
 
 from test_rollout import made_up_tokenizer, make_model, stirred
 
-from azr import engine as engine_module
-from azr import paged_attention
-from azr import sampling as sampling_module
-from azr.backoff import DoesNotFit
-from azr.rollout import LoraSettings, Policy
-from azr.sampling import Sampling
+from azr.policy import engine as engine_module
+from azr.policy import attention
+from azr.policy import sampling as sampling_module
+from azr.policy.backoff import DoesNotFit
+from azr.policy.policy import LoraSettings, Policy
+from azr.policy.sampling import Sampling
 
 pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=str(why_no_guard()))
 
@@ -135,13 +135,13 @@ def test_nothing_is_alive_after_a_call_that_raised(watched, on_cpu):
 
 
 def test_a_wait_in_a_captured_step_is_refused_and_leaves_nothing(watched, monkeypatch, on_cpu):
-    original = paged_attention._sdpa
+    original = attention._sdpa
 
     def asks(q, keys, values, table, lengths, scale):
         assert lengths.max().item() > 0
         return original(q, keys, values, table, lengths, scale)
 
-    monkeypatch.setattr(paged_attention, "_sdpa", asks)
+    monkeypatch.setattr(attention, "_sdpa", asks)
     with PretendedCard() as card:
         policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=8)
         before = card.live

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from azr.backoff import is_out_of_memory
-from azr.plan import QWEN25, Shape
+from azr.policy.backoff import is_out_of_memory
+from azr.machine.plan import QWEN25, Shape
 from gpu.lines import LOST, append, read_lines, shown
 
 SMALL = Shape(64, 2, 4, 2, 128, 1000, True, 16)  # in place of every true shape in the dry mode on a CPU

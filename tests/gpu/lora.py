@@ -1,4 +1,4 @@
-"""PEFT's own chain of casts, products and sums in place of azr/lora.py, and one adapted layer against float64."""
+"""PEFT's own chain of casts, products and sums in place of azr/policy/lora.py, and one adapted layer against float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from azr.lora import active_adapters, dequantized
+from azr.policy.lora import active_adapters, dequantized
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import os
 import torch
 import torch.nn.functional as F
 
-from azr.paged_attention import PAGE_SIZE, paged_decode, unusable
+from azr.policy.attention import PAGE_SIZE, paged_decode, unusable
 from gpu.bench import Bench, prompts_of
 
 HEADS = ((16, 2, 128), (28, 4, 128), (9, 3, 64), (14, 2, 64), (32, 32, 128))  # 3B, 7B, SmolLM2, 0.5B, no groups
@@ -76,7 +76,7 @@ def attention(bench: Bench, backend: str, dtype) -> dict:
 
 def nf4_products(bench: Bench) -> dict:
     """Every matrix of a layer at 1 to 384 rows, against its own dequantized matrix in float64."""
-    from azr.decoder import dequantized
+    from azr.policy.decoder import dequantized
 
     policy, worst = bench.policy("nf4"), {}
     layer = policy.backbone.layers[0]
@@ -98,7 +98,7 @@ def nf4_products(bench: Bench) -> dict:
 
 def chunked(bench: Bench) -> dict:
     """Log-probs, entropies and the gradient of hidden states, logits of a few nats' entropy."""
-    from azr.scoring import ChunkedLogProb
+    from azr.policy.scoring import ChunkedLogProb
 
     tokens, vocabulary, hidden = (8, 500, 32) if bench.cpu else (256, 151_936, 2048)
     dtype, device = (torch.float32 if bench.cpu else torch.bfloat16), bench.device
@@ -204,7 +204,7 @@ def sharpen(bench: Bench, policy, wanted: float = 1.0) -> float:
 
 def gap_figures(policy, prompts: list[list[int]], tokens: int, n: int = 4, stop: tuple = ()) -> dict:
     """log p of the trainer less that of the sampler over sampled tokens; k3 = mean(r - 1 - log r), r their ratio."""
-    from azr.sampling import Sampling
+    from azr.policy.sampling import Sampling
 
     seeds = [[100 * i + j for j in range(n)] for i in range(len(prompts))]
     rows = policy.generate(prompts, n, Sampling(max_new_tokens=tokens, stop=stop), seeds)

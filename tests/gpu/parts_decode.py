@@ -110,7 +110,7 @@ def one(bench: Bench, rows: int, weights: str) -> dict:
 
 def generated(bench: Bench, policy, rows: int, tokens: int, salt: int = 0) -> float:
     """Seconds of a call of so many samples of different prompts."""
-    from azr.sampling import Sampling
+    from azr.policy.sampling import Sampling
 
     length, vocabulary = (24 if bench.cpu else CONTEXT), policy.base.config.vocab_size
     policy.model.eval()

@@ -50,7 +50,7 @@ def bitsandbytes_works(bench: Bench) -> dict:
     """One product in 4 bits against the dequantized matrix."""
     import bitsandbytes as bnb
 
-    from azr.decoder import dequantized
+    from azr.policy.decoder import dequantized
 
     dtype = torch.float32 if bench.cpu else torch.bfloat16
     layer = bnb.nn.Linear4bit(256, 512, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from azr import plan
+from azr.machine import plan
 from gpu.bench import GB, Bench, prompts_of
 from gpu.parts_decode import CONTEXT, Replays, decode_figures
 from gpu.parts_update import micro_batch, planned
@@ -46,7 +46,7 @@ def leak(bench: Bench) -> None:
 
 def call(bench: Bench, policy, rows: int, tokens: int, length: int = 512, retried: bool = False, salt: int = 0):
     """`rows` samples of different prompts, `tokens` each; (completions in a list)."""
-    from azr.sampling import Sampling
+    from azr.policy.sampling import Sampling
 
     prompts = prompts_of(rows, length, bench.shape("3B").vocabulary, salt)
     sample = policy.generate if retried else policy.engine.generate
@@ -81,7 +81,7 @@ def five_calls(bench: Bench, retried: bool = False) -> dict:
 @contextmanager
 def no_graphs():
     """Decode steps are launched kernel by kernel inside."""
-    import azr.engine as engine
+    import azr.policy.engine as engine
     from gpu.bench import patched
 
     with patched(engine, "Graphs", lambda *arguments, **more: None):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from azr.paged_attention import PAGE_SIZE, paged_decode, unusable
+from azr.policy.attention import PAGE_SIZE, paged_decode, unusable
 from gpu.bench import Bench
 from gpu.lora import matrix
 from gpu.parts_correct import paged
@@ -93,7 +93,7 @@ def lora(bench: Bench) -> dict:
 def norms(bench: Bench) -> dict:
     """The decoder's norm (with the sum before it), the same in torch's operations, and torch's own, which rounds once
     less than transformers."""
-    from azr import decode_ops
+    from azr.policy import decode_ops
 
     policy, base = bench.any_policy()
     modules, each = [layer.input_layernorm for layer in policy.backbone.layers], []

@@ -9,8 +9,8 @@ import tempfile
 
 import torch
 
-from azr import plan
-from azr.rollout import LoraSettings, Policy, Sampling
+from azr.machine import plan
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from gpu import parts_train
 from gpu.bench import Bench, patched
 from gpu.pack import joined
@@ -75,7 +75,7 @@ def policy_in(bench: Bench, held: dict, scratch: str, dtype, quantization: str =
 
 def task_prompts(policy, count: int) -> list[list[int]]:
     """Token ids of solver's and proposer's prompts of the seed tasks, at most 700 tokens."""
-    from azr.prompts import propose_prompt, solve_prompt
+    from azr.tasks.prompts import propose_prompt, solve_prompt
     from azr.tasks import SEED_TASKS
 
     texts = [solve_prompt(task, "azr") for task in SEED_TASKS.values()]

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from azr import metrics, plan
+from azr.machine import plan
+from azr.train import metrics
 from gpu.bench import GB, Bench, patched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +54,7 @@ def nf4_or_none(bench: Bench) -> str:
 
 
 def allow_cpu(bench: Bench) -> list[str]:
-    from azr.config import Config
+    from azr.train.config import Config
 
     known = {field.name for field in dataclasses.fields(Config)}
     return ["--allow-cpu"] if bench.cpu and "allow_cpu" in known else []
@@ -137,7 +138,7 @@ def watched(bench: Bench, laps: list):
 
 def planner(bench: Bench, flags: list[str], laps: list, real: bool) -> dict:
     """The plan's largest phase for the same sizes beside the largest peak."""
-    from azr.config import parse, resolve
+    from azr.train.config import parse, resolve
 
     config, _ = resolve(parse(flags, ""))
     sizes = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(plan.Preset)}
@@ -154,7 +155,7 @@ def planner(bench: Bench, flags: list[str], laps: list, real: bool) -> dict:
 
 
 def random_weights(bench: Bench):
-    from azr.rollout import Policy
+    from azr.policy.policy import Policy
     from random_weights import random_policy
 
     class RandomWeights(Policy):

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
-from azr import plan
+from azr.machine import plan
 from gpu.bench import GB, Bench, activities, kernel_table, prompts_of
 from gpu.lora import by_peft, errors
 
@@ -85,7 +85,7 @@ def micro_batch(bench: Bench, policy, tokens: int, length: int, repeats: int = 3
 
 
 def planned(bench: Bench, figures: dict, size: str, base: str, tokens: int) -> dict:
-    """What azr/plan.py says of a micro-batch, less Adam's moments, which this measurement has not."""
+    """What azr/machine/plan.py says of a micro-batch, less Adam's moments, which this measurement has not."""
     preset = dataclasses.replace(plan.PRESETS["24gb"], quantization=base, token_budget=tokens, lora_rank=32,
                                  prompt_tokens=tokens // 2, max_new_tokens=tokens // 2)  # fmt: skip
     shape = bench.shape(size)
@@ -149,7 +149,7 @@ def profiled(bench: Bench, tokens: int, length: int) -> dict:
 
 def adamw(bench: Bench) -> dict:
     """The optimizer step beside it: first and later ones, clipping, copies that a step goes back to."""
-    from azr import update as updates
+    from azr.train import update as updates
 
     policy, _ = bench.any_policy()
     optimizer = updates.make_optimizer(policy, 1e-5)
@@ -169,7 +169,7 @@ def adamw(bench: Bench) -> dict:
 
 
 def chunked_cost(bench: Bench, naive: bool = False) -> dict:
-    from azr.scoring import ChunkedLogProb
+    from azr.policy.scoring import ChunkedLogProb
 
     tokens, vocabulary, hidden = (16, 500, 32) if bench.cpu else (8192, 151_936, 2048)
     dtype, device = (torch.float32 if bench.cpu else torch.bfloat16), bench.device

@@ -1,0 +1,396 @@
+"""Does the proposer get harder, or the solver weaker? Proposals of every stage, solved by FIXED solvers.
+
+    python analyze.py difficulty runs/tiny-0                        base, middle and final checkpoint; about a minute
+    python analyze.py difficulty runs/qwen-3b-0 --questions 800 --mode deduction     the published analysis (2510.27072)
+    python analyze.py difficulty runs/tiny-0 runs/tiny-1 runs/tiny-2    also: correlations with an interval across seeds
+
+The solve rate that training logs falls when tasks get harder and when the solver gets worse. A solver that does not
+change tells the two apart: the same one on tasks of the first and the last stage (tasks), and two of them on the same
+tasks (solver). Every stage has the same number of tasks of a mode. Rates and settings stay in RUN/eval/difficulty.json
+and are used again. Left out: intervals speak of other tasks of this run; only several runs speak of other seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from azr.analysis import figures
+from azr.analysis.figures import shown, warn
+from azr.fits import as_json, difference_of_means, linear_fit, over_runs
+from azr.passk import Interval, bootstrap_interval, share_interval
+from azr.analysis.reader import MODES, RunData, json_lines, read_run, same_model, stages
+from azr.runs import write_json_atomic
+
+STAGES, ANSWERS = 4, 8
+QUESTIONS, QUESTIONS_EMBEDDED = 800, 480
+FLOOR = 0.05  # a mean solve rate this near 0 or 1 cannot show much of a change
+RUNS_FOR_INTERVAL = 3
+
+
+@dataclass
+class Table:
+    """What the fixed solvers did: one row a task."""
+
+    stage: np.ndarray  # (tasks,) 0, 1, ...
+    step: np.ndarray  # (tasks,) when the task was proposed
+    mode: np.ndarray  # (tasks,)
+    rates: dict[str, np.ndarray]  # solver -> (tasks,) share of its answers that were right; earliest solver first
+    tokens: dict[str, np.ndarray]  # solver -> (tasks,) mean response length
+    logged: np.ndarray  # (tasks,) the solve rate of the solver of that step, as logged
+
+
+# ------------------------------------------------------------------------------------------------------- the sums
+
+
+def analyse(table: Table) -> dict:
+    """Rates by stage and solver, what tasks and solver contribute, and a verdict in words.
+
+    tasks: change of the solve rate from the first to the last stage with the solver held fixed, mean over the solvers;
+    solver: change from the first to the last solver on the same tasks, first and last stage. With
+    R(stage, solver): R(last, final) - R(first, base) = tasks(base, final) + solver, the two-factor Shapley split.
+    """
+    names, last = list(table.rates), int(table.stage.max())
+    at = {i: table.stage == i for i in range(last + 1)}
+    ends = at[0] | at[last]
+    every = np.mean(list(table.rates.values()), axis=0)
+    pair = np.mean([table.rates[names[0]], table.rates[names[-1]]], axis=0)
+    gain = table.rates[names[-1]] - table.rates[names[0]]
+    result = {
+        "solvers": names,
+        "tasks_per_stage": [int(rows.sum()) for rows in at.values()],
+        "rate": {n: [_share(r[rows]) for rows in at.values()] for n, r in table.rates.items()},
+        "tokens": {n: [_mean(t[rows]) for rows in at.values()] for n, t in table.tokens.items()},
+        "logged_rate": [_share(table.logged[rows]) for rows in at.values()],
+        "tasks_by_solver": {n: _change(r, at[0], at[last]) for n, r in table.rates.items()},
+        "tasks_by_mode": {m: _change(every, at[0] & (table.mode == m), at[last] & (table.mode == m)) for m in MODES},
+        "tasks": _change(every, at[0], at[last]),
+        "trend_per_100_steps": as_json(linear_fit(table.step / 100, every).coefficients[1], len(every)),
+        "split": {"tasks": _change(pair, at[0], at[last]), "solver": _mean(gain[ends])},
+        # the final solver was trained on the last stage's tasks, the base on none: do they differ more there?
+        "lead_grows": _change(gain, at[0], at[last]),
+        "tokens_change": {n: _change(t, at[0], at[last]) for n, t in table.tokens.items()},
+        "logged_change": _change(table.logged, at[0], at[last]),
+    }
+    result["verdict"] = verdict(result)
+    return result
+
+
+def verdict(result: dict) -> list[str]:
+    """What the numbers say, in sentences; n is in the table."""
+    tasks, solver, by = result["tasks"], result["split"]["solver"], result["tasks_by_solver"]
+    said, base = [], next(iter(by.values()))
+    agree = [name for name, row in by.items() if row["mean"] * tasks["mean"] > 0]
+    # only the base was trained on none of these tasks: without its consent nothing is said
+    if tasks["high"] < 0 and base["mean"] < 0:
+        said.append(f"The proposals get harder: fixed solvers solve {shown(tasks)} fewer of the last stage's tasks"
+                    f" (negative: fewer), {len(agree)} of {len(by)} solvers agree.")  # fmt: skip
+    elif tasks["low"] > 0 and base["mean"] > 0:
+        said.append(f"The proposals get easier: fixed solvers solve {shown(tasks)} more of the last stage's tasks, "
+                    f"{len(agree)} of {len(by)} solvers agree.")  # fmt: skip
+    else:
+        said.append(f"No change of difficulty is shown: fixed solvers, last stage minus first, {shown(tasks)}.")
+    word = "weaker" if solver["high"] < 0 else "stronger" if solver["low"] > 0 else None
+    said.append(f"The solver gets {word} on these tasks: final minus base, same tasks, {shown(solver)}." if word
+                else f"No change of the solver is shown on these tasks: final minus base {shown(solver)}.")  # fmt: skip
+    lead = result["lead_grows"]
+    if lead["low"] > 0:
+        said.append(f"The final solver's lead over the base grows by {shown(lead)} from the first stage's tasks to "
+                    "the last stage's, which it was trained on; for the base, trained on none, the change is "
+                    f"{shown(base)}.")  # fmt: skip
+    rates = [row["mean"] for rows in result["rate"].values() for row in (rows[0], rows[-1])]
+    if min(rates) < FLOOR or max(rates) > 1 - FLOOR:
+        said.append("Some solve rates are near 0 or 1, where a change of difficulty hardly shows.")
+    return said
+
+
+def _share(values: np.ndarray) -> dict | None:
+    values = values[np.isfinite(values)]
+    return as_json(share_interval(values), len(values)) if len(values) else None
+
+
+def _mean(values: np.ndarray) -> dict | None:
+    values = values[np.isfinite(values)]
+    return as_json(bootstrap_interval(values), len(values)) if len(values) else None
+
+
+def _change(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> dict | None:
+    a, b = (values[rows & np.isfinite(values)] for rows in (first, last))
+    return as_json(difference_of_means(a, b), min(len(a), len(b))) if len(a) and len(b) else None
+
+
+def correlations(run: RunData, table: Table, bounds: list[tuple[int, int]]) -> dict:
+    """Pearson's r over the stages between held-out accuracy and (a) difficulty for the fixed solvers, (b) length.
+
+    Held-out accuracy is interpolated between evaluations to the middle of the stage. NaN with fewer than 3 stages.
+    """
+    steps, accuracy = run.steps, run.column("held_out/all/accuracy")
+    known = np.isfinite(accuracy)
+    tokens = np.nanmean([run.column(f"solver/{m}/response_tokens") for m in MODES], axis=0)
+    every = np.mean(list(table.rates.values()), axis=0)
+    number = range(len(bounds))
+    series = {
+        "difficulty": [1 - every[table.stage == i].mean() for i in number],
+        "answer_tokens": [np.nanmean(tokens[(steps >= a) & (steps <= b)]) for a, b in bounds],
+    }
+    held = np.interp([(a + b) / 2 for a, b in bounds], steps[known], accuracy[known]) if known.sum() > 1 else None
+    result = {"n": len(bounds)}
+    for name, values in series.items():
+        usable = held is not None and len(bounds) > 2 and np.std(values) > 0 and np.std(held) > 0
+        result[name] = float(np.corrcoef(values, held)[0, 1]) if usable else float("nan")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questions: int) -> list[dict]:
+    """[{"stage", "step", "logged", "task"}]: the same number of valid proposals of a mode from every stage.
+
+    A mode without valid proposals in some stage is left out with a warning; ValueError if none remains.
+    """
+    from azr.tasks import Task
+
+    found: dict[tuple[int, str], dict] = {(i, mode): {} for i in range(len(bounds)) for mode in modes}
+    notes: list[str] = []
+    if not (run.path / "samples.jsonl").is_file():
+        raise ValueError(f"{run.path} has no samples.jsonl, so there are no proposals to solve")
+    for row in json_lines(run.path / "samples.jsonl", notes):
+        if row.get("role") != "proposer" or not row.get("task") or row.get("mode") not in modes:
+            continue
+        stage = next((i for i, (a, b) in enumerate(bounds) if a <= row.get("step", -1) <= b), None)
+        if stage is not None:
+            task = Task.from_json(row["task"])
+            entry = {"stage": stage, "step": row["step"], "logged": row.get("solve_rate"), "task": task}
+            found[stage, row["mode"]].setdefault(task.hash, entry)
+    for note in notes:
+        warn(f"{run.path}: {note}")
+    present = [mode for mode in modes if all(found[i, mode] for i in range(len(bounds)))]
+    for mode in set(modes) - set(present):
+        warn(f"{run.path}: some stage has no valid {mode} proposal; {mode} is left out")
+    if not present:
+        raise ValueError(f"{run.path}: no mode has valid proposals in all {len(bounds)} stages; try fewer --stages")
+    chosen, wanted = [], max(1, questions // (len(bounds) * len(present)))
+    for mode in present:
+        size = min(wanted, *(len(found[i, mode]) for i in range(len(bounds))), wanted)
+        for i in range(len(bounds)):
+            pool = [found[i, mode][key] for key in sorted(found[i, mode])]
+            chosen += random.Random(f"difficulty/{i}/{mode}").sample(pool, size)
+    return chosen
+
+
+def fixed_solvers(run: RunData) -> dict[str, Path | None]:
+    """{"base": None, "step_60": DIR, "step_120": DIR}: base, the checkpoint nearest to the middle, the last."""
+    found = [(step, path) for step, path in run.checkpoints() if step > 0]
+    if not found:
+        raise ValueError(f"{run.path} has no checkpoint after step 0, so there is no trained solver to compare with")
+    middle = min(found, key=lambda item: abs(item[0] - found[-1][0] / 2))
+    return {"base": None} | {f"step_{step}": path for step, path in (middle, found[-1])}
+
+
+def solve(run: RunData, chosen: list[dict], solvers: dict, settings: dict, fresh: bool) -> dict:
+    """{solver: {"correct": [...], "tokens": [...]}} for the chosen tasks; from RUN/eval/difficulty.json if it is there
+    for the same tasks, settings and adapters, else sampled and kept there, solver by solver."""
+    path = run.path / "eval" / "difficulty.json"
+    key = hashlib.sha256(json.dumps([settings, [c["task"].hash for c in chosen]]).encode()).hexdigest()[:16]
+    marks = {n: _digest(d / "adapter_model.safetensors") if d else "base" for n, d in solvers.items()}
+    kept = {}
+    if path.is_file() and not fresh:
+        try:
+            stored = json.loads(path.read_text())
+            same = stored.get("key") == key
+            kept = {n: row for n, row in stored["solvers"].items() if same and row.get("adapter") == marks.get(n)}
+        except (ValueError, KeyError, AttributeError):
+            warn(f"{path} cannot be read and is made again")
+    if kept:
+        figures.say(f"{run.path}: answers of {', '.join(kept)} are taken from {path} (--fresh samples again)")
+    missing = {name: solvers[name] for name in solvers if name not in kept}
+    if missing:
+        path.parent.mkdir(exist_ok=True)
+        for name, row in _sample(run, [c["task"] for c in chosen], missing, settings):
+            kept[name] = row | {"adapter": marks[name]}
+            rows = [{**c, "task": c["task"].to_json()} for c in chosen]
+            ordered = {n: kept[n] for n in solvers if n in kept}
+            write_json_atomic(path, {"key": key, "settings": settings, "solvers": ordered, "tasks": rows})
+    return {name: kept[name] for name in solvers}
+
+
+def _sample(run: RunData, tasks: list, solvers: dict, settings: dict):
+    """Yields (solver, {"correct", "tokens"}), answers sampled with seeds that all solvers share."""
+    from azr.analysis.divergence import open_run, use
+    from azr.evals.held_out import evaluate
+    from azr.policy.policy import Sampling
+    from azr.tasks import STOP
+    from sandbox import Sandbox
+
+    policy = open_run(run)
+    sampling = Sampling(settings["temperature"], max_new_tokens=settings["max_new_tokens"], stop=(STOP,))
+    with Sandbox() as sandbox:
+        for name, checkpoint in solvers.items():
+            if checkpoint:
+                use(policy, checkpoint)
+            with policy.disable_adapter() if checkpoint is None else nullcontext():
+                done = evaluate(policy, tasks, settings["answers"], sampling, settings["template"], sandbox, 0)
+            tokens = [float(np.mean(task.tokens)) for task in done.tasks]
+            yield name, {"correct": [task.correct for task in done.tasks], "tokens": tokens}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def measure(run: RunData, args) -> dict:
+    """One run: choose, solve, analyse. The analysis is kept in RUN/eval/difficulty_result.json for the report."""
+    bounds = stages(run.steps, args.stages)
+    if len(bounds) < 2:
+        raise ValueError(f"{run.path} has {len(run.steps)} step: two stages need two")
+    embedded = run.base().get("template") == "tiny"
+    questions = args.questions or (QUESTIONS_EMBEDDED if embedded else QUESTIONS)
+    chosen = choose(run, bounds, args.mode or list(MODES), questions)
+    settings = {
+        "answers": args.answers,
+        "temperature": run.config.get("temperature", 1.0),
+        "max_new_tokens": run.config.get("max_new_tokens", 512),
+        "template": run.base()["template"],
+    }
+    solvers = fixed_solvers(run)
+    done = solve(run, chosen, solvers, settings, args.fresh)
+    table = Table(
+        np.array([c["stage"] for c in chosen]),
+        np.array([c["step"] for c in chosen]),
+        np.array([c["task"].mode for c in chosen]),
+        {n: np.array(row["correct"]) / args.answers for n, row in done.items()},
+        {n: np.array(row["tokens"], float) for n, row in done.items()},
+        np.array([np.nan if c["logged"] is None else c["logged"] for c in chosen], float),
+    )
+    result = analyse(table) | {
+        "stages": bounds,
+        "settings": settings,
+        "correlation": correlations(run, table, bounds),
+    }
+    write_json_atomic(run.path / "eval" / "difficulty_result.json", result)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the screen
+
+
+def print_result(run: RunData, result: dict) -> None:
+    n, answers = result["tasks_per_stage"][0], result["settings"]["answers"]
+    print(f"{run.path}: share of right answers of solvers that do not change, on proposals of each stage")
+    print(
+        f"({n} tasks a stage, {answers} answers each; [95 % intervals over tasks]; 'as logged': by the solver of then)"
+    )
+    for line in result["verdict"]:
+        print(f"  {line}")
+    heads = [f"steps {a}-{b}" for a, b in result["stages"]]
+    print(f"\n{'':17s}" + "".join(f"{h:24s}" for h in heads))
+    for name, row in [*result["rate"].items(), ("as logged", result["logged_rate"])]:
+        print(f"{name:17s}" + "".join(f"{shown(c) if c else '-':24s}" for c in row))
+    for name, row in result["tokens"].items():
+        print(f"{name + ' length':17s}" + "".join(f"{shown(c, 1) if c else '-':24s}" for c in row))
+    split = result["split"]
+    print(f"\nlast stage and final solver minus first stage and base: tasks {shown(split['tasks'])}, "
+          f"solver {shown(split['solver'])}")  # fmt: skip
+    modes = {m: row for m, row in result["tasks_by_mode"].items() if row}
+    print("tasks, by mode: " + "; ".join(f"{m} {shown(row)} (n {row['n']})" for m, row in modes.items()))
+    print(f"trend of the fixed solvers' rate per 100 steps: {shown(result['trend_per_100_steps'])}\n")
+
+
+def across_seeds(results: dict[str, dict]) -> dict:
+    """The correlations of every run, their mean, and from three runs on its interval: Student's t on Fisher's z."""
+    found = {}
+    for name in ("difficulty", "answer_tokens"):
+        values = np.array([result["correlation"][name] for result in results.values()])
+        values = values[np.isfinite(values)]
+        if len(values):
+            z = over_runs(np.arctanh(np.clip(values, -0.999, 0.999)))  # Fisher's z: an interval of r inside [-1, 1]
+            enough = len(values) >= RUNS_FOR_INTERVAL
+            ends = [float(np.tanh(x)) if enough else np.nan for x in (z.low, z.high)]
+            interval = Interval(float(np.tanh(z.mean)), *ends)
+            found[name] = as_json(interval, len(values)) | {"runs": values.tolist()}
+    return found
+
+
+def print_correlations(found: dict, stages_: int) -> None:
+    for name, row in found.items():
+        each = ", ".join(f"{value:+.2f}" for value in row["runs"])
+        text = f"correlation over {stages_} stages of held-out accuracy with {name.replace('_', ' ')}: {each}"
+        if row["low"] == row["low"]:
+            text += f"; mean over {row['n']} runs {shown(row, 2)}"
+        else:
+            text += f" ({row['n']} run(s): an interval across seeds needs {RUNS_FOR_INTERVAL})"
+        print(text)
+
+
+def draw(run_name: str, result: dict):
+    drawn, (rates, split, tokens) = figures.figure(1, 3, 3.7, 2.9)
+    x = np.arange(len(result["stages"]))
+    labels = [f"{a}-{b}" for a, b in result["stages"]]
+    for i, name in enumerate(result["solvers"]):
+        color = figures.CYCLE[i]
+        figures.points(rates, x, result["rate"][name], name, color, shift=0.06 * (i - 1))
+        figures.points(tokens, x, result["tokens"][name], name, color, shift=0.06 * (i - 1))
+    logged = [row["mean"] if row else np.nan for row in result["logged_rate"]]
+    rates.plot(x, logged, "k--", linewidth=1, label="as logged in training")
+    for axes in (rates, tokens):
+        axes.set_xticks(x, labels)
+        axes.set_ylim(bottom=0)
+    figures.label(rates, f"{run_name}: fixed solvers on each stage's tasks", "steps proposed in", "share solved")
+    figures.label(tokens, "length of their answers", "steps proposed in", "tokens")
+    rows = [result["split"]["tasks"], result["split"]["solver"], result["logged_change"]]
+    split.axhline(0, color="#333333", linewidth=0.8)
+    for i, row in enumerate(rows):
+        figures.points(split, [i], [row], "", figures.CYCLE[i], False)
+    split.set_xticks(range(3), ["tasks\n(solver fixed)", "solver\n(tasks fixed)", "as logged"], fontsize=7.5)
+    split.set_xlim(-0.5, 2.5)
+    figures.label(split, "change of the solve rate, first to last", "", "difference", legend=False)
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
+    parser.add_argument("--stages", type=int, default=STAGES, help=f"equal parts of the run (default {STAGES})")
+    parser.add_argument("--questions", type=int, help=f"in all (default {QUESTIONS}; tiny {QUESTIONS_EMBEDDED})")
+    parser.add_argument("--answers", type=int, default=ANSWERS, help=f"of each solver to a task (default {ANSWERS})")
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="only these modes (default all)")
+    parser.add_argument("--fresh", action="store_true", help="sample again instead of using RUN/eval/difficulty.json")
+    figures.add_output_arguments(parser)
+
+
+def main(args) -> int:
+    def work() -> int:
+        if args.stages < 2 or args.answers < 1 or (args.questions or 1) < 1:
+            raise ValueError("--stages must be at least 2, --answers and --questions at least 1")
+        runs = [read_run(path) for path in args.run]
+        same_model(runs)
+        for run in runs:
+            fixed_solvers(run)  # refused before anything is sampled
+        results, drawn = {}, {}
+        for run in runs:
+            for note in run.notes:
+                warn(f"{run.path}: {note}")
+            results[str(run.path)] = result = measure(run, args)
+            print_result(run, result)
+            drawn[f"difficulty_{run.name}" if len(runs) > 1 else "difficulty"] = draw(run.name, result)
+        seeds = across_seeds(results)
+        print_correlations(seeds, len(result["stages"]))
+        figures.write_outputs(args, "difficulty", {"runs": results, "correlation_with_held_out": seeds}, drawn)
+        return 0
+
+    return figures.guarded("difficulty", work)
+
+
+if __name__ == "__main__":
+    sys.exit(figures.run_module(__doc__, add_arguments, main))

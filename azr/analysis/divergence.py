@@ -1,0 +1,162 @@
+"""Opens the policy of a run or of a command line, and compares it with its base token by token: exact KL divergences.
+
+    policy = open_run(run)                    # base with the adapter of a checkpoint, checked against azr.json
+    use(policy, checkpoint)                   # another checkpoint's adapter in the same base
+    forward, reverse = token_divergences(policy, prompts, responses)
+
+KL over the full vocabulary at every response position, in chunks of positions, so logits are never held whole.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from azr.machine import plan
+from azr.analysis.figures import warn
+from azr.tasks.prompts import template_hash
+from azr.analysis.reader import RunData, read_object
+
+if TYPE_CHECKING:
+    import torch
+
+    from azr.policy.policy import Policy
+
+TOKEN_BUDGET = 8192  # tokens of a forward pass
+
+
+def open_policy(
+    model: str, adapter: str | Path | None = None, quantization: str | None = None, **engine_options
+) -> tuple[Policy, dict]:
+    """(policy, azr.json of the adapter or {}). Without --quantization: what the adapter was trained on, else nf4 on a
+    GPU and none elsewhere. A GPU computes in the dtype of the training, a CPU in fp32: all else is slow there.
+    ModelError, or ValueError if the adapter was trained on another base."""
+    import torch
+
+    from azr.policy.policy import ModelError, Policy
+
+    info = {}
+    if adapter is not None:
+        if not Path(adapter).is_dir():
+            raise ValueError(f"{adapter}: no such directory; give a checkpoint, such as RUN/checkpoints/step_100")
+        if (Path(adapter) / "azr.json").is_file():
+            info = read_object(Path(adapter) / "azr.json")
+        else:
+            warn(f"{adapter} has no azr.json: what base it was trained on cannot be checked")
+    trained = info.get("quantization")
+    if quantization and trained and quantization != trained:
+        warn(f"the adapter was trained on a base in {trained}, measured here in {quantization}")
+    chosen = quantization or trained or ("nf4" if torch.cuda.is_available() else "none")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # peft's, that the base lies elsewhere: checked below
+            dtype = getattr(torch, info.get("dtype") or "", None) if torch.cuda.is_available() else None
+            policy = Policy.load(plan.model_path(model), chosen, adapter=adapter, dtype=dtype, **engine_options)
+    except ModelError as error:
+        raise ValueError(str(error)) from error
+    if policy.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and policy.head.weight.shape[1] < 512:
+        torch.set_num_threads(1)  # threads that wait for each other are slower than one on matrices this small
+    for key in ("revision", "tokenizer_hash"):
+        # a revision may be unknown for a directory or a hub id without one
+        if info.get(key) and policy.info.get(key) and info[key] != policy.info[key]:
+            raise ValueError(
+                f"{adapter} was trained on another base than {model} ({key} {info[key]}, here {policy.info[key]})"
+            )
+    return policy, info
+
+
+def open_run(run: RunData) -> Policy:
+    """The policy of a run at its newest checkpoint. RunError without a checkpoint, ValueError if its base has changed
+    or the wording of its prompts is no longer the one of azr/tasks/prompts.py."""
+    info = run.base()
+    template = info.get("template")
+    if template and info.get("template_hash") not in (None, template_hash(template)):
+        raise ValueError(
+            f"{run.path}: the {template} prompts have changed since this run; use the code of its commit"
+        )
+    model = plan.model_path(str(run.config["model"]))
+    if "/" in model and not Path(model).exists() and Path(info["base_model"]).exists():
+        model = info["base_model"]
+    slots = run.config.get("max_batch")
+    options = {"max_batch": slots} if isinstance(slots, int) and slots > 0 else {}
+    policy, _ = open_policy(model, run.checkpoints()[-1][1], info.get("quantization"), **options)
+    return policy
+
+
+def use(policy: Policy, checkpoint: Path) -> None:
+    """Puts the adapter of a checkpoint into the loaded base."""
+    from safetensors.torch import load_file
+
+    policy.load_adapter_state(load_file(checkpoint / "adapter_model.safetensors"))
+
+
+def divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(KL(p || q), KL(q || p)), each (rows,), of log-probabilities (rows, vocabulary), summed in float64.
+
+    Rounding in fp32 log-probs can make a divergence that is 0 come out at -1e-8: it is clipped at 0.
+    """
+    gap = (log_p - log_q).double()
+    forward = (log_p.double().exp() * gap).sum(-1)
+    reverse = -(log_q.double().exp() * gap).sum(-1)
+    return forward.clamp(min=0), reverse.clamp(min=0)
+
+
+def token_divergences(
+    policy: Policy,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    temperature: float = 1.0,
+    token_budget: int = TOKEN_BUDGET,
+    chunk: int = 128,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(KL(base || policy), KL(policy || base)) at every response token, nats, a float64 array per sample in order.
+
+    Exact over the vocabulary given the text before the token. The mean over text that the FIRST argument wrote is the
+    divergence per token of the two sequence distributions; over other text it is a reading along that text.
+    """
+    import torch
+
+    from azr.policy.scoring import head_logits, micro_batches
+
+    forward, reverse = [np.empty(0)] * len(prompts), [np.empty(0)] * len(prompts)
+    policy.model.eval()
+    weight = policy.head.weight
+    with torch.no_grad():
+        for indices in micro_batches([len(p) + len(r) for p, r in zip(prompts, responses)], token_budget):
+            ids, position, counts = _batch(policy, [prompts[i] for i in indices], [responses[i] for i in indices])
+            hidden = [
+                _hidden(policy, ids, context)[position] for context in (policy.disable_adapter(), nullcontext())
+            ]
+            columns = [[], []]
+            for start in range(0, len(position), chunk):
+                logits = (head_logits(h[start : start + chunk], weight) / temperature for h in hidden)
+                for column, value in zip(columns, divergences(*(z.log_softmax(-1) for z in logits))):
+                    column.append(value.cpu().numpy())
+            for out, column in zip((forward, reverse), columns):
+                values = np.concatenate(column) if column else np.empty(0)
+                for i, part in zip(indices, np.split(values, np.cumsum(counts)[:-1])):
+                    out[i] = part
+    return forward, reverse
+
+
+def _hidden(policy: Policy, ids: torch.Tensor, context) -> torch.Tensor:
+    """(batch x time, H) final hidden states of the right-padded batch."""
+    with context:
+        return policy.backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _batch(policy: Policy, prompts: list[list[int]], responses: list[list[int]]):
+    """(ids (batch, time), flat positions that predict the response tokens, response lengths)."""
+    import torch
+
+    length = max(len(p) + len(r) for p, r in zip(prompts, responses))
+    ids, position = torch.full((len(prompts), length), policy.pad_id), []
+    for row, (p, r) in enumerate(zip(prompts, responses)):
+        ids[row, : len(p) + len(r)] = torch.tensor(p + r)
+        position.extend(range(row * length + len(p) - 1, row * length + len(p) - 1 + len(r)))
+    return ids.to(policy.device), torch.tensor(position, device=policy.device), [len(r) for r in responses]

@@ -1,0 +1,562 @@
+"""Entropy: exact per token on given text, sampled, per answer; the curves of a run, with R = -a exp(H) + b.
+
+    python analyze.py entropy --model tiny --data runs/tiny-0/probe.jsonl                  the base on the frozen probe
+    python analyze.py entropy --model tiny --adapter runs/tiny-0/checkpoints/step_100 --data runs/tiny-0/probe.jsonl
+    python analyze.py entropy --run runs/tiny-0                 training curves, the probe at every checkpoint, the fit
+    python analyze.py entropy --model qwen-3b --data FILE --offset  the same base in 4 bits and unquantized
+
+Exact: H_t = -sum_v p log p over the whole vocabulary at temperature T, at every response token. Sampled: -log p of the
+token that is there, an estimate of H only where this model wrote the text at this T; elsewhere a cross-entropy.
+--data takes JSON lines with "prompt" and "response" (probe.jsonl, samples.jsonl), or "task_id" and "completion" (answer
+entropy only). Left out: text of a real tokenizer is tokenized again, which may split words differently than sampled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from azr.analysis import figures
+from azr.analysis.figures import shown, warn
+from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
+from azr.passk import bootstrap_interval
+from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, json_lines, read_run, same_model
+
+if TYPE_CHECKING:
+    from azr.policy.policy import Policy
+
+TOP_SHARE = 0.2  # of the tokens, arXiv 2506.01939
+TOKENS_SHOWN = 12
+BLOCK = 10  # steps that are resampled together: neighbouring steps have nearly the same policy
+
+
+@dataclass(frozen=True)
+class Row:
+    """A response to measure."""
+
+    role: str
+    mode: str
+    prompt: str
+    response: str
+    group: str  # answers to the same problem share it
+
+
+# ------------------------------------------------------------------------------------------------------- reading
+
+
+def read_rows(path: str | Path, limit: int | None = None, steps: tuple[int, int] | None = None) -> list[Row]:
+    """The responses of a JSON-lines file (of these steps); ValueError in one line if there are none. Rows without a
+    prompt have ""."""
+    path, notes, rows = Path(path), [], []
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give JSON lines with prompt and response, such as RUN/probe.jsonl")
+    for row in json_lines(path, notes):
+        response = row.get("response", row.get("completion", row.get("answer")))
+        prompt = row.get("prompt", "")
+        if not isinstance(response, str) or not isinstance(prompt, str) or not (prompt or "task_id" in row):
+            continue
+        if steps and not steps[0] <= row.get("step", -1) <= steps[1]:
+            continue
+        group = f"{row.get('step', '')}/{row['task_id'] if 'task_id' in row else prompt}"
+        rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response, group))
+        if limit and len(rows) >= limit:
+            break
+    for note in notes:
+        warn(f"{path.parent.name}/{note}")
+    if not rows:
+        raise ValueError(
+            f"{path}: no line has a prompt and a response (or task_id and completion)" + steps_text(steps)
+        )
+    return rows
+
+
+def steps_text(steps: tuple[int, int] | None) -> str:
+    return f" in steps {steps[0]} to {steps[1]}" if steps else ""
+
+
+def step_range(text: str) -> tuple[int, int]:
+    """ "25" or "25-50"."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+# ------------------------------------------------------------------------------------------------------- scoring
+
+
+def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget: int) -> tuple[list, list, list]:
+    """(token ids, exact entropies, log-probs) of every response: lists of arrays (tokens,). ValueError: no prompt."""
+    if empty := [row for row in rows if not row.prompt]:
+        raise ValueError(f"{len(empty)} of {len(rows)} rows have no prompt, so a model cannot be asked about them")
+    prompts, ids = ([policy.encode(getattr(row, name)) for row in rows] for name in ("prompt", "response"))
+    entropy, log_prob = [np.empty(0, np.float32)] * len(rows), [np.empty(0, np.float32)] * len(rows)
+    for indices, p, h, mask in policy.score(prompts, ids, temperature, token_budget):
+        p, h, counts = p.cpu().numpy(), h.cpu().numpy(), mask.sum(-1).tolist()
+        for i, index in enumerate(indices):
+            log_prob[index], entropy[index] = p[i, : counts[i]].copy(), h[i, : counts[i]].copy()
+    return ids, entropy, log_prob
+
+
+def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
+    """Token means and sequence means in nats with intervals over sequences; where the entropy sits."""
+    kept = [i for i, h in enumerate(entropy) if len(h)]
+    if not kept:
+        return {"sequences": 0, "tokens": 0}
+    counts = np.array([len(entropy[i]) for i in kept])
+    sums = np.array([entropy[i].sum(dtype=np.float64) for i in kept])
+    surprise = np.array([-log_prob[i].sum(dtype=np.float64) for i in kept])
+    ordered = np.sort(np.concatenate([entropy[i] for i in kept]))[::-1].astype(np.float64)
+    top = ordered[: max(1, round(TOP_SHARE * len(ordered)))]
+    return {
+        "sequences": len(kept),
+        "tokens": int(counts.sum()),
+        "token_mean": as_json(ratio_of_sums(sums, counts), len(kept)),
+        "sequence_mean": as_json(bootstrap_interval(sums / counts), len(kept)),
+        "sampled_token_mean": as_json(ratio_of_sums(surprise, counts), len(kept)),
+        "top20_threshold": float(top[-1]),
+        "top20_share": float(top.sum() / ordered.sum()) if ordered.sum() > 0 else math.nan,
+    }
+
+
+def by_group(rows: list[Row], entropy: list, log_prob: list) -> dict:
+    """`summary` of every (role, mode) there is, of each role, and of all."""
+    names = [f"{row.role}/{row.mode}" for row in rows]
+    found = list(dict.fromkeys(names))
+    known = [f"{role}/{mode}" for role, mode in GROUPS]
+    order = [name for name in known if name in found] + [name for name in found if name not in known]
+    picks = {name: [i for i, own in enumerate(names) if own == name] for name in order}
+    for role in dict.fromkeys(row.role for row in rows):
+        picks[f"{role}/all"] = [i for i, row in enumerate(rows) if row.role == role]
+    picks["all"] = list(range(len(rows)))
+    return {n: summary([entropy[i] for i in pick], [log_prob[i] for i in pick]) for n, pick in picks.items()}
+
+
+def token_shares(policy: Policy, ids: list[list[int]], entropy: list[np.ndarray]) -> list[dict]:
+    """Which tokens carry the entropy: by the token that was written where the entropy was, largest share first."""
+    count, total = Counter(), Counter()
+    for row, h in zip(ids, entropy):
+        count.update(row)
+        for token, value in zip(row, h.tolist()):
+            total[token] += value
+    everything = sum(total.values()) or 1.0
+    return [
+        {"token": policy.tokenizer.decode([t]), "count": count[t], "mean": v / count[t], "share": v / everything}
+        for t, v in total.most_common(TOKENS_SHOWN)
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- answers
+
+
+def answer_entropy(rows: list[Row]) -> dict:
+    """Entropy in nats of the answers that one problem got, mean over problems with at least two, per mode.
+
+    plug_in: -sum q log q of the shares q, too small by about (answers - 1) / 2n; miller_madow adds that. Answers are
+    equal if they are the same value or, for programs, the same text; no answer at all counts as an answer.
+    """
+    problems = defaultdict(list)
+    for row in rows:
+        if row.role == "solver":
+            problems[row.mode, row.group].append(row)
+    result = {}
+    for mode in dict.fromkeys(mode for mode, _ in problems):
+        mine = [p for (own, _), p in problems.items() if own == mode and len(p) > 1]
+        if not mine:
+            continue
+        pairs = np.array([_answer_entropies(problem) for problem in mine])
+        sizes = sorted({len(problem) for problem in mine})
+        result[mode] = {
+            "problems": len(mine),
+            "answers_a_problem": sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]],
+            "plug_in": as_json(bootstrap_interval(pairs[:, 0]), len(mine)),
+            "miller_madow": as_json(bootstrap_interval(pairs[:, 1]), len(mine)),
+        }
+    return result
+
+
+def _answer_entropies(problem: list[Row]) -> tuple[float, float]:
+    from azr.evals.held_out import answer_key
+    from azr.tasks import parse_answer
+
+    keys = []
+    for row in problem:
+        value = parse_answer(row.mode, row.response).value if row.mode in MODES else row.response.strip()
+        keys.append(None if value is None else answer_key(row.mode, value))
+    shares = np.array(list(Counter(keys).values())) / len(keys)
+    plug_in = float(-(shares * np.log(shares)).sum())
+    return plug_in, plug_in + (len(shares) - 1) / (2 * len(keys))
+
+
+# ------------------------------------------------------------------------------------------------------- the fit
+
+
+def fit_reward(entropy, reward, groups=None) -> dict:
+    """R = -a exp(H) + b (Cui et al. 2025, arXiv 2505.22617, eq. 3) by least squares: a, b, the ceiling b - a at H = 0,
+    R^2, with intervals that resample observations (or groups)."""
+    entropy, reward = np.asarray(entropy, float), np.asarray(reward, float)
+    direct = linear_fit(np.exp(entropy), reward, groups)
+    ceiling = linear_fit(np.exp(entropy) - 1, reward, groups).coefficients[0]  # the intercept is then R at H = 0
+    slope, known = direct.coefficients[1], np.isfinite(entropy) & np.isfinite(reward)
+    return {
+        "a": {"mean": -slope.mean, "low": -slope.high, "high": -slope.low},
+        "b": as_json(direct.coefficients[0]),
+        "ceiling": as_json(ceiling),
+        "r2": as_json(direct.r2),
+        "n": direct.n,
+        "resampled_units": direct.groups,
+        "entropy_range": [float(entropy[known].min()), float(entropy[known].max())],
+    }
+
+
+def solver_entropy(run: RunData) -> np.ndarray:
+    """(steps,) token-mean entropy of the solver; for logs without solver/all/entropy the mean of the three modes."""
+    values = run.column("solver/all/entropy")
+    if np.isfinite(values).any():
+        return values
+    return np.mean([run.column(f"solver/{mode}/entropy") for mode in MODES], axis=0)
+
+
+def fits_of(runs: list[RunData]) -> dict:
+    """Held-out accuracy and accuracy on own tasks against the solver's entropy."""
+    held, own = [], []
+    for number, run in enumerate(runs):
+        h, r = solver_entropy(run), run.column("held_out/all/accuracy")
+        held += [(x, y, i) for i, (x, y) in enumerate(zip(h, r)) if np.isfinite(x) and np.isfinite(y)]
+        accuracy = np.mean([run.column(f"solver/{mode}/accuracy") for mode in MODES], axis=0)
+        own += list(zip(h, accuracy, blocks(len(h), BLOCK) + 1e6 * number))
+    result = {}
+    for name, rows, grouped in (("held_out_accuracy", held, False), ("own_tasks_accuracy", own, True)):
+        x, y, group = np.array(rows).T if rows else (np.empty(0),) * 3
+        if np.sum(np.isfinite(x) & np.isfinite(y)) >= 3:
+            result[name] = fit_reward(x, y, group if grouped else None)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def measure(args) -> int:
+    """--model and --data."""
+    from azr.analysis.divergence import open_policy
+
+    rows = read_rows(args.data, args.limit, args.steps)
+    if args.model is None and any(row.prompt for row in rows):
+        raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
+    result = {"data": str(args.data), "temperature": args.temperature, "answers": answer_entropy(rows)}
+    drawn = {}
+    if args.model is not None and any(row.prompt for row in rows):
+        policy, _ = open_policy(args.model, args.adapter, args.quantization)
+        begin = time.perf_counter()
+        ids, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+        seconds, tokens = time.perf_counter() - begin, sum(map(len, ids))
+        groups = by_group(rows, entropy, log_prob)
+        result |= {name: policy.info[name] for name in ("base_model", "revision", "quantization", "dtype")}
+        result |= {"adapter": args.adapter, "groups": groups, "tokens": token_shares(policy, ids, entropy)}
+        result["scoring"] = {"seconds": seconds, "response_tokens": tokens}
+        print_groups(result)
+        drawn["entropy"] = draw_groups(result)
+        if args.offset:
+            info = policy.info
+            del policy  # or both would be in memory together
+            result["offset"] = offset(args, rows, info, entropy)
+            if result["offset"] is None:
+                return 1
+            print_offset(result["offset"])
+    print_answers(result["answers"])
+    figures.write_outputs(args, "entropy", result, drawn)
+    return 0
+
+
+def offset(args, rows: list[Row], info: dict, entropy: list) -> dict | None:
+    """Mean entropy of the same base under the other quantization minus this one, paired by token; None: no room.
+
+    info: of the policy that gave `entropy`, which must be gone.
+    """
+    import torch
+
+    from azr.policy.backoff import free
+    from azr.analysis.divergence import open_policy
+
+    if args.adapter:
+        raise ValueError("--offset compares the base in 4 bits and unquantized: leave --adapter out")
+    own, dtype = info["quantization"], info["dtype"]
+    other = "none" if own == "nf4" else "nf4"
+    free()
+    try:
+        second, _ = open_policy(args.model, None, other)
+        _, entropy_b, _ = score_rows(second, rows, args.temperature, args.token_budget)
+    except (torch.OutOfMemoryError, ValueError) as error:
+        if isinstance(error, ValueError) and "does not fit" not in str(error):
+            raise
+        print(f"analyze.py entropy: --offset: {args.model} in {other} does not fit this machine", file=sys.stderr)
+        return None
+    four, full = (entropy, entropy_b) if own == "nf4" else (entropy_b, entropy)
+    gap = [a - b for a, b in zip(four, full)]
+    names = [f"{row.role}/{row.mode}" for row in rows]
+    result = {"unquantized_dtype": dtype if own == "none" else second.info["dtype"], "groups": {}}
+    for name in [*dict.fromkeys(names), "all"]:
+        pick = [i for i, own_name in enumerate(names) if name in (own_name, "all") and len(gap[i])]
+        if pick:
+            sums, counts = [gap[i].sum(dtype=np.float64) for i in pick], [len(gap[i]) for i in pick]
+            result["groups"][name] = as_json(ratio_of_sums(sums, counts), len(pick))
+    return result
+
+
+def curves(args) -> int:
+    """--run: what was logged while training, the frozen probe at every checkpoint, and the fit."""
+    runs = [read_run(path) for path in args.run]
+    same_model(runs)
+    result = {"runs": {}, "fits": fits_of(runs)}
+    for run in runs:
+        for note in run.notes:
+            warn(f"{run.path}: {note}")
+        probe = probe_curve(run, args) if not args.no_probe else {}
+        result["runs"][str(run.path)] = {"training": training_summary(run), "logged": logged(run), "probe": probe}
+    print_curves(result)
+    figures.write_outputs(args, "entropy", result, {"entropy": draw_curves(runs, result)})
+    return 0
+
+
+def training_summary(run: RunData) -> dict:
+    """First and last tenth of the steps, token-mean entropy per (role, mode), with intervals over steps."""
+    tenth, summary = max(1, len(run.steps) // 10), {}
+    for role in ROLES:
+        for mode in (*MODES, "all"):
+            values = run.column(f"{role}/{mode}/entropy")
+            if np.isfinite(values).any():
+                ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
+                if all(map(len, ends)):
+                    summary[f"{role}/{mode}"] = {
+                        name: as_json(bootstrap_interval(part), len(part))
+                        for name, part in zip(("first", "last"), ends)
+                    }
+    return summary
+
+
+LOGGED = {
+    "log_prob_advantage_cov": "Cov(log p, A), which drives entropy down where it is above 0",
+    "entropy_top20_share": "share of the entropy in the top 20 % of tokens",
+    "sampled_entropy": "sampled estimator, -log p",
+}
+
+
+def logged(run: RunData) -> dict:
+    """The same ends for what a step logs beside the exact entropy; {} for logs that are older than these."""
+    tenth, found = max(1, len(run.steps) // 10), {}
+    for role in ROLES:
+        for name in LOGGED:
+            values = run.column(f"{role}/all/{name}")
+            ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
+            if all(map(len, ends)):
+                rows = (as_json(bootstrap_interval(part), len(part)) for part in ends)
+                found[f"{role}/{name}"] = dict(zip(("first", "last"), rows))
+    return found
+
+
+def probe_curve(run: RunData, args) -> dict:
+    """{step: groups} of the frozen probe under every checkpoint; {} with a warning if there is no probe."""
+    from azr.analysis.divergence import open_run, use
+    from azr.runs import write_json_atomic
+
+    path, checkpoints = run.path / "probe.jsonl", run.checkpoints()
+    if not path.is_file() or not checkpoints:
+        warn(f"{run.path} has no probe.jsonl or no checkpoint: the entropy on fixed text is left out")
+        return {}
+    rows, policy, result = read_rows(path, args.limit), open_run(run), {}
+    for step, checkpoint in checkpoints:
+        use(policy, checkpoint)
+        _, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+        result[str(step)] = by_group(rows, entropy, log_prob)
+    (run.path / "eval").mkdir(exist_ok=True)
+    stored = {"temperature": args.temperature, "probe": result}
+    write_json_atomic(run.path / "eval" / "probe_entropy.json", stored)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the screen
+
+
+def print_groups(result: dict) -> None:
+    what = f"{result['base_model']} in {result['quantization']} ({result['dtype']})"
+    what += f" with {result['adapter']}" if result["adapter"] else ", no adapter"
+    print(f"Entropy of {what}, at temperature {result['temperature']}, on {result['data']}, in nats a token.")
+    print(
+        "Exact over the vocabulary; [95 % intervals over responses]. 'written' is -log p of the tokens that are there:"
+    )
+    print("an estimate of the entropy only if this model wrote them. 'top 20 %': their share of all the entropy.\n")
+    print(
+        f"{'':22s}{'responses':>10s}{'tokens':>8s}  {'mean over tokens':24s}{'mean over responses':24s}{'written':24s}"
+        "top 20 %"
+    )
+    for name, row in result["groups"].items():
+        if row["tokens"]:
+            cells = [shown(row[key]) for key in ("token_mean", "sequence_mean", "sampled_token_mean")]
+            print(
+                f"{name:22s}{row['sequences']:10d}{row['tokens']:8d}  "
+                + "".join(f"{cell:24s}" for cell in cells)
+                + f"{100 * row['top20_share']:5.0f} %"
+            )
+    print("\nWhere it sits, by the token that is written there (share of all the entropy, mean, count):")
+    print(
+        "  "
+        + ", ".join(
+            f"{t['token']!r} {100 * t['share']:.0f} % ({t['mean']:.2f}, {t['count']})" for t in result["tokens"]
+        )
+    )
+
+
+def print_answers(answers: dict) -> None:
+    if not answers:
+        print("\nNo problem here has two answers, so there is no entropy over answers.")
+    for mode, row in answers.items():
+        print(
+            f"\nEntropy over the answers to one problem, {mode}: {shown(row['miller_madow'])} nats "
+            f"(uncorrected {row['plug_in']['mean']:.3f}); {row['problems']} problems, "
+            f"{row['answers_a_problem']} answers each"
+        )
+
+
+def print_offset(result: dict) -> None:
+    print(
+        f"\n4-bit base minus the same base in {result['unquantized_dtype']}, paired by token: what quantization alone"
+    )
+    print("adds to the entropy, so to be subtracted before comparing with published runs:")
+    for name, row in result["groups"].items():
+        print(f"  {name:22s}{row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]  ({row['n']} responses)")
+
+
+def print_curves(result: dict) -> None:
+    for path, run in result["runs"].items():
+        print(
+            f"{path}: entropy while training, nats a token, first and last tenth of the steps [interval over steps]"
+        )
+        for name, row in run["training"].items():
+            print(
+                f"  {name:22s}{shown(row['first'])} -> {shown(row['last'])}  "
+                f"(n {row['first']['n']}, {row['last']['n']})"
+            )
+        for name, row in run["logged"].items():
+            role, _, key = name.partition("/")
+            print(f"  {role}: {LOGGED[key]}: {shown(row['first'])} -> {shown(row['last'])}")
+        if run["probe"]:
+            steps = list(run["probe"])
+            print(f"  on the frozen probe (text of the untrained model), step {steps[0]} -> {steps[-1]}:")
+            for name in (name for name in run["probe"][steps[0]] if name != "all"):
+                ends = [run["probe"][s][name].get("token_mean") for s in (steps[0], steps[-1])]
+                if all(ends):
+                    print(f"  {name:22s}{shown(ends[0])} -> {shown(ends[1])}  (n {ends[0]['n']} responses)")
+    for name, fit in result["fits"].items():
+        print(f"\nR = -a exp(H) + b with R = {name.replace('_', ' ')}, H = solver entropy, n = {fit['n']}:")
+        print(
+            f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}"
+        )
+        if fit["resampled_units"] < FEW:
+            print(f"  {fit['resampled_units']} points are too few for intervals: give several runs or evaluate more.")
+        low, high = fit["entropy_range"]
+        print(f"  H was between {low:.2f} and {high:.2f}; the value at H = 0 lies outside of what was seen.")
+        if fit["a"]["low"] is not None and fit["a"]["low"] <= 0:
+            print(
+                "  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy."
+            )
+    if "held_out_accuracy" not in result["fits"]:
+        print("\nToo few held-out evaluations for the fit of R = -a exp(H) + b: three are needed (--eval-every).")
+
+
+# ------------------------------------------------------------------------------------------------------- plots
+
+
+def draw_groups(result: dict):
+    drawn, (left, right) = figures.figure(1, 2, 4.6, 3.2)
+    groups = {name: row for name, row in result["groups"].items() if row["tokens"]}
+    x = np.arange(len(groups))
+    for i, (key, name) in enumerate((("token_mean", "exact"), ("sampled_token_mean", "-log p of the text"))):
+        figures.points(left, x, [row[key] for row in groups.values()], name, figures.CYCLE[i], False, 0.15 * i)
+    left.set_xticks(x, list(groups), rotation=35, ha="right", fontsize=7)
+    left.set_ylim(bottom=0)
+    figures.label(left, f"entropy, token mean, T = {result['temperature']}", "", "nats a token")
+    tokens = result["tokens"][::-1]
+    right.barh([repr(t["token"])[1:-1] for t in tokens], [100 * t["share"] for t in tokens], color=figures.CYCLE[0])
+    figures.label(right, "which tokens carry it", "% of all the entropy", legend=False)
+    return drawn
+
+
+def draw_training(axes_pair, runs: list[RunData]) -> None:
+    """Proposer left, solver right: per mode for one run, over all modes for several."""
+    for axes, role in zip(axes_pair, ROLES):
+        for i, run in enumerate(runs):
+            width = max(1, len(run.steps) // 20)
+            if len(runs) == 1:
+                for mode in MODES:
+                    values = run.column(f"{role}/{mode}/entropy")
+                    figures.curve(axes, run.steps, values, mode, figures.MODE_COLORS[mode], width)
+            else:
+                values = np.nanmean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0)
+                figures.curve(axes, run.steps, values, run.name, figures.CYCLE[i % len(figures.CYCLE)], width)
+        figures.label(axes, f"{role}: entropy on its own samples", "step", "nats a token")
+    top = max(axes.get_ylim()[1] for axes in axes_pair)
+    for axes in axes_pair:
+        axes.set_ylim(0, top)  # the same scale, so that the two roles can be compared by eye
+
+
+def draw_curves(runs: list[RunData], result: dict):
+    drawn, axes = figures.figure(1, 4, 3.4, 2.9)
+    draw_training(axes[:2], runs)
+    for i, (run, entry) in enumerate(zip(runs, result["runs"].values())):
+        for role, style in zip(ROLES, ("-", "--")):
+            steps = [int(s) for s in entry["probe"]]
+            rows = [entry["probe"][str(s)].get(f"{role}/all", {}).get("token_mean") for s in steps]
+            if any(rows):
+                color = figures.CYCLE[(ROLES.index(role) if len(runs) == 1 else i) % len(figures.CYCLE)]
+                figures.points(axes[2], steps, rows, f"{role}" if len(runs) == 1 else f"{run.name} {role}", color)
+    axes[2].set_ylim(bottom=0)
+    figures.label(axes[2], "on the frozen probe", "step", "nats a token")
+    fit = result["fits"].get("held_out_accuracy")
+    for i, run in enumerate(runs):
+        h, r = solver_entropy(run), run.column("held_out/all/accuracy")
+        axes[3].plot(h, r, "o", color=figures.CYCLE[i % len(figures.CYCLE)], markersize=4, label=run.name)
+    if fit:
+        x = np.linspace(*fit["entropy_range"], 50)
+        axes[3].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color="#333333", linewidth=1)
+    title = f"R = -a exp(H) + b, n = {fit['n']}" if fit else "too few evaluations to fit"
+    figures.label(axes[3], title, "solver entropy H", "held-out accuracy R")
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="tiny, qwen-3b, qwen-7b, a hub id or a directory")
+    parser.add_argument("--adapter", metavar="DIR", help="a checkpoint of a run, or any PEFT adapter of this model")
+    parser.add_argument("--data", metavar="FILE", help="JSON lines with prompt and response, such as RUN/probe.jsonl")
+    parser.add_argument("--run", nargs="+", metavar="RUN", help="curves and fit of one or more runs of one model")
+    parser.add_argument("--no-probe", action="store_true", help="with --run: no model is loaded, logged values only")
+    parser.add_argument("--offset", action="store_true", help="also the base in 4 bits against the unquantized one")
+    parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base (default: as the adapter's)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default 1.0)")
+    parser.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default 8192)")
+    parser.add_argument("--steps", type=step_range, metavar="A-B", help="of --data only the lines of these steps")
+    parser.add_argument("--limit", type=int, help="only the first so many responses")
+    figures.add_output_arguments(parser)
+
+
+def main(args) -> int:
+    def work() -> int:
+        if not args.temperature > 0:
+            raise ValueError(f"--temperature must be above 0, not {args.temperature}: at 0 there is no distribution")
+        if bool(args.run) == bool(args.data):
+            raise ValueError("give either --data FILE (with --model) or --run RUN")
+        return curves(args) if args.run else measure(args)
+
+    return figures.guarded("entropy", work)
+
+
+if __name__ == "__main__":
+    sys.exit(figures.run_module(__doc__, add_arguments, main))

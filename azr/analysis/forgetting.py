@@ -1,0 +1,419 @@
+"""What training took away, and what predicts it: KL to the base, size of the update, or its sparsity.
+
+    python analyze.py forgetting runs/tiny-0 runs/tiny-1 runs/tiny-2 --out plots
+    python analyze.py forgetting runs/qwen-3b-0 --text general.txt --held-out 200
+
+At every checkpoint: forward KL(base || policy) along text that the base wrote and reverse KL(policy || base) along text
+that the policy wrote, exact at every token, on proposer prompts, solver prompts and text never trained on (the
+embedded model's own untouched skill; --text FILE for others); greedy accuracy on the held-out tasks and on that skill,
+minus that of the base, paired over tasks; size U1, sparsity S1 and S5 of the update. Then the drop against each of
+these over the checkpoints of all runs, R^2 with intervals: "RL's Razor" (arXiv 2509.04259) says KL predicts it and
+sparsity does not. Measurements stay in RUN/eval/forgetting.json. Left out: public benchmarks (eval_passk.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import hashlib
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+
+from azr.analysis import figures
+from azr.machine import plan
+from azr.analysis.figures import shown, warn
+from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
+from azr.passk import difference_interval, share_interval
+from azr.analysis.reader import ROLES, RunData, read_run, same_model
+from azr.runs import write_json_atomic
+
+PROBE_ROWS, HELD_OUT, CHECKPOINTS, TEXTS = 96, 300, 6, 200
+TEXT_TOKENS = 512  # of a text of --text
+KINDS = ("proposer", "solver", "untrained")
+RUNS_AS_UNITS = 6  # with as many runs, whole runs are resampled
+PREDICTORS = {
+    "kl_forward/proposer": "KL(base || policy), proposer prompts",
+    "kl_forward/solver": "KL(base || policy), solver prompts",
+    "kl_forward/untrained": "KL(base || policy), untrained text",
+    "kl_reverse/proposer": "KL(policy || base), proposer prompts",
+    "kl_reverse/solver": "KL(policy || base), solver prompts",
+    "kl_reverse/untrained": "KL(policy || base), untrained text",
+    "U1_rel_fro": "size of the update, |D| / |W|",
+    "S1": "S1: share unchanged in bf16",
+    "S5": "S5: S1 minus that of chance",
+}
+OUTCOMES = {"skill": "drop on the untouched skill", "held_out": "drop on held-out tasks"}
+
+
+# ------------------------------------------------------------------------------------------------------- what is asked
+
+
+def questions(run: RunData, policy, args) -> dict:
+    """{"proposer": [(prompt, base's response)], "solver": ..., "untrained": ..., "skill": tasks, "held_out": tasks}.
+
+    RunError or ValueError if the run has no probe. Prompts and responses are token ids; "untrained" of a --text file
+    has fixed responses, that of the skill is written by the base here.
+    """
+    from azr.evals.held_out import load_tasks
+    from azr.analysis.entropy import read_rows
+    from azr.tasks.prompts import solve_prompt
+
+    rows = read_rows(run.path / "probe.jsonl")
+    asked: dict = {"fixed": set()}
+    for role in ROLES:
+        mine = [row for row in rows if row.role == role]
+        step = max(1, len(mine) // args.probe)  # evenly over the modes, which follow each other
+        asked[role] = [(policy.encode(r.prompt), policy.encode(r.response)) for r in mine[::step][: args.probe]]
+    held_out = run.path / "eval" / "held_out.jsonl"
+    tasks = load_tasks(held_out) if held_out.is_file() and args.held_out else []
+    asked["held_out"] = tasks[:: max(1, -(-len(tasks) // args.held_out))] if tasks else []
+    skill = Path(plan.model_path(str(run.config["model"]))) / "skill.jsonl"
+    asked["skill"] = load_tasks(skill) if skill.is_file() else []
+    if args.text:
+        asked["untrained"] = texts(policy, Path(args.text))
+        asked["fixed"] = {"untrained"}
+    elif asked["skill"]:
+        template = run.base()["template"]
+        asked["untrained"] = [(policy.encode(solve_prompt(task, template)), None) for task in asked["skill"]]
+    else:
+        warn("no text that was never trained on: give --text FILE (plain text); that column is left out")
+        asked["untrained"] = []
+    return asked
+
+
+def texts(policy, path: Path) -> list[tuple[list[int], list[int]]]:
+    """(first token, the next ones) of the paragraphs of a text file or of the "text" of JSON lines."""
+    if not path.is_file():
+        raise ValueError(f"--text {path}: no such file; give plain text with blank lines between paragraphs")
+    content = path.read_text(encoding="utf-8", errors="replace")
+    if path.suffix == ".jsonl":
+        try:
+            parts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'--text {path}: expected {{"text": ...}} on every line ({error})') from error
+    else:
+        parts = content.split("\n\n")
+    ids = [policy.encode(part.strip())[:TEXT_TOKENS] for part in parts if part.strip()][:TEXTS]
+    found = [(row[:1], row[1:]) for row in ids if len(row) > 1]
+    if not found:
+        raise ValueError(f"--text {path}: holds no text of two tokens or more")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- measuring
+
+
+def write_responses(policy, prompts: list[list[int]], run: RunData, seed: int) -> list[list[int]]:
+    """One sampled response to each prompt, at the run's temperature and length."""
+    from azr.evals.held_out import sample_seed
+    from azr.policy.policy import Sampling
+    from azr.tasks import STOP
+
+    sampling = Sampling(run.config.get("temperature", 1.0), max_new_tokens=run.config["max_new_tokens"], stop=(STOP,))
+    seeds = [[sample_seed(seed, "forgetting", i)] for i in range(len(prompts))]
+    return [row[0].ids for row in policy.generate(prompts, 1, sampling, seeds)]
+
+
+def per_token(rows: list[np.ndarray]) -> dict:
+    """Token mean of a divergence with its interval over sequences, and the mean over sequences of their sums."""
+    kept = [row for row in rows if len(row)]
+    sums, counts = np.array([row.sum() for row in kept]), np.array([len(row) for row in kept])
+    return as_json(ratio_of_sums(sums, counts), len(kept)) | {
+        "per_sequence": float(sums.mean()),
+        "tokens": int(counts.sum()),
+    }
+
+
+def kl_at(policy, run: RunData, asked: dict) -> dict:
+    """Forward and reverse KL of the loaded adapter on every kind of prompt."""
+    from azr.analysis.divergence import token_divergences
+
+    temperature, result = run.config.get("temperature", 1.0), {}
+    for kind in KINDS:
+        if not asked[kind]:
+            continue
+        prompts, written = [p for p, _ in asked[kind]], [r for _, r in asked[kind]]
+        forward, along = token_divergences(policy, prompts, written, temperature)
+        if kind not in asked["fixed"]:
+            own = write_responses(policy, prompts, run, seed=1)
+            _, along = token_divergences(policy, prompts, own, temperature)
+        result[f"kl_forward/{kind}"], result[f"kl_reverse/{kind}"] = per_token(forward), per_token(along)
+    return result
+
+
+def scores(policy, run: RunData, asked: dict, sandbox) -> dict[str, list[int]]:
+    """Greedy answers: 1 or 0 for every held-out task and every question of the skill."""
+    from azr.evals.held_out import evaluate
+    from azr.tasks.prompts import solve_prompt
+    from azr.policy.policy import Sampling
+    from azr.tasks import STOP, parse_answer
+
+    greedy = Sampling(0.0, max_new_tokens=run.config["max_new_tokens"], stop=(STOP,))
+    template, result = run.base()["template"], {}
+    if asked["held_out"]:
+        done = evaluate(policy, asked["held_out"], 1, greedy, template, sandbox, 0)
+        result["held_out"] = [task.correct for task in done.tasks]
+    if asked["skill"]:
+        prompts = [policy.encode(solve_prompt(task, template)) for task in asked["skill"]]
+        rows = policy.generate(prompts, 1, greedy, [[0]] * len(prompts))
+        answers = [parse_answer("math", policy.decode(row[0].ids)).value for row in rows]
+        result["skill"] = [int((a or "").strip() == t.answer.strip()) for a, t in zip(answers, asked["skill"])]
+    return result
+
+
+def sizes(run: RunData, checkpoint: Path) -> dict:
+    """U1, S1 and S5 of the adapter, by azr/weights/sparsity.py; {} with a warning if they cannot be had."""
+    from azr.weights.sparsity import analyse
+    from azr.weights.files import WeightsError
+
+    flags = dict(tuned=None, other=None, spectral=False, quantization=None, json=None, out=None, workers=1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # its progress lines
+            found = analyse(argparse.Namespace(base=str(run.config["model"]), adapter=checkpoint, **flags))["adapted"]
+    except WeightsError as error:
+        warn(f"{checkpoint}: size and sparsity of the update are left out: {error}")
+        return {}
+    return {name: found.get(name) for name in ("U1_rms", "U1_rel_fro", "S1", "S5")}
+
+
+def chosen_checkpoints(run: RunData, count: int) -> list[tuple[int, Path]]:
+    """Up to `count` checkpoints after step 0, evenly spaced, the last included."""
+    found = [(step, path) for step, path in run.checkpoints() if step > 0]
+    if not found:
+        raise ValueError(f"{run.path} has no checkpoint after step 0: nothing can have been forgotten yet")
+    picks = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
+    return [found[i] for i in picks]
+
+
+def measure(run: RunData, args) -> dict:
+    """{"base": scores, "checkpoints": {step: row}}; rows that are kept in RUN/eval/forgetting.json are used again."""
+    path = run.path / "eval" / "forgetting.json"
+    text = args.text and hashlib.sha256(Path(args.text).read_bytes()).hexdigest()[:16] if args.text else None
+    settings = {"probe": args.probe, "held_out": args.held_out, "text": text, "version": 1}
+    kept = _kept(path, settings) if not args.fresh else {}
+    wanted = {step: (directory, _digest(directory)) for step, directory in chosen_checkpoints(run, args.checkpoints)}
+    rows = {
+        s: r
+        for s, (_, mark) in wanted.items()
+        if (r := kept.get("checkpoints", {}).get(str(s), {})).get("adapter") == mark
+    }
+    if missing := [step for step in wanted if step not in rows]:
+        base = kept.get("base")
+        for step, row, base in _measure(run, args, {s: wanted[s][0] for s in missing}, base):
+            rows[step] = row | {"adapter": wanted[step][1]}
+            done = {str(s): rows[s] for s in sorted(rows)}
+            write_json_atomic(path, {"settings": settings, "base": base, "checkpoints": done})
+        kept["base"] = base
+    else:
+        figures.say(f"{run.path}: measurements are taken from {path} (--fresh measures again)")
+    return {"base": kept["base"], "checkpoints": {step: rows[step] for step in sorted(rows)}}
+
+
+def _measure(run: RunData, args, checkpoints: dict[int, Path], base: dict | None):
+    """Yields (step, row, scores of the base)."""
+    from azr.analysis.divergence import open_run, use
+    from sandbox import Sandbox
+
+    policy = open_run(run)
+    asked = questions(run, policy, args)
+    (run.path / "eval").mkdir(exist_ok=True)
+    with Sandbox() as sandbox:
+        with policy.disable_adapter():
+            if asked["untrained"] and "untrained" not in asked["fixed"]:
+                prompts = [p for p, _ in asked["untrained"]]
+                asked["untrained"] = list(zip(prompts, write_responses(policy, prompts, run, seed=0)))
+            base = base or scores(policy, run, asked, sandbox)
+        for number, (step, directory) in enumerate(checkpoints.items(), 1):
+            use(policy, directory)
+            with nullcontext():
+                row = kl_at(policy, run, asked) | {"scores": scores(policy, run, asked, sandbox)}
+            figures.say(f"{run.path}: checkpoint {number} of {len(checkpoints)} (step {step}) measured")
+            yield step, row | sizes(run, directory), base
+
+
+def _kept(path: Path, settings: dict) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        stored = json.loads(path.read_text())
+        return stored if stored["settings"] == settings else {}
+    except (ValueError, KeyError, TypeError):
+        warn(f"{path} cannot be read and is made again")
+        return {}
+
+
+def _digest(directory: Path) -> str:
+    return hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------------------------------------------- the question
+
+
+def value_of(row: dict, name: str) -> float:
+    """A predictor of a checkpoint as one number; NaN if it was not measured."""
+    value = row.get(name)
+    value = value.get("mean", value.get("excess")) if isinstance(value, dict) else value
+    return float("nan") if value is None else float(value)
+
+
+def drops(entry: dict) -> dict:
+    """{outcome: {step: drop with interval, paired over tasks}}; positive: worse than the base."""
+    result = {}
+    for name in OUTCOMES:
+        if entry["base"].get(name):
+            base = np.array(entry["base"][name], float)
+            result[name] = {
+                step: as_json(difference_interval(base - np.array(row["scores"][name], float)), len(base))
+                for step, row in entry["checkpoints"].items()
+            }
+    return result
+
+
+def fits(measured: dict[str, dict]) -> dict:
+    """R^2 of each drop on each predictor over all checkpoints, and what S1 or S5 adds once forward KL is known."""
+    found: dict = {}
+    all_drops = {name: drops(entry) for name, entry in measured.items()}
+    for outcome in OUTCOMES:
+        points = [
+            (number, row, all_drops[name][outcome][step]["mean"])
+            for number, (name, entry) in enumerate(measured.items())
+            for step, row in entry["checkpoints"].items()
+            if outcome in all_drops[name]
+        ]
+        if len(points) < 3:
+            continue
+        y = np.array([drop for *_, drop in points])
+        runs = np.array([number for number, *_ in points])
+        groups = runs if len(set(runs)) >= RUNS_AS_UNITS else None
+        columns = {p: np.array([value_of(row, p) for _, row, _ in points]) for p in PREDICTORS}
+        columns = {p: x for p, x in columns.items() if np.isfinite(x).all() and np.std(x) > 0}
+        found[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": {}, "added_to_kl": {}}
+        for name, x in columns.items():
+            line, bent = linear_fit(x, y, groups), linear_fit(np.column_stack([x, x**2]), y, groups)
+            found[outcome]["predictors"][name] = {
+                "slope": as_json(line.coefficients[1]),
+                "r2": as_json(line.r2),
+                "r2_quadratic": as_json(bent.r2),
+                "n": line.n,
+            }
+        kl = "kl_forward/solver"
+        for name in ("S1", "S5", "U1_rel_fro"):
+            if kl in columns and name in columns and len(points) > 3:
+                both = linear_fit(np.column_stack([columns[kl], columns[name]]), y, groups).r2
+                gain = both.mean - found[outcome]["predictors"][kl]["r2"]["mean"]
+                found[outcome]["added_to_kl"][name] = {"r2": as_json(both), "gain": gain}
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- the screen
+
+
+def print_result(measured: dict[str, dict], found: dict) -> None:
+    for name, entry in measured.items():
+        base = {o: share_interval(np.array(v, float)) for o, v in entry["base"].items() if v}
+        print(f"{name}: base solves, greedy, " + ", ".join(
+            f"{o.replace('_', '-')} {shown(i)} (n {len(entry['base'][o])})" for o, i in base.items()))  # fmt: skip
+        lost = drops(entry)
+        heads = "".join(f"{OUTCOMES[o].replace('drop on ', 'drop: '):27s}" for o in lost)
+        print(
+            f"  {'step':>5s}  {heads}{'KL(base||policy) a token: proposer, solver, untrained':54s}|D|/|W|    S1      S5"
+        )
+        for step, row in entry["checkpoints"].items():
+            cells = "".join(f"{shown(lost[o][step]):27s}" for o in lost)
+            kl = ", ".join(f"{value_of(row, f'kl_forward/{kind}'):.3f}" for kind in KINDS)
+            size = "  ".join(f"{value_of(row, p):.4f}" for p in ("U1_rel_fro", "S1", "S5"))
+            print(f"  {step:5d}  {cells}{kl:54s}{size}")
+        print()
+    for outcome, row in found.items():
+        print(
+            f"R^2 of the {OUTCOMES[outcome]} over {row['n']} checkpoints of {row['runs']} run(s) [95 %], "
+            "straight line; bent:"
+        )
+        for name, fit in sorted(row["predictors"].items(), key=lambda item: -item[1]["r2"]["mean"]):
+            print(f"  {PREDICTORS[name]:40s}{shown(fit['r2'], 2):22s} {shown(fit['r2_quadratic'], 2)}")
+        for name, more in row["added_to_kl"].items():
+            print(
+                f"  adding {name} to KL(base || policy) on solver prompts: "
+                f"R^2 {shown(more['r2'], 2)}, {more['gain']:+.2f}"
+            )
+        if row["n"] < FEW:
+            print(f"  {row['n']} points are too few for intervals.")
+    if not found:
+        print("Too few checkpoints to ask what predicts the drop: three are needed.")
+        return
+    print(
+        "The untrained text is the skill itself unless --text gave another: KL there is close to the drop by design."
+    )
+    print("Checkpoints of one run are not independent: the intervals are too narrow unless several runs are given"
+          f" (from {RUNS_AS_UNITS} runs on, whole runs are resampled).")  # fmt: skip
+
+
+def draw(measured: dict[str, dict], found: dict) -> dict:
+    """{"forgetting_OUTCOME": figure}: the drop against each predictor, a colour a run."""
+    from matplotlib.ticker import MaxNLocator
+
+    shown_, drawn = ("kl_forward/solver", "kl_forward/untrained", "U1_rel_fro", "S1", "S5"), {}
+    for outcome in OUTCOMES:
+        lost = {run: drops(entry).get(outcome, {}) for run, entry in measured.items()}
+        if not any(lost.values()):
+            continue
+        drawn[f"forgetting_{outcome}"], axes = figures.figure(1, len(shown_), 2.6, 2.6)
+        for j, (one, name) in enumerate(zip(axes, shown_)):
+            for k, (run, rows) in enumerate(lost.items()):
+                x = [value_of(measured[run]["checkpoints"][step], name) for step in rows]
+                color = figures.CYCLE[k % len(figures.CYCLE)]
+                figures.points(one, x, list(rows.values()), Path(run).name, color, False)
+            one.axhline(0, color="#333333", linewidth=0.7)
+            one.xaxis.set_major_locator(MaxNLocator(4))
+            fit = found.get(outcome, {}).get("predictors", {}).get(name)
+            title = f"R² {shown(fit['r2'], 2)}, n {fit['n']}" if fit else ""
+            figures.label(one, title, PREDICTORS[name], OUTCOMES[outcome] if j == 0 else "", legend=j == 0)
+            one.title.set_fontsize(8)
+            one.xaxis.label.set_fontsize(7.5)
+    return drawn
+
+
+# ------------------------------------------------------------------------------------------------------- flags
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
+    parser.add_argument("--text", metavar="FILE", help="text never trained on: plain, or JSON lines with text")
+    parser.add_argument("--probe", type=int, default=PROBE_ROWS, help=f"prompts a role (default {PROBE_ROWS})")
+    parser.add_argument(
+        "--held-out", type=int, default=HELD_OUT, help=f"held-out tasks (default {HELD_OUT}; 0: none)"
+    )
+    parser.add_argument("--checkpoints", type=int, default=CHECKPOINTS, help=f"of each run (default {CHECKPOINTS})")
+    parser.add_argument(
+        "--fresh", action="store_true", help="measure again instead of using RUN/eval/forgetting.json"
+    )
+    figures.add_output_arguments(parser)
+
+
+def main(args) -> int:
+    def work() -> int:
+        if args.probe < 1 or args.checkpoints < 1 or args.held_out < 0:
+            raise ValueError("--probe and --checkpoints must be at least 1, --held-out at least 0")
+        if args.text and not Path(args.text).is_file():
+            raise ValueError(f"--text {args.text}: no such file")
+        runs = [read_run(path) for path in args.run]
+        same_model(runs)
+        for run in runs:
+            chosen_checkpoints(run, 1)  # refused before anything is measured
+        measured = {str(run.path): measure(run, args) for run in runs}
+        found = fits(measured)
+        print_result(measured, found)
+        result = {"runs": measured, "drops": {name: drops(entry) for name, entry in measured.items()}, "fits": found}
+        figures.write_outputs(args, "forgetting", result, draw(measured, found))
+        return 0
+
+    return figures.guarded("forgetting", work)
+
+
+if __name__ == "__main__":
+    sys.exit(figures.run_module(__doc__, add_arguments, main))

@@ -1,0 +1,571 @@
+"""Does the tuned model solve more, or only sooner? Two graded results on the same problems, compared in pairs.
+
+    eval_passk.py compare BASE TUNED [--base2 DIR] [--k 1,2,4,...] [--margin 0.02] [--out DIR]
+
+BASE and TUNED are result directories (`result.json`, `graded.jsonl`) with the same problems, template, decoding and
+base quantization; anything else is refused. Writes compare.json, compare.md and compare.png. Intervals and tests are
+over problems (see azr/passk.py): they say nothing about other training runs.
+
+What the sentence means. Let K be the largest k compared (n/2 unless --k says otherwise). A difference at some k is
+ESTABLISHED if its 95 % interval excludes 0 and its sign-flip p, corrected over all k by Holm, is below 0.05.
+  "sharpening without capacity gain": tuned is established ahead at k = 1; at k = K the interval's upper end is below
+      the margin, so a gain of that size is excluded; and the base leaves room at K for twice the margin.
+  "capacity gain": tuned is established ahead at k = K.
+  "not established": everything else, also when nothing differs. It is no claim that there is no effect.
+A crossing point is given only if one model is established ahead at some k and the other at some larger k.
+Left out: effects of training seeds, which need several trained runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from azr import passk
+
+LEVEL = 0.05
+GRID = 64  # points of the curve on which a crossing is looked for
+FIGURES = ("SRR", "NDR", "SDS", "NSCR")
+SETS = ("both", "base_only", "tuned_only", "neither")
+TAUS = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass
+class Graded:
+    """One result directory: n verdicts a problem, problems in the order of their ids."""
+
+    where: Path
+    info: dict  # result.json
+    ids: list[str]
+    correct: np.ndarray  # (problems, n) bool
+    answers: list[list[str | None]]  # (problems, n)
+    truncated: np.ndarray  # (problems, n): 1 where the length limit ended the answer, NaN where that is not recorded
+
+    @property
+    def n(self) -> int:
+        return self.correct.shape[1]
+
+    @property
+    def c(self) -> np.ndarray:
+        return self.correct.sum(axis=1)
+
+    def first(self, n: int) -> Graded:
+        """Only the first n samples of each problem."""
+        answers = [row[:n] for row in self.answers]
+        return Graded(self.where, self.info, self.ids, self.correct[:, :n], answers, self.truncated[:, :n])
+
+
+def read(where: str | Path) -> Graded:
+    """A result directory of `run` or `score`. ValueError, one line, if it is not one or is not finished."""
+    where = Path(where)
+    info = _read_info(where)
+    problems = _read_rows(where / "graded.jsonl")
+    counts = [len(rows) for rows in problems.values()]
+    expected = info.get("problems")
+    if isinstance(expected, int) and expected != len(counts):
+        raise ValueError(
+            f"{where}: graded.jsonl has {len(counts)} problems, result.json says {expected}: finish the run"
+        )
+    n = min(counts)
+    if n < max(counts):
+        if 2 * n < statistics.median(counts):
+            raise ValueError(
+                f"{where}: one problem has only {n} samples, another {max(counts)}: finish the run first"
+            )
+        warn(f"{where}: between {n} and {max(counts)} samples a problem; only the first {n} of each are used")
+    ids = sorted(problems)
+    kept = [[problems[name][sample] for sample in sorted(problems[name])[:n]] for name in ids]
+    correct, answers, truncated = ([[row[i] for row in rows] for rows in kept] for i in range(3))
+    return Graded(where, info, ids, np.array(correct, dtype=bool), answers, np.array(truncated, dtype=float))
+
+
+def _read_info(where: Path) -> dict:
+    try:
+        info = json.loads((where / "result.json").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{where}: no readable result.json; give a directory that `eval_passk.py run` or `score` wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where / 'result.json'}: not JSON ({error})") from error
+    if not isinstance(info, dict):
+        raise ValueError(f"{where / 'result.json'}: expected an object, found {type(info).__name__}")
+    return info
+
+
+def _read_rows(path: Path) -> dict[str, dict[int, tuple]]:
+    """{task_id: {sample: (correct, answer, truncated)}}; ValueError names the file and the line."""
+    problems: dict[str, dict[int, tuple]] = {}
+    seen: dict = {}  # one object for equal rows, of which there are many
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    task, sample, row = _row(json.loads(line), seen)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {number}: {error}") from error
+                rows = problems.setdefault(task, {})
+                if sample in rows:
+                    raise ValueError(f"{path}, line {number}: sample {sample} of {ascii(task)} is there twice")
+                rows[sample] = row
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); is the run finished?") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text") from error
+    if not problems:
+        raise ValueError(f"{path}: holds no samples")
+    return problems
+
+
+def _row(row: object, seen: dict) -> tuple[str, int, tuple]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {type(row).__name__}")
+    for key, kind in (("task_id", str), ("sample", int), ("correct", bool)):
+        if not isinstance(row.get(key), kind) or (kind is int and isinstance(row[key], bool)):
+            raise ValueError(f"{key!r} is missing or no {kind.__name__}")
+    answer = row.get("answer")
+    if not (answer is None or isinstance(answer, str)):
+        raise ValueError("'answer' is neither a text nor null")
+    finish = row.get("finish_reason")
+    kept = (row["correct"], answer, None if finish is None else finish == "length")
+    return row["task_id"], row["sample"], seen.setdefault(kept, kept)
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- like with like
+
+
+def check(base: Graded, tuned: Graded, second_base: bool = False) -> list[str]:
+    """ValueError unless problems, template, decoding and base quantization are the same; notes on what is not known.
+
+    second_base: `tuned` must be the same model as `base`, sampled with another seed.
+    """
+    if base.ids != tuned.ids:
+        odd = sorted(set(base.ids) ^ set(tuned.ids))
+        raise ValueError(
+            f"{base.where} and {tuned.where} are not about the same problems: {len(odd)} are in one only, "
+            f"such as {ascii(odd[0])}"
+        )
+    notes = []
+    keys = ["benchmark", "template", "template_hash", "quantization"]
+    if second_base or tuned.info.get("adapter") is not None:
+        keys += ["base_model", "revision"]
+    for key in keys + (["model", "adapter"] if second_base else []):
+        _same(key, base.info.get(key), tuned.info.get(key), base, tuned, notes)
+    if all(result.info.get("benchmark_file_hash") for result in (base, tuned)):
+        _same(
+            "benchmark_file_hash",
+            *(result.info["benchmark_file_hash"] for result in (base, tuned)),
+            base,
+            tuned,
+            notes,
+        )
+    dtypes = [result.info.get("dtype") for result in (base, tuned)]
+    if dtypes[0] != dtypes[1]:
+        notes.append(f"dtype differs: {dtypes[0]} in {base.where}, {dtypes[1]} in {tuned.where}")
+    matched = _check_decoding(base, tuned, notes)
+    seeds = [(result.info.get("decoding") or {}).get("seed") for result in (base, tuned)]
+    if second_base and seeds[0] is not None and seeds[0] == seeds[1]:
+        raise ValueError(
+            f"{tuned.where}: has the base's seed {seeds[0]}, so it is no second sample: use another --seed"
+        )
+    if base.n == tuned.n and np.array_equal(base.correct, tuned.correct) and base.answers == tuned.answers:
+        if second_base:
+            raise ValueError(f"{tuned.where}: the same answers as {base.where}, so it is no second sample")
+        notes.append("every answer and verdict of the two results is the same")
+    return notes + matched
+
+
+def _same(key: str, a: object, b: object, base: Graded, tuned: Graded, notes: list[str]) -> None:
+    if a is None and b is None and key == "adapter":
+        return
+    if (a is None or b is None) and key != "adapter":
+        notes.append(f"{key} is not recorded in both results, so it could not be checked")
+    elif a != b:
+        raise ValueError(
+            f"{key} differs: {ascii(a)} in {base.where}, {ascii(b)} in {tuned.where}; compare like with like"
+        )
+
+
+def _check_decoding(base: Graded, tuned: Graded, notes: list[str]) -> list[str]:
+    """Every setting but the seed; a temperature that was raised to match the base's entropy is said, not refused."""
+    a, b = (result.info.get("decoding") for result in (base, tuned))
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        notes.append("decoding is not recorded in both results, so it could not be checked")
+        return []
+    matched = bool(b.get("match_entropy") or tuned.info.get("match_entropy"))
+    said = []
+    for key in sorted((set(a) | set(b)) - {"seed", "match_entropy"}):
+        if key == "temperature" and matched and a.get(key) != b.get(key):
+            said.append(
+                f"the tuned model's temperature {b.get(key)} was matched to the base's entropy at {a.get(key)}"
+            )
+        elif a.get(key) != b.get(key):
+            _same(f"decoding ({key})", a.get(key, "none"), b.get(key, "none"), base, tuned, notes)
+    return said
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+def compare(
+    base: Graded, tuned: Graded, second: Graded | None, ks: list[int], margin: float, draws: int = passk.DRAWS
+) -> dict:
+    """Every figure as plain JSON. The results have the same problems; the smaller n of them is used for all."""
+    n = min(result.n for result in (base, tuned, second) if result is not None)
+    for result in (base, tuned, second):
+        if result is not None and result.n > n:
+            warn(f"{result.where}: has {result.n} samples a problem; only the first {n} are used, like the other's")
+    base, tuned, second = (result and result.first(n) for result in (base, tuned, second))
+    if ks[-1] > n:
+        raise ValueError(f"k = {ks[-1]} is beyond the {n} samples a problem has: take more samples, or a smaller --k")
+    if len(base.ids) < 2:
+        raise ValueError("one problem only: there is nothing to pair over")
+    rows = curve_rows(base.c, tuned.c, n, ks, draws)
+    name, sentence = verdict(rows, margin)
+    return {
+        "verdict": name,
+        "sentence": sentence,
+        "base": str(base.where),
+        "tuned": str(tuned.where),
+        "benchmark": base.info.get("benchmark"),
+        "problems": len(base.ids),
+        "samples_per_problem": n,
+        "margin": margin,
+        "pass@k": rows,
+        "crossing": crossing(base.c, tuned.c, n, ks, rows, draws),
+        "solved_in_n": solved_in_n(base, tuned),
+        "sets": set_figures(base, tuned, second, draws),
+        "summary": summary(base.c, tuned.c, n, ks[-1], draws),
+        "cover@tau": [cover_row(base.c, tuned.c, n, tau, draws) for tau in TAUS],
+        "answers": answer_figures(base, tuned, draws),
+        "histogram": histogram(base.c, tuned.c, n),
+        "intervals": "95 %, over problems: about other problems like these, not about other training runs",
+    }
+
+
+def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], draws: int) -> list[dict]:
+    """A row a k: both pass@k, their paired difference, its sign-flip p, plain and corrected, and who is ahead."""
+    values = [passk.pass_at_k(n, c, ks) for c in (c_base, c_tuned)]
+    own = [passk.share_interval(v, draws=draws) for v in values]
+    difference = passk.difference_interval(values[1] - values[0], draws=draws)
+    p = passk.sign_flip_test(values[1] - values[0])
+    corrected = passk.holm(p)
+    rows = []
+    for i, k in enumerate(ks):
+        sure = bool(difference.excludes_zero[i]) and corrected[i] < LEVEL
+        ahead = ("tuned" if difference.mean[i] > 0 else "base") if sure else None
+        rows.append(
+            {
+                "k": k,
+                "base": own[0][i].to_json(),
+                "tuned": own[1][i].to_json(),
+                "difference": difference[i].to_json(),
+                "p": float(p[i]),
+                "p_holm": float(corrected[i]),
+                "ahead": ahead,
+            }
+        )
+    return rows
+
+
+def verdict(rows: list[dict], margin: float) -> tuple[str, str]:
+    """(name, sentence) as the module's docstring defines them."""
+    first, last = rows[0], rows[-1]
+    gain, top, k = first["difference"]["mean"], last["difference"], last["k"]
+    span = f"{top['mean']:+.3f} [{top['low']:+.3f}, {top['high']:+.3f}]"
+    if first["k"] == 1 and k > 1 and last["ahead"] != "tuned" and first["ahead"] == "tuned":
+        if last["base"]["mean"] > 1 - 2 * margin:
+            why = f"the base solves all but {100 * (1 - last['base']['mean']):.1f} % at k = {k}: no room to tell"
+            return "not established", f"Not established: tuned is ahead at k = 1 by {gain:+.3f}, but {why}."
+        if top["high"] < margin:
+            behind = "the base is ahead" if last["ahead"] == "base" else f"a gain of {margin:g} or more is excluded"
+            return "sharpening without capacity gain", (
+                f"Sharpening without capacity gain: tuned is ahead at k = 1 by {gain:+.3f}; "
+                f"at k = {k} {behind}, {span}."
+            )
+        return "not established", (
+            f"Not established: tuned is ahead at k = 1 by {gain:+.3f}, but at k = {k} the difference {span} leaves a "
+            f"gain of {margin:g} open."
+        )
+    if last["ahead"] == "tuned":
+        return "capacity gain", f"Capacity gain: at k = {k} tuned solves more, {span}."
+    low = first["difference"]
+    return "not established", (
+        f"Not established: at k = {first['k']} the difference is {low['mean']:+.3f} "
+        f"[{low['low']:+.3f}, {low['high']:+.3f}], at k = {k} {span}."
+    )
+
+
+def crossing(c_base, c_tuned, n: int, ks: list[int], rows: list[dict], draws: int) -> dict | None:
+    """Where the lead changes, with its interval; None unless a lead is established on both sides.
+
+    The curves' difference is followed on up to GRID values of k and is linear in log k between them; the last change
+    of the lead counts. A resample without one counts at the end of the range where it would lie beyond.
+    """
+    leads = [row["ahead"] for row in rows if row["ahead"]]
+    if not leads or leads[0] == leads[-1]:
+        return None
+    grid = np.unique(np.rint(np.geomspace(ks[0], ks[-1], GRID)).astype(int))
+    sign = 1 if leads[0] == "tuned" else -1
+    values = sign * (passk.pass_at_k(n, c_tuned, grid) - passk.pass_at_k(n, c_base, grid))
+    interval = passk.bootstrap_statistic(
+        values, lambda sums: _last_change(np.atleast_2d(sums), np.log(grid)), draws=draws
+    )
+    low, mean, high = (float(np.exp(np.squeeze(value))) for value in (interval.low, interval.mean, interval.high))
+    return {"first": leads[0], "then": leads[-1], "k": {"mean": mean, "low": low, "high": high}}
+
+
+def _last_change(lead: np.ndarray, log_k: np.ndarray) -> np.ndarray:
+    """(rows,) log k where each row of (rows, grid) was last positive, interpolated; an end if never or always."""
+    positive = lead > 0
+    last = np.where(positive.any(axis=1), lead.shape[1] - 1 - np.argmax(positive[:, ::-1], axis=1), -1)
+    i = np.clip(last, 0, lead.shape[1] - 2)
+    rows = np.arange(len(lead))
+    above, below = lead[rows, i], lead[rows, i + 1]
+    inside = log_k[i] + (log_k[i + 1] - log_k[i]) * above / np.where(above > below, above - below, 1)
+    return np.where(last < 0, log_k[0], np.where(last == lead.shape[1] - 1, log_k[-1], inside))
+
+
+def solved_in_n(base: Graded, tuned: Graded) -> dict:
+    """Which problems each solved at least once in its n samples, and McNemar's exact p (k = n, where it applies)."""
+    a, b = base.c > 0, tuned.c > 0
+    members = dict(zip(SETS, (a & b, a & ~b, ~a & b, ~a & ~b), strict=True))
+    counts = {name: int(flags.sum()) for name, flags in members.items()}
+    names = {name: [base.ids[i] for i in np.flatnonzero(members[name])] for name in ("base_only", "tuned_only")}
+    return counts | {"mcnemar_p": passk.mcnemar(counts["base_only"], counts["tuned_only"]), "problems": names}
+
+
+# ---------------------------------------------------------------- support: what was kept, lost and found
+
+
+def set_figures(base: Graded, tuned: Graded, second: Graded | None, draws: int) -> dict:
+    """Shares of problems solved by both, one, neither, and SRR, NDR, SDS, NSCR (arXiv 2507.14843, section 3), beside
+    the same figures for a second, equally large sample of the base: two samples of ONE model already differ.
+
+    With `second`, within n samples. Without, within h = n // 2: the base is set against itself as the mean over all
+    ways to split its samples in halves (exact, no draw), and against h of the tuned model's samples, also averaged.
+    """
+    n, h = base.n, base.n // 2
+    if second is not None:
+        solved = [(result.c > 0).astype(float) for result in (base, tuned, second)]
+        columns = [_sets(solved[0], solved[1]), _sets(solved[0], solved[2])]
+        against = {"samples": n, "second_base": str(second.where)}
+    elif h < 1:
+        return {"samples": 0, "second_base": None}
+    else:
+        solved = [passk.pass_at_k(n, result.c, h) for result in (base, tuned)]
+        neither = 1 - passk.pass_at_k(n, base.c, 2 * h)
+        alone = 1 - solved[0] - neither  # one half has a right answer, the other has none
+        columns = [_sets(*solved), np.stack([solved[0] - alone, alone, alone, neither], axis=1)]
+        against = {"samples": h, "second_base": "halves of the base's samples"}
+    both = np.concatenate(columns, axis=1)
+    means = _figures(both.sum(axis=0))[:2]
+    difference = _figure_difference(both, draws)
+    return against | {
+        name: {
+            "tuned": _known(means[0][i]),
+            "second_base": _known(means[1][i]),
+            "difference": difference[i].to_json(),
+        }
+        for i, name in enumerate([*SETS, *FIGURES])
+    }
+
+
+def _known(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
+    """Tuned minus second base with its interval, (8,), from the sets of both, (problems, 8).
+
+    Often a handful of problems decide, which a bootstrap of the ratios does not survive (it then found a difference
+    between two samples of one model in half of all cases). So each problem's influence is taken from leaving it out,
+    and the interval is `difference_interval` of these, in units in which a problem weighs at most about 1.
+    """
+    problems, sums = len(columns), columns.sum(axis=0)
+    estimate = _figures(sums)[2]
+    influence = (problems - 1) * (estimate - _figures(sums - columns)[2])
+    known = np.isfinite(influence).all(axis=0)
+    solved = min(sums[0] + sums[2], sums[4] + sums[6], sums[0] + sums[1]) / problems
+    unit = np.array([1, 1, 1, 1, *np.array([1, 1, 2, 1]) / max(solved, 1 / problems)])
+    around = passk.difference_interval(np.where(known, influence, 0) / unit, draws=draws)
+    low, high = (np.where(known, estimate + unit * end, np.nan) for end in (around.low, around.high))
+    return passk.Interval(estimate, low, high)
+
+
+def _sets(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(problems, 4): chances that both, only a, only b, neither solve it; independent samples."""
+    return np.stack([a * b, a * (1 - b), (1 - a) * b, (1 - a) * (1 - b)], axis=1)
+
+
+def _figures(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The four shares and FIGURES of (..., 8) sums: of tuned, of the second base, tuned minus second base; (..., 8)."""
+    parts = []
+    for both, base_only, other_only, neither in (
+        np.moveaxis(sums[..., :4], -1, 0),
+        np.moveaxis(sums[..., 4:], -1, 0),
+    ):
+        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing is solved
+            srr, ndr = both / (both + base_only), other_only / (both + other_only)
+            nscr = (other_only - base_only) / (both + base_only + other_only)
+        sds = np.where(srr + ndr > 0, 2 * srr * ndr / np.where(srr + ndr > 0, srr + ndr, 1), srr + ndr)
+        total = both + base_only + other_only + neither
+        shares = [part / total for part in (both, base_only, other_only, neither)]
+        parts.append(np.stack([*shares, srr, ndr, sds, nscr], axis=-1))
+    return parts[0], parts[1], parts[0] - parts[1]
+
+
+# ---------------------------------------------------------------- summaries
+
+
+def pair(a: np.ndarray, b: np.ndarray, draws: int, share: bool = True) -> dict:
+    """{"base", "tuned", "difference"} of two (problems,) columns."""
+    own, paired = (passk.share_interval, passk.difference_interval) if share else (passk.bootstrap_interval,) * 2
+    values = {"base": own(a, draws=draws), "tuned": own(b, draws=draws), "difference": paired(b - a, draws=draws)}
+    return {name: value.to_json() for name, value in values.items()}
+
+
+def summary(c_base, c_tuned, n: int, k: int, draws: int) -> dict:
+    """AUC over pass@1..K; Delta_SE = base pass@K - tuned pass@1 (arXiv 2504.13837); tax, base minus tuned, of
+    S(K) = sum_{i<K} (pass@K - pass@i) / ((K - 1)(1 - pass@1)) (arXiv 2610.01509), both undefined for K = 1."""
+    auc = pair(*(passk.auc_at_k(n, c, k) for c in (c_base, c_tuned)), draws)
+    if k == 1:
+        return {"k": k, "auc": auc, "delta_se": None, "tax": None}
+    columns, ends = [], []
+    for c in (c_base, c_tuned):
+        one, top = passk.pass_at_k(n, c, 1), passk.pass_at_k(n, c, k)
+        area = passk.auc_at_k(n, c, k) * (k - 1) + (one - top) / 2  # sum over 1..K-1, from the trapezoids
+        columns += [(k - 1) * top - area, 1 - one]
+        ends.append((one, top))
+
+    def tax(sums: np.ndarray) -> np.ndarray:
+        return (sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]) / (k - 1)
+
+    delta = passk.bootstrap_interval(ends[0][1] - ends[1][0], draws=draws)
+    taxed = passk.bootstrap_statistic(np.stack(columns, axis=1), tax, draws=draws)
+    return {"k": k, "auc": auc, "delta_se": delta.to_json(), "tax": taxed.to_json()}
+
+
+def cover_row(c_base, c_tuned, n: int, tau: float, draws: int) -> dict:
+    """Share of problems whose success rate among the n samples is at least tau."""
+    return {"tau": tau} | pair(passk.cover_at_tau(n, c_base, tau), passk.cover_at_tau(n, c_tuned, tau), draws)
+
+
+def answer_figures(base: Graded, tuned: Graded, draws: int) -> dict:
+    """Means over problems of the distinct correct answers and of the entropy of all answers (nats), at equal n.
+
+    None where a result does not record it; entropy over the problems for which both have one.
+    """
+    cut = [each.truncated.mean(axis=1) for each in (base, tuned)]
+    result = {"truncated": pair(*cut, draws) if np.isfinite(cut).all() else None}
+    if not all(any(answer is not None for row in each.answers for answer in row) for each in (base, tuned)):
+        return result | {"distinct_correct": None, "entropy": None}
+    distinct = [
+        np.array(
+            [passk.distinct_correct(*rows) for rows in zip(each.answers, each.correct, strict=True)], dtype=float
+        )
+        for each in (base, tuned)
+    ]
+    entropy = np.array([[passk.answer_entropy(row) for row in each.answers] for each in (base, tuned)])
+    known = np.isfinite(entropy).all(axis=0)
+    return result | {
+        "distinct_correct": pair(*distinct, draws, share=False),
+        "entropy": pair(*entropy[:, known], draws, share=False) if known.any() else None,
+        "entropy_problems": int(known.sum()),
+    }
+
+
+def histogram(c_base: np.ndarray, c_tuned: np.ndarray, n: int) -> dict:
+    """Problems by the share of right answers: exactly 0, ten bins between, exactly 1."""
+    labels = ["0", *(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)), "1"]
+    bins = {"bins": labels}
+    for name, c in (("base", c_base), ("tuned", c_tuned)):
+        place = np.where(c == 0, 0, np.where(c == n, 11, 1 + np.minimum(9, 10 * c // n)))
+        bins[name] = np.bincount(place, minlength=12).tolist()
+    return bins
+
+
+# ---------------------------------------------------------------- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="A", help="result directory of the base")
+    parser.add_argument("tuned", metavar="B", help="result directory of the tuned model")
+    parser.add_argument("--base2", metavar="DIR", help="a second result of the base, with another seed")
+    parser.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to n/2")
+    parser.add_argument("--margin", type=float, default=0.02, help="smallest gain in pass@k that matters (0.02)")
+    parser.add_argument("--out", metavar="DIR", help="where compare.json, .md and .png go (default: B)")
+
+
+def parse_ks(text: str) -> list[int]:
+    """ "1,2,4" -> [1, 2, 4]: sorted, without repeats. argparse's error for anything else."""
+    try:
+        ks = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,4, not {text!r}") from error
+    if ks[0] < 1:
+        raise argparse.ArgumentTypeError(f"k starts at 1, not {ks[0]}")
+    return ks
+
+
+def main(args: argparse.Namespace) -> int:
+    """Compares, writes and prints. 0: done, whatever the answer; 2: bad input, a line on stderr, nothing written."""
+    try:
+        result, notes = run(args.base, args.tuned, args.base2, args.k, args.margin)
+    except ValueError as error:
+        print(f"eval_passk.py compare: {error}", file=sys.stderr)
+        return 2
+    from azr.evals import compare_view
+
+    out = Path(args.out or args.tuned)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "compare.json", json.dumps(result, indent=1).encode())
+    write(out / "compare.md", compare_view.markdown(result).encode("utf-8", "backslashreplace"))
+    write(out / "compare.png", compare_view.plot(result))
+    for note in notes:
+        warn(note)
+    compare_view.show(result, out)
+    return 0
+
+
+def run(a, b, second=None, ks: list[int] | None = None, margin: float = 0.02) -> tuple[dict, list[str]]:
+    """(figures, notes) of two directories; ValueError, one line, if they cannot be compared."""
+    if not (math.isfinite(margin) and 0 < margin < 0.5):
+        raise ValueError(f"--margin must lie between 0 and 0.5, not {margin}")
+    base, tuned = read(a), read(b)
+    notes = check(base, tuned)
+    again = read(second) if second else None
+    if again:
+        notes += check(base, again, second_base=True)
+        if Path(second).resolve() == Path(b).resolve():
+            notes.append("the second base result is B itself")
+    n = min(result.n for result in (base, tuned, again) if result)
+    ks = ks or passk.powers_of_two(n)
+    if n < 2 * ks[-1] and n > 1:
+        notes.append(f"n = {n} is less than 2k at k = {ks[-1]}: pass@k is close to a single draw a problem there")
+    result = compare(base, tuned, again, ks, margin)
+    return result | {"notes": notes}, notes
+
+
+def write(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_bytes(data)
+    os.replace(aside, path)

@@ -1,0 +1,214 @@
+r"""Grades answers to a public benchmark: takes the answer out of a response and asks the right judge about it.
+
+    with Grader(load("cruxeval-o=cruxeval.jsonl")) as grader:
+        grader.grade([Answer("sample_0", "[(4, 1)]", "answer")])        # [Grade(False, "wrong", "[(4, 1)]")]
+
+Programs run in the sandbox's benchmark profile against evalplus's inputs (azr/evals/code_answers.py), tasks are judged as in
+training (azr/tasks/__init__.py), mathematics by math-verify in processes of its own (azr/evals/math_answers.py). Whatever a response holds
+(lone surrogates, ten megabytes, nothing), it is graded wrong with a reason. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from azr.evals import code_answers, math_answers
+from azr.evals.benchmarks import DIRECT_PREFIX, Benchmark, Item
+from azr.evals.held_out import answer_key
+from azr.tasks.task import bad_characters
+from azr.tasks.parse import answer_text, fences
+from azr.tasks import judge, parse_answer
+from sandbox import BENCHMARK, Sandbox
+
+PART = 2_048  # answers between two reports of progress
+MAX_KEY = 2_000  # characters of a normalised answer that are kept
+MAX_RESPONSE = 20_000_000
+
+_TAGS = {"deduction": ("output", ""), "abduction": ("input", ""), "induction": ("python", "py", "python3", "")}
+_PYTHON = ("python", "py", "python3", "")
+_ASSERTION = re.compile(r"(?:assert\s+)?f\((.*)\)\s*==\s*(.*)", re.DOTALL)
+_STATED = re.compile(r"\banswer(?:\s+is|\s*:)\s*:?[ \t]*([^\n]+)", re.IGNORECASE)
+
+
+class Answer(NamedTuple):
+    """form: "completion" (a response, or what goes on after a code prompt), "solution" (a program) or "answer"."""
+
+    task_id: str
+    text: str | None
+    form: str
+
+
+@dataclass(frozen=True)
+class Grade:
+    """answer: the answer in normal form, equal for answers that are the same; None if there is none. base, plus: of a
+    program, whether it is right on the base inputs, and on the extra ones too; None where there are none."""
+
+    correct: bool
+    reason: str
+    answer: str | None = None
+    base: bool | None = None
+    plus: bool | None = None
+
+
+class Grader:
+    """Opens what a benchmark's grading needs; use as a context manager. Raises SandboxError, MathError.
+
+    left_out: problem -> inputs that its reference solution does not answer under the sandbox's limits.
+    template: the one the responses were made with, if known: `direct` asks in the middle of the answer's sentence.
+    """
+
+    def __init__(self, benchmark: Benchmark, workers: int | None = None, template: str | None = None):
+        self.benchmark, self.workers, self.template = benchmark, workers, template
+        self.items, self.references = benchmark.by_id(), {}
+        # A problem without extra inputs, as Mbpp/793, is judged by its base inputs in both figures.
+        self.has_plus = any(item.code and len(item.code.inputs) > item.code.base for item in benchmark.items)
+        self._judge = {"task": self._tasks, "math": self._math, "code": self._code}[benchmark.kind]
+
+    def __enter__(self) -> Grader:
+        kind = self.benchmark.kind
+        if kind == "math":
+            self.tool = math_answers.MathGrader(self.workers)
+        else:
+            self.tool = Sandbox(self.workers, BENCHMARK) if kind == "code" else Sandbox(self.workers)
+        self.tool.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.tool.__exit__(*exception)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        return {name: len(reference.faults) for name, reference in self.references.items() if reference.faults}
+
+    def grade(self, answers: list[Answer], progress: Callable[[int, int], None] | None = None) -> list[Grade]:
+        """The grade of each answer, in order. What the machine gave no verdict on is tried once more. KeyError: a
+        task_id that the benchmark does not have."""
+        grades: list[Grade] = []
+        for start in range(0, len(answers), PART):
+            part = answers[start : start + PART]
+            found = self._part(part)
+            again = [i for i, grade in enumerate(found) if grade.reason == "infra"]
+            for i, grade in zip(again, self._part([part[i] for i in again]) if again else []):
+                found[i] = grade
+            grades += found
+            if progress:
+                progress(len(grades), len(answers))
+        return grades
+
+    def _part(self, answers: list[Answer]) -> list[Grade]:
+        grades: list[Grade | None] = [_unreadable(answer.text) for answer in answers]
+        good = [i for i, grade in enumerate(grades) if grade is None]
+        for i, grade in zip(good, self._judge([(self.items[answers[i].task_id], answers[i]) for i in good])):
+            grades[i] = grade
+        return grades
+
+    # ---------------------------------------------------------------- judges
+
+    def _tasks(self, pairs: list[tuple[Item, Answer]]) -> list[Grade]:
+        values = [task_answer(item.task.mode, answer.text, answer.form) for item, answer in pairs]
+        verdicts = judge([(item.task, value) for (item, _), value in zip(pairs, values)], self.tool)
+        return [
+            Grade(verdict.ok, verdict.reason, None if value is None else _key(answer_key(item.task.mode, value)))
+            for (item, _), value, verdict in zip(pairs, values, verdicts)
+        ]
+
+    def _math(self, pairs: list[tuple[Item, Answer]]) -> list[Grade]:
+        values = []
+        for item, answer in pairs:
+            prefix = DIRECT_PREFIX if self.template == "direct" and answer.form == "completion" else ""
+            value = math_answers.extract(prefix + answer.text)
+            values.append(answer.text.strip() if value is None and answer.form == "answer" else value)
+        verdicts = self.tool.grade([(item.task.answer, value) for (item, _), value in zip(pairs, values)])
+        return [Grade(verdict.ok, verdict.reason, _key(verdict.key)) for verdict in verdicts]
+
+    def _code(self, pairs: list[tuple[Item, Answer]]) -> list[Grade]:
+        problems = {item.task_id: item.code for item, _ in pairs if item.task_id not in self.references}
+        self.references |= code_answers.calibrate(problems.values(), self.tool)
+        programs = [program_text(item.code, answer.text, answer.form) for item, answer in pairs]
+        verdicts = code_answers.grade(
+            [(item.code, text) for (item, _), text in zip(pairs, programs)], self.tool, self.references
+        )
+        return [
+            self._code_grade(item.code, text, verdict) for (item, _), text, verdict in zip(pairs, programs, verdicts)
+        ]
+
+    def _code_grade(self, problem: code_answers.Problem, text: str, verdict: code_answers.Grade) -> Grade:
+        correct = verdict.ok_plus if self.benchmark.strict else verdict.ok_base
+        reason = "ok" if correct else verdict.reason
+        plus = verdict.ok_plus if self.has_plus else None
+        return Grade(correct, reason, _key(answer_key("induction", text)), verdict.ok_base, plus)
+
+
+def _unreadable(text: str | None) -> Grade | None:
+    """A grade for what no judge could read."""
+    if text is None:
+        return Grade(False, "no_answer")
+    if len(text) > MAX_RESPONSE:
+        return Grade(False, "too_large")
+    return Grade(False, "syntax") if bad_characters(text) else None
+
+
+def _key(text: str | None) -> str | None:
+    """Long answers keep their beginning and a digest of the whole."""
+    if text is None or len(text) <= MAX_KEY:
+        return text
+    import hashlib
+
+    return f"{text[:80]}... {len(text)} characters, sha256 {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+# ---------------------------------------------------------------- the answer in a response
+
+
+def task_answer(mode: str, text: str, form: str = "completion") -> str | None:
+    """The literal (or for induction the program) that a response gives: as the think/answer format has it, else the
+    last fenced block, else between [ANSWER] tags, else after the last "answer is", else all of it. An assertion
+    `f(input) == output` gives its side. None: nothing is there."""
+    if "<answer>" in text:
+        return parse_answer(mode, text).value
+    blocks = [block.text for block in fences(text) if block.tag in _TAGS[mode]] if "```" in text else []
+    if blocks:
+        found = blocks[-1]
+    else:
+        stated = form == "completion" and mode != "induction" and (_marked(text) or _last(_STATED, text))
+        found = stated or text
+    found = found.strip()
+    if mode != "induction" and found.startswith(("f(", "assert")):
+        if sides := _ASSERTION.fullmatch(found):
+            found = sides[1 if mode == "abduction" else 2].strip()
+        elif mode == "abduction" and found.startswith("f(") and found.endswith(")"):
+            found = found[2:-1].strip()
+    return found if found or mode == "abduction" else None  # f() is called with nothing
+
+
+def _marked(text: str) -> str | None:
+    """What is between the last pair of [ANSWER] tags, as CRUXEval's own prompts ask for it."""
+    end = text.rfind("[/ANSWER]")
+    start = text.rfind("[ANSWER]", 0, max(end, 0))
+    return text[start + len("[ANSWER]") : end] if start >= 0 else None
+
+
+def _last(pattern: re.Pattern, text: str) -> str | None:
+    found = None
+    for found in pattern.finditer(text):
+        pass
+    return found[1] if found and found[1].strip() else None
+
+
+def program_text(problem: code_answers.Problem, text: str, form: str = "completion") -> str:
+    """The code of a response: the last fenced block of its answer (or of all of it) that defines the entry point; else
+    the text as it is, which codebench takes for a program or for the rest of the prompt's."""
+    if form == "solution":
+        return text
+    _, tagged, _ = answer_text(text) if "<answer>" in text else (False, None, False)
+    region = text if tagged is None else tagged
+    if "```" in region:
+        blocks = [block.text for block in fences(region) if block.tag in _PYTHON]
+        name = re.compile(rf"^(?:async[ \t]+)?def[ \t]+{re.escape(problem.entry_point)}\b", re.MULTILINE)
+        blocks = [block for block in blocks if name.search(block)] or (blocks if tagged is not None else [])
+        if blocks:
+            return blocks[-1]
+    return region

@@ -1,0 +1,281 @@
+"""Held-out evaluation in a training run: sample answers to fixed tasks, judge them, and say how sure the numbers are.
+
+    tasks = load_tasks("held_out.jsonl")
+    base = evaluate(policy, tasks, n=16, sampling=Sampling(temperature=1.0), template="tiny", sandbox=sandbox, seed=0)
+    difference(base, trained, k=1, mode="deduction")        # Interval(mean, low, high), paired over problems
+    plot_pass_at_k({"base": base, "trained": trained}, "pass_at_k.png")
+
+pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374). Every interval resamples PROBLEMS only: the
+answers to a problem are already part of its pass@k, and resampling them too counts their noise twice. An interval is
+thus about other problems like these, not about other training runs. Left out: k beyond n. No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from azr.passk import Interval, bootstrap_interval, pass_at_k, powers_of_two, ratio_difference, share_interval
+
+if TYPE_CHECKING:
+    from azr.policy.policy import Policy, Sampling
+    from azr.tasks import Task
+    from sandbox import Sandbox
+
+ANSWERS_PER_CALL = 2048     # samples between two reports of progress
+
+
+# ---------------------------------------------------------------- tasks
+
+def load_tasks(path: str | Path) -> list[Task]:
+    """The tasks of a JSON-lines file. ValueError with file and line for a bad one; repeats are left out, loudly."""
+    from azr.tasks import Task
+
+    path, tasks, repeats = Path(path), {}, 0
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected one task as JSON a line")
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                data = json.loads(line)
+                if not isinstance(data, dict):
+                    raise ValueError(f"expected a JSON object, found {type(data).__name__}")
+                task = Task.from_json(data)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            repeats += task.hash in tasks
+            tasks.setdefault(task.hash, task)
+    if not tasks:
+        raise ValueError(f"{path}: holds no tasks; expected one task as JSON a line")
+    if repeats:
+        print(f"warning: {path}: {repeats} lines repeat an earlier task and are left out", file=sys.stderr, flush=True)
+    return list(tasks.values())
+
+
+# ---------------------------------------------------------------- results
+
+@dataclass
+class TaskResult:
+    """What n answers to one task came to."""
+
+    hash: str
+    mode: str
+    n: int
+    correct: int                        # once parsed, whatever their format
+    well_formed: int                    # in the think/answer format
+    correct_well_formed: int
+    distinct_correct: int               # different correct answers
+    truncated: int                      # ended by the length limit
+    infra: int                          # no verdict because of the machine; counted as wrong
+    tokens: list[int] = field(default_factory=list)     # length of each response
+
+
+@dataclass
+class EvalResult:
+    """Results of every task, in order, and what they were made with."""
+
+    tasks: list[TaskResult]
+    settings: dict                      # samples, seed, template, template_hash, sampling
+
+    @property
+    def modes(self) -> list[str]:
+        return list(dict.fromkeys(task.mode for task in self.tasks))
+
+    def of(self, mode: str | None) -> list[TaskResult]:
+        """The tasks of a mode; None: all."""
+        return [task for task in self.tasks if mode in (None, task.mode)]
+
+    def column(self, name: str, mode: str | None = None) -> np.ndarray:
+        """(problems,) of one count, such as "correct"."""
+        return np.array([getattr(task, name) for task in self.of(mode)], dtype=np.int64)
+
+    def pass_at_k(self, k: int | Sequence[int], mode: str | None = None) -> Interval:
+        return share_interval(pass_at_k(self.column("n", mode), self.column("correct", mode), k))
+
+    def share(self, hits: str, of: str, mode: str | None = None) -> float:
+        """sum(hits) / sum(of): ("correct_well_formed", "well_formed") is accuracy for well-formed answers only."""
+        total = self.column(of, mode).sum()
+        return float(self.column(hits, mode).sum() / total) if total else math.nan
+
+    def metrics(self, prefix: str = "held_out") -> dict[str, float]:
+        """Flat metrics a mode, and over "all" when there are several modes."""
+        result = {}
+        for mode in [*self.modes, *([None] if len(self.modes) > 1 else [])]:
+            name = f"{prefix}/{mode or 'all'}"
+            tasks = self.of(mode)
+            result |= {
+                f"{name}/accuracy": self.share("correct", "n", mode),
+                f"{name}/accuracy_well_formed": self.share("correct_well_formed", "well_formed", mode),
+                f"{name}/well_formed_rate": self.share("well_formed", "n", mode),
+                f"{name}/truncated_rate": self.share("truncated", "n", mode),
+                f"{name}/solved_rate": float(np.mean(self.column("correct", mode) > 0)),
+                f"{name}/distinct_correct": float(self.column("distinct_correct", mode).mean()),
+                f"{name}/response_tokens": float(np.mean([count for task in tasks for count in task.tokens])),
+            }
+        return result
+
+    def to_json(self) -> dict:
+        return {"settings": self.settings, "tasks": [dataclasses.asdict(task) for task in self.tasks]}
+
+    @classmethod
+    def from_json(cls, data: dict) -> EvalResult:
+        """ValueError if it is not what `to_json` gave."""
+        try:
+            return cls([TaskResult(**task) for task in data["tasks"]], data["settings"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an evaluation result: {error}") from error
+
+
+def difference(base: EvalResult, trained: EvalResult, k: int | Sequence[int] = 1, mode: str | None = None) -> Interval:
+    """pass@k of trained minus base, paired over problems. ValueError if they are not the same problems and settings."""
+    check_comparable(base, trained)
+    values = [pass_at_k(result.column("n", mode), result.column("correct", mode), k) for result in (base, trained)]
+    return bootstrap_interval(values[1] - values[0])
+
+
+def well_formed_difference(base: EvalResult, trained: EvalResult, mode: str | None = None) -> Interval:
+    """The same for the share of correct answers among the well-formed ones: is the gain more than format?"""
+    check_comparable(base, trained)
+    names = ("correct_well_formed", "well_formed")
+    return ratio_difference(*(result.column(name, mode) for result in (base, trained) for name in names))
+
+
+def check_comparable(a: EvalResult, b: EvalResult) -> None:
+    """ValueError unless problems, template and decoding are the same."""
+    if [task.hash for task in a.tasks] != [task.hash for task in b.tasks]:
+        raise ValueError("the two results are not about the same tasks in the same order")
+    for key in ("template", "template_hash", "sampling"):
+        if a.settings.get(key) != b.settings.get(key):
+            raise ValueError(f"the two results differ in {key}: {a.settings.get(key)} and {b.settings.get(key)}")
+
+
+# ---------------------------------------------------------------- evaluation
+
+def sample_seed(seed: int, task_hash: str, sample: int) -> int:
+    """A 64-bit seed that depends on nothing else, so any answer can be made again alone, on any machine."""
+    text = json.dumps([seed, task_hash, sample]).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def evaluate(policy: Policy, tasks: list[Task], n: int, sampling: Sampling, template: str, sandbox: Sandbox, seed: int,
+             progress: Callable[[int, int], None] | None = None) -> EvalResult:
+    """n answers to each task, judged. progress(tasks done, tasks) is called as it goes.
+
+    ValueError if there is nothing to do or a prompt does not fit the model's context.
+    """
+    from azr.tasks.prompts import template_hash
+
+    if not tasks or n < 1:
+        raise ValueError(f"nothing to evaluate: {len(tasks)} tasks with {n} samples each")
+    results = []
+    for part in _parts(tasks, max(1, ANSWERS_PER_CALL // n)):
+        results += _evaluate_part(policy, part, n, sampling, template, sandbox, seed)
+        if progress:
+            progress(len(results), len(tasks))
+    if missing := sum(result.infra for result in results):
+        print(f"warning: {missing} of {n * len(tasks)} answers could not be judged (machine too busy?) and count as "
+              "wrong", file=sys.stderr, flush=True)
+    settings = {"samples": n, "seed": seed, "template": template, "template_hash": template_hash(template),
+                "sampling": json.loads(json.dumps(dataclasses.asdict(sampling)))}
+    return EvalResult(results, settings)
+
+
+def _parts(items: list, size: int) -> Iterator[list]:
+    return (items[start:start + size] for start in range(0, len(items), size))
+
+
+def _evaluate_part(policy: Policy, tasks: list[Task], n: int, sampling: Sampling, template: str, sandbox: Sandbox,
+                   seed: int) -> list[TaskResult]:
+    from azr.tasks.prompts import solve_prompt
+    from azr.tasks import judge, parse_answer
+
+    prompts = [policy.encode(solve_prompt(task, template)) for task in tasks]
+    seeds = [[sample_seed(seed, task.hash, sample) for sample in range(n)] for task in tasks]
+    completions = policy.generate(prompts, n, sampling, seeds)
+    parsed = [[parse_answer(task.mode, policy.decode(completion.ids)) for completion in row]
+              for task, row in zip(tasks, completions, strict=True)]
+    # Equal answers to a task are judged once: the sandbox is the slow part.
+    pairs = list({(i, answer.value): None for i, row in enumerate(parsed) for answer in row})
+    verdicts = dict(zip(pairs, judge([(tasks[i], value) for i, value in pairs], sandbox), strict=True))
+    return [_task_result(task, row, answers, [verdicts[i, answer.value] for answer in answers])
+            for i, (task, row, answers) in enumerate(zip(tasks, completions, parsed))]
+
+
+def _task_result(task: Task, completions: list, answers: list, verdicts: list) -> TaskResult:
+    """One task's rows: completions, parsed answers and verdicts, each (n,)."""
+    correct = [verdict.ok for verdict in verdicts]
+    return TaskResult(
+        hash=task.hash, mode=task.mode, n=len(answers), correct=sum(correct),
+        well_formed=sum(answer.well_formed for answer in answers),
+        correct_well_formed=sum(ok and answer.well_formed for ok, answer in zip(correct, answers)),
+        distinct_correct=len({answer_key(task.mode, answer.value) for ok, answer in zip(correct, answers) if ok}),
+        truncated=sum(completion.finish_reason == "length" for completion in completions),
+        infra=sum(verdict.reason == "infra" for verdict in verdicts),
+        tokens=[len(completion.ids) for completion in completions])
+
+
+def answer_key(mode: str, answer: str) -> str:
+    """Equal for answers that differ in layout only: literals in canonical form, programs without line-end spaces."""
+    if mode in ("deduction", "abduction"):
+        from sandbox import literal
+        try:
+            return literal.canon_args(*literal.parse_args(answer))
+        except literal.LiteralError:
+            pass                                    # an answer the judge reads in another way stands for itself
+    return "\n".join(line.rstrip() for line in answer.strip().splitlines())
+
+
+# ---------------------------------------------------------------- the plot
+
+def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequence[int] | None = None) -> None:
+    """pass@k over k as PNG: a panel a mode and one for all tasks; the first result is the base of the comparison.
+
+    The band around another curve is the 95 % interval of its paired difference from the base, so the difference is
+    established where the band leaves the base's curve. Needs matplotlib.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    base = next(iter(results.values()))
+    for result in results.values():
+        check_comparable(base, result)
+    ks = list(ks or powers_of_two(min(int(result.column("n").min()) for result in results.values())))
+    panels = [*base.modes, *([None] if len(base.modes) > 1 else [])]
+    figure = Figure(figsize=(3.3 * len(panels), 3.4), layout="constrained")
+    for axes, mode in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        _draw_panel(axes, results, ks, mode)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(ks))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticklabels([str(k) for k in ks])
+        axes.set_title(f"{mode or 'all'} ({len(base.of(mode))} tasks)", fontsize=10)
+        axes.set_xlabel("k (answers a task)")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("pass@k")
+    figure.axes[0].legend(loc="upper left", fontsize=8)
+    if len(results) > 1:
+        figure.supxlabel("band: 95 % interval of the paired difference from the first curve", fontsize=8)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _draw_panel(axes: Any, results: dict[str, EvalResult], ks: list[int], mode: str | None) -> None:
+    base = next(iter(results.values()))
+    for index, (name, result) in enumerate(results.items()):
+        curve, color = result.pass_at_k(ks, mode), f"C{index}"
+        axes.plot(ks, curve.mean, marker="o", markersize=3.5, color=color, label=name)
+        if result is not base:
+            gap = difference(base, result, ks, mode)
+            around = curve.mean - gap.mean          # the base's curve
+            axes.fill_between(ks, np.clip(around + gap.low, 0, 1), np.clip(around + gap.high, 0, 1),
+                              color=color, alpha=0.2, linewidth=0)

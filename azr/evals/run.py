@@ -1,0 +1,484 @@
+"""Samples a benchmark: N answers a problem from a base, or from a base and its unmerged adapter, into a directory.
+
+    settings = resolve(options, benchmark)                # quantization, dtype, template as the adapter's azr.json says
+    rows = sample(settings, benchmark, out)               # goes on where an interrupted run stopped
+
+Files: config.json (what decides the answers), samples.jsonl (a line a sample), then graded.jsonl and result.json
+by azr/evals/score.py. A sample's seed follows from (seed, problem, sample) alone, so --samples can be raised later and
+only the missing ones are made. Answers are made in cells of SAMPLES_PER_CELL samples of some problems, always the same
+cells in the same order, and written as they end: an interrupted run makes the cell it was in again and writes what is
+missing of it. The finished file is in order, so it comes out as without the interruption. Left out: several GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from azr.evals import benchmarks
+from azr.machine import plan
+from azr.evals.benchmarks import Benchmark
+from azr.train.config import base_description
+from azr.evals.score import Row, progress, read_samples, warn
+from azr.evals.held_out import sample_seed
+from azr.runs import write_json_atomic
+
+SAMPLES_PER_CELL = 16
+TOKENS_PER_CALL = 1 << 20  # a cell's answers times their longest length, about: what a kill can cost
+MAX_NEW_TOKENS = 4_096
+MATCH_ANSWERS, MATCH_STEPS, MATCH_CLOSE, HOTTEST = 256, 8, 0.01, 4.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the answers."""
+
+    model: str
+    adapter: str | None
+    quantization: str
+    dtype: str | None  # None: what the device has (bf16 on a GPU, fp32 on a CPU)
+    template: str
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    seed: int
+    match_entropy: bool
+    max_batch: int | None
+    recorded: dict  # the adapter's azr.json, {} without one
+
+
+# ---------------------------------------------------------------- settings
+
+
+def resolve(options, benchmark: Benchmark) -> tuple[Settings, list[str]]:
+    """The settings and the lines that say where they come from. ValueError: a flag that contradicts the adapter."""
+    said, recorded, adapter = [], {}, None
+    if options.adapter:
+        adapter = adapter_directory(Path(options.adapter), said)
+        recorded = read_recorded(adapter, said)
+    model = options.model or recorded.get("base_model")
+    if not model:
+        raise ValueError("--model is missing: tiny, qwen-3b, qwen-7b, a hub id or a directory")
+    described = base_description(model)
+    chosen = {}
+    for name, default in (
+        ("quantization", "none" if described else "nf4"),
+        ("dtype", None),
+        ("template", described["template"] if described else "azr"),
+    ):
+        asked, stored = getattr(options, name), recorded.get(name)
+        if asked and stored and asked != stored:
+            raise ValueError(
+                f"--{name} {asked} contradicts {adapter / 'azr.json'}, which says {stored}: a tuned model is "
+                "measured as it was trained; leave the flag out"
+            )
+        chosen[name] = asked or stored or default
+        origin = "as the adapter's azr.json says" if stored else "as asked" if asked else "the default"
+        said.append(f"{name} {chosen[name] or 'of the device'}: {origin}")
+    if recorded.get("template_hash") and benchmark.kind != "code" and chosen["template"] in benchmarks.TEMPLATES:
+        if recorded["template_hash"] != benchmarks.template_hash(benchmark, chosen["template"]):
+            raise ValueError(
+                f"{adapter}: was trained on another wording of the {chosen['template']} prompts "
+                "(template_hash differs); check out the version it was trained with"
+            )
+    if options.match_entropy and not adapter:
+        raise ValueError(
+            "--match-entropy raises a tuned model's temperature to its base's entropy: it needs --adapter"
+        )
+    if options.match_entropy and not options.temperature > 0:
+        raise ValueError("--match-entropy needs a --temperature above 0")
+    longest = options.max_new_tokens or (plan.TINY.max_new_tokens if described else MAX_NEW_TOKENS)
+    return Settings(
+        plan.model_path(model),
+        str(adapter) if adapter else None,
+        chosen["quantization"],
+        chosen["dtype"],
+        chosen["template"],
+        options.samples,
+        options.temperature,
+        options.top_p,
+        longest,
+        options.seed,
+        options.match_entropy,
+        plan.TINY.max_batch if described else slots(model, chosen, longest, said),
+        recorded,
+    ), said
+
+
+def adapter_directory(path: Path, said: list[str]) -> Path:
+    """The adapter, or the newest checkpoint of a run directory."""
+    from azr.runs import step_directories
+
+    if not (path / "adapter_config.json").is_file() and (steps := step_directories(path)):
+        said.append(f"adapter {steps[-1][1]}: the newest checkpoint of {path}")
+        return steps[-1][1]
+    return path
+
+
+def read_recorded(adapter: Path, said: list[str]) -> dict:
+    try:
+        recorded = json.loads((adapter / "azr.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        said.append(
+            f"{adapter} has no azr.json, so nobody says how its base was quantized: flags and defaults decide"
+        )
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{adapter / 'azr.json'}: cannot be read ({error})") from error
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{adapter / 'azr.json'}: expected a JSON object")
+    return recorded
+
+
+def slots(model: str, chosen: dict, longest: int, said: list[str]) -> int | None:
+    """Sequences decoded at once that the memory plan allows; None (the engine's default) for an unknown shape."""
+    try:
+        free = plan.free_gpu_bytes()
+        preset = dataclasses.replace(
+            plan.choose_preset("auto", model, free)[0], max_new_tokens=longest, quantization=chosen["quantization"],
+            dtype="fp32" if chosen["dtype"] == "float32" else "auto",
+        )  # fmt: skip
+        found = plan.plan_memory(plan.shape_of(model), preset, plan.capacity(preset, free)).preset.max_batch
+    except plan.PlanError as error:
+        said.append(f"slots: the engine's default ({error})")
+        return None
+    said.append(f"slots {found}: what the memory plan allows")
+    return found
+
+
+def default_out(settings: Settings, benchmark: Benchmark) -> Path:
+    """RUN/eval/CHECKPOINT-BENCHMARK-TEMPLATE for an adapter of a run, else runs/eval-MODEL[-ADAPTER]-BENCHMARK-..."""
+    tail = f"{benchmark.name}-{settings.template}" + ("-matched" if settings.match_entropy else "")
+    tail += f"-seed{settings.seed}" if settings.seed else ""
+    if settings.adapter:
+        adapter = Path(settings.adapter).absolute()
+        if adapter.parent.name == "checkpoints":
+            return adapter.parent.parent / "eval" / f"{adapter.name}-{tail}"
+        tail = f"{adapter.name}-{tail}"
+    name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name if Path(settings.model).is_dir() else settings.model)
+    return Path("runs") / f"eval-{name}-{tail}"
+
+
+def describe(settings: Settings, policy, benchmark: Benchmark, temperature: float) -> dict:
+    """What config.json and result.json say about where the answers come from."""
+    decoding = {
+        "temperature": temperature,
+        "top_p": settings.top_p,
+        "max_new_tokens": settings.max_new_tokens,
+        "seed": settings.seed,
+        "stop": list(benchmarks.stop_strings(benchmark, settings.template)),
+    }
+    if settings.match_entropy:
+        decoding["match_entropy"] = True
+    # The embedded model by its name: where the repository lies makes no difference.
+    name = "tiny" if settings.model == plan.model_path("tiny") else settings.model
+    return {
+        "benchmark": benchmark.name,
+        "benchmark_file_hash": benchmark.file_hash,
+        "model": name,
+        "adapter": settings.adapter,
+        "base_model": name,
+        "revision": policy.info["revision"],
+        "quantization": policy.info["quantization"],
+        "dtype": policy.info["dtype"],
+        "template": settings.template,
+        "template_hash": benchmarks.template_hash(benchmark, settings.template, policy.tokenizer),
+        "decoding": decoding,
+    }
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row], dict]:
+    """Makes what is missing; returns (samples, what describes them). ValueError, before sampling, for what can't be."""
+    from azr.policy.policy import Sampling
+
+    with locked(out):
+        policy = load_policy(settings)
+        prompts = encoded(policy, benchmark, settings)
+        sampling = Sampling(
+            settings.temperature,
+            settings.top_p,
+            0,
+            settings.max_new_tokens,
+            benchmarks.stop_strings(benchmark, settings.template),
+        )
+        stored = read_config(out)
+        info = describe(settings, policy, benchmark, settings.temperature)
+        check_same(stored, info, out)
+        if settings.match_entropy:
+            matched = (stored or {}).get("matched") or match_entropy(policy, prompts, sampling, settings.seed)
+            info["decoding"]["temperature"] = matched["temperature"]
+            info["matched"] = matched
+            sampling = dataclasses.replace(sampling, temperature=matched["temperature"])
+        write_json_atomic(out / "config.json", info)
+        return sample(policy, prompts, sampling, settings, benchmark, out), info
+
+
+def load_policy(settings: Settings):
+    import torch
+
+    from azr.policy.policy import Policy
+
+    options = {"max_batch": settings.max_batch} if settings.max_batch else {}
+    policy = Policy.load(
+        settings.model,
+        settings.quantization,
+        adapter=settings.adapter,
+        dtype=getattr(torch, settings.dtype) if settings.dtype else None,
+        **options,
+    )
+    for name in ("revision", "tokenizer_hash", "quantization", "block_size", "double_quant"):
+        recorded = settings.recorded.get(name)
+        if recorded is not None and policy.info[name] is not None and recorded != policy.info[name]:
+            raise ValueError(
+                f"{settings.adapter}: was trained on a base with {name} {recorded}, and {settings.model} has "
+                f"{policy.info[name]}; give the base it was trained on"
+            )
+    policy.model.eval()
+    return policy
+
+
+def encoded(policy, benchmark: Benchmark, settings: Settings) -> dict[str, list[int]]:
+    """task_id -> prompt ids. ValueError if a prompt and its longest answer exceed the model's context."""
+    context = getattr(policy.base.config, "max_position_embeddings", None)
+    prompts = {}
+    for item in benchmark.items:
+        ids = policy.encode(benchmarks.prompt(item, settings.template, policy.tokenizer))
+        if context and len(ids) + settings.max_new_tokens > context:
+            raise ValueError(
+                f"the prompt of {item.task_id} has {len(ids)} tokens, which with --max-new-tokens "
+                f"{settings.max_new_tokens} exceeds the model's context of {context}; lower it"
+            )
+        prompts[item.task_id] = ids
+    return prompts
+
+
+def sample(policy, prompts: dict, sampling, settings: Settings, benchmark: Benchmark, out: Path) -> list[Row]:
+    path, n = out / "samples.jsonl", settings.samples
+    repair(path)
+    rows = {(row.task_id, row.sample): row for row in read_samples(path, benchmark)} if has_lines(path) else {}
+    if extra := sum(sample >= n for _, sample in rows):
+        warn(f"{path} has {extra} samples beyond --samples {n}: they stay, and are not looked at")
+    todo = n * len(prompts)
+    with progress(f"sampling {todo} answers") as advance, open(path, "ab", buffering=0) as file:
+        left = todo - sum(sample < n for _, sample in rows)
+        advance(todo - left, todo)
+        for names, samples in cells(list(prompts), n, sampling.max_new_tokens):
+            missing = missing_of(rows, names, samples)
+            if not missing:
+                continue
+
+            def keep(i: int, j: int, completion) -> None:
+                nonlocal left
+                name, j = names[i], missing[j]
+                if (name, j) in rows:
+                    return
+                text = _text(policy, completion, sampling, settings)
+                row = Row(name, j, text, "completion", len(completion.ids), completion.finish_reason)
+                append(file, row)
+                rows[name, j] = row
+                left -= 1
+                advance(todo - left, todo)
+
+            seeds = [[sample_seed(settings.seed, name, j) for j in missing] for name in names]
+            policy.generate([prompts[name] for name in names], len(missing), sampling, seeds, on_finish=keep)
+            os.fsync(file.fileno())
+    in_order(path, rows, list(prompts), max([n, *(j + 1 for _, j in rows)]), sampling.max_new_tokens)
+    return [row for row in rows.values() if row.sample < n]
+
+
+def missing_of(rows: dict, names: list[str], samples: range) -> list[int]:
+    """Samples of a cell to make: those that no problem has, or, where an interruption left gaps, all of them, since an
+    answer is the same to the last bit only in the same company."""
+    counts = {j: sum((name, j) in rows for name in names) for j in samples}
+    if all(count == len(names) for count in counts.values()):
+        return []
+    ragged = any(0 < count < len(names) for count in counts.values())
+    return [j for j in samples if ragged or not counts[j]]
+
+
+def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> None:
+    """Rewrites the file in the order of the cells, if it has another: they finish in any."""
+    wanted = [
+        rows[name, j] for part, samples in cells(names, n, longest) for name in part for j in samples
+        if (name, j) in rows
+    ]  # fmt: skip
+    if wanted != list(rows.values()):
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb", buffering=1 << 20) as file:
+            for row in wanted:
+                append(file, row)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def cells(names: list[str], n: int, longest: int) -> Iterator[tuple[list[str], range]]:
+    """(problems, samples) in the order they are made: all problems' first samples first."""
+    answers = max(64, min(2048, TOKENS_PER_CALL // longest))
+    width = max(1, answers // SAMPLES_PER_CELL)
+    for first in range(0, n, SAMPLES_PER_CELL):
+        for start in range(0, len(names), width):
+            yield names[start : start + width], range(first, min(n, first + SAMPLES_PER_CELL))
+
+
+def _text(policy, completion, sampling, settings: Settings) -> str:
+    """The response; of the plain and direct templates without the stop string, which is no part of the answer."""
+    text = policy.decode(completion.ids)
+    if completion.finish_reason == "stop" and settings.template in ("plain", "direct"):
+        ends = [text.find(stop) for stop in sampling.stop if stop in text]
+        text = text[: min(ends)] if ends else text
+    return text
+
+
+# ---------------------------------------------------------------- the directory
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """One process a directory: two would make the same samples."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "a+")
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); name a place with --out") from error
+    with lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{out}: another process is writing there; stop it first, or give another --out"
+            ) from error
+        yield
+
+
+def has_lines(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def repair(path: Path) -> None:
+    """Cuts off a last line without its end, which a kill in the middle of a write leaves."""
+    if not has_lines(path):
+        return
+    with open(path, "rb+") as file:
+        size = end = file.seek(0, os.SEEK_END)
+        tail = b""
+        while end and b"\n" not in tail:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            tail, end = file.read(end - start), start
+        keep = end + tail.rfind(b"\n") + 1
+        if keep < size:
+            warn(f"{path}: the last line was cut off in its writing; it is made again")
+            file.truncate(keep)
+
+
+def append(file, row: Row) -> None:
+    line = {
+        "task_id": row.task_id,
+        "sample": row.sample,
+        "completion": row.text,
+        "tokens": row.tokens,
+        "finish_reason": row.finish_reason,
+    }
+    data = memoryview((json.dumps(line) + "\n").encode("ascii"))
+    while data:  # a raw write may take a part, on a nearly full disk
+        data = data[file.write(data) :]
+
+
+def read_config(out: Path) -> dict | None:
+    path = out / "config.json"
+    if not path.is_file():
+        if has_lines(out / "samples.jsonl"):
+            raise ValueError(f"{out}: has samples, but no config.json that says what made them; give another --out")
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give another --out") from error
+
+
+def check_same(stored: dict | None, info: dict, out: Path) -> None:
+    """ValueError if the directory's samples were made in another way; a matched temperature follows from the rest."""
+    if stored is None:
+        return
+    matched = info["decoding"].get("match_entropy")
+    old, new = (flat(settings, bool(matched)) for settings in (stored, info))
+    if changed := [
+        f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+    ]:
+        raise ValueError(
+            f"{out}: holds samples made in another way ({'; '.join(changed)}); repeat the old settings, or "
+            "give another --out"
+        )
+
+
+def flat(info: dict, matched: bool) -> dict:
+    info = json.loads(json.dumps(info))
+    decoding = info.pop("decoding", {})
+    if matched:
+        decoding["temperature"] = (info.get("matched") or {}).get("base_temperature", decoding.get("temperature"))
+    info.pop("matched", None)
+    return info | decoding
+
+
+# ---------------------------------------------------------------- equal entropy
+
+
+def match_entropy(policy, prompts: dict, sampling, seed: int) -> dict:
+    """The temperature at which the tuned model's token entropy equals its base's at sampling.temperature.
+
+    Each entropy is the mean over response tokens, in nats, of the whole distribution at that temperature (before
+    top-p), on answers sampled at it: MATCH_ANSWERS of them, the same prompts and seeds each time. Bisection, up to
+    HOTTEST. Yue et al., arXiv 2504.13837, find that this closes a part of the gap at large k.
+    """
+    names = list(prompts)[:: max(1, len(prompts) // MATCH_ANSWERS)][:MATCH_ANSWERS]
+    n = max(1, MATCH_ANSWERS // len(names))
+    ids, start = [prompts[name] for name in names], sampling.temperature
+    seeds = [[sample_seed(seed, f"match-entropy/{name}", j) for j in range(n)] for name in names]
+
+    def entropy(temperature: float) -> float:
+        rows = policy.generate(ids, n, dataclasses.replace(sampling, temperature=temperature), seeds)
+        answers = [(prompt, completion.ids) for prompt, row in zip(ids, rows) for completion in row]
+        _, entropies = policy.score_lists(*map(list, zip(*answers)), temperature)
+        values = [value for row in entropies for value in row]
+        return sum(values) / len(values)
+
+    with progress("matching the base's entropy") as advance:
+        with policy.disable_adapter():
+            target = entropy(start)
+        low, found, high = start, entropy(start), start
+        temperature, tuned = start, found
+        while found < target and high < HOTTEST:
+            low, high = high, min(HOTTEST, 1.5 * high)
+            found = entropy(high)
+        if high > start:
+            temperature, tuned = high, found
+        for step in range(MATCH_STEPS if tuned > target and high > start else 0):
+            if abs(tuned - target) <= MATCH_CLOSE * target:
+                break
+            temperature = (low + high) / 2
+            tuned = entropy(temperature)
+            low, high = (temperature, high) if tuned < target else (low, temperature)
+            advance(step + 1, MATCH_STEPS)
+    if tuned < (1 - 5 * MATCH_CLOSE) * target:
+        warn(f"even at temperature {temperature:.2f} the tuned model's entropy is below the base's")
+    if temperature == start:
+        warn("the tuned model's entropy is not below the base's: its temperature stays")
+    return {
+        "temperature": round(temperature, 4),
+        "base_temperature": start,
+        "base_entropy": target,
+        "entropy": tuned,
+        "answers": n * len(names),
+    }

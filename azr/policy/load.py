@@ -1,0 +1,493 @@
+"""Loading: a frozen base in 4 bits (or not), its tokenizer, and fp32 LoRA on it, new or saved.
+
+Every way in which a checkpoint can be incomplete, or mean something else than it says, is refused in one line; so is
+a machine that cannot compute it. Weights that are stored in bitsandbytes' NF4 are taken as they are.
+Left out: several GPUs, trained heads or embeddings, encoder-decoder, other stored quantizations.
+"""
+
+import difflib
+import hashlib
+import importlib.util
+import json
+import logging
+import math
+import sys
+import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
+from azr.policy.gpu import look, why_no_four_bit, why_unusable
+from azr.hub import only_cached
+from azr.policy.lora import fuse
+from azr.machine.plan import ALIASES
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BF16_SINCE = (8, 0)  # compute capability of the first cards with it in hardware, Ampere
+# settings of a config that change the logits after the head, which the chunked scoring does not know
+UNSUPPORTED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LARGE = 100e6  # bytes of weights; computing less on a CPU needs no warning
+
+
+class ModelError(ValueError):
+    """The model or the adapter cannot be used; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    rank: int = 32
+    alpha: float = 64  # the update is (alpha / rank) B A
+    targets: str = "all-linear"  # "all-linear" | "attention"
+
+
+def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter, dtype, device, seed: int,
+               revision: str | None, need_gpu: bool = False):
+    """(model, tokenizer, info, eos_ids) of a hub id or a directory; see `Policy.load`. Raises ModelError."""
+    if lora is not None and adapter is not None:
+        raise ModelError("give new LoRA settings or a saved adapter, not both: an adapter brings its own settings")
+    if quantization not in ("nf4", "none"):
+        raise ModelError(f"quantization must be nf4 or none, not {quantization!r}")
+    _check_name(name)
+    allocate_in_segments_that_grow()
+    device = _choose_device(name, device, quantization, need_gpu)
+    dtype = compute_dtype(dtype, device)
+    hide_broken_flash_attention()
+    with _quiet():
+        where = _where(name, revision)
+        config = _load_config(name, where)
+        stored = _stored_in_four_bits(name, config, quantization)
+        tokenizer = _load_tokenizer(name, where)
+        model = _load_base(name, where, quantization, stored, dtype, device)
+        eos_ids = _eos_ids(model, tokenizer)
+        info = {
+            "base_model": name,
+            "revision": _revision(name, config),
+            **_quantization_info(model),
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokenizer_hash": tokenizer_hash(tokenizer),
+            "lora": None,
+        }
+        if adapter is not None:
+            model, info["lora"] = _load_adapter(model, Path(adapter))
+        elif lora is not None:
+            model, info["lora"] = _new_lora(model, lora, name, seed)
+    return model, tokenizer, info, eos_ids
+
+
+def auto_dtype(device) -> str:
+    """bf16 on a GPU that has it in hardware, fp16 on an older one, fp32 on a CPU."""
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.version.hip or torch.cuda.get_device_capability(device) >= BF16_SINCE else "fp16"
+
+
+def compute_dtype(asked, device) -> torch.dtype:
+    """The dtype of a name, "auto" or None, or the dtype itself. One that the device only emulates is said."""
+    name = auto_dtype(device) if asked in (None, "auto") else asked
+    dtype = DTYPES.get(name, name)
+    if not isinstance(dtype, torch.dtype):
+        raise ModelError(f"dtype must be auto, {', '.join(DTYPES)} or a torch.dtype, not {asked!r}")
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu and dtype is torch.bfloat16 and auto_dtype(device) == "fp16":
+        note = "this GPU has no bf16 in hardware: torch emulates it, which is much slower than --dtype fp16"
+    elif not on_gpu and dtype in (torch.bfloat16, torch.float16):
+        note = f"{str(dtype)[6:]} on a CPU is for tests: most CPUs compute in it many times slower than in fp32"
+    else:
+        return dtype
+    print(f"warning: {note}", file=sys.stderr, flush=True)
+    return dtype
+
+
+def _choose_device(name: str, device, quantization: str, need_gpu: bool) -> torch.device:
+    """The device asked for, else the GPU, else, with a warning if the model is large, the CPU.
+
+    ModelError: no GPU, and `need_gpu`; a GPU that this torch or, for 4 bits, this bitsandbytes cannot compute on.
+    """
+    if device is None:
+        facts = look()
+        if why := why_unusable(facts):
+            if need_gpu:
+                raise ModelError(
+                    f"{name} needs a GPU: {why}; --model tiny is made for a CPU, and --allow-cpu takes this one there "
+                    "all the same: days, for billions of weights"
+                )
+            if facts.error is None:
+                raise ModelError(f"{why}; CUDA_VISIBLE_DEVICES= computes on the CPU")
+            if _is_large(name):
+                print(f"warning: {name} is computed on the CPU, slowly: {why}", file=sys.stderr, flush=True)
+            return torch.device("cpu")
+    device = torch.device(device or "cuda")
+    if device.type == "cuda":
+        if quantization == "nf4" and (why := why_no_four_bit()):
+            raise ModelError(why)
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _is_large(name: str) -> bool:
+    path = Path(name)
+    files = [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    return not path.is_dir() or sum(file.stat().st_size for file in files) > LARGE
+
+
+def hide_broken_flash_attention() -> None:
+    """transformers and peft look at a flash-attn that is installed, and fail if it does: then it is as if it were not
+    there, which is said. Nothing here needs it."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return
+    try:
+        importlib.import_module("flash_attn")
+    except Exception as error:  # a wheel for another torch raises ImportError, OSError, RuntimeError, ...
+        sys.modules["flash_attn"] = None  # so that find_spec and import say: not there
+        text = f"{type(error).__name__}: {_one_line(error)}"
+        print(f"warning: flash-attn is installed but broken ({text}): going on without it", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet():
+    """No loading bars, multi-line reports or notes of the libraries: what is wrong is said in the ModelError."""
+    from transformers.utils import logging as transformers_logging
+
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    bitsandbytes = logging.getLogger("bitsandbytes")  # on CPU it recommends a kernel package that is not needed
+    level = bitsandbytes.level
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    bitsandbytes.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of names that peft still uses
+            yield
+    finally:
+        bitsandbytes.setLevel(level)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_name(name: str) -> None:
+    """ModelError unless it is a directory or might be on the hub."""
+    if Path(name).is_dir():
+        return
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model {name!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
+    if "/" not in name:
+        near = difflib.get_close_matches(name, ALIASES, 1)
+        raise ModelError(f"no model {name!r}: {f'did you mean {near[0]}? Known:' if near else 'give'} "
+                         f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory")  # fmt: skip
+
+
+def _where(name: str, revision: str | None) -> dict:
+    """The arguments that say where transformers looks: without a network it would retry for half a minute a file."""
+    if Path(name).is_dir():
+        return {"local_files_only": True}
+    return {"revision": revision, "local_files_only": only_cached(name)}
+
+
+def _load_config(name: str, where: dict):
+    from transformers import AutoConfig
+
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        hint = "; it holds an adapter: give it as the adapter" if (path / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{name} is a directory without config.json, so it is no model{hint}")
+    try:
+        config = AutoConfig.from_pretrained(name, **where)
+    except (OSError, ValueError, KeyError) as error:
+        kind = "here or on the hub (check name and network; a downloaded model is given as its directory)"
+        kind = "can be read from this directory" if path.is_dir() else kind
+        raise ModelError(f"no model {name!r} {kind}: {_one_line(error)}") from error
+    for setting in UNSUPPORTED_HEADS:
+        if getattr(config.get_text_config(), setting, None) not in (None, 1, 1.0):
+            raise ModelError(f"{name}: unsupported config setting {setting}; use a Qwen2, Qwen3 or Llama model")
+    return config
+
+
+def _stored_in_four_bits(name: str, config, quantization: str) -> bool:
+    """Whether the weights are stored as bitsandbytes' NF4. ModelError: quantized otherwise, or asked for without."""
+    stored = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not stored:
+        return False
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
+    if method == "bitsandbytes":
+        method = "bitsandbytes, 8 bits"
+        if stored.get("load_in_4bit"):
+            method = f"bitsandbytes, {stored.get('bnb_4bit_quant_type', 'fp4')}"
+    if method != "bitsandbytes, nf4":
+        raise ModelError(
+            f"{name} is stored quantized ({method}), and only bitsandbytes' nf4 is taken as it is stored; give the "
+            "unquantized model, it is quantized on load"
+        )
+    if quantization != "nf4":
+        raise ModelError(
+            f"{name} is stored in 4 bits, which cannot be undone: take --quantization nf4, or give the unquantized "
+            "model"
+        )
+    return True
+
+
+def _load_tokenizer(name: str, where: dict):
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{name} has no usable tokenizer: {_one_line(error)}") from error
+    text = "def f(x): return [x + 1]"
+    # without its files transformers builds an empty tokenizer and says nothing
+    if tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip() != text:
+        raise ModelError(f"{name} has no usable tokenizer: it cannot encode {text!r}; is tokenizer.json missing?")
+    _check_tokenizer(tokenizer, name)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer, name: str) -> None:
+    """Compare with the ids stored beside the model: AutoTokenizer picks a class by model type and may read the files
+    differently from how they were meant, without a word."""
+    check = Path(name) / "tokenizer_check.json"
+    if not check.is_file():
+        return
+    try:
+        wanted = json.loads(check.read_text(encoding="utf-8"))
+        text, expected = wanted["text"], wanted["ids"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f'{check} is not {{"text": ..., "ids": [...]}}: {_one_line(error)}') from error
+    if (ids := tokenizer(text, add_special_tokens=False)["input_ids"]) != expected:
+        at = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+        raise ModelError(
+            f"{name}: {type(tokenizer).__name__} gives other ids than the model was trained with, from token {at} of "
+            "tokenizer_check.json on; use the transformers version of requirements.txt, or rebuild the model"
+        )
+
+
+def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, device):
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = dict(where)
+    if quantization == "nf4" and not stored:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+
+    def load(attention: str):
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=attention, device_map={"": device}, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+
+    failed_before = _failed_allocations(device)
+    try:
+        try:
+            model, report = load("sdpa")
+        except ValueError as error:  # what transformers raises for an architecture that has none
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            model, report = load("eager")
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        # transformers turns memory that ran out while it quantized into "some issues during automatic conversion"
+        if is_out_of_memory(error) or _failed_allocations(device) > failed_before:
+            raise torch.OutOfMemoryError("while the weights were loaded") from error
+        raise ModelError(f"{name} cannot be loaded as a causal language model: {_one_line(error)}") from error
+    # transformers would go on with random values for both
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{name}: its weight files lack {missing[0]} ({len(missing)} in all); the copy is incomplete")
+    if wrong := sorted(key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]):
+        raise ModelError(f"{name}: {wrong[0]} has another shape than config.json says ({len(wrong)} tensors in all)")
+    head = model.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise ModelError(f"{name}: a language-model head with a bias, or none, is not supported")
+    if stored:
+        _take_dtype(name, model, dtype)
+    _settle(model)
+    if quantization == "nf4":
+        _say_what_is_not_in_four_bits(name, model, dtype)
+    return model
+
+
+def _say_what_is_not_in_four_bits(name: str, model, dtype) -> None:
+    """Only linear layers are quantized: the experts of a mixture are not, and take four times what one would plan."""
+    tables = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    packed, rest, largest = 0, 0, ("", 0)
+    for key, p in model.named_parameters():
+        if type(p).__name__ == "Params4bit":
+            packed += p.quant_state.shape.numel()
+        elif id(p) not in tables:
+            rest, largest = rest + p.numel(), max(largest, (key, p.numel()), key=lambda pair: pair[1])
+    if rest > packed / 4:
+        print(f"warning: {name}: {rest / 1e9:.2f} of {(packed + rest) / 1e9:.2f} billion weights are not in 4 bits but "
+              f"in {str(dtype)[6:]}, such as {largest[0]}", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def _failed_allocations(device) -> int:
+    return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
+
+
+def _take_dtype(name: str, model, dtype) -> None:
+    """A model that was stored in 4 bits computes in our dtype, as one that is quantized on load, not in the file's."""
+    exempt = set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    exempt |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    for key, p in model.named_parameters():
+        if type(p).__name__ != "Params4bit" and p.is_floating_point() and not exempt & set(key.split(".")):
+            p.data = p.data.to(dtype)  # transformers 5.23 leaves them in the file's
+    for key, module in model.named_modules():
+        if type(module).__name__ == "Linear4bit":
+            if (state := getattr(module.weight, "quant_state", None)) is None:
+                raise ModelError(f"{name}: its weight files lack how {key} is quantized; the copy is incomplete")
+            state.dtype = module.compute_dtype = dtype
+            module.compute_type_is_set = True
+
+
+def _settle(model) -> None:
+    """Freeze the base and make training and evaluation compute the same."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None:
+            # A weight that knows its module is a reference cycle: the GPU's memory would outlive the model until
+            # Python happens to collect garbage.
+            module.weight.module = None
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack the weights in place at the first evaluation on such a CPU: evaluation and
+            # training would then differ, and training fail
+            module.support_avx512bf16_for_cpu = False
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+
+
+def _eos_ids(model, tokenizer) -> set[int]:
+    found = [getattr(model.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
+    if getattr(model, "generation_config", None) is not None:
+        found.append(model.generation_config.eos_token_id)  # the only field of it that is ever read
+    lists = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in found if entry is not None]
+    return {i for entry in lists for i in entry}
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """16 hex digits over the tokenizer as loaded, not over its files: two classes can read one file differently."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _revision(name: str, config) -> str | None:
+    """The commit of a hub model; for a directory a fingerprint of its config and the start of its weight files."""
+    if not Path(name).is_dir():
+        return getattr(config, "_commit_hash", None)
+    digest = hashlib.sha256((Path(name) / "config.json").read_bytes())
+    for file in sorted(Path(name).glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(16 << 20))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _quantization_info(model) -> dict:
+    """Read from the loaded weights, not from what was asked for."""
+    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
+    states = [state for state in states if state is not None]
+    if not states:
+        return {"quantization": "none", "block_size": None, "double_quant": None}
+    return {"quantization": states[0].quant_type, "block_size": states[0].blocksize, "double_quant": states[0].nested}
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+def adapter_tensors(model) -> dict[str, torch.nn.Parameter]:
+    """The live LoRA matrices under the names that PEFT gives them in a file."""
+    return {name.replace(".default", ""): p for name, p in sorted(model.named_parameters()) if ".lora_" in name}
+
+
+def _add_lora(model, config):
+    """LoRA modules of random values from `config`; the global random state is left as it was."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        try:
+            model = get_peft_model(model, config)
+        except (ValueError, TypeError) as error:
+            raise ModelError(f"LoRA does not fit this model: {_one_line(error)}") from error
+    for p in adapter_tensors(model).values():
+        p.data = p.data.float()
+    fuse(model)
+    return model
+
+
+def _new_lora(model, settings: LoraSettings, name: str, seed: int):
+    from peft import LoraConfig
+
+    if settings.targets not in ("all-linear", "attention"):
+        raise ModelError(f"LoRA targets must be all-linear or attention, not {settings.targets!r}")
+    if settings.rank < 1 or not settings.alpha > 0:
+        raise ModelError(f"LoRA needs rank >= 1 and alpha > 0, not {settings.rank} and {settings.alpha}")
+    config = LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        target_modules=ATTENTION if settings.targets == "attention" else "all-linear",
+    )
+    if model.config.get_text_config() is not model.config:  # it also sees or hears, which no update would change
+        config.exclude_modules = r".*(vision|visual|audio|multi_modal).*"
+    model = _add_lora(model, config)
+    model.peft_config["default"].base_model_name_or_path = name
+    generator = torch.Generator().manual_seed(seed)
+    for key, p in adapter_tensors(model).items():
+        if ".lora_A." in key:  # Kaiming uniform with a = sqrt(5), as PEFT; drawn on the CPU, the same on every device
+            bound = 1 / math.sqrt(p.shape[1])
+            p.data.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+    return model, asdict(settings)
+
+
+def _load_adapter(model, directory: Path):
+    from peft import PeftConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights = directory / "adapter_model.safetensors"
+    if not (directory / "adapter_config.json").is_file() or not weights.is_file():
+        raise ModelError(f"{directory} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
+    try:
+        config = PeftConfig.from_pretrained(str(directory))
+        state = load_file(weights)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelError(f"the adapter in {directory} cannot be read: {_one_line(error)}") from error
+    if str(getattr(config, "peft_type", "")).split(".")[-1] != "LORA" or config.use_dora or config.bias != "none" \
+            or config.modules_to_save:
+        raise ModelError(f"the adapter in {directory} is not plain LoRA: DoRA, biases, other modules are unsupported")
+    config.inference_mode, config.lora_dropout = False, 0.0
+    model = _add_lora(model, config)
+    fill_adapter(model, state, str(directory))
+    attention = set(config.target_modules or ()) <= set(ATTENTION)
+    return model, {"rank": config.r, "alpha": config.lora_alpha, "targets": "attention" if attention else "all-linear"}
+
+
+def fill_adapter(model, state: dict[str, torch.Tensor], origin: str) -> None:
+    live = adapter_tensors(model)
+    if missing := sorted(live.keys() ^ state.keys()):
+        where = "lacks" if missing[0] in live else "has, and the policy lacks,"
+        raise ModelError(
+            f"{origin} {where} {missing[0]} ({len(missing)} names differ): an adapter of another model or targets"
+        )
+    for name, p in live.items():
+        if p.shape != state[name].shape:
+            raise ModelError(
+                f"{origin}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(p.shape)}: "
+                "an adapter of another model or rank"
+            )
+    with torch.no_grad():
+        for name, p in live.items():
+            p.copy_(state[name])

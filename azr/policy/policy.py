@@ -1,0 +1,281 @@
+"""The policy: a frozen base in 4 bits (or not), live fp32 LoRA on top, and the two things self-play asks of it.
+
+    policy = Policy.load("Qwen/Qwen2.5-Coder-3B", quantization="nf4", lora=LoraSettings(rank=32))
+    completions = policy.generate([policy.encode(prompt)], 8, Sampling(max_new_tokens=512), seeds=[range(8)])
+    for indices, log_prob, entropy, mask in policy.score(prompts, responses, with_grad=True): ...
+
+Sampling (engine.py) and scoring use the same modules: nothing is merged or synchronised, and what is copied lives for
+one call. Full logits are never held: log-probs and entropies come from chunks of response positions and are recomputed
+in the backward pass.
+
+Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
+"""
+
+import json
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
+from azr.policy.hf_generate import HFGenerate
+from azr.policy.engine import Completion, Engine, Sampling, Unsupported
+from azr.policy.load import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
+from azr.policy.attention import AttentionError
+from azr.policy.residual import keep_in_fp32
+from azr.policy.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
+
+__all__ = ["Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
+
+# Tokens of a row that holds several answers to one prompt. On a CPU a long row costs attention over what is masked; on
+# an H200 rows of 4,096 took 0.69 of the time of rows of one answer (8 answers of 400 tokens to a prompt of 400, 3B).
+SHARED_ROW = {"cpu": 512, "cuda": 4096}
+
+
+class Policy:
+    """A causal language model with LoRA; make one with `Policy.load`."""
+
+    def __init__(self, model, tokenizer, info: dict, eos_ids: set[int], **engine_options):
+        self.model, self.tokenizer, self.info = model, tokenizer, info
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = base
+        self.backbone, self.head = base.base_model, base.get_output_embeddings()
+        self.device = self.head.weight.device
+        self.eos_ids = frozenset(eos_ids)
+        self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
+        self._checkpointing = False  # are activations recomputed?
+        # Answers to one prompt are scored in one row of at most so many tokens, the prompt once: half the tokens of a
+        # step. 0: every sample alone.
+        self.shared_row = SHARED_ROW.get(self.device.type, 0)
+        keep_in_fp32(self.backbone, base.config)
+        self.engine = self._engine(engine_options)
+
+    @classmethod
+    def load(cls, model, quantization="nf4", lora: LoraSettings | None = None, adapter=None, dtype=None, device=None,
+             seed: int = 0, revision: str | None = None, need_gpu: bool = False, **engine_options) -> "Policy":
+        """Load a hub id or a directory; put new LoRA (`lora`) or a saved adapter (`adapter`) on it, or neither.
+
+        quantization: "nf4" (double quantization, blocks of 64; embeddings and head stay as they are) or "none".
+        dtype: of computation and of what is not quantized, a torch.dtype, bf16, fp16, fp32 or auto (None): bf16 on a
+        GPU that has it, fp16 on an older one, fp32 on a CPU. LoRA is always fp32; the same seed gives the same A.
+        engine_options: attn (auto | flash | triton | sdpa), rollout_weights (auto | stored | bf16), max_batch, pages,
+        ...: see `Engine`. need_gpu: without one refuse, instead of a warning if the model is large. Weights stored as
+        bitsandbytes' NF4 are taken as they are. Raises ModelError, also for want of memory.
+        """
+        try:
+            loaded = load_model(str(model), quantization, lora, adapter, dtype, device, seed, revision, need_gpu)
+            return cls(*loaded, **engine_options)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        smaller = "a smaller model, or a card with more memory free" if quantization == "nf4" else "--quantization nf4"
+        raise ModelError(f"{model} does not fit the memory ({reason[:160]}): take {smaller}")
+
+    def _engine(self, options: dict):
+        """The engine; for an architecture that it does not know transformers' `generate`, which is said on stderr."""
+        head = self.head  # not `self`, which would be in a reference cycle with its engine and outlive its last user
+        try:
+            engine = Engine(
+                self.backbone, lambda hidden: head_logits(hidden, head.weight), self.base.config, self.tokenizer,
+                self.eos_ids, pad_id=self.pad_id, **options,
+            )
+        except Unsupported as error:
+            self._check_head()
+            # what such a model does with a row is unknown: a mask of ours may not reach all of it
+            self.shared_row = 0
+            print(f"warning: {error}: sampling with transformers' generate, much slower", file=sys.stderr, flush=True)
+            batch = min(options.get("max_batch", 64), 64)  # every batch waits for its longest response
+            return HFGenerate(self.model, self.tokenizer, self.eos_ids, batch_size=batch, pad_id=self.pad_id)
+        except AttentionError as error:
+            raise ModelError(str(error)) from error
+        if self.device.type == "cuda":
+            print(engine.attention_note, file=sys.stderr, flush=True)
+        return engine
+
+    @torch.no_grad()
+    def _check_head(self) -> None:
+        """ModelError unless logits are what scoring takes them for: the last hidden state times the head's weights."""
+        ids = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
+        training = self.model.training
+        self.model.eval()
+        with self.disable_adapter():
+            logits = self.base(input_ids=ids, use_cache=False).logits[0].float()
+            expected = head_logits(self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0], self.head.weight)
+        self.model.train(training)
+        gap = (logits - expected).norm() / expected.norm().clamp(min=1e-30)
+        if logits.shape != expected.shape or not gap < 0.01:  # rounding to bf16 is 0.002; a factor or a cap is more
+            raise ModelError(
+                f"{self.info['base_model']}: its logits are not its hidden states times its head (a scale or a cap "
+                "comes after), so log-probs would be wrong; use another model"
+            )
+
+    # -- text
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text and nothing else: no BOS, no EOS, no chat template."""
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of these ids, special tokens included, EOS and padding left out."""
+        drop = self.eos_ids | {self.tokenizer.pad_token_id}
+        kept = [i for i in ids if i not in drop]
+        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    # -- sampling and scoring
+
+    def generate(self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seeds,
+                 max_new_tokens: list[int] | None = None, on_finish=None) -> list[list[Completion]]:
+        """n completions of each prompt from the current weights; seeds[i][j], 64 bits, decides sample j of prompt i.
+
+        max_new_tokens: a limit for each prompt instead of sampling's. on_finish(i, j, completion): called as each ends
+        (twice, with the same tokens, if memory ran out and the call was repeated). A prompt that can't fit gives
+        completions without ids, finish_reason "too_long". See engine.py.
+        ValueError: an empty prompt, seeds of another shape.
+        """
+        training = self.model.training
+        self.model.eval()
+        seeds = [list(row) for row in seeds]
+        longest = max(map(len, prompt_ids), default=0) + max(max_new_tokens or [sampling.max_new_tokens])
+        try:
+            return retry(
+                lambda: self.engine.generate(prompt_ids, n, sampling, seeds, max_new_tokens, on_finish),
+                lambda: halve_rollout(self.engine, longest, n * len(prompt_ids)), "sampling",
+            )
+        finally:
+            self.model.train(training)
+
+    def score(self, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0,
+              token_budget: int = 8192, with_grad: bool = False, chunk: int | None = None) -> Iterator[Scored]:
+        """Log-prob and entropy of every response token, micro-batch by micro-batch, longest samples first.
+
+        Rows are right-padded; rows x longest row <= token_budget; chunk: see ChunkedLogProb. Call backward on
+        each micro-batch before asking for the next. Empty responses give rows without tokens. ValueError: an empty
+        prompt.
+        """
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0 to score, not {temperature}")
+        if empty := [i for i, p in enumerate(prompts) if not p]:
+            raise ValueError(f"prompt {empty[0]} is empty; a prompt needs at least one token")
+        return self._score(prompts, responses, temperature, token_budget, with_grad, chunk)
+
+    def _score(self, prompts, responses, temperature, token_budget, with_grad, chunk) -> Iterator[Scored]:
+        longest = min(self.shared_row, token_budget)
+        rows = share_prompts(prompts, responses, longest)
+        lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
+        self.model.train(with_grad)
+        for batch in micro_batches(lengths, token_budget):
+            indices = [i for number in batch for i in rows[number]]
+            # no `yield` inside: the caller's grad mode must not change between micro-batches
+            with torch.set_grad_enabled(with_grad):
+                scored = self._score_batch(
+                    indices, [prompts[i] for i in indices], [responses[i] for i in indices], temperature, chunk, longest
+                )
+            yield scored
+
+    def _score_batch(self, indices, prompts, responses, temperature, chunk, longest=0) -> Scored:
+        rows = share_prompts(prompts, responses, longest)
+        length = max(len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows)
+        ids = torch.full((len(rows), length), self.pad_id)
+        spans = {}  # sample -> row, first and end of its response, length of its prompt
+        for number, row in enumerate(rows):
+            end = prompt = len(prompts[row[0]])
+            ids[number, :prompt] = torch.tensor(prompts[row[0]])
+            for i in row:
+                first, end = end, end + len(responses[i])
+                ids[number, first:end] = torch.tensor(responses[i], dtype=torch.int64)
+                spans[i] = number, first, end, prompt
+        mask = torch.zeros(len(indices), max(len(r) for r in responses), dtype=torch.bool)
+        position, target = [], []  # flat index of the hidden state that predicts a token; the token
+        for i, response in enumerate(responses):
+            number, first, end, prompt = spans[i]
+            mask[i, : len(response)] = True
+            before = [prompt - 1, *range(first, end - 1)]
+            position.extend(number * length + place for place in before[: len(response)])
+            target.extend(response)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        position = torch.tensor(position, dtype=torch.int64, device=self.device)
+        target = torch.tensor(target, dtype=torch.int64, device=self.device)
+        # Rows of one response need no mask: with right padding causal attention never reads it, and SDPA keeps its fast
+        # causal kernel. A Qwen can be told so; left to look for itself, transformers asks the device whether rows are
+        # packed, and the host waits.
+        qwen = isinstance(self.engine, Engine) and self.base.config.model_type in ("qwen2", "qwen3")
+        more = {"attention_mask": {"full_attention": None}} if qwen else {}
+        if len(rows) < len(indices):
+            seen, place = shared_mask(len(rows), length, list(spans.values()))
+            more = {"attention_mask": seen.to(self.device), "position_ids": place.to(self.device)}
+        hidden = self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)[position]
+        log_prob, entropy = ChunkedLogProb.apply(hidden, self.head.weight, target, temperature, chunk)
+        padded = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_prob, entropy)]
+        return Scored(indices, padded[0], padded[1], mask)
+
+    def score_lists(self, prompts, responses, temperature: float = 1.0, token_budget: int = 8192):
+        """As `score` without gradient: (log-probs, entropies), each a list of floats per sample, in order."""
+        log_probs: list[list[float]] = [[] for _ in prompts]
+        entropies: list[list[float]] = [[] for _ in prompts]
+        for indices, log_prob, entropy, _ in self.score(prompts, responses, temperature, token_budget):
+            log_prob, entropy = log_prob.tolist(), entropy.tolist()
+            for row, i in enumerate(indices):
+                log_probs[i] = log_prob[row][: len(responses[i])]
+                entropies[i] = entropy[row][: len(responses[i])]
+        return log_probs, entropies
+
+    def checkpoint_activations(self, on: bool = True) -> None:
+        """Recompute each layer in the backward pass of `score(with_grad=True)` instead of keeping its activations."""
+        if on == self._checkpointing:
+            return
+        self._checkpointing = on
+        new = hasattr(self.base, "activation_checkpointing_enable")  # newer transformers renamed it
+        prefix = "activation_checkpointing" if new else "gradient_checkpointing"
+        if on:
+            # nothing random happens in a layer, so there is no random state to keep and put back at each
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            getattr(self.base, f"{prefix}_enable")(**{f"{prefix}_kwargs": options})
+        else:
+            getattr(self.base, f"{prefix}_disable")()
+
+    # -- the adapter
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """The LoRA matrices, fp32, in a fixed order; empty without LoRA."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def disable_adapter(self):
+        """Context in which the policy is its base model."""
+        return self.model.disable_adapter() if self.info["lora"] else nullcontext()
+
+    def adapter_state(self, device="cpu") -> dict[str, torch.Tensor]:
+        """Copies of the LoRA matrices under PEFT's names (what adapter_model.safetensors holds); device None: where
+        they are."""
+        if not self.info["lora"]:
+            return {}
+        live = adapter_tensors(self.model).items()
+        return {name: p.detach().to(device or p.device, copy=True).contiguous() for name, p in live}
+
+    def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Write these values into the live LoRA matrices (optimizers keep their references). Raises ModelError."""
+        fill_adapter(self.model, state, "this state")
+
+    def save_adapter(self, directory, state: dict[str, torch.Tensor] | None = None) -> None:
+        """Write adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them.
+
+        state: what `adapter_state` gave at some time, instead of the live matrices.
+        """
+        from safetensors.torch import save_file
+
+        if not self.info["lora"]:
+            raise ModelError("this policy has no adapter to save; load it with LoRA settings")
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = self.model.peft_config["default"].to_dict()
+        config["inference_mode"] = True
+        # sets have no order: sorted, so that the same adapter gives the same bytes
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        text = json.dumps(config, indent=2, sort_keys=True, default=str)
+        (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        state = self.adapter_state() if state is None else state
+        save_file(state, directory / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,143 @@
+"""Cuts a response into what it contains: the text of the answer tag, and fenced blocks; and finds code in a message.
+
+Text in, text out; linear in the text, nothing raises, nothing is evaluated.
+
+A response is what a model writes after a prompt that ends with an opened `<think>`: "thoughts</think>
+<answer>...</answer>".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from azr.tasks.program import KEYWORDS, read_program, string_end
+
+_ANSWER = re.compile(r"</think>\s*<answer>")
+_OPENING = re.compile(r"(`{3,})(?:([A-Za-z][\w+#.-]*)(?![\w`+#.-]))?")
+_INSIDE = re.compile(r"(?m:^)[ \t]*`{3,}|`{3,}|\"\"\"|'''|[\"']|#(?:(?!```)[^\n])*|\\[\s\S]")
+_DEFINITION = re.compile(r"\bdef\s+\w+\s*\(|\blambda\b[^:\n]{0,80}:")
+_PROSE = frozenset(",.:-/();!?$_")  # marks that prose uses too
+_WORD = re.compile(r"\w+|[^\w\s'\"]")
+_LINE_END = re.compile(r"[ \t]*(?:\r?\n|\Z)")
+
+
+@dataclass(frozen=True)
+class Fence:
+    """A closed fenced block: its language in lower case ("" if none) and its text."""
+
+    tag: str
+    text: str
+
+
+def answer_text(response: str) -> tuple[bool, str | None, bool]:
+    """(well formed, text of the answer or None, whether the answer tag is closed).
+
+    Well formed: `...</think>`, optional white space, `<answer>...</answer>`, anything after it. Otherwise the last
+    answer tag that was opened is read all the same, so that correctness can be told apart from format.
+    """
+    start = _ANSWER.search(response)
+    if start is not None:
+        end = response.find("</answer>", start.end())
+        if end >= 0:
+            return True, response[start.end() : end], True
+    begin = response.rfind("<answer>")
+    if begin < 0:
+        return False, None, False
+    begin += len("<answer>")
+    end = response.find("</answer>", begin)
+    return False, response[begin : end if end >= 0 else len(response)], end >= 0
+
+
+def fences(text: str) -> list[Fence]:
+    """The closed fenced blocks of a text, in order.
+
+    A block ends at ticks that end a line, or that start one without naming a language. Ticks inside a string literal
+    or amid a line do not end it (a message is prose and has no string literals); another opening fence leaves it
+    unclosed.
+    """
+    found, position, unclosed = [], 0, set()
+    while (opening := _OPENING.search(text, position)) is not None:
+        tag = (opening[2] or "").lower()
+        end, position, closed = _close(text, opening.end(), len(opening[1]), tag != "message", unclosed)
+        if closed:
+            first, newline, rest = text[opening.end() : end].partition("\n")
+            body = rest if newline and not first.strip() else first.lstrip(" ") + newline + rest
+            found.append(Fence(tag, body.rstrip()))
+    return found
+
+
+def _close(text: str, start: int, ticks: int, code: bool, unclosed: set[str]) -> tuple[int, int, bool]:
+    """(end of the block that began at `start`, where to go on, whether it was closed). `unclosed` collects the quotes
+    that were seen to open a string without an end, so that each is searched for once."""
+    position = start
+    while (found := _INSIDE.search(text, position)) is not None:
+        mark, position = found[0].lstrip(" \t"), found.end()
+        if mark[0] == "`":
+            begin = position - len(mark)
+            starts_line = begin > found.start() or text[begin - 1] == "\n"
+            opens = starts_line and text[position : position + 1].isalpha()
+            if len(mark) >= ticks and (_LINE_END.match(text, position) or starts_line and not opens):
+                return begin, position, True
+            if opens:
+                return begin, begin, False
+        elif code and mark[0] in "\"'" and mark not in unclosed:
+            end, closed = string_end(text, position, mark)
+            if closed:
+                position = end
+            elif len(mark) == 3:
+                unclosed.add(mark)
+    return len(text), len(text), False
+
+
+# --- code in a message -----------------------------------------------------------------------------------------------
+
+
+def leaked_code(program: str, message: str) -> str:
+    """What code of the program, under whatever names, a message for an induction task gives away; "" if none.
+
+    A fence or a function definition always counts. Otherwise: the whole returned expression (three tokens or more),
+    any other expression of six, or eight tokens in a row, if operators, subscripts or calls are in them. Prose that
+    names functions or operations passes.
+    """
+    if "```" in message:
+        return "a code fence"
+    if _DEFINITION.search(message):
+        return "a function definition"
+    shape = read_program(program).shape
+    public = {word for row in shape for word in row if word.isidentifier()} | KEYWORDS
+    said = _joined(_words(message, public))
+    for row in shape:
+        for piece in _pieces(row, public):
+            if _is_code(piece) and _joined(piece) in said:
+                return " ".join(piece)
+    return ""
+
+
+def _words(text: str, public: set[str]) -> list[str]:
+    """Words and single marks without quotes, every word that the program does not share with all programs as "$"."""
+    return ["$" if word[0].isalpha() and word not in public else word for word in _WORD.findall(text)]
+
+
+def _pieces(row: tuple[str, ...], public: set[str]):
+    """Stretches of a statement whose presence in a message counts as its code."""
+    if row[0] in ("def", "class", "import", "from", "@", "async"):
+        return
+    body = row[1:] if row[0] in KEYWORDS else row[row.index("=") + 1 :] if "=" in row else row
+    body = body[:-1] if body and body[-1] == ":" else body
+    words = _words(" ".join(body), public)
+    if len(words) >= (3 if row[0] == "return" else 6):
+        yield words
+    for i in range(len(words) - 7):
+        yield words[i : i + 8]
+
+
+def _is_code(piece: list[str]) -> bool:
+    """Marks that prose does not use, a floor division, or a call."""
+    pairs = list(zip(piece, piece[1:]))
+    called = any(after == "(" and before.isidentifier() and before not in KEYWORDS for before, after in pairs)
+    return called or ("/", "/") in pairs or any(not word[0].isalnum() and word not in _PROSE for word in piece)
+
+
+def _joined(words: list[str]) -> str:
+    return "\0" + "\0".join(words) + "\0"

@@ -1,0 +1,157 @@
+"""What a training run is measured on: held-out tasks fixed when it starts, greedy accuracy, answers for pass@k.
+
+    evaluation = Evaluation(config, policy, sandbox, template, sampling, run_dir)
+    metrics = evaluation.greedy()                           # every --eval-every steps
+    base = evaluation.pass_at_k_samples("base")             # EvalResult, made once and kept in eval/base.json
+
+The embedded model's file has 2,100 tasks, too many for a run: greedy accuracy is measured on GREEDY for each mode and
+difficulty from 1 to 6 statements, and of these SAMPLED are answered many times, evenly spread over the file in both
+cases. What is frozen is in RUN/eval/held_out.jsonl. Programs of held-out tasks are refused as proposals, those of the
+whole file (RUN/eval/refused.json has their skeletons). Left out: benchmarks from elsewhere, which eval_passk.py does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from azr.machine import plan
+from azr.train import screen
+from azr.evals.benchmarks import cruxeval_tasks
+from azr.train.config import base_description
+from azr.evals.held_out import EvalResult, evaluate, load_tasks
+from azr.tasks.program import skeleton
+from azr.runs import read_lines, write_json_atomic, write_jsonl_atomic
+from azr.tasks import MODES, Buffers, Task
+
+if TYPE_CHECKING:
+    from azr.train.config import Config
+    from azr.policy.policy import Policy, Sampling
+    from sandbox import Sandbox
+
+BEST = "held-out greedy accuracy, mean over modes"
+GREEDY, SAMPLED = 20, 5  # of the embedded model's tasks of a mode and difficulty
+LONGEST = 6  # statements; longer programs than the base was trained on are for eval_passk.py
+_ASSIGNED = re.compile(r"^\s*(\w+)=", re.MULTILINE)
+
+
+def statements(program: str) -> int:
+    """How many statements a program of the embedded model's generator has: each assigns one name of its own, though
+    a loop assigns it twice."""
+    return len(set(_ASSIGNED.findall(program)))
+
+
+def evenly(tasks: list[Task], count: int) -> list[Task]:
+    """`count` tasks of each mode and difficulty, evenly spread over those given and in their order; all where there
+    are fewer."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    for i, task in enumerate(tasks):
+        groups.setdefault((task.mode, statements(task.program)), []).append(i)
+    kept = (rows for (_, size), rows in groups.items() if size <= LONGEST)
+    chosen = {rows[i * len(rows) // count] for rows in kept for i in range(count)}
+    return [tasks[i] for i in sorted(chosen)]
+
+
+@dataclass
+class Evaluation:
+    config: Config
+    policy: Policy
+    sandbox: Sandbox
+    template: str
+    sampling: Sampling  # as in training
+    run_dir: Path
+
+    def freeze(self, buffers: Buffers) -> None:
+        """eval/held_out.jsonl: --eval-data (tiny: a part of its own); else 200 problems of CRUXEval both ways and 64
+        induction tasks of the seed stage, which stay in the buffers and leave them only by age."""
+        if self._path().exists():
+            return
+        tasks = evenly(self._given, GREEDY) if self.own else self._given + self._from_seed_stage(buffers)
+        self._path().parent.mkdir(exist_ok=True)
+        write_jsonl_atomic(self._path(), [task.to_json() for task in tasks])
+
+    def tasks(self) -> list[Task]:
+        return load_tasks(self._path())
+
+    @cached_property
+    def own(self) -> bool:
+        """Whether it is the embedded model's own file that the run is evaluated on."""
+        held_out = Path(plan.model_path(self.config.model)) / "held_out.jsonl"
+        return base_description(self.config.model) is not None and self.config.eval_data == str(held_out)
+
+    @cached_property
+    def refused(self) -> frozenset[str]:
+        """Skeletons of the programs that no proposal may have: of all tasks that were fixed before anything was
+        proposed. Frozen in eval/refused.json at the first use, in the seed stage.
+
+        The induction tasks that `freeze` draws from the buffers are not among them. Their programs were proposed before
+        they were frozen, are shown as references, and induction proposals about them are asked for: to refuse those
+        would punish the proposer for what it was given.
+        """
+        path = self.run_dir / "eval" / "refused.json"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            write_json_atomic(path, sorted({skeleton(task.program) for task in self._given if task.program}))
+        return frozenset(json.loads(path.read_text()))
+
+    def greedy(self) -> dict[str, float]:
+        """Metrics of one greedy answer to each task."""
+        greedy = dataclasses.replace(self.sampling, temperature=0.0)
+        return evaluate(self.policy, self.tasks(), 1, greedy, self.template, self.sandbox, 0).metrics()
+
+    def pass_at_k_samples(self, name: str) -> EvalResult | None:
+        """--eval-samples answers to each task (tiny: a part of them); kept in eval/NAME.json, made only once. None if
+        there are to be none."""
+        path, n = self.run_dir / "eval" / f"{name}.json", self.config.eval_samples
+        if not n:
+            return None
+        if not path.exists():
+            with screen.bar(f"held-out tasks, {n} answers each, {name}") as advance:
+                settings = self.sampling, self.template, self.sandbox, 0, advance
+                tasks = evenly(self.tasks(), SAMPLED) if self.own else self.tasks()
+                result = evaluate(self.policy, tasks, n, *settings)
+            write_json_atomic(path, result.to_json())
+        return EvalResult.from_json(json.loads(path.read_text()))
+
+    def mark_best(self) -> str | None:
+        """Names the evaluated step of the highest mean greedy accuracy over the modes (the first, if several) in
+        checkpoints/best.json; returns what to tell. From metrics.jsonl alone, which a resume takes back to its step."""
+        best, value = None, -1.0
+        for row in read_lines(self.run_dir / "metrics.jsonl"):
+            found = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
+            if found and sum(found) / len(found) > value:
+                best, value = row["step"], sum(found) / len(found)
+        path = self.run_dir / "checkpoints" / "best.json"
+        if best is None:
+            path.unlink(missing_ok=True)
+            return None
+        write_json_atomic(path, {"step": best, "metric": BEST, "value": value})
+        return f"best: {path.parent / f'step_{best}'}, {BEST} {value:.3f}"
+
+    def _path(self) -> Path:
+        return self.run_dir / "eval" / "held_out.jsonl"
+
+    @cached_property
+    def _given(self) -> list[Task]:
+        """--eval-data, else CRUXEval's; [] where it cannot be had."""
+        if self.config.eval_data:
+            return load_tasks(self.config.eval_data)
+        try:
+            return cruxeval_tasks(200)
+        except ValueError as error:
+            screen.warn(f"held-out tasks: 64 a mode of the seed stage; {error}; --eval-data FILE takes others")
+            return []
+
+    def _from_seed_stage(self, buffers: Buffers) -> list[Task]:
+        """What is added where no file is given: induction tasks, or tasks of all modes if there is nothing else."""
+        if self.config.eval_data:
+            return []
+        rng = random.Random(f"{self.config.seed}/held-out")
+        modes = ("induction",) if self._given else MODES
+        return [task for mode in modes for task in buffers.sample(mode, 64, rng)]

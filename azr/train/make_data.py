@@ -1,0 +1,174 @@
+"""Writes the files that `train_azr.py --algorithm rlvr|sft` and `--off-policy-source` read: one task as JSON a line.
+
+    python -m azr.train.make_data tiny tasks.jsonl --count 3000                  tasks of the embedded model's generator
+    python -m azr.train.make_data tiny gold.jsonl --count 3000 --solutions       the same with right responses (off-policy)
+    python -m azr.train.make_data tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
+    python -m azr.train.make_data run RUN tasks.jsonl                            the tasks in a run's buffers
+    python -m azr.train.make_data run RUN own.jsonl --solutions                  its own verified answers (rejection sampling)
+    python -m azr.train.make_data benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
+
+A file lists each task once; with --solutions, each (task, response). No program of the generator is among the embedded
+model's held-out ones or behaves like one. The tasks of a seed are the same with and without responses, in any style.
+SFT on gold responses and on a model's own right answers are different experiments: the latter
+stays near what the model writes anyway (arXiv 2505.11711: 90 % unchanged weights for it, 6-15 % for the former).
+
+Left out: log-probs of the responses; without them off-policy solutions need --off-policy-weight luffy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from azr.train import arms
+from azr.runs import newest_intact, read_metrics, read_samples, write_jsonl_atomic
+from azr.tasks import MODES, SEED_PROGRAM, Task
+
+STYLES = ("none", "junk", "coarse", "full", "check", "ladder")  # see azr/tiny/documents.py
+
+
+def tiny_tasks(options: argparse.Namespace) -> list[Task]:
+    """`count` distinct tasks a mode of the generator, with right responses in the tiny wording if asked for.
+
+    ValueError: an unknown mode, a number of statements that no program has, or a flag that would do nothing.
+    """
+    from azr.tiny import documents as recipe
+
+    modes, sizes = options.modes.split(","), _statements(options.statements)
+    if unknown := set(modes) - {*MODES, "math"}:
+        raise ValueError(f"--modes {','.join(sorted(unknown))}: there are {', '.join((*MODES, 'math'))}")
+    if options.style and not options.solutions:
+        raise ValueError(f"--style {options.style} is about the thoughts of responses: it needs --solutions")
+    found: dict[str, Task] = {}
+    for mode in modes:
+        # two streams: what is thought must not change which tasks are drawn
+        rng, thoughts = (random.Random(f"{options.seed}/{mode}/{name}") for name in ("task file", "thoughts"))
+        before = len(found)
+        while len(found) < before + options.count:
+            if mode == "math":
+                task, drawn = recipe.skill_task(rng), None
+            else:
+                drawn = recipe.draw_task(mode, rng, count=rng.choice(sizes) if sizes else None)
+                task = drawn.task
+            if task.hash in found:
+                continue
+            thought = _thought(drawn, options.style or "ladder", thoughts) if options.solutions and drawn else ""
+            response = recipe.wrap(thought, recipe.answer(task)) if options.solutions else None
+            found[task.hash] = dataclasses.replace(task, response=response)
+    return list(found.values())
+
+
+def _statements(text: str | None) -> list[int]:
+    """The numbers of statements asked for; [] for the generator's own mixture."""
+    from azr.tiny.programs import MAX_STATEMENTS
+
+    numbers = [part.strip() for part in text.split(",")] if text else []
+    if any(not part.isdecimal() or not 1 <= int(part) <= MAX_STATEMENTS for part in numbers):
+        raise ValueError(f"--statements {text}: expected numbers from 1 to {MAX_STATEMENTS}, separated by commas")
+    return [int(part) for part in numbers]
+
+
+def _thought(drawn, style: str, rng: random.Random) -> str:
+    """A thought of the style; "ladder": of a style drawn as in the last part of the base's training."""
+    from azr.tiny import documents as recipe
+
+    if style == "ladder":
+        style = rng.choices(recipe.STYLES, recipe.style_weights(1.0))[0]
+    return recipe.think(drawn, style, rng)
+
+
+def run_tasks(run: Path) -> list[Task]:
+    """The tasks in the buffers of a run's newest checkpoint, the seed program aside."""
+    checkpoint, _ = newest_intact(run)
+    if checkpoint is None:
+        raise ValueError(f"{run}: has no checkpoint with its state; give the directory of a run of train_azr.py")
+    rows = json.loads((checkpoint / "state" / "state.json").read_text())["buffers"]["rows"]
+    tasks = [Task.from_json(row) for mode in MODES for _, _, row in rows[mode]]
+    return [task for task in tasks if task.program != SEED_PROGRAM]
+
+
+def run_solutions(run: Path, a_task: int) -> list[Task]:
+    """Right and well-formed answers from samples.jsonl, up to `a_task` different ones a task, earliest first."""
+    found: dict[str, dict[str, Task]] = {}
+    for row in _right(run):
+        task = Task.from_json({**row["task"], "response": row["response"]})
+        mine = found.setdefault(task.hash, {})
+        if len(mine) < a_task:
+            mine.setdefault(task.response, task)
+    return [task for mine in found.values() for task in mine.values()]
+
+
+def _right(run: Path) -> Iterator[dict]:
+    for row in read_samples(run):
+        if row["role"] == "solver" and row["reward"].get("correct") and row["reward"].get("well_formed"):
+            yield row
+
+
+def benchmark_tasks(name: str) -> list[Task]:
+    """The problems of a public benchmark's file, NAME or NAME=FILE, that are tasks (code benchmarks are none)."""
+    from azr.evals.benchmarks import load
+
+    benchmark = load(name)
+    if benchmark.kind == "code":
+        raise ValueError(f"{name}: its problems are tests on code, which train_azr.py cannot reward")
+    return list({item.task.hash: item.task for item in benchmark.items}.values())
+
+
+def collect(options: argparse.Namespace) -> list[Task]:
+    if options.command == "tiny":
+        return tiny_tasks(options)
+    if options.command == "benchmark":
+        return benchmark_tasks(options.name)
+    return run_solutions(options.run, options.per_task) if options.solutions else run_tasks(options.run)
+
+
+def tokens_hint(run: Path) -> str:
+    """What a step of the run trained on, so that another algorithm can be given as much."""
+    counts = [row["train/tokens"] for row in read_metrics(run) if row.get("train/tokens")]
+    return f"; --step-tokens {round(sum(counts) / len(counts))} makes steps as large as its own" if counts else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m azr.train.make_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    tiny = commands.add_parser("tiny", help="tasks of the embedded model's generator")
+    tiny.add_argument("--count", type=int, default=1000, help="tasks a mode (default 1000)")
+    tiny.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}; math sorts digits")
+    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--statements", metavar="N[,N...]", help="of the programs; default: as in training")
+    tiny.add_argument("--style", choices=STYLES, help="of the thoughts; default ladder: as in training")
+    run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")
+    run.add_argument("run", type=Path, metavar="RUN")
+    run.add_argument("--per-task", type=int, default=4, help="different answers a task (default 4)")
+    for command in (tiny, run):
+        command.add_argument("--solutions", action="store_true", help="with responses, for sft and off-policy")
+    benchmark = commands.add_parser("benchmark", help="problems of a public benchmark's file")
+    benchmark.add_argument("name", metavar="NAME=FILE")
+    for command in (tiny, run, benchmark):
+        command.add_argument("out", type=Path, metavar="FILE")
+    options = parser.parse_args(arguments)
+    try:
+        if getattr(options, "count", 1) < 1 or getattr(options, "per_task", 1) < 1:
+            raise ValueError("--count and --per-task must be at least 1")
+        tasks = collect(options)
+        if not tasks:
+            raise ValueError(f"{options.run}: nothing to write, no answer was right and well-formed yet")
+        write_jsonl_atomic(options.out, [task.to_json() for task in tasks])
+        hint = tokens_hint(options.run) if options.command == "run" else ""
+    except (ValueError, OSError) as error:
+        print(f"azr.train.make_data: {error}", file=sys.stderr)
+        return 2
+    what = "solutions" if getattr(options, "solutions", False) else "tasks"
+    print(f"{options.out}: {len(tasks)} {what} ({arms.by_mode(tasks)}){hint}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""What a run shows: a line a step, tables of sample tasks, the before/after table. Plain lines in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from azr.train import arms
+from azr.evals.held_out import EvalResult, difference, well_formed_difference
+from azr.train.metrics import mean
+from azr.tasks import MODES, Sample
+
+if hasattr(sys.stdout, "reconfigure"):  # what a model writes must not end a run where the locale is not UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
+INDENT = " " * 9
+PROJECT_AFTER = 3  # steps of this process, then what the whole run takes
+TIMING_EVERY = 10  # steps between two lines of what the time and the memory go to
+PHASES = {
+    "sampling": ("propose", "solve"),
+    "sandbox": ("validate", "judge"),
+    "update": ("update",),
+    "held-out": ("evaluate",),
+}
+INITIALS = "/".join(mode[0] for mode in MODES)
+
+
+def say(text: str = "") -> None:
+    """A line, never wrapped into pieces that a log file would break."""
+    console.print(Text(text), soft_wrap=True)
+
+
+def prose(text: str, file=None) -> None:
+    """A line for reading: on a terminal broken between words, elsewhere whole, so that grep finds it."""
+    file = sys.stdout if file is None else file
+    if file.isatty():
+        text = textwrap.fill(
+            text, max(40, console.width), subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+        )
+    print(text, file=file, flush=True)
+
+
+def warn(text: str) -> None:
+    """One loud line on stderr: every fallback gets one."""
+    prose(f"warning: {text}", sys.stderr)
+
+
+def percent(values: list[float]) -> str:
+    return " ".join("  -" if v != v else f"{100 * v:3.0f}" for v in values)
+
+
+def numbers(values: list[float]) -> str:
+    return " ".join("   -" if v != v else f"{v:4.2f}" for v in values)
+
+
+def duration(seconds: float) -> str:
+    minutes = int(round(seconds)) // 60
+    return (
+        f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{int(round(seconds)) % 60:02d} min"
+    )
+
+
+@contextlib.contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives advance(done, total): a bar on a terminal, one line at the end elsewhere."""
+    start = time.perf_counter()
+    if not console.is_terminal or console.is_dumb_terminal:
+        yield lambda done, total: None
+        say(f"{title}: {time.perf_counter() - start:.0f} s")
+        return
+    columns = TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, refresh_per_second=4) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def header(config, why: str, policy, environment: dict) -> None:
+    """What will be trained, on what, and what protects this machine from what it runs."""
+    trained, info = sum(p.numel() for p in policy.trainable_parameters()), policy.info
+    base = f"4-bit nf4 and {info['dtype']}" if info["quantization"] == "nf4" else info["dtype"]
+    prose(
+        f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} weights)"
+        f", on {environment['gpu'] or 'the CPU'}; {why}"
+    )
+    count = 3 * config.prompts_per_mode
+    what = {
+        "selfplay": f"recipe {config.recipe}: {config.steps} steps of {count} proposals, {config.answers} answers to "
+        "each valid task",
+        "rlvr": f"rlvr on {config.data}: {config.steps} steps of {count} tasks, {config.answers} answers to each",
+        "sft": f"sft on {config.data}: {config.steps} steps of {count * config.answers} solutions",
+    }[config.algorithm]
+    if config.step_tokens:
+        what += f", or as many as make {config.step_tokens} tokens"
+    prose(f"{what}, learning rate {config.learning_rate:g}, seed {config.seed}")
+    if arm := arms.describe(config):
+        prose(f"arm: {arm}")
+    box = environment["sandbox"]
+    layers = [name for name in ("seccomp", "landlock", "limits", "uid") if box.get(name)]
+    prose(f"sandbox: {box['workers']} workers, a fresh process for every program, under {', '.join(layers)}")
+
+
+class StepLines:
+    """A line a step, with the time that is left and, at a price, what it has cost; now and then where time goes."""
+
+    def __init__(self, steps: int, price_per_hour: float | None) -> None:
+        self.steps, self.price = steps, price_per_hour
+        self.seconds: list[float] = []
+        self.recent: list[dict] = []
+
+    def header(self) -> None:
+        prose(
+            f"columns {INITIALS} ({', '.join(MODES)}): valid proposals in %, solved answers in %; H: entropy in nats "
+            "a token, proposer and solver"
+        )
+
+    def show(self, metrics: dict) -> None:
+        self.seconds.append(metrics["time/step"])
+        self.recent = [*self.recent, metrics][-TIMING_EVERY:]
+        # as wide as fits; a file gets all
+        lines = step_lines(metrics, self.steps, self.left(metrics["step"]), self.price)
+        say(next((line for line in lines if not console.is_terminal or len(line) < console.width), lines[-1]))
+        if "held_out/deduction/accuracy" in metrics or "held_out/all/accuracy" in metrics:
+            held = [metrics.get(f"held_out/{mode}/accuracy", float("nan")) for mode in MODES]
+            say(f"{INDENT}held-out greedy accuracy in % ({INITIALS}): {percent(held)}")
+        if len(self.seconds) == PROJECT_AFTER and metrics["step"] < self.steps:
+            prose(self.projection(metrics))
+        if metrics["step"] % TIMING_EVERY == 0:
+            cost = f", ${self.price * metrics['time/elapsed'] / 3600:.2f}" if self.price else ""
+            prose(f"{INDENT}{where_time_goes(self.recent)}; {duration(metrics['time/elapsed'])} of training{cost}")
+
+    def projection(self, metrics: dict) -> str:
+        """What the steps of this run so far make of the whole: time and, at a price, dollars."""
+        left = self.left(metrics["step"])
+        whole = metrics["time/elapsed"] + left
+        line = f"{INDENT}measured: {self.median():.1f} s a step ({where_time_goes(self.recent).split(';')[0]}); "
+        line += f"all {self.steps} steps: {duration(whole)}"
+        if self.price:
+            line += f", ${whole / 3600 * self.price:.2f} at ${self.price:g} an hour"
+        return f"{line}; start-up and evaluations come on top"
+
+    def median(self) -> float:
+        recent = sorted(self.seconds[-15:])
+        return recent[len(recent) // 2]
+
+    def left(self, step: int) -> float:
+        """Seconds to go, by the median of the last steps: evaluations and the first step aside."""
+        return self.median() * (self.steps - step)
+
+
+def step_lines(metrics: dict, steps: int, left: float, price: float | None) -> tuple[str, str, str]:
+    """A step in words: with the entropy of every mode, with its means, and for 80 columns."""
+
+    def column(role: str, name: str) -> list[float]:
+        modes = (*MODES, *["math"] * (f"{role}/math/{name}" in metrics))
+        return [metrics.get(f"{role}/{mode}/{name}", float("nan")) for mode in modes]
+
+    step, entropy = metrics["step"], [column(role, "entropy") for role in ("proposer", "solver")]
+    rates = f"valid {percent(column('proposer', 'valid_rate'))} | solved {percent(column('solver', 'accuracy'))}"
+    means = numbers([mean(value for value in row if value == value) for row in entropy])
+    each = f"{numbers(entropy[0])} ; {numbers(entropy[1])}"
+    to_go, cost = f"{duration(left)} left", f", ${price * metrics['time/elapsed'] / 3600:.2f}" if price else ""
+    count = f"{step:{len(str(steps))}d}/{steps}"
+    front, rest = f"step {count} {100 * step // steps:3d} % | {rates}", f"{metrics['time/step']:.1f} s, {to_go}{cost}"
+    return f"{front} | H {each} | {rest}", f"{front} | H {means} | {rest}", f"{count} | {rates} | H {means} | {to_go}"
+
+
+def where_time_goes(rows: list[dict]) -> str:
+    """Shares of the phases, tokens a second of sampling and of the update, and the peak of memory, over steps."""
+    total = sum(row["time/step"] for row in rows)
+    shares, seconds = [], {}
+    for name, phases in PHASES.items():
+        seconds[name] = sum(row.get(f"time/{phase}", 0.0) for row in rows for phase in phases)
+        tokens = {"sampling": "train/sampled_tokens", "update": "train/tokens"}.get(name)
+        rate = sum(row.get(tokens) or 0 for row in rows) / seconds[name] if tokens and seconds[name] else 0
+        if seconds[name] >= total / 200:
+            shares.append(f"{name} {100 * seconds[name] / total:.0f} %" + (f" ({rate:,.0f} tokens/s)" if rate else ""))
+    peaks = {"GPU": "memory/peak_gpu", "process": "memory/peak_process"}
+    peak = [f"{name} {rows[-1][key]:.1f} GB" for name, key in peaks.items() if rows[-1].get(key)]
+    return f"time: {', '.join(shares)}; peak memory: {', '.join(peak)}"
+
+
+def sample_table(step: int, proposals: list[Sample], answers: list[Sample]) -> None:
+    """One proposal a mode with what became of it and its first answer."""
+    table = Table(title=f"samples of step {step}", title_justify="left", show_lines=True)
+    for name in ("mode", "proposed", "verdict", "solved", "an answer"):
+        table.add_column(name, overflow="fold")
+    for mode in MODES:
+        mine = [sample for sample in proposals if sample.mode == mode]
+        chosen = next(
+            (s for s in mine if s.solve_rate is not None and 0 < s.solve_rate < 1), mine[0] if mine else None
+        )
+        if chosen is None:
+            continue
+        tried = [a for a in answers if chosen.task is not None and a.task.hash == chosen.task.hash]
+        rate = "-" if chosen.solve_rate is None else f"{chosen.solve_rate:.2f}"
+        answer = f"{brief(tried[0].response, 3)}\n-> {tried[0].reason}" if tried else "-"
+        proposed = brief(chosen.response, 8)
+        if mode == "induction" and chosen.task is not None:  # the program was given, the inputs are the proposal
+            proposed = f"{chosen.task.program}\n{brief(chosen.response, 3)}"
+        table.add_row(mode, Text(proposed), chosen.reason, rate, Text(answer))
+    console.print(table)
+
+
+def brief(response: str, lines: int) -> str:
+    """A response without tags and fences, cut for the screen."""
+    for mark in ("<answer>", "</answer>", "</think>"):
+        response = response.replace(mark, "\n")
+    kept = [line for line in response.splitlines() if line.strip() and not line.startswith("```")]
+    shown = "\n".join(visible(line[:60]) for line in kept[:lines])
+    return shown + ("\n..." if len(kept) > lines else "")
+
+
+def visible(text: str) -> str:
+    """With escapes for control characters: a model can write ones that clear the screen or change its colours."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.expandtabs(4))
+
+
+def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
+    """pass@k on the held-out tasks, base against trained, with 95 % intervals paired over the tasks."""
+    samples, temperature = base.settings["samples"], base.settings["sampling"]["temperature"]
+    table = Table(
+        title=f"held-out tasks, {samples} answers each, T {temperature:g}; intervals over tasks, * without 0",
+        title_justify="left",
+    )
+    for name in ("mode", "what", "base", "trained", "difference [95 %]"):
+        table.add_column(name, justify="left" if name in ("mode", "what") else "right")
+    for mode in [*base.modes, None]:
+        for k in dict.fromkeys((1, ks[-1])):
+            gain = difference(base, trained, k, mode)
+            table.add_row(
+                mode or "all",
+                f"pass@{k}",
+                f"{base.pass_at_k(k, mode).mean:.3f}",
+                f"{trained.pass_at_k(k, mode).mean:.3f}",
+                signed(gain),
+            )
+        name = ("correct_well_formed", "well_formed", mode)
+        table.add_row(
+            "",
+            "@1, well-formed",
+            f"{base.share(*name):.3f}",
+            f"{trained.share(*name):.3f}",
+            signed(well_formed_difference(base, trained, mode)),
+            end_section=True,
+        )
+    console.print(table)
+
+
+def signed(gain) -> str:
+    mark = "*" if gain.excludes_zero else " "
+    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] {mark}"
+
+
+def training_table(first: list[dict], last: list[dict]) -> None:
+    """Means over the first and the last steps of what was measured while training."""
+    table = Table(title=f"while training: mean of the first and the last {len(first)} steps", title_justify="left")
+    for name in ("", *MODES):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = [
+        ("valid proposals", "proposer/{}/valid_rate"),
+        ("solve rate of own proposals", "proposer/{}/solve_rate"),
+        ("learnable (0 < r < 1)", "proposer/{}/learnable_rate"),
+        ("duplicates", "proposer/{}/duplicate_rate"),
+        ("well-formed answers", "solver/{}/well_formed_rate"),
+        ("proposer entropy", "proposer/{}/entropy"),
+        ("solver entropy", "solver/{}/entropy"),
+        ("answer tokens", "solver/{}/response_tokens"),
+    ]
+    known = {key for row in [*first, *last] for key in row}
+    for title, key in rows:
+        if key.format(MODES[0]) not in known:
+            continue  # a run without proposers
+        cells = [f"{average(first, key.format(mode))} -> {average(last, key.format(mode))}" for mode in MODES]
+        table.add_row(title, *cells)
+    console.print(table)
+
+
+def average(rows: list[dict], key: str) -> str:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return f"{sum(values) / len(values):.2f}" if values else "-"
+
+
+def summary(lines: list[str]) -> None:
+    """What to look at, from `azr.analysis.health`."""
+    for line in lines:
+        prose(line)
+
+
+def where(run_dir: Path) -> None:
+    """What the run leaves and what to do with it."""
+    prose(f"run directory: {run_dir} (metrics.jsonl, samples.jsonl, checkpoints/, eval/, plots/)")

@@ -1,0 +1,315 @@
+"""Whether an exported model is the policy that was trained: logits of real prompts, and what rounding explains of it.
+
+    report, failures = check(merge, directory, run, samples=2)      # failures: [] if the model may be used
+    show(report)
+
+The reference is the live policy (quantized base + adapter, azr/policy/policy.py) in fp32 arithmetic, on prompts and answers
+of the run. Four things must hold:
+
+1. `base`: the matrices of the first layer, applied to the identity, are what the merge dequantised.
+2. `fp32 merge`: with every linear layer replaced by its merged fp32 weights the logits are those of the policy, 1e-3.
+3. `files`: loaded by transformers, every tensor is bit for bit the fp32 merge rounded to bf16; the tokenizer too.
+4. `bf16 model`: the logits of that model, in bf16 arithmetic, are no further from the policy's than those of a random
+   (stochastic, unbiased) rounding of the fp32 merge, times FACTOR: what rounding alone explains.
+
+The 4th says nothing of an update whose effect is smaller than rounding noise, and a warning says that; the others hold
+for it too. Left out: samples of the two models (a token that differs by rounding changes all that follow).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from azr.train.screen import console, say, warn
+from azr.policy.load import ModelError, _load_tokenizer, _quiet, tokenizer_hash
+from azr.tasks.prompts import propose_prompt, solve_prompt
+from azr.policy.policy import Policy
+from azr.policy.scoring import head_logits
+from azr.tasks import MODES, SEED_TASKS
+from azr.weights.files import layer_of
+
+EXACT = 1e-3  # largest logit difference of two fp32 computations of the same weights
+FACTOR = 2.0  # on mean |logit difference|; squared on the KL divergence
+RESPONSE_TOKENS = 32  # of a sample that are compared
+PADDED_TOKENS = 16384  # of the batch
+LOGIT_BYTES = 512e6  # of one set of logits
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded samples; `positions`: flat indices of the states that predict their response tokens."""
+
+    ids: torch.Tensor  # (samples, time)
+    positions: torch.Tensor  # (tokens,)
+
+
+def texts(run: Path | None, template: str, count: int) -> list[tuple[str, str]]:
+    """(prompt, response): `count` of each role and mode of the run's probe.jsonl; without it of the seed tasks."""
+    path = run / "probe.jsonl" if run else None
+    if path is None or not path.is_file():
+        warn("no run directory with a probe.jsonl: verified on the prompts of the seed tasks, without answers")
+        tasks = list(SEED_TASKS.values())
+        prompts = [propose_prompt(mode, tasks[:1], template) for mode in MODES]
+        return [
+            (prompt, "</think> <answer>") for prompt in prompts + [solve_prompt(task, template) for task in tasks]
+        ]
+    found: dict[tuple, list] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        group = found.setdefault((row["role"], row["mode"]), [])
+        if len(group) < count and row["response"]:
+            group.append((row["prompt"], row["response"]))
+    return [pair for group in found.values() for pair in group]
+
+
+def make_batch(policy: Policy, pairs: list[tuple[str, str]]) -> Batch:
+    """As many samples, shortest first, and tokens of each as the limits above allow."""
+    vocabulary = policy.head.weight.shape[0]
+    encoded = [(policy.encode(prompt), policy.encode(response)[:RESPONSE_TOKENS]) for prompt, response in pairs]
+    encoded = sorted((pair for pair in encoded if pair[0] and pair[1]), key=lambda pair: len(pair[0]) + len(pair[1]))
+    kept = [pair for i, pair in enumerate(encoded) if (i + 1) * sum(map(len, pair)) <= PADDED_TOKENS] or encoded[:1]
+    length, most = max(len(p) + len(r) for p, r in kept), int(LOGIT_BYTES / 4 / vocabulary)
+    each = max(1, most // len(kept))
+    ids, positions = torch.full((len(kept), length), policy.pad_id), []
+    for row, (prompt, response) in enumerate(kept):
+        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        start = row * length + len(prompt) - 1
+        positions += range(start, start + min(len(response), each))
+    return Batch(ids, torch.tensor(positions))
+
+
+@torch.no_grad()
+def logits(backbone, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """(tokens, vocabulary) fp32 on the CPU; the head's product is in fp32 for every model."""
+    hidden = backbone(input_ids=batch.ids.to(weight.device), use_cache=False).last_hidden_state
+    return head_logits(hidden.flatten(0, 1)[batch.positions.to(weight.device)], weight).cpu()
+
+
+def difference(model: torch.Tensor, policy: torch.Tensor) -> dict[str, float]:
+    """Of logits (tokens, vocabulary): |difference|, KL(policy || model), nats a token; share of equal best tokens."""
+    gap, kl = (model - policy).abs(), 0.0
+    for a, b in zip(policy.split(64), model.split(64)):
+        p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum().item()
+    same = (model.argmax(-1) == policy.argmax(-1)).double().mean().item()
+    return {"max": gap.max().item(), "mean": gap.mean().item(), "kl": kl / len(policy), "top1": same}
+
+
+# ---------------------------------------------------------------- the live policy
+
+
+def linears(policy: Policy, merge) -> dict[str, torch.nn.Module]:
+    """Name of the weight -> module, for all that the merge changes (those without adapter too, on a 4-bit base)."""
+    modules = {f"{name}.weight": module for name, module in policy.base.named_modules()}
+    return {
+        name: modules[name] for name in merge.base.entries if merge.quantized(name) or name in merge.adapter.targets
+    }
+
+
+@torch.no_grad()
+def check_base(policy: Policy, merge) -> float:
+    """Largest difference between the weights that the first layer's forward pass uses and the merge's, fp32."""
+    worst = 0.0
+    for name, module in linears(policy, merge).items():
+        if layer_of(name) != 0:
+            continue
+        plain = getattr(module, "base_layer", module)
+        eye = torch.eye(merge.base.entries[name].shape[1], device=policy.device)
+        used = plain(eye).T - (0 if plain.bias is None else plain.bias.float()[:, None])
+        # the bias that was added and taken away again leaves its rounding
+        slack = 0 if plain.bias is None else 1e-6 * (1 + plain.bias.abs().max().item())
+        worst = max(worst, (used.cpu() - merge.held(name).float()).abs().max().item() - slack)
+    return max(0.0, worst)
+
+
+def merged_logits(policy: Policy, merge, batch: Batch) -> torch.Tensor:
+    """Of the fp32 merge: each linear layer's output is replaced, its merged weights made when it is its turn."""
+
+    def replaced(name: str):
+        def hook(module, inputs, output):
+            bias = name.removesuffix(".weight") + ".bias"
+            bias = merge.exact(bias).to(policy.device) if bias in merge.base.entries else None
+            return F.linear(inputs[0].float(), merge.exact(name).to(policy.device), bias)
+
+        return hook
+
+    handles = [module.register_forward_hook(replaced(name)) for name, module in linears(policy, merge).items()]
+    try:
+        return logits(policy.backbone, policy.head.weight, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def measure_policy(merge, run: Path | None, samples: int) -> tuple[dict, Batch, torch.Tensor]:
+    """(figures, batch, logits of the policy), all in fp32 arithmetic."""
+    info = merge.adapter.info
+    policy = Policy.load(
+        str(merge.base.directory), merge.reference.quantization, adapter=merge.adapter.directory, dtype=torch.float32
+    )
+    policy.model.eval()
+    for key in ("block_size", "double_quant"):
+        if info.get(key) is not None and policy.info[key] != info[key]:
+            raise ModelError(
+                f"{merge.adapter.directory}: {key} {info[key]} in azr.json, but {policy.info[key]} as "
+                "loaded here: other versions of bitsandbytes?"
+            )
+    batch = make_batch(policy, texts(run, info.get("template", "azr"), samples))
+    live = logits(policy.backbone, policy.head.weight, batch)
+    with policy.disable_adapter():
+        without = logits(policy.backbone, policy.head.weight, batch)
+    merge = replace(merge, reference=replace(merge.reference, dtype=torch.float32))
+    figures = {
+        "samples": len(batch.ids),
+        "tokens": len(batch.positions),
+        "base": check_base(policy, merge),
+        "without_adapter": difference(without, live),
+        "fp32_merge": difference(merged_logits(policy, merge, batch), live),
+    }
+    return figures, batch, live
+
+
+# ---------------------------------------------------------------- the exported model
+
+
+def load(directory: Path, need: int):
+    """The model as transformers loads it, in bf16, on a GPU if it fits. ModelError: a tensor is missing or new."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * need else "cpu"
+    )
+    if device.type == "cpu" and torch.cuda.is_available():
+        warn(
+            f"the bf16 model needs {need / 1e9:.1f} GB and the GPU has less free: computed on the CPU, which is slow"
+        )
+    with _quiet():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
+            device_map={"": device},
+            output_loading_info=True,
+        )
+    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
+        raise ModelError(f"{directory}: transformers does not find, or not know, {wrong[0]} ({len(wrong)} tensors)")
+    return model.eval()
+
+
+def stochastic_round(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """bf16 of fp32: up or down at random, right on average. Numbers of bf16 stay what they are."""
+    bits = x.contiguous().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, generator=generator)
+    return ((bits + noise) & ~0xFFFF).view(torch.float32).bfloat16()
+
+
+@torch.no_grad()
+def round_again(model, merge) -> list[str]:
+    """Puts a stochastic rounding of the fp32 merge in the place of every weight; names of those that were not bit for
+    bit the fp32 merge rounded to nearest."""
+    generator, wrong = torch.Generator().manual_seed(0), []
+    parameters = dict(model.named_parameters())
+    for name, entry in merge.base.entries.items():
+        if entry.dtype == torch.bfloat16 and not merge.quantized(name) and name not in merge.adapter.targets:
+            exact = merge.base.tensor(name)
+        else:
+            exact = merge.exact(name)
+        here = parameters[name].data
+        if not torch.equal(here.cpu().view(torch.int16), exact.bfloat16().view(torch.int16)):
+            wrong.append(name)
+        if exact.dtype == torch.float32:
+            here.copy_(stochastic_round(exact, generator))
+    return wrong
+
+
+def measure_model(merge, directory: Path, batch: Batch, live: torch.Tensor) -> dict:
+    model = load(directory, 2 * merge.base.parameters)
+    head = model.get_output_embeddings().weight
+    deployed = difference(logits(model.base_model, head, batch), live)
+    wrong = round_again(model, merge)
+    control = difference(logits(model.base_model, head, batch), live)
+    with _quiet():
+        same = tokenizer_hash(_load_tokenizer(str(directory), {"local_files_only": True}))
+    return {"bf16_model": deployed, "random_rounding": control, "wrong_tensors": wrong, "tokenizer_hash": same}
+
+
+def check(merge, directory: Path, run: Path | None, samples: int) -> tuple[dict, list[str]]:
+    """(figures, what failed in words). ModelError: one of the two cannot be loaded."""
+    say("verifying: the policy, the fp32 merge and the bf16 model on prompts of the run")
+    report, batch, live = measure_policy(merge, run, samples)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    report |= measure_model(merge, directory, batch, live)
+    if 0 < report["without_adapter"]["mean"] < FACTOR * report["random_rounding"]["mean"]:
+        warn(
+            f"the update moves the logits by {report['without_adapter']['mean']:.2g} on average, rounding noise by "
+            f"{report['random_rounding']['mean']:.2g}: in bf16 the two models can hardly be told apart"
+        )
+    return report, verdict(report, merge)
+
+
+def verdict(report: dict, merge) -> list[str]:
+    """What does not hold, in words."""
+    failures, model, control = [], report["bf16_model"], report["random_rounding"]
+    if not report["base"] <= 1e-6:
+        failures.append(
+            f"the forward pass here uses other base weights than the merge, by {report['base']:.2g}: "
+            "another kernel than in training?"
+        )
+    if not report["fp32_merge"]["max"] <= EXACT:
+        failures.append(
+            f"logits of the fp32 merge are {report['fp32_merge']['max']:.2g} from the policy's, bound {EXACT}"
+        )
+    if report["wrong_tensors"]:
+        failures.append(
+            f"{report['wrong_tensors'][0]} is not the merge rounded to bf16 ({len(report['wrong_tensors'])} tensors)"
+        )
+    if report["tokenizer_hash"] != (merge.adapter.info.get("tokenizer_hash") or report["tokenizer_hash"]):
+        failures.append("the tokenizer gives other tokens than in training")
+    if not (model["mean"] <= FACTOR * control["mean"] and model["kl"] <= FACTOR**2 * control["kl"]):
+        failures.append(
+            f"the bf16 model is further from the policy than rounding noise explains: mean {model['mean']:.3g}, "
+            f"bound {FACTOR * control['mean']:.3g}; KL {model['kl']:.2g}, bound "
+            f"{FACTOR**2 * control['kl']:.2g}"
+        )
+    return failures
+
+
+def show(report: dict) -> None:
+    """The table of the verification."""
+    from rich.table import Table
+
+    title = f"logits against the live policy, {report['samples']} samples, {report['tokens']} tokens"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "max |diff|", "mean |diff|", "KL, nats a token", "same best token", "bound"):
+        table.add_column(name, justify="left" if not name else "right")
+    control = report["random_rounding"]
+    bounds = {
+        "fp32_merge": f"max {EXACT:g}",
+        "bf16_model": f"mean {FACTOR * control['mean']:.3g}, KL {FACTOR**2 * control['kl']:.2g}",
+    }
+    names = {
+        "without_adapter": "base without the update",
+        "fp32_merge": "fp32 merge",
+        "bf16_model": "bf16 model",
+        "random_rounding": "randomly rounded",
+    }
+    for key, name in names.items():
+        row = report[key]
+        table.add_row(
+            name,
+            f"{row['max']:.2g}",
+            f"{row['mean']:.2g}",
+            f"{row['kl']:.2g}",
+            f"{100 * row['top1']:.1f} %",
+            bounds.get(key, ""),
+        )
+    console.print(table)

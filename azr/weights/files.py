@@ -1,0 +1,367 @@
+"""Weights on disk, one tensor at a time: safetensors checkpoints of any size and LoRA, rsLoRA and DoRA adapters.
+
+    base = Checkpoint.open("Qwen/Qwen2.5-Coder-3B")          # alias, hub id in the cache, or directory
+    adapter = Adapter.open("runs/qwen-3b-0/checkpoints/step_500", base)
+    for name in adapter.targets:
+        weight, factors = base.tensor(name), adapter.factors(name)
+
+Files are read by offset, not mapped: pages of a mapped file count as memory of the process, and a shard has 5 GB.
+Every way in which files can be incomplete or not belong together is a WeightsError of one line that names the tensor.
+Left out: pickled (.bin) weights, quantized checkpoints, adapters that train more than LoRA matrices.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from azr.hub import only_cached
+from azr.machine.plan import model_path
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+PREFIX = "base_model.model."  # of PEFT's names
+NOT_PLAIN = ("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication", "use_bdlora",
+             "trainable_token_indices", "target_parameters", "alora_invocation_tokens")  # fmt: skip
+
+
+class WeightsError(ValueError):
+    """The files cannot be measured; the message is one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file, which must be as long as its header says."""
+    try:
+        length = file.stat().st_size
+        with file.open("rb") as stream:
+            (header,) = struct.unpack("<Q", stream.read(8))
+            entries = json.loads(stream.read(header)) if header < length else None
+    except (OSError, struct.error, ValueError) as error:
+        raise WeightsError(f"{file} is no safetensors file, or only its start ({error})") from error
+    if not isinstance(entries, dict):
+        raise WeightsError(f"{file} ends inside its header: copy or download it again")
+    found = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise WeightsError(
+                f"{file}: {name} is stored as {entry['dtype']}, a quantized or unusual format; "
+                f"give the checkpoint in {', '.join(DTYPES)}"
+            )
+        begin, end = entry["data_offsets"]
+        found[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + header + begin)
+        if 8 + header + end > length:
+            raise WeightsError(
+                f"{file} is truncated: {name} ends at byte {8 + header + end}, the file at {length}; "
+                "copy or download it again"
+            )
+        if end - begin != found[name].size * found[name].dtype.itemsize:
+            raise WeightsError(f"{file}: {name} has {end - begin} bytes for shape {found[name].shape}")
+    return found
+
+
+def read(entry: Entry, first: int = 0, last: int | None = None) -> torch.Tensor:
+    """Rows first..last of a tensor in its stored dtype; WeightsError if the file ends early."""
+    last = entry.shape[0] if last is None and entry.shape else last
+    shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+    out = torch.empty(shape, dtype=entry.dtype)
+    view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else b""
+    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    with entry.file.open("rb", buffering=0) as stream:
+        stream.seek(entry.start + first * row)
+        done = 0
+        while done < len(view):  # one call reads at most 2 GB
+            got = stream.readinto(view[done:])
+            if not got:
+                raise WeightsError(f"{entry.file} ended while it was read")
+            done += got
+    return out
+
+
+def read_json(file: Path) -> dict:
+    """An object, {} if there is no such file."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{file} does not hold an object")
+    return found
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """A linear layer of a numbered block: what LoRA goes on and what bitsandbytes quantizes."""
+    return len(shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
+
+
+def layer_of(name: str) -> int | None:
+    found = re.search(r"\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def type_of(name: str) -> str:
+    """q_proj of model.layers.0.self_attn.q_proj(.weight)."""
+    parts = name.removesuffix(".weight").split(".")
+    return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
+
+
+# ---------------------------------------------------------------- a checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a model, tied ones once. `excluded`: name -> why it is not counted."""
+
+    name: str
+    directory: Path
+    config: dict
+    entries: dict[str, Entry]
+    excluded: dict[str, str]
+
+    @classmethod
+    def open(cls, model: str) -> Checkpoint:
+        """`model`: an alias (tiny, qwen-3b), a hub id in the cache, or a directory."""
+        directory = find_directory(model)
+        config = read_json(directory / "config.json")
+        if stored := config.get("quantization_config"):
+            method = stored.get("quant_method", "?") if isinstance(stored, dict) else "?"
+            raise WeightsError(f"{model} is stored quantized ({method}); give the unquantized model")
+        entries, excluded = find_tensors(directory), {}
+        if config.get("tie_word_embeddings") and "lm_head.weight" in entries:
+            del entries["lm_head.weight"]
+            excluded["lm_head.weight"] = "tied to the embedding by config.json, which counts once"
+        return cls(str(model), directory, config, entries, excluded)
+
+    @property
+    def parameters(self) -> int:
+        return sum(entry.size for entry in self.entries.values())
+
+    @property
+    def matrices(self) -> list[str]:
+        return [name for name, entry in self.entries.items() if is_matrix(name, entry.shape)]
+
+    def tensor(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        return read(self.entries[name], first, last)
+
+    def dtypes(self) -> str:
+        return "/".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()}))
+
+
+def find_directory(model: str) -> Path:
+    """Where the weights of a model lie. WeightsError if nowhere."""
+    path = model_path(str(model))
+    if (directory := Path(path)).is_dir():
+        if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
+            raise WeightsError(f"{directory} holds an adapter, no model: give it with --adapter")
+        return directory
+    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+        raise WeightsError(f"no model {model!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    cached = only_cached(path)
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"], local_files_only=cached))
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{path} is not in the local cache: download it where there is a network, or give its directory"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"no model {model!r} here or on the hub: {reason}") from error
+
+
+def find_tensors(directory: Path) -> dict[str, Entry]:
+    """All tensors of model.safetensors or of the shards that the index names, in the order of their names."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        where = read_json(index).get("weight_map")
+        if not isinstance(where, dict) or not where:
+            raise WeightsError(f"{index} has no weight_map")
+        files = sorted(set(where.values()))
+        if missing := [name for name in files if not (directory / name).is_file()]:
+            raise WeightsError(f"{directory} lacks {missing[0]} ({len(missing)} of {len(files)} shards are missing)")
+    else:
+        where, files = None, [path.name for path in sorted(directory.glob("*.safetensors"))]
+        if not files:
+            raise WeightsError(f"{directory} holds no safetensors file (pickled .bin weights are not read)")
+        if len(files) > 1 and "model.safetensors" not in files:
+            raise WeightsError(f"{directory} has {len(files)} safetensors files and no model.safetensors.index.json")
+        files = ["model.safetensors"] if "model.safetensors" in files else files
+    found: dict[str, Entry] = {}
+    for name in files:
+        found |= read_header(directory / name)
+    if where is not None and (missing := sorted(set(where) - set(found))):
+        raise WeightsError(f"{directory}: no shard holds {missing[0]} ({len(missing)} tensors are missing)")
+    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+
+
+def natural(name: str) -> list:
+    """Sorting key: layer 2 before layer 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name)]
+
+
+# ---------------------------------------------------------------- an adapter
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The update of one matrix: scale * B A, B (m, r), A (r, n), fp32; magnitude (m,) makes it DoRA."""
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+    magnitude: torch.Tensor | None = None
+
+    def delta(self, base: torch.Tensor) -> torch.Tensor:
+        """(m, n) fp32: what the adapter adds to `base` (m, n), the weights that the forward pass used.
+
+        DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5): magnitude * (W + s B A) / ||W + s B A|| by rows, minus W.
+        """
+        update = (self.b * self.scale) @ self.a
+        if self.magnitude is None:
+            return update
+        base = base.float()
+        update += base
+        update *= (self.magnitude / update.norm(dim=1))[:, None]
+        return update.sub_(base)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A PEFT adapter, checked against its base: every target names a matrix of the base, with its shape."""
+
+    directory: Path
+    config: dict
+    info: dict  # azr.json: quantization, block size, dtype of the base in training; {} for other people's adapters
+    entries: dict[str, Entry]
+    targets: dict[str, str]  # base tensor -> prefix of the adapter's names
+
+    @classmethod
+    def open(cls, directory: Path, base: Checkpoint) -> Adapter:
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise WeightsError(f"there is no directory {directory}")
+        config = read_json(directory / "adapter_config.json")
+        file = directory / "adapter_model.safetensors"
+        if not config or not file.is_file():
+            raise WeightsError(
+                f"{directory} is no adapter: it needs adapter_config.json and adapter_model.safetensors"
+            )
+        if config.get("peft_type") != "LORA":
+            raise WeightsError(f"{directory}: {config.get('peft_type')} is not measured; LoRA, rsLoRA and DoRA are")
+        if odd := [key for key in NOT_PLAIN if config.get(key)]:
+            raise WeightsError(f"{directory}: {odd[0]} is set; only the LoRA matrices of linear layers are measured")
+        if config.get("bias", "none") != "none":
+            raise WeightsError(f"{directory}: trains biases ({config['bias']}); only LoRA matrices are measured")
+        entries = read_header(file)
+        return cls(
+            directory, config, read_json(directory / "azr.json"), entries, match(directory, config, entries, base)
+        )
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    def factors(self, name: str) -> Factors:
+        """Of one base tensor. WeightsError: NaN or infinity in it."""
+        prefix = self.targets[name]
+        read_one = {}
+        for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):
+            if (entry := self.entries.get(f"{prefix}.{part}")) is not None:
+                read_one[part] = read(entry).float()
+                if not read_one[part].isfinite().all():
+                    raise WeightsError(f"{entry.file}: NaN or infinity in {prefix}.{part}")
+        rank = read_one["lora_A.weight"].shape[0]
+        scale = pattern(self.config.get("alpha_pattern"), prefix, self.config["lora_alpha"])
+        scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
+        return Factors(
+            read_one["lora_B.weight"], read_one["lora_A.weight"], scale, read_one.get("lora_magnitude_vector")
+        )
+
+
+def pattern(patterns: dict | None, prefix: str, default):
+    """PEFT's rank_pattern and alpha_pattern: the first key that the module's name ends with."""
+    name = prefix.removeprefix(PREFIX)
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return default
+
+
+def match(directory: Path, config: dict, entries: dict[str, Entry], base: Checkpoint) -> dict[str, str]:
+    """base tensor -> prefix of the adapter's names; WeightsError for what does not fit."""
+    parts = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else []))
+    found: dict[str, dict[str, Entry]] = {}
+    for name, entry in entries.items():
+        part = next((part for part in parts if name.endswith("." + part)), None)
+        if part is None:
+            raise WeightsError(f"{directory}: {name} is no LoRA matrix of a linear layer")
+        found.setdefault(name.removesuffix("." + part), {})[part] = entry
+    if not found:
+        raise WeightsError(f"{directory}: the adapter holds no LoRA matrices")
+    targets = {}
+    for prefix in sorted(found, key=natural):
+        if lacking := [part for part in parts if part not in found[prefix]]:
+            raise WeightsError(f"{directory} lacks {prefix}.{lacking[0]}")
+        name = prefix.removeprefix(PREFIX) + ".weight"
+        check_shapes(directory, prefix, found[prefix], config, name, base)
+        targets[name] = prefix
+    return targets
+
+
+def check_shapes(
+    directory: Path, prefix: str, found: dict[str, Entry], config: dict, name: str, base: Checkpoint
+) -> None:
+    if name not in base.entries:
+        raise WeightsError(f"{directory} adapts {name}, which {base.name} does not have: an adapter of another model")
+    a, b = found["lora_A.weight"].shape, found["lora_B.weight"].shape
+    rank = pattern(config.get("rank_pattern"), prefix, config.get("r"))
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank:
+        raise WeightsError(f"{directory}: {prefix} has A {a} and B {b}, but adapter_config.json says rank {rank}")
+    if (b[0], a[1]) != base.entries[name].shape:
+        raise WeightsError(
+            f"{directory}: {prefix} updates a matrix of {b[0]} x {a[1]}, but {name} of {base.name} has "
+            f"{' x '.join(map(str, base.entries[name].shape))}: an adapter of another model"
+        )
+
+
+def revision_of(directory: Path) -> str:
+    """The fingerprint that checkpoints keep of a base in a directory (`Policy.info`)."""
+    from azr.policy.load import _revision
+
+    return _revision(str(directory), None)
+
+
+# ---------------------------------------------------------------- a run
+
+
+def steps_of(run: Path) -> dict[int, Path]:
+    """step -> checkpoint directory of a run, ascending; {} if `run` is no run directory."""
+    found = {}
+    for path in (Path(run) / "checkpoints").glob("step_*"):
+        if path.name.removeprefix("step_").isdigit() and (path / "adapter_model.safetensors").is_file():
+            found[int(path.name.removeprefix("step_"))] = path
+    return dict(sorted(found.items()))

@@ -1,0 +1,193 @@
+"""What is compared with what: an adapter or a second checkpoint, against the weights that the training really used.
+
+    reference, notes = resolve_reference(adapter.info, asked=None, what=adapter.directory, adapter=True)
+    change = AdapterUpdate(base, adapter, reference).load("model.layers.0.mlp.up_proj.weight")
+    change.w0, change.original, change.delta            # (m, n): reference, checkpoint, update in fp32
+
+The reference of an adapter on a 4-bit base is the DEQUANTISED base: it is what the forward pass used. Against the
+original checkpoint an adapter of any size changes 97 % of the weights, by the error of the quantization. Left out:
+what the numbers mean (updates.py, spectra.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from azr.weights import nf4, spectra
+from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix
+
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+# ---------------------------------------------------------------- the reference
+
+
+@dataclass(frozen=True)
+class Reference:
+    """How the forward pass of the training held the base's matrices."""
+
+    quantization: str  # "nf4" | "none"
+    dtype: torch.dtype | None  # None: as stored
+    block: int = 64
+    double: bool = True
+
+    def weights(self, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, nf4.NF4 | None]:
+        """(w0, original, NF4 codes), each of the shape of `original`; w0 is original for an unquantized base."""
+        held = original if self.dtype is None else original.to(self.dtype)
+        if self.quantization == "none":
+            return held, held, None
+        stored = nf4.quantize(held, self.block, self.double)
+        if self.straddles(original.shape):
+            return nf4.read_as_on_cpu(stored, tuple(original.shape), held.dtype), original, stored
+        return stored.dequantize(held.dtype).view_as(original), original, stored
+
+    def straddles(self, shape: tuple[int, ...]) -> bool:
+        """Whether blocks go on from one row into the next: in small models only."""
+        return self.quantization == "nf4" and shape[1] % self.block != 0
+
+
+def resolve_reference(info: dict, asked: str | None, what: Path, adapter: bool) -> tuple[Reference, list[str]]:
+    """From azr.json and --quantization; the lines say what was assumed. WeightsError: neither knows."""
+    lines, said = [], info.get("quantization")
+    if asked and said and asked != said:
+        lines.append(f"--quantization {asked} overrides {said} of {what / 'azr.json'}: measured against another base")
+    chosen = asked or said or (None if adapter else "none")
+    if chosen is None:
+        raise WeightsError(
+            f"{what} has no azr.json, so nothing says whether its base was in 4 bits, on which every number depends: "
+            "add --quantization nf4 or --quantization none"
+        )
+    if chosen not in ("nf4", "none"):
+        raise WeightsError(f"{what / 'azr.json'}: quantization {chosen} is not measured; nf4 and none are")
+    name = info.get("dtype")
+    if name is None and adapter:
+        lines.append(f"{what} does not say in which dtype its base was computed: bfloat16 is assumed")
+        name = "bfloat16"
+    if name is not None and name not in COMPUTE_DTYPES:
+        raise WeightsError(f"{what / 'azr.json'}: dtype {name} is unknown")
+    block, double = int(info.get("block_size") or 64), info.get("double_quant")
+    if nf4.PIECE % block:
+        raise WeightsError(f"{what / 'azr.json'}: block size {block} is none of NF4's")
+    return Reference(chosen, COMPUTE_DTYPES.get(name), block, True if double is None else double), lines
+
+
+# ---------------------------------------------------------------- what is compared
+
+
+@dataclass
+class Change:
+    """One matrix: reference, checkpoint, update; singular values where they are free."""
+
+    w0: torch.Tensor
+    original: torch.Tensor
+    delta: torch.Tensor
+    stored: nf4.NF4 | None
+    rank: int | None = None
+    singular: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AdapterUpdate:
+    base: Checkpoint
+    adapter: Adapter
+    reference: Reference
+
+    @property
+    def adapted(self) -> list[str]:
+        return list(self.adapter.targets)
+
+    def load(self, name: str) -> Change:
+        w0, original, stored = self.reference.weights(self.base.tensor(name))
+        factors = self.adapter.factors(name)
+        change = Change(w0, original, factors.delta(w0), stored)
+        if factors.magnitude is None:
+            change.rank = factors.a.shape[0]
+            change.singular = spectra.factor_spectrum(factors.b, factors.a, factors.scale)
+        return change
+
+    def energy(self, name: str) -> float:
+        """||delta||^2, for plain LoRA from r x r matrices: s^2 <B^T B, A A^T>."""
+        factors = self.adapter.factors(name)
+        if factors.magnitude is not None:
+            return energy_of(self.load(name).delta)
+        a, b = factors.a.double(), factors.b.double()
+        return factors.scale**2 * max(0.0, ((b.T @ b) * (a @ a.T)).sum().item())
+
+    def columns(self, name: str) -> torch.Tensor | None:
+        factors = self.adapter.factors(name)
+        return None if factors.magnitude is not None else factors.b
+
+
+@dataclass(frozen=True)
+class PairUpdate:
+    base: Checkpoint
+    tuned: Checkpoint
+    reference: Reference
+
+    @property
+    def adapted(self) -> list[str]:
+        return self.base.matrices
+
+    def load(self, name: str) -> Change:
+        w0, original, stored = self.reference.weights(self.base.tensor(name))
+        return Change(w0, original, difference(self.tuned.tensor(name), w0), stored)
+
+    def energy(self, name: str) -> float:
+        return energy_of(self.load(name).delta)
+
+    def columns(self, name: str) -> None:
+        return None
+
+
+def difference(tuned: torch.Tensor, w0: torch.Tensor) -> torch.Tensor:
+    """tuned - w0 in fp32, piece by piece: as a whole it takes four times as long."""
+    out = torch.empty(w0.shape)
+    flat, after, before = out.view(-1), tuned.view(-1), w0.reshape(-1)
+    for start, end in nf4.pieces(flat.numel()):
+        torch.sub(after[start:end].float(), before[start:end].float(), out=flat[start:end])
+    return out
+
+
+def energy_of(delta: torch.Tensor) -> float:
+    flat = delta.reshape(-1)
+    return sum(torch.dot(flat[start:end], flat[start:end]).item() for start, end in nf4.pieces(flat.numel()))
+
+
+def open_pair(base: Checkpoint, tuned: Checkpoint) -> list[str]:
+    """Checks that the two belong together; what is named in base.excluded is not counted. Returns lines to say."""
+    for name in sorted(set(tuned.entries) - set(base.entries) - set(base.excluded)):
+        if name != "lm_head.weight":
+            raise WeightsError(f"{tuned.name} has {name}, which {base.name} lacks: not the same architecture")
+        base.excluded[name] = "tied to the embedding in the base, stored apart in the tuned model"
+    for name in list(base.entries):
+        if name not in tuned.entries:
+            if name != "lm_head.weight" or "lm_head.weight" not in tuned.excluded:
+                raise WeightsError(f"{tuned.name} lacks {name}, which {base.name} has: not the same architecture")
+            base.excluded[name] = "stored apart in the base, tied to the embedding in the tuned model"
+        elif (ours := base.entries[name].shape) != (theirs := tuned.entries[name].shape):
+            if is_matrix(name, ours) or len(ours) != 2 or ours[1:] != theirs[1:]:
+                raise WeightsError(f"{name} has shape {ours} in {base.name} and {theirs} in {tuned.name}")
+            base.excluded[name] = f"{ours[0]} rows in the base, {theirs[0]} in the tuned model (another vocabulary)"
+        if name in base.excluded:
+            del base.entries[name]
+    if base.dtypes() != tuned.dtypes():
+        return [f"stored dtypes differ: {base.dtypes()} and {tuned.dtypes()}; U and S0 compare the stored values, "
+                "S1 and S2 both rounded to bf16"]  # fmt: skip
+    return []
+
+
+def merged_from_4bit(update: PairUpdate) -> bool:
+    """Whether `tuned` lies much closer to the dequantised base than to the base: an adapter merged on a 4-bit base."""
+    name = next((n for n in update.adapted if update.base.entries[n].size >= 4096), None)
+    if name is None or update.reference.quantization == "nf4":
+        return False
+    tuned, base = update.tuned.tensor(name).float(), update.base.tensor(name)
+    plain = (tuned - base.float()).norm() / base.float().norm()
+    if not 0.04 < plain < 0.3:  # the error of NF4 is about .09
+        return False
+    return bool(
+        (tuned - nf4.quantize(base).dequantize(torch.float32).view_as(tuned)).norm() / base.float().norm() < plain / 2
+    )

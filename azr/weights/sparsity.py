@@ -1,0 +1,498 @@
+"""`analyze.py sparsity`: base against an adapter or a second checkpoint, tensor by tensor.
+
+    python analyze.py sparsity --base tiny --adapter runs/tiny-0          a run: its last checkpoint, and the path (T1)
+    python analyze.py sparsity --base qwen-3b --adapter runs/qwen-3b-0/checkpoints/step_500 --json s.json --out plots
+    python analyze.py sparsity --base BASE --tuned MERGED_OR_FINE_TUNED   any two safetensors checkpoints
+    python analyze.py sparsity --base tiny --adapter runs/tiny-0 --other runs/tiny-1           and their overlap (X1)
+
+The reference is what the forward pass of the training used: with a 4-bit base its dequantised weights. Against the
+original checkpoint an adapter of any size would seem to change 97 % of the weights, by the error of the quantization.
+Ids (U1, S1, ...) are explained in azr/weights/sizes.py and azr/weights/spectra.py. Memory is that of a few matrices a worker.
+Left out: optimizer states, biases and norms of adapters, models whose experts are stored as 3-d tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from azr.train import screen
+from azr.weights import path as along, sizes, spectra
+from azr.weights.reference import (
+    AdapterUpdate,
+    PairUpdate,
+    Reference,
+    difference,
+    merged_from_4bit,
+    open_pair,
+    resolve_reference,
+)
+from azr.weights.files import (Adapter, Checkpoint, WeightsError, is_matrix, layer_of, read_json, revision_of, steps_of,
+                         type_of)  # fmt: skip
+
+WHOLE_TENSOR = 1 << 26  # entries; larger ones (embeddings) are read in pieces of rows
+MATCHED = "at_rms_3e-5"
+
+
+# ---------------------------------------------------------------- one tensor
+
+
+@dataclass
+class Measured:
+    """Counts and findings of one tensor; `adapted`: a matrix that the update could change."""
+
+    name: str
+    adapted: bool
+    size: sizes.Sizes
+    shares: sizes.Shares
+    matched: sizes.Shares | None = None
+    ranks: dict = field(default_factory=dict)
+    spectral: dict = field(default_factory=dict)
+    stripes: dict = field(default_factory=dict)
+    null: sizes.NullDraws | None = None
+    overlaps: dict = field(default_factory=dict)
+    cross: dict = field(default_factory=dict)
+
+
+def measure(update, name: str, factor: float, spectral: bool, other=None) -> Measured:
+    """Everything about one matrix. factor: what brings the whole update to MATCHED_RMS; 0 for an update of 0."""
+    change = update.load(name)
+    w0, delta = change.w0, change.delta
+    size = sizes.sizes(w0, delta)
+    check_finite(update, name, size)
+    shares = sizes.compare(w0, delta, change.original, 1.0, change.stored)
+    matched = sizes.compare(w0, delta, change.original, factor, change.stored)
+    found = Measured(name, True, size, shares, matched)
+    masks = {}
+    if spectral:
+        found.spectral, masks = spectra.principal(w0, delta)
+    if change.singular is None and spectral:
+        change.rank, change.singular = min(delta.shape), spectra.full_spectrum(delta)
+    if change.singular is not None:
+        found.ranks = spectra.rank_summary(change.singular, change.rank)
+        if size.energy:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            found.null = sizes.null_draws(w0, change.singular, factor, generator, masks)
+    found.stripes = stripes(delta, found.null)
+    found.overlaps = mask_overlaps(w0, delta, masks, found.null)
+    if other is not None:
+        found.cross = along.cross_run(update, other, name, change)
+    return found
+
+
+def check_finite(update, name: str, size: sizes.Sizes) -> None:
+    if math.isfinite(size.energy) and math.isfinite(size.base_energy):
+        return
+    tuned = getattr(update, "tuned", None)
+    bad = update.base if tuned is None or not update.base.tensor(name).isfinite().all() else tuned
+    raise WeightsError(f"{bad.entries[name].file}: NaN or infinity in {name}")
+
+
+def stripes(delta: torch.Tensor, null: sizes.NullDraws | None) -> dict:
+    """S6: whether rows or columns hold more of the energy than chance gives."""
+    found = {}
+    for axis, energy in zip(("row", "column"), sizes.axis_energies(delta)):
+        if (profile := sizes.profile(energy)) is not None:
+            draws = getattr(null, f"{axis}_gini", None)
+            found[f"{axis}s"] = {**profile, "gini_excess": sizes.excess(profile["gini"], draws)}
+    return found
+
+
+def mask_overlaps(w0: torch.Tensor, delta: torch.Tensor, masks: dict, null: sizes.NullDraws | None) -> dict:
+    """G3: share of the changed entries that lies in each mask, with that of the null."""
+    if not masks:
+        return {}
+    changed = sizes.bf16_bits(w0.float() + delta) != sizes.bf16_bits(w0)
+    total = int(changed.sum())
+    return {
+        name: {
+            "overlap": sizes.ratio(int((changed & mask).sum()), total),
+            "null": float(null.overlaps[name].mean()) if null is not None else None,
+            "excess": sizes.excess(int((changed & mask).sum()) / total, null.overlaps[name])
+            if null and total
+            else None,
+            "mask_share": spectra.MASK_SHARE,
+        }
+        for name, mask in masks.items()
+    }
+
+
+def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
+    """A tensor that is no adapted matrix: of a pair it is compared, of an adapter only counted. Large: in pieces."""
+    entry = update.base.entries[name]
+    quantized = update.reference.quantization == "nf4" and is_matrix(name, entry.shape)
+    total = None
+    for first, last in row_pieces(entry):
+        w0 = update.base.tensor(name, first, last)
+        if tuned is None:
+            found = sizes.untouched(w0, quantized)
+        else:
+            delta = difference(tuned.tensor(name, first, last), w0)
+            found = sizes.sizes(w0, delta), sizes.compare(w0, delta, w0)
+        check_finite(update, name, found[0])
+        total = found if total is None else (total[0] + found[0], total[1] + found[1])
+    return Measured(name, False, *total)
+
+
+def row_pieces(entry) -> Iterator[tuple[int, int | None]]:
+    if entry.size <= WHOLE_TENSOR // 4 or len(entry.shape) < 2:
+        yield 0, None
+        return
+    step = max(1, WHOLE_TENSOR // 4 // (entry.size // entry.shape[0]))
+    for first in range(0, entry.shape[0], step):
+        yield first, min(entry.shape[0], first + step)
+
+
+# ---------------------------------------------------------------- sums
+
+
+def group_report(parts: list[Measured], parameters: int) -> dict:
+    """The figures of a set of tensors, by their ids. parameters: of the whole model, for S4."""
+    size, shares = sum_of(part.size for part in parts), sum_of(part.shares for part in parts)
+    report = {**size.report(), **shares.report(), "S4": denominators(size.n, shares.s1, parameters)}
+    matched = sum_of(part.matched or part.shares for part in parts)
+    report[MATCHED] = {"S0": report["S0"], **matched.report(), "S4": denominators(size.n, matched.s1, parameters)}
+    report["S5"], report[MATCHED]["S5"] = group_excess(parts, shares, matched)
+    changed = [part for part in parts if part.adapted]
+    for key in ("R1_effective_rank", "R1_stable_rank", "R1_participation_ratio", "R1_rank"):
+        values = [part.ranks[key] for part in changed if part.ranks.get(key) is not None]
+        report[key] = sum(values) / len(values) if values else None
+    if len(parts) == 1 and parts[0].stripes:
+        report["S6"] = {**(report["S6"] or {}), **parts[0].stripes}
+    elif report["S6"] is not None:
+        report["S6"] |= striped_share(changed)
+    return report
+
+
+def sum_of(parts):
+    first, *rest = parts
+    for part in rest:
+        first = first + part
+    return first
+
+
+def denominators(n: int, s1: float, parameters: int) -> dict:
+    share = n / parameters
+    return {"S_adapted": s1, "S_whole": 1 - share * (1 - s1), "adapted_fraction": share}
+
+
+def group_excess(parts: list[Measured], shares, matched) -> tuple[dict | None, dict | None]:
+    """S5 as it is and at MATCHED_RMS: the observed share less the null, summed draw by draw over the matrices."""
+    drawn = [part for part in parts if part.null is not None]
+    moved = [part for part in parts if part.size.energy]
+    if not drawn or len(drawn) != len(moved):
+        return None, None
+    still, found = shares.n - sum(part.size.n for part in drawn), []
+    for observed, kind in ((shares, "spectrum"), (matched, "matched"), (shares, "flat")):
+        null = sum(part.size.n * getattr(part.null, kind) for part in drawn) + still
+        found.append(sizes.excess(observed.s1, null / shares.n))
+    return {**found[0], "flat": found[2]}, found[1]
+
+
+def striped_share(parts: list[Measured]) -> dict:
+    """Of a group: the share of its matrices whose rows (columns) are unequal beyond chance; chance gives 2.5 %."""
+    found = {}
+    for axis in ("rows", "columns"):
+        excesses = [
+            part.stripes[axis]["gini_excess"] for part in parts if part.stripes.get(axis, {}).get("gini_excess")
+        ]
+        found[f"{axis}_striped_share"] = sizes.ratio(sum(e["low"] > 0 for e in excesses), len(excesses))
+    return found
+
+
+def module_report(part: Measured, parameters: int) -> dict:
+    report = group_report([part], parameters) | part.spectral | part.overlaps
+    if part.cross:
+        n, ours, theirs, both = part.cross["counts"].tolist()
+        report["X1_jaccard"] = sizes.ratio(both, ours + theirs - both)
+        report["X1_mean_cos2"] = part.cross.get("mean_cos2")
+    return report
+
+
+def spectral_report(parts: list[Measured]) -> dict:
+    """Means over the matrices of what --spectral found, under the same keys."""
+    found = {}
+    keys = [key for key in parts[0].spectral | parts[0].overlaps]
+    for key in keys:
+        values = [(part.spectral | part.overlaps)[key] for part in parts]
+        found[key] = mean_of([value for value in values if value is not None])
+    critical = [part.spectral["R2_critical_scale"] for part in parts]
+    known = [scale for scale in critical if scale is not None]
+    found["R2_critical_scale"] = min(known) if known else None  # the matrix that is nearest to an intruder
+    found["R2_margin"] = min(part.spectral["R2_margin"] for part in parts)
+    return found
+
+
+def mean_of(values: list):
+    if not values or not isinstance(values[0], dict):
+        return sum(values) / len(values) if values else None
+    return {key: mean_of([value[key] for value in values if value[key] is not None]) for key in values[0]}
+
+
+def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
+    """whole, adapted, layers, types, modules."""
+    adapted = [part for part in parts if part.adapted]
+    groups: dict[str, dict] = {"layers": {}, "types": {}}
+    for part in adapted:
+        groups["layers"].setdefault(str(layer_of(part.name)), []).append(part)
+        groups["types"].setdefault(type_of(part.name), []).append(part)
+    found = {
+        "whole": group_report(parts, base.parameters),
+        "adapted": group_report(adapted, base.parameters) | (spectral_report(adapted) if spectral else {}),
+        **{
+            kind: {key: group_report(group, base.parameters) for key, group in groups[kind].items()}
+            for kind in groups
+        },
+        "modules": {
+            part.name.removesuffix(".weight") if part.adapted else part.name: module_report(part, base.parameters)
+            for part in parts
+            if part.adapted or part.size.energy
+        },
+    }
+    if spectral:
+        found["whole"] |= {
+            key: value for key, value in found["adapted"].items() if key[:3] in ("R2_", "G1_", "G2_", "G3_")
+        }
+    return found
+
+
+# ---------------------------------------------------------------- the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base", required=True, metavar="M", help="tiny, qwen-3b, a hub id in the cache, or a directory"
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="DIR",
+        help="a LoRA, rsLoRA or DoRA adapter, or a run directory: its last checkpoint, and the path along all of them",
+    )
+    which.add_argument("--tuned", metavar="M", help="a merged or fully fine-tuned checkpoint in safetensors")
+    parser.add_argument(
+        "--other", metavar="DIR", help="a second update of the same kind and base: how much they share"
+    )
+    parser.add_argument(
+        "--spectral",
+        action="store_true",
+        help="singular vectors of base and tuned matrices: intruders, rotation, principal energy; also the null (S5) "
+        "of full-rank updates; minutes",
+    )
+    parser.add_argument(
+        "--quantization", choices=("nf4", "none"), help="of the base in training; default: azr.json's"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write plots and sparsity.json here")
+    parser.add_argument("--workers", type=int, default=min(2, len(os.sched_getaffinity(0))), help="matrices at a time "
+                        "(default 2, or 1 on one processor; each adds up to 600 MB for a 3B model)")  # fmt: skip
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measures, prints, writes. Exit code 2 with one line for what cannot be measured."""
+    # it recommends a kernel package that is not needed
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # the workers are the parallelism
+    try:
+        report = analyse(args)
+    except WeightsError as error:
+        print(f"analyze.py sparsity: {error}", file=sys.stderr)
+        return 2
+    from azr.weights import sparsity_view
+
+    for line in sparsity_view.lines(report):
+        screen.say(line)
+    text = json.dumps(plain(report), indent=1, allow_nan=False) + "\n"
+    if args.out:
+        sparsity_view.plots(report, args.out)
+        screen.say(f"\nplots: {args.out}")
+    for path in filter(None, (args.json, args.out and args.out / "sparsity.json")):
+        aside = path.with_name(path.name + ".new")
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    return 0
+
+
+def analyse(args: argparse.Namespace) -> dict:
+    """The whole report. WeightsError: what cannot be measured, before anything is written."""
+    prepare_output(args)
+    base = Checkpoint.open(args.base)
+    if not base.matrices:
+        raise WeightsError(f"{args.base} has no linear layers in numbered blocks: nothing to measure")
+    update, checkpoints, notes = open_update(args, base, args.tuned or args.adapter)
+    other = open_other(args, base, update) if args.other else None
+    if odd := [name for name in update.adapted if update.reference.straddles(base.entries[name].shape)]:
+        notes.append(
+            f"{odd[0]} ({len(odd)} in all) has rows of no multiple of {update.reference.block}: bitsandbytes' CPU "
+            "kernels mix up the scales of such matrices; measured as a run on the CPU used them, not one on a GPU"
+        )
+    for note in notes:
+        screen.warn(note)
+    if args.spectral:
+        minutes = spectral_minutes(base, update.adapted, args.workers)
+        screen.say(f"--spectral: about {minutes:.0f} minutes" if minutes > 1 else "--spectral: under a minute")
+
+    def run(task: Callable, names: Iterable[str], title: str) -> Iterator:
+        return parallel(task, list(names), title, args.workers)
+
+    energy = sum(run(update.energy, update.adapted, "size of the update"))
+    size = sum(base.entries[name].size for name in update.adapted)
+    if not math.isfinite(energy):
+        energy = 0.0  # the matrix is found and named below
+    factor = sizes.MATCHED_RMS / math.sqrt(energy / size) if energy else 0.0
+    adapted, tuned = set(update.adapted), getattr(update, "tuned", None)
+
+    def one(name: str) -> Measured:
+        if name in adapted:
+            return measure(update, name, factor, args.spectral, other)
+        return measure_rest(update, name, tuned)
+
+    # the largest first: no worker is left with one at the end
+    names = sorted(base.entries, key=lambda name: -base.entries[name].size)
+    found = {part.name: part for part in run(one, names, "tensors")}
+    parts = [found[name] for name in base.entries]
+    report = {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
+    if other is not None:
+        report["cross_run"] = along.cross_report([part.cross for part in parts], str(args.other))
+    if len(checkpoints) > 1:
+        opened = {step: Adapter.open(path, base) for step, path in checkpoints.items()}
+        report["along"] = along.path_along(base, update.reference, opened, run)
+    return report
+
+
+def prepare_output(args: argparse.Namespace) -> None:
+    try:
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WeightsError(f"cannot write there: {error}") from error
+    if args.workers < 1:
+        raise WeightsError("--workers must be at least 1")
+
+
+def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdate, dict[int, Path], list[str]]:
+    """(update, step -> checkpoint of a run, lines to say)."""
+    if args.tuned:
+        tuned = Checkpoint.open(what)
+        notes = open_pair(base, tuned)
+        reference, more = resolve_reference(
+            read_json(tuned.directory / "azr.json"), args.quantization, tuned.directory, False
+        )
+        update = PairUpdate(base, tuned, reference)
+        if merged_from_4bit(update):
+            more.append(
+                f"{what} is closer to the 4-bit base than to {args.base}: a merged adapter of a 4-bit base? Then add "
+                "--quantization nf4, or the error of the quantization is measured, not the update"
+            )
+        return update, {}, notes + more
+    checkpoints = steps_of(Path(what))
+    directory = checkpoints[max(checkpoints)] if checkpoints else Path(what)
+    adapter = Adapter.open(directory, base)
+    reference, notes = resolve_reference(adapter.info, args.quantization, directory, True)
+    said = adapter.info.get("revision") or ""
+    if said.startswith("sha256:") and said != revision_of(base.directory):
+        notes.append(
+            f"{directory} was trained on a base with other weights or config than {args.base} has (fingerprint in "
+            "azr.json): the figures are only right if the weights are the same"
+        )
+    return AdapterUpdate(base, adapter, reference), checkpoints, notes
+
+
+def open_other(args, base: Checkpoint, update):
+    """The second update of --other, on the same reference."""
+    counted = dict(base.entries)
+    other, _, _ = open_update(args, base, args.other)
+    if base.entries.keys() != counted.keys() or list(other.adapted) != list(update.adapted):
+        raise WeightsError(f"{args.other} changes other matrices than the first update: they cannot be compared")
+    if other.reference != update.reference:
+        raise WeightsError(f"{args.other} was trained on a base held as {describe(other.reference)}, the first on "
+                           f"{describe(update.reference)}: they cannot be compared")  # fmt: skip
+    return other
+
+
+def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:
+    """task(name) of every name, in order; the first error stops the rest."""
+    with screen.bar(title) as advance, ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(task, name) for name in names]
+        try:
+            for done, job in enumerate(jobs, 1):
+                yield job.result()
+                advance(done, len(jobs))
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def spectral_minutes(base: Checkpoint, names: list[str], workers: int) -> float:
+    """From one eigendecomposition and one product here, scaled with the cubes of the sizes."""
+    p = 512
+    w = torch.randn(p, p)
+    start = time.perf_counter()
+    torch.linalg.eigh(w @ w.T)
+    middle = time.perf_counter()
+    w @ w.T
+    product, eigen = time.perf_counter() - middle, middle - start
+    seconds = 0.0
+    for name in names:
+        short, long = sorted(base.entries[name].shape)
+        seconds += 9 * eigen * (short / p) ** 3 + 8 * product * (short / p) ** 2 * (long / p)
+    return seconds / workers / 60
+
+
+def describe(reference: Reference) -> str:
+    dtype = "stored" if reference.dtype is None else str(reference.dtype).removeprefix("torch.")
+    if reference.quantization == "none":
+        return dtype
+    double = "double quantization" if reference.double else "single quantization"
+    return f"NF4, blocks of {reference.block}, {double}, dequantised to {dtype}"
+
+
+def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> dict:
+    """What was measured, for whoever finds the file later."""
+    adapter = getattr(update, "adapter", None)
+    kind = "pair"
+    if adapter is not None:
+        kind = "dora" if adapter.dora else "rslora" if adapter.config.get("use_rslora") else "lora"
+    return {
+        "base": args.base,
+        "update": str(args.tuned or adapter.directory),
+        "kind": kind,
+        "quantization": update.reference.quantization,
+        "reference": describe(update.reference),
+        "parameters": base.parameters,
+        "matrices": len(update.adapted),
+        "matched_factor": factor,
+        "null_draws": sizes.DRAWS,
+        "null_sample": sizes.SAMPLE,
+        "excluded": base.excluded,
+        "notes": notes,
+        "dtypes": {"base": base.dtypes(), **({"tuned": update.tuned.dtypes()} if kind == "pair" else {})},
+    }
+
+
+def plain(value):
+    """JSON types; NaN and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
