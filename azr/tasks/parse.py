@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 
 from azr.tasks.program import KEYWORDS, read_program, string_end
+from azr.tasks.task import MODES, Parsed, Proposal
 
 _ANSWER = re.compile(r"</think>\s*<answer>")
 _OPENING = re.compile(r"(`{3,})(?:([A-Za-z][\w+#.-]*)(?![\w`+#.-]))?")
@@ -141,3 +142,61 @@ def _is_code(piece: list[str]) -> bool:
 
 def _joined(words: list[str]) -> str:
     return "\0" + "\0".join(words) + "\0"
+
+
+# --- answers and proposals --------------------------------------------------------------------------------------------
+
+_OUT_TAG = {"deduction": "output", "abduction": "input", "induction": "python"}
+_PYTHON = ("python", "py", "python3")
+
+
+def parse_answer(mode: str, response: str) -> Parsed:
+    """A solver's answer as text: its last ```output (deduction), ```input (abduction) or ```python (induction) block;
+    for the first two else the last untagged block or the bare answer, for mathematics the bare answer. Never
+    raises."""
+    well_formed, text, closed = answer_text(response)
+    if text is None:
+        return Parsed(False, None, "no_format", "there is no answer tag")
+    blocks = fences(text)
+    wanted = _PYTHON if mode == "induction" else (_OUT_TAG.get(mode),)
+    found = [block.text for block in blocks if block.tag in wanted]
+    found = found or [block.text for block in blocks if not block.tag]
+    value = found[-1] if found and mode != "math" else None
+    if value is None and closed and (mode == "math" or mode != "induction" and "```" not in text):
+        value = text.strip()
+    if not value:
+        detail = f"no closed ```{_OUT_TAG.get(mode, '')} block in the answer"
+        return Parsed(well_formed, None, "no_answer" if well_formed else "no_format", detail)
+    return Parsed(well_formed, value, "ok") if well_formed else Parsed(False, value, "no_format", _BROKEN)
+
+
+_BROKEN = "the response is not '...</think> <answer>...</answer>'"
+
+
+def parse_proposal(mode: str, response: str, program: str | None = None) -> Parsed:
+    """A proposal: the first ```python block that defines f with the first ```input block; for induction all ```input
+    blocks and the last ```message block, about the given `program`. Never raises on a response; whether the proposal
+    is any good is for `validate` to say."""
+    if mode not in MODES or mode == "induction" and program is None:
+        raise ValueError(f"a proposal in mode {mode!r}{' needs its program' * (mode == 'induction')}: cannot be read")
+    well_formed, text, _ = answer_text(response)
+    if text is None:
+        return Parsed(False, None, "no_format", "there is no answer tag")
+    blocks = fences(text)
+    inputs = tuple(block.text for block in blocks if block.tag == "input")
+    messages = [block.text for block in blocks if block.tag == "message" and block.text]
+    if mode != "induction":
+        program, inputs = _program_block(blocks), inputs[:1]
+    parts = {"program": program, "input": inputs, "message": mode != "induction" or messages}
+    missing = next((name for name, found in parts.items() if not found), None)
+    if missing:
+        reason = f"no_{missing}" if well_formed else "no_format"
+        return Parsed(well_formed, None, reason, f"no closed block with the {missing}")
+    value = Proposal(mode, program, inputs, messages[-1] if mode == "induction" else None)
+    return Parsed(well_formed, value, "ok") if well_formed else Parsed(False, value, "no_format", _BROKEN)
+
+
+def _program_block(blocks: list[Fence]) -> str | None:
+    python = [block.text for block in blocks if block.tag in _PYTHON]
+    python = python or [block.text for block in blocks if not block.tag and "def " in block.text]
+    return next((text for text in python if "def f(" in text), python[0] if python else None)

@@ -1,0 +1,81 @@
+"""Filters: proposals or answers as JSON lines in, one verdict a line out, in order.
+
+    python -m azr.tasks validate < proposals.jsonl
+    python -m azr.tasks judge < answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from azr.jsonl import stream
+from azr.tasks.judge import judge
+from azr.tasks.task import FIELDS, Proposal, Task, Verdict, mode_field, text_field
+from azr.tasks.validate import MAX_OUTPUT, validate
+from sandbox import Sandbox, SandboxError
+
+
+def _validate_rows(rows: list[dict], sandbox: Sandbox, max_output_chars: int) -> list[dict]:
+    """One verdict object a row; a ValueError where the row is no proposal."""
+    checked = [_attempt(Proposal.from_json, row) for row in rows]
+    proposals = [item for item in checked if isinstance(item, Proposal)]
+    verdicts = iter(validate(proposals, sandbox, known=None, max_output_chars=max_output_chars))
+    return [_validity(item, next(verdicts)) if isinstance(item, Proposal) else item for item in checked]
+
+
+def _validity(proposal: Proposal, verdict: Verdict) -> dict:
+    row = {"valid": verdict.ok, "reason": verdict.reason, "detail": verdict.detail}
+    if proposal.mode == "induction":
+        pairs = verdict.task.visible + verdict.task.hidden if verdict.ok else ()
+        return row | {"outputs": [output for _, output in pairs] if verdict.ok else None}
+    return row | {"output": verdict.task.output if verdict.ok else None}
+
+
+def _judge_rows(rows: list[dict], sandbox: Sandbox) -> list[dict]:
+    """One verdict object a row; a ValueError where the row is no task with an answer."""
+    checked = [_attempt(_task_and_answer, row) for row in rows]
+    verdicts = iter(judge([item for item in checked if isinstance(item, tuple)], sandbox))
+    return [_correctness(next(verdicts)) if isinstance(item, tuple) else item for item in checked]
+
+
+def _correctness(verdict: Verdict) -> dict:
+    return {"correct": verdict.ok, "reason": verdict.reason}
+
+
+def _task_and_answer(row: dict) -> tuple[Task, str | None]:
+    if mode_field(row, FIELDS) == "math":
+        raise ValueError("math tasks are graded by azr.evals.benchmarks (eval_passk.py score), not by this filter")
+    answer = row.get("answer", "")
+    return Task.from_json(row), None if answer is None else text_field(row, "answer")
+
+
+def _attempt(read, row):
+    try:
+        return read(row)
+    except ValueError as error:
+        return error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")
+    parser.add_argument("command", choices=["validate", "judge"])
+    parser.add_argument("--workers", type=int, default=None, help="processes of the sandbox (default: cores)")
+    parser.add_argument("--max-output-chars", type=int, default=MAX_OUTPUT, help="validate: refuse longer outputs")
+    options = parser.parse_args(arguments)
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers {options.workers}: at least one process is needed")
+    try:
+        with Sandbox(workers=options.workers) as sandbox:
+            if options.command == "validate":
+                return stream(lambda rows: _validate_rows(rows, sandbox, options.max_output_chars))
+            return stream(lambda rows: _judge_rows(rows, sandbox))
+    except SandboxError as error:
+        print(f"azr.tasks: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

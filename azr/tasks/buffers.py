@@ -1,0 +1,85 @@
+"""The tasks found so far, per mode, with the step each came in."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+from azr.tasks.duplicates import duplicate_key
+from azr.tasks.task import MODES, SEED_PROGRAM, SEED_TASKS, Task
+
+
+class Buffers:
+    """Per mode the tasks found so far, each with the step it came in. Full: the oldest leaves. No duplicates."""
+
+    def __init__(self, capacity: int = 16_384):
+        if capacity < 1:
+            raise ValueError(f"a buffer of {capacity} tasks holds nothing; give a capacity of at least 1")
+        self.capacity = capacity
+        self._rows: dict[str, deque[tuple[str, int, Task]]] = {mode: deque() for mode in MODES}
+        self._keys: dict[str, set[str]] = {mode: set() for mode in MODES}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def size(self, mode: str) -> int:
+        return len(self._rows[mode])
+
+    def add(self, task: Task, step: int) -> bool:
+        """Appends the task; False, and nothing changes, when an equal one (duplicate_key) is there."""
+        return self._append(duplicate_key(task), step, task)
+
+    def _append(self, key: str, step: int, task: Task) -> bool:
+        rows, keys = self._rows[task.mode], self._keys[task.mode]
+        if key in keys:
+            return False
+        if len(rows) == self.capacity:
+            keys.remove(rows.popleft()[0])
+        rows.append((key, step, task))
+        keys.add(key)
+        return True
+
+    def keys(self, mode: str | None = None) -> set[str]:
+        """Duplicate keys of a mode, or of all (keys of two modes never coincide)."""
+        return set().union(*(self._keys[m] for m in ([mode] if mode else MODES)))
+
+    def tasks(self, mode: str) -> list[tuple[Task, int]]:
+        """(task, step), oldest first."""
+        return [(task, step) for _, step, task in self._rows[mode]]
+
+    def sample(self, mode: str, k: int, rng: random.Random) -> list[Task]:
+        """Up to k distinct tasks, uniformly, in random order."""
+        rows = self._rows[mode]
+        return [rows[i][2] for i in rng.sample(range(len(rows)), min(k, len(rows)))]
+
+    def newest(self, mode: str, k: int, since: int | None = None) -> list[Task]:
+        """The up to k tasks that came last, newest first; `since`: none from before that step."""
+        found = []
+        for _, step, task in reversed(self._rows[mode]):
+            if len(found) == k or (since is not None and step < since):
+                break
+            found.append(task)
+        return found
+
+    def sample_program(self, rng: random.Random) -> Task:
+        """A task of the deduction and abduction buffers together, uniformly: the induction proposer is asked about
+        its program. The seed is drawn only while there is nothing else, since tasks about it are trivial."""
+        tasks = [task for mode in ("deduction", "abduction") for _, _, task in self._rows[mode]]
+        rows = [task for task in tasks if task.program != SEED_PROGRAM]
+        return rng.choice(rows) if rows else SEED_TASKS["deduction"]
+
+    def state_dict(self) -> dict:
+        """Everything, as JSON; order and steps included."""
+        rows = {mode: [[key, step, task.to_json()] for key, step, task in self._rows[mode]] for mode in MODES}
+        return {"capacity": self.capacity, "rows": rows}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restores what state_dict gave, exactly. Raises ValueError where it is broken; the buffers are then
+        unchanged."""
+        fresh = Buffers(state["capacity"])
+        for mode in MODES:
+            for key, step, row in state["rows"][mode]:
+                task = Task.from_json(row)
+                if task.mode != mode or not fresh._append(key, step, task):
+                    raise ValueError(f"buffer state: a repeated or misplaced {task.mode} task among the {mode} tasks")
+        self.capacity, self._rows, self._keys = fresh.capacity, fresh._rows, fresh._keys

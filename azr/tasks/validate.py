@@ -1,0 +1,111 @@
+"""Is a proposal a task? It runs, it is deterministic, its values are short literals, it is not trivial, it is new."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from azr.tasks.duplicates import duplicate_key
+from azr.tasks.parse import leaked_code
+from azr.tasks.program import read_program
+from azr.tasks.prompts import INDUCTION_INPUTS
+from azr.tasks.task import VISIBLE, Proposal, Task, Verdict, bad_characters
+from sandbox import Job, Outcome, Sandbox, literal
+
+MIN_OUTPUTS = 3  # distinct outputs an induction task must show
+MAX_PROGRAM, MAX_INPUT, MAX_MESSAGE, MAX_OUTPUT = 8_192, 1_000, 2_000, 400  # characters: what a prompt shows in full
+
+
+def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None = frozenset(),
+             max_output_chars: int = MAX_OUTPUT, exempt: set[str] = frozenset(),
+             held_out: frozenset[str] = frozenset()) -> list[Verdict]:
+    """A verdict for each proposal, in order; a valid one carries its task.
+
+    known: duplicate keys of tasks that exist already; a proposal repeated in the list is a duplicate of the first valid
+    one. None: every proposal for itself, no duplicates.
+    exempt: programs that an induction proposal may be about although they are trivial: {SEED_PROGRAM} in the seed
+    stage, where nothing else could be given to the proposer.
+    held_out: skeletons (azr.tasks.program) of programs kept for measuring, which must not be trained on.
+    """
+    verdicts: list[Verdict | None] = [None] * len(proposals)
+    first, repeats, runs = {}, [], []  # runs: (position, proposal with canonical inputs)
+    for i, proposal in enumerate(proposals):
+        checked = _check_text(proposal)
+        if isinstance(checked, Verdict):
+            verdicts[i] = checked
+            continue
+        if held_out and skeleton(checked.program) in held_out:
+            verdicts[i] = Verdict(False, "held_out", "but for names and constants it is a program of a held-out task")
+            continue
+        key = duplicate_key(checked) if known is not None else i
+        if key in (known or ()):
+            verdicts[i] = Verdict(False, "duplicate", "the task exists already, names and layout aside")
+        elif key in first:
+            repeats.append((i, first[key]))
+        else:
+            first[key] = i
+            runs.append((i, checked))
+    jobs = [Job(proposal.program, proposal.inputs, stop_at_failure=True) for _, proposal in runs]
+    for (i, proposal), outcomes in zip(runs, sandbox.validate(jobs) if jobs else []):
+        verdicts[i] = _conclude(proposal, outcomes, max_output_chars, exempt)
+    for i, original in repeats:
+        same = Verdict(False, "duplicate", "the same task was proposed before in this batch, names and layout aside")
+        verdicts[i] = same if verdicts[original].ok else verdicts[original]
+    return verdicts
+
+
+def _check_text(proposal: Proposal) -> Verdict | Proposal:
+    """What can be said without running anything: a refusal, or the proposal with canonical inputs."""
+    texts = (proposal.program, proposal.message or "", *proposal.inputs)
+    fault = next(filter(None, map(bad_characters, texts)), "")
+    if fault:
+        return Verdict(False, "syntax", f"the text holds {fault}")
+    if proposal.mode == "induction" and len(proposal.inputs) != INDUCTION_INPUTS:
+        return Verdict(False, "wrong_count", f"{len(proposal.inputs)} inputs instead of {INDUCTION_INPUTS}")
+    limits = [("program", proposal.program, MAX_PROGRAM), ("message", proposal.message or "", MAX_MESSAGE)]
+    for name, text, limit in limits + [("input", text, MAX_INPUT) for text in proposal.inputs]:
+        if len(text) > limit:
+            return Verdict(False, "too_large", f"the {name} has {len(text)} characters; at most {limit} are allowed")
+    if not read_program(proposal.program).has_entry:
+        return Verdict(False, "no_entry", "there is no top-level function named f")
+    try:
+        inputs = tuple(literal.canon_args(*literal.parse_args(text)) for text in proposal.inputs)
+    except literal.LiteralError as error:
+        return not_literal(error, "input")
+    if proposal.mode == "induction":
+        if len(set(inputs)) < len(inputs):
+            return Verdict(False, "inputs_not_distinct", f"{len(set(inputs))} of {len(inputs)} inputs are distinct")
+        leaked = leaked_code(proposal.program, proposal.message or "")
+        if leaked:
+            return Verdict(False, "message_has_code", f"the message gives away {leaked[:80]}")
+    return replace(proposal, inputs=inputs)
+
+
+def _conclude(proposal: Proposal, outcomes: list[Outcome], max_output_chars: int, exempt: set[str]) -> Verdict:
+    """The verdict on a proposal that ran."""
+    for outcome in outcomes:
+        if outcome.status != "ok":
+            return Verdict(False, outcome.status, outcome.detail)
+    outputs = [outcome.output for outcome in outcomes]
+    trivial = read_program(proposal.program).trivial
+    if trivial and not (proposal.mode == "induction" and proposal.program in exempt):
+        return Verdict(False, "trivial", trivial)
+    if "None" in outputs:
+        return Verdict(False, "none_output", "f returned None")
+    longest = max(map(len, outputs))
+    if longest > max_output_chars:
+        return Verdict(False, "too_large", f"an output has {longest} characters; at most {max_output_chars} are shown")
+    if proposal.mode != "induction":
+        task = Task(proposal.mode, proposal.program, proposal.inputs[0], outputs[0])
+        return Verdict(True, "ok", task=task, score=1.0)
+    distinct = len(set(outputs))
+    if distinct < MIN_OUTPUTS:
+        return Verdict(False, "outputs_not_diverse", f"{distinct} distinct outputs; at least {MIN_OUTPUTS} are needed")
+    pairs = tuple(zip(proposal.inputs, outputs))
+    task = Task(proposal.mode, proposal.program, message=proposal.message or "",
+                visible=pairs[:VISIBLE], hidden=pairs[VISIBLE:])
+    return Verdict(True, "ok", task=task, score=1.0)
+
+
+def not_literal(error: literal.LiteralError, what: str) -> Verdict:
+    """The refusal of a text that is no literal, or a literal that is too large. what: "input" or "answer"."""
+    return Verdict(False, "too_large" if isinstance(error, literal.TooLarge) else "not_literal", f"{what}: {error}")
