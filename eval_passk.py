@@ -82,7 +82,7 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input."""
     from azr.evals import run as evalrun
-    from azr.train.screen import say
+    from azr.console import say
     from azr.evals.score import check_ks, conclude
     from azr.stop import StopNow, StopRequest
 

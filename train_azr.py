@@ -27,17 +27,18 @@ import warnings
 from contextlib import nullcontext
 from pathlib import Path
 
+from azr.models import base_description, model_path
 from azr.machine import doctor
 
 if __name__ == "__main__" and "--doctor" in sys.argv:  # before the packages that it looks at
     sys.exit(doctor.main(sys.argv[1:]))
 
 from azr.evals import math_answers
-from azr.machine import plan
+from azr import console
 from azr.train import screen, memory_probe, arms, entropy_control, off_policy, trackers, update
 from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
-from azr.train.config import Config, base_description, completed, dry_run, parse, resolve, template_of
-from azr.train.screen import warn
+from azr.train.config import Config, completed, dry_run, parse, resolve, template_of
+from azr.console import warn
 from azr.train.evaluation import Evaluation
 from azr.analysis.health import Watch
 from azr.evals.held_out import load_tasks, plot_pass_at_k, sample_seed
@@ -363,11 +364,11 @@ class SelfPlay(Saved):
                     self.buffers.add(sample.task, 0)
             if time.monotonic() - said > SILENCE:  # a model that proposes nothing valid needs every round
                 said = time.monotonic()
-                screen.say(
+                console.say(
                     f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {self.buffer_sizes()}, of {target} each"
                 )
         self.exempt, sizes = set(), self.buffer_sizes()
-        screen.say(f"seed stage, from the identity program alone: {sizes} tasks")
+        console.say(f"seed stage, from the identity program alone: {sizes} tasks")
         if min(self.buffers.size(mode) for mode in MODES) < target:
             warn(
                 f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these"
@@ -466,7 +467,7 @@ def train(loop: SelfPlay, stop: StopRequest) -> None:
         loop.evaluation.pass_at_k_samples("base")
     lines = screen.StepLines(config.steps, config.price_per_hour)
     lines.header()
-    watch = Watch(dataclasses.asdict(config), loop.run.dir, screen.warn)
+    watch = Watch(dataclasses.asdict(config), loop.run.dir, console.warn)
     for step in range(loop.completed + 1, config.steps + 1):
         metrics, proposals, answers = loop.step(step, stop)
         lines.show(metrics)
@@ -474,7 +475,7 @@ def train(loop: SelfPlay, stop: StopRequest) -> None:
         if proposals and (step % 25 == 1 or step == config.steps):
             screen.sample_table(step, proposals, answers)
         if config.max_hours and time.monotonic() - start > 3600 * config.max_hours and step < config.steps:
-            screen.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
+            console.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
             return
     conclude(loop)
     screen.summary(watch.health.summary())
@@ -493,9 +494,9 @@ def conclude(loop: SelfPlay) -> None:
         plot = loop.run.dir / "plots" / "pass_at_k.png"
         plot.parent.mkdir(exist_ok=True)
         plot_pass_at_k({"base": base, NAMES[loop.config.algorithm]: trained}, plot, ks)
-        screen.say(f"pass@k, base against trained: {plot}")
+        console.say(f"pass@k, base against trained: {plot}")
     if best := loop.evaluation.mark_best():
-        screen.say(best)
+        console.say(best)
 
 
 def start(config: Config, why: str, stop: StopRequest) -> None:
@@ -510,7 +511,7 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
     data, given, math_ = arms.read_files(config)
     grader = math_answers.MathGrader() if math_ else nullcontext()
     policy = Policy.load(
-        plan.model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch,
+        model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch,
         dtype=config.dtype, attn=config.attn, rollout_weights=config.rollout_weights,
         need_gpu=not config.allow_cpu and base_description(config.model) is None,
     )  # fmt: skip
@@ -526,7 +527,7 @@ def start(config: Config, why: str, stop: StopRequest) -> None:
                 train(loop, stop)
             except StopNow:
                 with stop.shield():
-                    screen.say(loop.stopped())
+                    console.say(loop.stopped())
             except Exception as error:
                 with stop.shield():
                     loop.failed(error)

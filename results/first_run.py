@@ -37,7 +37,7 @@ from tables import fill, show, table  # noqa: E402
 from azr.evals.run import adapter_directory  # noqa: E402
 from azr.evals.held_out import load_tasks  # noqa: E402
 from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
-from azr.machine.plan import model_path  # noqa: E402
+from azr.models import model_path  # noqa: E402
 from azr.runs import read_metrics  # noqa: E402
 from azr.tasks import MODES  # noqa: E402
 

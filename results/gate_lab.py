@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from azr.models import base_description, model_path
 from azr.machine import plan
 from azr.train.config import base_description
 from azr.evals.held_out import load_tasks, sample_seed
@@ -79,7 +80,7 @@ class Lab:
     """
 
     def __init__(self, model: str, adapter: Path | None = None, seed: int = 0, longest: int = LONGEST):
-        self.model, self.adapter, self.seed, self.longest = Path(plan.model_path(model)), adapter, seed, longest
+        self.model, self.adapter, self.seed, self.longest = Path(model_path(model)), adapter, seed, longest
         self.digest, described = digest(self.model, adapter), base_description(model)
         if described is None:
             raise ValueError(f"{model}: has no base.json; the gates are about an embedded base")

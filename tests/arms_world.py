@@ -13,7 +13,7 @@ from unittest.mock import patch
 from azr.train import arms
 from azr.train.config import Config, resolve
 from azr.evals.math_answers import MathGrader
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy
 from azr.runs import Run
 from azr.stop import StopRequest

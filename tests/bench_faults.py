@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from azr.machine.plan import model_path  # noqa: E402
+from azr.models import model_path  # noqa: E402
 from azr.runs import newest_intact  # noqa: E402
 
 SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 64 --save-every 2".split()

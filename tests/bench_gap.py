@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
 from azr.policy.decode_ops import rms_norm  # noqa: E402
-from azr.machine.plan import model_path  # noqa: E402
+from azr.models import model_path  # noqa: E402
 from azr.train.ppo import gap_statistics  # noqa: E402
 from azr.policy.policy import LoraSettings, Policy, Sampling  # noqa: E402
 from azr.policy.scoring import ChunkedLogProb  # noqa: E402

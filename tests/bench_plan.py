@@ -29,6 +29,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
+from azr.models import model_path  # noqa: E402
 from azr.machine import plan  # noqa: E402
 from azr.machine.plan import Preset, Shape  # noqa: E402
 
@@ -166,7 +167,7 @@ def write_model(shape: Shape, directory: Path) -> None:
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(plan.model_path("tiny")) / name, directory)
+        shutil.copy(Path(model_path("tiny")) / name, directory)
 
 
 def child(**given) -> dict:

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 from azr.policy.hf_generate import TransformersContinuousBatching  # noqa: E402
-from azr.machine.plan import ALIASES  # noqa: E402
+from azr.models import ALIASES  # noqa: E402
 from azr.policy.policy import LoraSettings, Policy  # noqa: E402
 from azr.policy.sampling import Sampling  # noqa: E402
 

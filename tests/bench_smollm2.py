@@ -45,6 +45,7 @@ import bench_gap  # noqa: E402
 import bench_plan  # noqa: E402
 import bench_rollout  # noqa: E402
 from azr.machine import plan  # noqa: E402
+from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy  # noqa: E402
 
 MATRIX = "model.layers.7.mlp.down_proj.weight"  # the one that is measured here again
@@ -95,7 +96,7 @@ class Checks:
 
     def load(self) -> dict:
         figures = {}
-        bench_gap.load(plan.model_path("tiny"), "fp32", "nf4")  # what is imported at the first use
+        bench_gap.load(model_path("tiny"), "fp32", "nf4")  # what is imported at the first use
         for dtype, quantization in (("fp32", "none"), ("fp32", "nf4"), ("bf16", "none")):
             gc.collect()
             meter, clock, cpu = bench_plan.Meter("cpu"), time.perf_counter(), time.process_time()

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from azr.evals.held_out import load_tasks
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.tiny import documents as recipe
 from azr.tiny import split
 from azr.tiny.programs import LAST, STAGES

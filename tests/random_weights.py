@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from azr.policy.load import LoraSettings, _new_lora, _settle
-from azr.machine.plan import Shape, model_path
+from azr.machine.plan import Shape
+from azr.models import model_path
 from azr.policy.policy import Policy
 
 SCALE = 0.02

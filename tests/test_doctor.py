@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr.machine import isolated, doctor, probes
+from azr import isolated
+from azr.machine import doctor, probes
 from azr.policy import load, attention as paged_attention
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="checks are forked")

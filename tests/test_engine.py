@@ -16,7 +16,7 @@ from azr.policy import engine as engine_module
 from azr.policy import sampling as sampling_module
 from azr.policy.cpu_attention import SHARED_ROWS, ByPage
 from azr.policy.engine import Engine
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling, inverse_cdf, sample_tokens, seed_tensor, truncate, uniform
 from test_rollout import REAL_TOKENIZER, made_up_tokenizer, make_model, prompts_of, seeds_of, stirred

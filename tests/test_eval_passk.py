@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from azr.models import model_path
 from azr.evals import run as evalrun, score as evalscore
-from azr.machine import plan
 from azr.evals.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
 from azr.evals.grade import Answer, Grader, program_text, task_answer
 
@@ -402,7 +402,7 @@ def adapter(tmp_path_factory):
     from azr.policy.policy import LoraSettings, Policy
 
     directory = tmp_path_factory.mktemp("adapter")
-    policy = Policy.load(plan.model_path("tiny"), "none", LoraSettings(4, 8.0))
+    policy = Policy.load(model_path("tiny"), "none", LoraSettings(4, 8.0))
     torch.manual_seed(0)
     for parameter in policy.trainable_parameters():
         parameter.data.add_(0.02 * torch.randn_like(parameter))

@@ -16,7 +16,7 @@ from azr.train.evaluation import Evaluation, evenly, statements
 from azr.evals.held_out import load_tasks
 from azr.train.metrics import step_metrics
 from azr.tasks.program import skeleton
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.tasks.prompts import fence
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.policy.sampling import Completion

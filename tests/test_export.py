@@ -20,7 +20,7 @@ from azr.weights import export, export_check, model_card, nf4
 from azr.weights.reference import AdapterUpdate
 from azr.evals.held_out import EvalResult, TaskResult, load_tasks
 from azr.policy.load import LoraSettings
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.tasks.prompts import solve_prompt, template_hash
 from azr.policy.policy import Policy
 from azr.runs import Run

@@ -26,7 +26,7 @@ from azr.train import update
 from azr.train.config import Config, completed, resolve
 from azr.policy.engine import Engine
 from azr.train.evaluation import Evaluation
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.policy.policy import Policy
 from azr.runs import Run, newest_intact
 from sandbox import Sandbox, SandboxError

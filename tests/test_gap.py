@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from azr.policy.cpu_attention import ByPage
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from random_weights import with_values_in_B
 

@@ -8,7 +8,7 @@ import torch
 
 from azr.policy import load, gpu
 from azr.policy.gpu import Facts, has_kernels, library_problem, why_unusable
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.policy.policy import ModelError, Policy
 
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")

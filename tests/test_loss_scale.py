@@ -15,7 +15,7 @@ from azr.train import loss_scale, update
 from azr.policy.backoff import Sizes
 from azr.train.config import Config, resolve
 from azr.train.loss_scale import FIRST, GROW_AFTER, MOST, LossScale
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.tasks.prompts import solve_prompt
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample

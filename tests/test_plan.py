@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from azr.models import model_path
 from azr.machine import plan
 from azr.machine.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
 
@@ -161,7 +162,7 @@ def test_rendering_is_plain_and_narrow():
         made = plan_memory(shape_of(model), preset, plan.capacity(preset))
         text = plan.render(made, model)
         assert all(len(line) <= 80 for line in text.splitlines()) and text.isascii(), text
-        assert "KV cache" in text and plan.model_path(model) in text and f"{made.peak / GB:.2f}" in text
+        assert "KV cache" in text and model_path(model) in text and f"{made.peak / GB:.2f}" in text
         assert plan.verdict(made).startswith("fits" if made.fits else "DOES NOT FIT")
 
 
@@ -170,4 +171,4 @@ def test_no_torch_is_imported_and_aliases_stay_next_to_the_file():
             "plan.render(plan.plan_memory(plan.shape_of('qwen-3b'), plan.PRESETS['24gb'], 2e10)); "
             "print('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
-    assert plan.model_path("tiny") == str(ROOT / "azr" / "tiny") and plan.model_path("some/where") == "some/where"
+    assert model_path("tiny") == str(ROOT / "azr" / "tiny") and model_path("some/where") == "some/where"

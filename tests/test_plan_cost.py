@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 import bench_plan
+from azr.models import model_path
 from azr.machine import cost, plan
 from azr.policy import policy as rollout, backoff
 from azr.train import memory_probe, update
@@ -172,7 +173,7 @@ def test_after_three_measured_steps_a_run_says_what_it_will_take(capsys):
 
 @pytest.fixture(scope="module")
 def policy():
-    return Policy.load(plan.model_path("tiny"), "none", LoraSettings(4, 8.0))
+    return Policy.load(model_path("tiny"), "none", LoraSettings(4, 8.0))
 
 
 def small(**change) -> Config:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
 
 TINY = model_path("tiny")

@@ -16,7 +16,7 @@ import pytest
 
 from azr.train.evaluation import statements
 from azr.evals.held_out import load_tasks
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.tasks.prompts import template_hash
 from azr.tasks.parse import fences
 from azr.tasks import MODES, Proposal, judge, parse_answer, parse_proposal, validate

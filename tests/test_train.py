@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from azr.machine.plan import model_path
+from azr.models import model_path
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(model_path("tiny"))

@@ -13,7 +13,7 @@ import torch
 from azr.train import update
 from azr.policy.backoff import DoesNotFit, Sizes, halve_rollout, is_out_of_memory, retry, rollout_sizes, set_rollout_sizes
 from azr.train.config import Config, completed, resolve
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.tasks.prompts import solve_prompt
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from azr.machine import plan
+from azr.models import model_path
 from azr.analysis.figures import warn
 from azr.tasks.prompts import template_hash
 from azr.analysis.reader import RunData, read_object
@@ -56,7 +56,7 @@ def open_policy(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft's, that the base lies elsewhere: checked below
             dtype = getattr(torch, info.get("dtype") or "", None) if torch.cuda.is_available() else None
-            policy = Policy.load(plan.model_path(model), chosen, adapter=adapter, dtype=dtype, **engine_options)
+            policy = Policy.load(model_path(model), chosen, adapter=adapter, dtype=dtype, **engine_options)
     except ModelError as error:
         raise ValueError(str(error)) from error
     if policy.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and policy.head.weight.shape[1] < 512:
@@ -79,7 +79,7 @@ def open_run(run: RunData) -> Policy:
         raise ValueError(
             f"{run.path}: the {template} prompts have changed since this run; use the code of its commit"
         )
-    model = plan.model_path(str(run.config["model"]))
+    model = model_path(str(run.config["model"]))
     if "/" in model and not Path(model).exists() and Path(info["base_model"]).exists():
         model = info["base_model"]
     slots = run.config.get("max_batch")

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from azr.models import model_path
 from azr.analysis import figures
-from azr.machine import plan
 from azr.analysis.figures import shown, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.passk import difference_interval, share_interval
@@ -72,7 +72,7 @@ def questions(run: RunData, policy, args) -> dict:
     held_out = run.path / "eval" / "held_out.jsonl"
     tasks = load_tasks(held_out) if held_out.is_file() and args.held_out else []
     asked["held_out"] = tasks[:: max(1, -(-len(tasks) // args.held_out))] if tasks else []
-    skill = Path(plan.model_path(str(run.config["model"]))) / "skill.jsonl"
+    skill = Path(model_path(str(run.config["model"]))) / "skill.jsonl"
     asked["skill"] = load_tasks(skill) if skill.is_file() else []
     if args.text:
         asked["untrained"] = texts(policy, Path(args.text))

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from azr.models import model_path
 from azr.evals import code_answers
-from azr.machine import plan
 from azr.evals.math_answers import last_boxed
 from azr.tasks.prompts import STOP, TEMPLATES, WRAPPER, fence, solve_prompt
 from azr.tasks.prompts import template_hash as task_template_hash
@@ -176,14 +176,14 @@ def load(name: str) -> Benchmark:
 def _fetch(name: str, source: Source) -> Path:
     """The file of a benchmark: part of the project, or through the hub."""
     if name == "tiny":
-        return Path(plan.model_path("tiny")) / "held_out.jsonl"
+        return Path(model_path("tiny")) / "held_out.jsonl"
     if source.hub is None:
         raise ValueError(
             f"{name} is not on the model hub: download its file from {source.page} and give --benchmark {name}=FILE"
         )
     from huggingface_hub import snapshot_download
 
-    from azr.hub import only_cached
+    from azr.models import only_cached
 
     repository, part = source.hub
     try:

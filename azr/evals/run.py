@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from azr.models import base_description, model_path
 from azr.evals import benchmarks
 from azr.machine import plan
 from azr.evals.benchmarks import Benchmark
-from azr.train.config import base_description
 from azr.evals.score import Row, progress, read_samples, warn
 from azr.evals.held_out import sample_seed
 from azr.runs import write_json_atomic
@@ -97,7 +97,7 @@ def resolve(options, benchmark: Benchmark) -> tuple[Settings, list[str]]:
         raise ValueError("--match-entropy needs a --temperature above 0")
     longest = options.max_new_tokens or (plan.TINY.max_new_tokens if described else MAX_NEW_TOKENS)
     return Settings(
-        plan.model_path(model),
+        model_path(model),
         str(adapter) if adapter else None,
         chosen["quantization"],
         chosen["dtype"],
@@ -179,7 +179,7 @@ def describe(settings: Settings, policy, benchmark: Benchmark, temperature: floa
     if settings.match_entropy:
         decoding["match_entropy"] = True
     # The embedded model by its name: where the repository lies makes no difference.
-    name = "tiny" if settings.model == plan.model_path("tiny") else settings.model
+    name = "tiny" if settings.model == model_path("tiny") else settings.model
     return {
         "benchmark": benchmark.name,
         "benchmark_file_hash": benchmark.file_hash,

@@ -139,10 +139,10 @@ def _row(data: object, where: str, counts: Counter) -> Row:
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """Gives advance(done, total): a bar with the time left on a terminal, a line now and then elsewhere."""
-    from azr.train import screen
+    from azr import console
 
-    if screen.console.is_terminal:
-        with screen.bar(title) as advance:
+    if console.console.is_terminal:
+        with console.bar(title) as advance:
             yield advance
         return
     start = last = time.monotonic()
@@ -154,11 +154,11 @@ def progress(title: str) -> Iterator[Callable[[int, int], None]]:
         now = time.monotonic()
         if now - last >= LINE_SECONDS and done > first[0]:
             left = (now - start) / (done - first[0]) * (total - done)
-            screen.say(f"{title}: {done} of {total}, {screen.duration(left)} left")
+            console.say(f"{title}: {done} of {total}, {console.duration(left)} left")
             last = now
 
     yield advance
-    screen.say(f"{title}: {time.monotonic() - start:.0f} s")
+    console.say(f"{title}: {time.monotonic() - start:.0f} s")
 
 
 # ---------------------------------------------------------------- grading and the result
@@ -339,7 +339,7 @@ def without_guessed(
 
 def show(result: dict, out: Path) -> None:
     """The figures as plain lines, and where they are."""
-    from azr.train.screen import say
+    from azr.console import say
 
     say(
         f"{result['benchmark']}: {result['problems']} problems, {result['samples_per_problem']} samples each; 95 % "

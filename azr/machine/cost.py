@@ -22,7 +22,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from azr.machine.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, PlanError, Preset, Shape, capacity, model_path
+from azr.machine.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, PlanError, Preset, Shape, capacity
+from azr.models import model_path
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from azr.machine.isolated import Findings, apart, cores, finding, one_line, output_of, read_text, scrub
+from azr.models import model_path
+from azr.isolated import Findings, apart, cores, finding, one_line, output_of, read_text, scrub
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTS = ("torch", "flash_attn", "triton", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "matplotlib",
@@ -350,7 +351,7 @@ def settings(arguments: list[str]) -> SimpleNamespace:
         config = parser.parse_known_args(arguments)[0]
     from azr.machine import plan  # needs the standard library only
 
-    path = plan.model_path(config.model)
+    path = model_path(config.model)
     tiny = (Path(path) / "base.json").is_file()
     try:
         shape = plan.shape_of(config.model)

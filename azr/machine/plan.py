@@ -13,6 +13,8 @@ their like). No torch is imported, but to ask a GPU what is free.
 
 from __future__ import annotations
 
+from azr.policy.rollout_weights import copies_pay
+from azr.models import ALIASES, model_path
 import dataclasses
 import json
 import math
@@ -20,8 +22,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-ALIASES = {"tiny": str(Path(__file__).parents[1] / "tiny"),
-           "qwen-3b": "Qwen/Qwen2.5-Coder-3B", "qwen-7b": "Qwen/Qwen2.5-Coder-7B"}
 GB = 1e9
 GIB = 2**30
 CUDA_CONTEXT = 0.9e9        # of the driver and the libraries' work spaces, before the first tensor
@@ -111,11 +111,6 @@ QWEN25 = {
     "7B": Shape(3584, 28, 28, 4, 18944, 152_064, False, 128),
     "14B": Shape(5120, 48, 40, 8, 13824, 152_064, False, 128),
 }
-
-
-def model_path(model: str) -> str:
-    """The hub id or directory behind an alias; anything else as it is."""
-    return ALIASES.get(model, model)
 
 
 def shape_of(model: str) -> Shape:
@@ -270,15 +265,6 @@ def cache_bytes(shape: Shape, preset: Preset, sequences: int, device: str) -> fl
 def value_bytes(preset: Preset, device: str) -> int:
     """Of a number in the dtype of computation. A CPU is planned in fp32: fp16 and bf16 are for tests there."""
     return 4 if device != "cuda" or preset.dtype == "fp32" else 2
-
-
-def copies_pay(room: float, copies: float, full_cache: float) -> bool:
-    """Whether sampling takes `copies` bytes of unpacked weights (--rollout-weights auto), of `room` for them and the
-    cache: products are faster with them at every batch size that was measured (H200, 1 to 384 rows), but a cache that
-    holds few responses is slower than any weights. A quarter of what all slots at full length need (`full_cache`) is
-    enough, since few responses grow to their limit.
-    """
-    return room - copies >= full_cache / 4
 
 
 def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | None = None) -> dict[str, dict]:

@@ -1,7 +1,7 @@
 """What torch and the packages around it really compute here: the GPU, attention, 4-bit matrices, threads.
 
 Each function runs one thing on small tensors and compares it with float64 or with a bound, and returns Findings (see
-azr/machine/isolated.py, which runs them in children). `python train_azr.py --doctor` calls them. Importing this needs no torch.
+azr/isolated.py, which runs them in children). `python train_azr.py --doctor` calls them. Importing this needs no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 
-from azr.machine.isolated import Findings, cores, one_line
+from azr.isolated import Findings, cores, one_line
 
 NF4_ERROR = 0.12  # relative, of normal weights in blocks of 64: 0.09 when right, 0.24 where scales are mixed up
 

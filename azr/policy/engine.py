@@ -34,7 +34,7 @@ from azr.policy.backoff import free_memory
 from azr.policy.cpu_attention import ByPage
 from azr.policy.decoder import ROLLOUT_WEIGHTS, Decoder, Unsupported
 from azr.policy.attention import choose_attention, paged_decode
-from azr.machine.plan import copies_pay
+from azr.policy.rollout_weights import copies_pay
 from azr.policy.sampling import Completion, Sampling, StopTable, sample_without_wait, seed_tensor
 
 __all__ = ["Completion", "Engine", "Sampling", "StopTable", "Unsupported"]
@@ -114,7 +114,7 @@ class Engine:
 
     backbone: the transformer without its head; head: hidden (rows, H) -> fp32 logits (rows, vocabulary).
     max_batch: sequences decoded at once. attn: auto | flash | triton | sdpa. rollout_weights: stored | bf16 (4-bit
-    layers as copies in the dtype of computation while `generate` runs) | auto (bf16 on a GPU where plan.copies_pay says
+    layers as copies in the dtype of computation while `generate` runs) | auto (bf16 on a GPU where copies_pay says
     so at the first call; `rollout_weights` then says which). prefill_tokens: padded tokens of a prefill.
     pages, page_size: of the KV cache; default: what the attention wants, and what is free (or `cache_bytes`) at the
     first call, less `reserve`: bytes that the owner will take later and that sampling must leave (Adam's moments,

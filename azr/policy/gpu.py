@@ -16,7 +16,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
-from azr.machine.isolated import output_of, read_text
+from azr.isolated import output_of, read_text
 
 PINNED = "2.13.0"  # torch of requirements.txt, where the installed one has no build of the kind that is needed
 PYTORCH = "https://download.pytorch.org/whl"

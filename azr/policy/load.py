@@ -21,9 +21,9 @@ import torch
 
 from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
 from azr.policy.gpu import look, why_no_four_bit, why_unusable
-from azr.hub import only_cached
+from azr.models import only_cached
 from azr.policy.lora import fuse
-from azr.machine.plan import ALIASES
+from azr.models import ALIASES
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

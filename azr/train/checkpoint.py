@@ -19,7 +19,7 @@ from pathlib import Path
 
 from azr.train import arms, update
 from azr.policy.backoff import Sizes, once_more, rollout_sizes, set_rollout_sizes
-from azr.train.screen import warn
+from azr.console import warn
 from azr.train.loss_scale import LossScale
 from azr.tasks.prompts import template_hash
 from azr.runs import Run, RunError

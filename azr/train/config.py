@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from azr.models import base_description, model_path
 from azr.tasks.prompts import template_hash
 from azr.train.rewards import SHAPES
 from azr.train.trackers import TRACKERS
@@ -272,12 +273,6 @@ def _is_a(value, kind: str) -> bool:
     return isinstance(value, known) and (bool in known or not isinstance(value, bool))
 
 
-def base_description(model: str) -> dict | None:
-    """base.json of a model that was trained on one wording of the prompts (the embedded one); None for others."""
-    path = Path(plan.model_path(model)) / "base.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def resolve(config: Config) -> tuple[Config, str]:
     """Every None filled in, and one line that says how: a run that goes on keeps its own; else the model's preset.
 
@@ -299,7 +294,7 @@ def resolve(config: Config) -> tuple[Config, str]:
         why += "; computing in fp16: this GPU has no bf16 in hardware" if config.dtype == "fp16" else ""
     if config.off_policy_gamma > 0 and config.off_policy_source == "base":
         values["off_policy_samples"] = 8
-    held_out = Path(plan.model_path(config.model)) / "held_out.jsonl"
+    held_out = Path(model_path(config.model)) / "held_out.jsonl"
     if held_out.is_file():
         values["eval_data"] = str(held_out)
     filled = {

@@ -21,8 +21,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from azr.models import base_description, model_path
 from azr.machine import plan
-from azr.train import screen
+from azr import console
 from azr.evals.benchmarks import cruxeval_tasks
 from azr.train.config import base_description
 from azr.evals.held_out import EvalResult, evaluate, load_tasks
@@ -82,7 +83,7 @@ class Evaluation:
     @cached_property
     def own(self) -> bool:
         """Whether it is the embedded model's own file that the run is evaluated on."""
-        held_out = Path(plan.model_path(self.config.model)) / "held_out.jsonl"
+        held_out = Path(model_path(self.config.model)) / "held_out.jsonl"
         return base_description(self.config.model) is not None and self.config.eval_data == str(held_out)
 
     @cached_property
@@ -112,7 +113,7 @@ class Evaluation:
         if not n:
             return None
         if not path.exists():
-            with screen.bar(f"held-out tasks, {n} answers each, {name}") as advance:
+            with console.bar(f"held-out tasks, {n} answers each, {name}") as advance:
                 settings = self.sampling, self.template, self.sandbox, 0, advance
                 tasks = evenly(self.tasks(), SAMPLED) if self.own else self.tasks()
                 result = evaluate(self.policy, tasks, n, *settings)
@@ -145,7 +146,7 @@ class Evaluation:
         try:
             return cruxeval_tasks(200)
         except ValueError as error:
-            screen.warn(f"held-out tasks: 64 a mode of the seed stage; {error}; --eval-data FILE takes others")
+            console.warn(f"held-out tasks: 64 a mode of the seed stage; {error}; --eval-data FILE takes others")
             return []
 
     def _from_seed_stage(self, buffers: Buffers) -> list[Task]:

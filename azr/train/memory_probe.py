@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from azr.policy.backoff import Sizes, retry
-from azr.train.screen import prose
+from azr.console import prose
 from azr.train.entropy_control import BONUS
 from azr.train.metrics import memory
 

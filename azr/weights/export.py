@@ -31,10 +31,10 @@ import torch
 from azr.weights import model_card, nf4
 from azr.weights.reference import Reference, resolve_reference
 from azr.train.config import _Parser
-from azr.train.screen import bar, say, warn
-from azr.hub import only_cached
+from azr.console import bar, say, warn
+from azr.models import only_cached
 from azr.policy.load import ModelError
-from azr.machine.plan import model_path
+from azr.models import model_path
 from azr.runs import RunError, fault, read_metrics, write_json_atomic
 from azr.weights.sparsity import describe, row_pieces
 from azr.tasks import MODES

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from azr.train.screen import console, say, warn
+from azr.console import console, say, warn
 from azr.policy.load import ModelError, _load_tokenizer, _quiet, tokenizer_hash
 from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.policy.policy import Policy

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from azr.hub import only_cached
-from azr.machine.plan import model_path
+from azr.models import only_cached
+from azr.models import model_path
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PREFIX = "base_model.model."  # of PEFT's names

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from azr.train import screen
+from azr import console
 from azr.weights import path as along, sizes, spectra
 from azr.weights.reference import (
     AdapterUpdate,
@@ -315,11 +315,11 @@ def main(args: argparse.Namespace) -> int:
     from azr.weights import sparsity_view
 
     for line in sparsity_view.lines(report):
-        screen.say(line)
+        console.say(line)
     text = json.dumps(plain(report), indent=1, allow_nan=False) + "\n"
     if args.out:
         sparsity_view.plots(report, args.out)
-        screen.say(f"\nplots: {args.out}")
+        console.say(f"\nplots: {args.out}")
     for path in filter(None, (args.json, args.out and args.out / "sparsity.json")):
         aside = path.with_name(path.name + ".new")
         aside.write_text(text, encoding="utf-8")
@@ -341,10 +341,10 @@ def analyse(args: argparse.Namespace) -> dict:
             "kernels mix up the scales of such matrices; measured as a run on the CPU used them, not one on a GPU"
         )
     for note in notes:
-        screen.warn(note)
+        console.warn(note)
     if args.spectral:
         minutes = spectral_minutes(base, update.adapted, args.workers)
-        screen.say(f"--spectral: about {minutes:.0f} minutes" if minutes > 1 else "--spectral: under a minute")
+        console.say(f"--spectral: about {minutes:.0f} minutes" if minutes > 1 else "--spectral: under a minute")
 
     def run(task: Callable, names: Iterable[str], title: str) -> Iterator:
         return parallel(task, list(names), title, args.workers)
@@ -428,7 +428,7 @@ def open_other(args, base: Checkpoint, update):
 
 def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:
     """task(name) of every name, in order; the first error stops the rest."""
-    with screen.bar(title) as advance, ThreadPoolExecutor(workers) as pool:
+    with console.bar(title) as advance, ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(task, name) for name in names]
         try:
             for done, job in enumerate(jobs, 1):

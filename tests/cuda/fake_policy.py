@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, masking_u
 
 from azr.policy import decode_ops, decode_triton, decoder
 from azr.policy.load import LoraSettings, _new_lora, _settle
-from azr.machine.plan import Shape, model_path
+from azr.machine.plan import Shape
+from azr.models import model_path
 from azr.policy.policy import Policy
 
 BLOCK, NESTED = 64, 256  # weights that share a scale, scales that share one

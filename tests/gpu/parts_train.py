@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from azr.models import model_path
 from azr.machine import plan
 from azr.train import metrics
 from gpu.bench import GB, Bench, patched
@@ -62,7 +63,7 @@ def allow_cpu(bench: Bench) -> list[str]:
 
 def held_out(directory: str) -> str:
     """A few tasks, so that no hub is asked."""
-    lines = Path(plan.model_path("tiny"), "held_out.jsonl").read_text().splitlines()[:4]
+    lines = Path(model_path("tiny"), "held_out.jsonl").read_text().splitlines()[:4]
     path = Path(directory, "tasks.jsonl")
     path.write_text("\n".join(lines) + "\n")
     return str(path)
