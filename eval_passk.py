@@ -18,18 +18,13 @@ import sys
 import warnings
 from pathlib import Path
 
+from azr.command import Parser
 from azr.evals import compare
 from azr.evals.benchmarks import BENCHMARKS, NAMES, load
 from azr.evals.math_answers import MathError
 from sandbox import SandboxError
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as train_azr.py calls them, and torch
-
-class Parser(argparse.ArgumentParser):
-    """Errors in one line, exit code 2."""
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def build_parser() -> Parser:

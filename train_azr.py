@@ -30,8 +30,16 @@ from pathlib import Path
 from azr.models import base_description, model_path
 from azr.machine import doctor
 
-if __name__ == "__main__" and "--doctor" in sys.argv:  # before the packages that it looks at
-    sys.exit(doctor.main(sys.argv[1:]))
+
+def settings_of(arguments: list[str]):
+    """The settings of a command line, for the doctor: it runs before the packages that it looks at are imported."""
+    from azr.train.config import parse
+
+    return parse(arguments, "see azr/machine/doctor.py")
+
+
+if __name__ == "__main__" and "--doctor" in sys.argv:
+    sys.exit(doctor.main(sys.argv[1:], settings_of))
 
 from azr.evals import math_answers
 from azr import console
@@ -545,7 +553,7 @@ def main(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         if "--doctor" in arguments:
-            return doctor.main(arguments)
+            return doctor.main(arguments, settings_of)
         config, why = resolve(parse(arguments, __doc__))
         if config.dry_run:
             return dry_run(config, why)

@@ -143,7 +143,7 @@ def prepare(runs: Path) -> None:
     log = runs / "prepare.log"
     for name, more in (("tasks", ()), ("gold", ("--solutions",))):
         if not (runs / f"{name}.jsonl").exists():
-            call(log, "-m", "azr.train.make_data", "tiny", runs / f"{name}.jsonl", "--count", 3000, *more)
+            call(log, "-m", "azr.tasks", "make", "tiny", runs / f"{name}.jsonl", "--count", 3000, *more)
     tasks = load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl")
     kept = [tasks[i] for i in stratified(tasks, A_CELL) if level(tasks[i]) < BEYOND]
     write_jsonl_atomic(runs / "held_out.jsonl", [task.to_json() for task in kept])

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from azr.analysis import rewards as rewards_plot
 from azr.train import make_data, arms, entropy_control, off_policy, ppo, rewards
 from azr.train.config import Config, resolve
 from azr.tasks.task import Sample
@@ -65,10 +66,10 @@ def test_the_expected_reward_has_its_closed_forms_and_its_peak():
 
 def test_the_plot_of_expected_rewards(tmp_path, capsys):
     options = SimpleNamespace(answers=8, ends_penalty=0.0, json=None, out=str(tmp_path))
-    assert rewards.main(options) == 0
+    assert rewards_plot.main(options) == 0
     assert "learnability  highest at p = 0.257" in capsys.readouterr().out
     assert (tmp_path / "proposer_rewards.png").read_bytes()[:4] == b"\x89PNG"
-    assert rewards.main(SimpleNamespace(answers=0, ends_penalty=0.0, json=None, out=None)) == 2
+    assert rewards_plot.main(SimpleNamespace(answers=0, ends_penalty=0.0, json=None, out=None)) == 2
 
 
 # --------------------------------------------------------------------------------------------------- entropy controls

@@ -332,7 +332,7 @@ def test_the_example_is_the_last_of_its_reason(tmp_path):
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    done = [sys.executable, "-m", "azr.analysis.health", *map(str, arguments)]
+    done = [sys.executable, "analyze.py", "health", *map(str, arguments)]
     return subprocess.run(done, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

@@ -1,7 +1,7 @@
 """Warnings in words, with the flag to try, from the metrics of the last steps of a run.
 
-    python -m azr.analysis.health runs/tiny-0               what a run was warned of; works while it runs too
-    python -m azr.analysis.health runs/tiny-0 --limits      every limit with its reason
+    python analyze.py health runs/tiny-0               what a run was warned of; works while it runs too
+    python analyze.py health runs/tiny-0 --limits      every limit with its reason
 
 `Health.add` takes the rows of metrics.jsonl one by one and returns what is new at each; it knows nothing else, so a
 resumed run says the same as one that was never stopped, and a finished one can be asked again. A warning is about
@@ -508,7 +508,7 @@ class Health:
             latest[key] = f
         if not latest:
             return [
-                f"health: nothing to warn of in {self.window.count} steps (checks: python -m azr.analysis.health --limits)"
+                f"health: nothing to warn of in {self.window.count} steps (checks: python analyze.py health --limits)"
             ]
         lines = ["what to look at:"]
         for (check, _), f in latest.items():
@@ -543,7 +543,7 @@ class Watch:
     """Says the warnings of a running run as they come; of what is in metrics.jsonl already, they were said before."""
 
     def __init__(self, config: dict, run_dir: Path, say: Callable[[str], None]) -> None:
-        """config: the settings; say: prints a line, `display.warn`."""
+        """config: the settings; say: prints a line, `console.warn`."""
         self.health, self.run_dir, self.say = Health(config), Path(run_dir), say
         if (self.run_dir / "metrics.jsonl").exists():
             for row in steps_of(self.run_dir):
@@ -559,35 +559,34 @@ def steps_of(run_dir: Path) -> list[dict]:
     return [row for row in read_metrics(run_dir) if row["step"] > 0]
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m azr.analysis.health", description="What a run was warned of.")
-    parser.add_argument("run", nargs="?", type=Path, help="run directory of train_azr.py")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a run directory; the run may still be going on")
     parser.add_argument("--limits", action="store_true", help="print the limit of every check, with its reason")
-    given = parser.parse_args(arguments)
-    if given.limits:
+
+
+def main(args) -> int:
+    """Returns the exit code."""
+    if args.limits:
         for name, limit in (LIMITS | {f"gap, {dtype}": limit for dtype, limit in GAP.items()}).items():
             print(f"{name:13s}{limit.at:5g}  from step {limit.steps:2d}  {limit.why}")
         return 0
-    if given.run is None:
-        parser.exit(2, "python -m azr.analysis.health: which run? give its directory (or --limits)\n")
+    if args.run is None:
+        print("analyze.py health: which run? give its directory (or --limits)", file=sys.stderr)
+        return 2
     try:
-        rows = steps_of(given.run)
-        config = json.loads((given.run / "config.json").read_text(encoding="utf-8"))
+        rows = steps_of(args.run)
+        config = json.loads((args.run / "config.json").read_text(encoding="utf-8"))
     except (RunError, OSError, ValueError) as error:
-        print(f"python -m azr.analysis.health: {error}", file=sys.stderr)
+        print(f"analyze.py health: {error}", file=sys.stderr)
         return 2
     health = Health(config)
     with contextlib.suppress(BrokenPipeError):  # | head
         for row in rows:
             for f in health.add(row):
                 print(f.text())
-                if shown := example(given.run, f):
+                if shown := example(args.run, f):
                     print(f"    example of {f.example[1]}: {shown}")
         print("\n".join(health.summary()), flush=True)
         return 0
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it exits
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

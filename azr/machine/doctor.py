@@ -335,15 +335,13 @@ def _missing_files(model: str, cache: Path) -> str | None:
 # ---------------------------------------------------------------------------------------------------------- the report
 
 
-def settings(arguments: list[str]) -> SimpleNamespace:
+def settings(arguments: list[str], parse) -> SimpleNamespace:
     """model, out, attn, quantization and what is known of the model's shape; a bad flag exits 2.
 
     Should the settings not be importable here (no fcntl on Windows), the few flags that matter are read alone.
     """
     try:
-        from azr.train.config import parse
-
-        config = parse(arguments, "see azr/machine/doctor.py")
+        config = parse(arguments)
     except Exception:  # whatever is broken shows in the checks
         parser = argparse.ArgumentParser(prog="train_azr.py", allow_abbrev=False)
         for flag, default in (("--model", "tiny"), ("--out", None), ("--attn", "auto"), ("--quantization", None)):
@@ -416,9 +414,9 @@ def show(label: str, text: str) -> None:
         label = ""
 
 
-def main(arguments: list[str]) -> int:
-    """Prints the report; 1 if training cannot run here."""
-    chosen = settings(arguments)
+def main(arguments: list[str], parse) -> int:
+    """Prints the report; 1 if training cannot run here. parse(arguments) -> the settings of a run."""
+    chosen = settings(arguments, parse)
     print("----- from here on it can be pasted into an issue: no names, no tokens -----", flush=True)
     show("command", f"train_azr.py {' '.join(arguments)}")
     blocks, slows = [], []

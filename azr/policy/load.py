@@ -66,7 +66,7 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
         eos_ids = _eos_ids(model, tokenizer)
         info = {
             "base_model": name,
-            "revision": _revision(name, config),
+            "revision": revision_of(name, config),
             **_quantization_info(model),
             "dtype": str(dtype).removeprefix("torch."),
             "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -385,7 +385,7 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _revision(name: str, config) -> str | None:
+def revision_of(name: str, config) -> str | None:
     """The commit of a hub model; for a directory a fingerprint of its config and the start of its weight files."""
     if not Path(name).is_dir():
         return getattr(config, "_commit_hash", None)

@@ -1,7 +1,8 @@
-"""Filters: proposals or answers as JSON lines in, one verdict a line out, in order.
+"""Filters (proposals or answers as JSON lines in, one verdict a line out, in order) and the maker of task files.
 
     python -m azr.tasks validate < proposals.jsonl
     python -m azr.tasks judge < answers.jsonl
+    python -m azr.tasks make tiny|run|benchmark ...     the files of train_azr.py --data; --help says more
 """
 
 from __future__ import annotations
@@ -58,8 +59,13 @@ def _attempt(read, row):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["make"]:
+        from azr.train.make_data import main as make
+
+        return make(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")
-    parser.add_argument("command", choices=["validate", "judge"])
+    parser.add_argument("command", choices=["validate", "judge", "make"])
     parser.add_argument("--workers", type=int, default=None, help="processes of the sandbox (default: cores)")
     parser.add_argument("--max-output-chars", type=int, default=MAX_OUTPUT, help="validate: refuse longer outputs")
     options = parser.parse_args(arguments)

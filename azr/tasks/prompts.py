@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from azr.tasks import Task
+from azr.tasks.task import INDUCTION_INPUTS, Task
 
 STOP = "</answer>"
-INDUCTION_INPUTS = 10  # inputs a proposer writes for an induction task: the first half is shown, the second hidden
 
 WRAPPER = (
     "The following is a dialogue between a User and an Assistant. The Assistant works the problem out step by step "
@@ -215,8 +212,6 @@ def solve_prompt(task: Task, template: str) -> str:
 
 def template_hash(template: str) -> str:
     """16 hex digits that change when any prompt of the template changes by a character."""
-    from azr.tasks import Task
-
     program, pairs = "def f(a, b):\n    return a * b", (("1, 2", "2"), ("'x', 3", "'xxx'"))
     deduction = Task(mode="deduction", program=program, input="2, 3", output="6")
     tasks = [

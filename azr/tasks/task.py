@@ -11,10 +11,10 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from azr.tasks.prompts import INDUCTION_INPUTS
 from sandbox import literal
 
 MODES = ("deduction", "abduction", "induction")
+INDUCTION_INPUTS = 10  # inputs a proposer writes for an induction task: the first half is shown, the second hidden
 VISIBLE = INDUCTION_INPUTS // 2  # pairs the solver sees; the others judge its program
 MAX_TEXT = 1_000_000  # characters of any one field that is read from a file
 

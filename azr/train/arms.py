@@ -4,7 +4,7 @@
     data = read_data("tasks.jsonl", solutions=False)     # a list of Task, read-only
     tasks = draw(data, step=3, count=48, seed=0)         # the same for the same step, whatever happened before
 
-Every draw follows from (seed, step), so a resume needs no position in the data. `python -m azr.train.make_data` writes such
+Every draw follows from (seed, step), so a resume needs no position in the data. `python -m azr.tasks make` writes such
 files.
 """
 
@@ -67,7 +67,7 @@ def _data_rules(c: Config) -> list[tuple[bool, str]]:
     no_proposer = f"does nothing with {name}: its tasks come from --data, nothing is proposed"
     sft = c.algorithm == "sft"
     return [
-        (fixed and not c.data, f"{name} needs --data FILE; python -m azr.train.make_data writes such files"),
+        (fixed and not c.data, f"{name} needs --data FILE; python -m azr.tasks make writes such files"),
         (not fixed and bool(c.data), "--data is for --algorithm rlvr or sft: selfplay makes its own tasks"),
         (not fixed and c.step_tokens is not None,
          "--step-tokens is for --algorithm rlvr or sft: the tokens of a step of selfplay follow from what it samples"),
@@ -184,7 +184,7 @@ def _task(line: str, where: str, solutions: bool) -> Task:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: {error}") from error
     if solutions and not task.response:
-        raise ValueError(f'{where}: has no "response"; python -m azr.train.make_data ... --solutions writes them')
+        raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
     return task
 
 

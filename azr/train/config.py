@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from azr.command import Parser
 from azr.models import base_description, model_path
 from azr.tasks.prompts import template_hash
 from azr.train.rewards import SHAPES
@@ -42,7 +42,7 @@ class Config:
         ("selfplay", "rlvr", "sft"),
     )
     data: str | None = setting(
-        None, "rlvr: a file of tasks, sft: of tasks with responses (python -m azr.train.make_data writes both)"
+        None, "rlvr: a file of tasks, sft: of tasks with responses (python -m azr.tasks make writes both)"
     )
     step_tokens: int | None = setting(
         None, "rlvr, sft: response tokens a step; a run of selfplay logs its own as train/tokens"
@@ -78,7 +78,7 @@ class Config:
     )
     proposer_reward: str = setting(
         "learnability",
-        "of a valid task at solve rate r; invalid is -1 (python -m azr.train.rewards plots them)",
+        "of a valid task at solve rate r; invalid is -1 (python analyze.py rewards plots them)",
         tuple(SHAPES),
     )
     ends_penalty: float = setting(0.0, "taken off a valid task's reward where r is 0 or 1 (0.5 as in AZR's code)")
@@ -194,21 +194,9 @@ def _type(f: dataclasses.Field):
     return {"int": int, "float": float}.get(str(f.type).removesuffix(" | None"), str)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Errors in one line, with the nearest flag for an unknown one; exit code 2."""
-
-    def error(self, message: str) -> None:
-        words = [w for w in message.split() if w.startswith("--")]
-        known = [option for action in self._actions for option in action.option_strings]
-        near = (
-            difflib.get_close_matches(words[0].split("=")[0], known, 1) if words and "unrecognized" in message else []
-        )
-        self.exit(2, f"{self.prog}: {message}{f' (did you mean {near[0]}?)' if near else ''}\n")
-
-
 def parse(arguments: list[str], description: str) -> Config:
     """The settings of a command line; those of --config FILE lie under those that are typed. Exits 2 on a bad flag."""
-    parser = _Parser(
+    parser = Parser(
         prog="train_azr.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

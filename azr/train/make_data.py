@@ -1,11 +1,11 @@
 """Writes the files that `train_azr.py --algorithm rlvr|sft` and `--off-policy-source` read: one task as JSON a line.
 
-    python -m azr.train.make_data tiny tasks.jsonl --count 3000                  tasks of the embedded model's generator
-    python -m azr.train.make_data tiny gold.jsonl --count 3000 --solutions       the same with right responses (off-policy)
-    python -m azr.train.make_data tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
-    python -m azr.train.make_data run RUN tasks.jsonl                            the tasks in a run's buffers
-    python -m azr.train.make_data run RUN own.jsonl --solutions                  its own verified answers (rejection sampling)
-    python -m azr.train.make_data benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
+    python -m azr.tasks make tiny tasks.jsonl --count 3000                  tasks of the embedded model's generator
+    python -m azr.tasks make tiny gold.jsonl --count 3000 --solutions       the same with right responses (off-policy)
+    python -m azr.tasks make tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
+    python -m azr.tasks make run RUN tasks.jsonl                            the tasks in a run's buffers
+    python -m azr.tasks make run RUN own.jsonl --solutions                  its own verified answers (rejection sampling)
+    python -m azr.tasks make benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
 
 A file lists each task once; with --solutions, each (task, response). No program of the generator is among the embedded
 model's held-out ones or behaves like one. The tasks of a seed are the same with and without responses, in any style.
@@ -135,7 +135,7 @@ def tokens_hint(run: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m azr.train.make_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m azr.tasks make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     tiny = commands.add_parser("tiny", help="tasks of the embedded model's generator")
@@ -163,12 +163,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_jsonl_atomic(options.out, [task.to_json() for task in tasks])
         hint = tokens_hint(options.run) if options.command == "run" else ""
     except (ValueError, OSError) as error:
-        print(f"azr.train.make_data: {error}", file=sys.stderr)
+        print(f"python -m azr.tasks make: {error}", file=sys.stderr)
         return 2
     what = "solutions" if getattr(options, "solutions", False) else "tasks"
     print(f"{options.out}: {len(tasks)} {what} ({arms.by_mode(tasks)}){hint}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

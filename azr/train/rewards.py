@@ -1,17 +1,12 @@
 """Rewards of both roles: pure functions of a verdict and a solve rate (Absolute Zero, arXiv 2505.03335, eq. 4-6).
 
-    python -m azr.train.rewards --out plots                    # expected reward of each shape against the true solve rate
-    python -m azr.train.rewards --answers 4 --ends-penalty 0.5
-
 The solve rate r is measured on n answers, so a proposer is paid E[R(k / n)] with k ~ Binomial(n, p), not R(p): the
 published reward, 1 - r but 0 at the ends, is highest at p = 1 - n^(-1 / (n - 1)), which is 0.257 for n = 8.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 
 INVALID = -1.0  # a proposal that is refused, or whose think/answer format is broken
 WIDTH = 0.2  # of the gaussian shape
@@ -112,40 +107,3 @@ def curves(n: int, ends_penalty: float = 0.0, points: int = 1001) -> dict[str, l
     """{"p": true solve rates, shape: its expected reward at each}."""
     p = [i / (points - 1) for i in range(points)]
     return {"p": p, **{shape: [expected_reward(shape, x, n, ends_penalty) for x in p] for shape in SHAPES}}
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from azr.analysis.figures import add_output_arguments
-
-    parser.add_argument("--answers", type=int, default=8, help="answers that measure a solve rate (default 8)")
-    parser.add_argument("--ends-penalty", type=float, default=0.0, help="as in train_azr.py (default 0)")
-    add_output_arguments(parser)
-
-
-def main(args) -> int:
-    from azr.analysis import figures
-
-    if args.answers < 1:
-        print(f"azr.train.rewards: --answers must be at least 1, not {args.answers}", file=sys.stderr)
-        return 2
-    found = curves(args.answers, args.ends_penalty)
-    print(f"Expected proposer reward of a valid task, solve rate measured on {args.answers} answers:")
-    drawn, (axes,) = figures.figure(1, 1, 5.6, 3.6)
-    for i, shape in enumerate(SHAPES):
-        best = max(found[shape])
-        at = "everywhere" if best - min(found[shape]) < 1e-9 else f"at p = {found['p'][found[shape].index(best)]:.3f}"
-        print(
-            f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}"
-        )
-        axes.plot(found["p"], found[shape], color=figures.CYCLE[i], linewidth=1.6, label=shape)
-    penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""
-    title = f"expected proposer reward, {args.answers} answers a task{penalty}"
-    figures.label(axes, title, "true solve rate p", "E[R(k / n)]")
-    figures.write_outputs(args, "proposer_rewards", found, {"proposer_rewards": drawn})
-    return 0
-
-
-if __name__ == "__main__":
-    from azr.analysis.figures import run_module
-
-    sys.exit(run_module(__doc__, add_arguments, main))

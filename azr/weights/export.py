@@ -30,7 +30,7 @@ import torch
 
 from azr.weights import model_card, nf4
 from azr.weights.reference import Reference, resolve_reference
-from azr.train.config import _Parser
+from azr.command import Parser
 from azr.console import bar, say, warn
 from azr.models import only_cached
 from azr.policy.load import ModelError
@@ -512,7 +512,7 @@ def verify(args, source: Source, merge: Merge, aside: Path) -> tuple[dict, list[
 
 
 def parse(arguments: list[str]):
-    parser = _Parser(prog="train_azr.py export", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="train_azr.py export", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run directory, or a checkpoint directory")
     parser.add_argument("--out", metavar="DIR", required=True, help="must be absent or empty")
     parser.add_argument("--checkpoint", metavar="WHICH", help="step_N, best (by held-out accuracy) or last (default)")

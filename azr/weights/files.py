@@ -350,9 +350,9 @@ def check_shapes(
 
 def revision_of(directory: Path) -> str:
     """The fingerprint that checkpoints keep of a base in a directory (`Policy.info`)."""
-    from azr.policy.load import _revision
+    from azr.policy.load import revision_of
 
-    return _revision(str(directory), None)
+    return revision_of(str(directory), None)
 
 
 # ---------------------------------------------------------------- a run
