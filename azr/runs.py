@@ -124,7 +124,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_json(path: Path) -> Any:
+def read_json_object(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -360,7 +360,7 @@ class Run:
                 raise RunError(f"{self.dir}: nothing to resume from ({reason}); start a new run with --out")
             say(f"resume: {self.dir} has no checkpoint yet, starting again from step 0")
         else:
-            self._compare(_read_json(self.dir / "config.json"), complete)
+            self._compare(read_json_object(self.dir / "config.json"), complete)
             self._checkpoint, self.resumed = checkpoint, True
             self.step = int(STEP_DIRECTORY.fullmatch(checkpoint.name)[1])
         try:
@@ -488,7 +488,7 @@ class Run:
         from safetensors.torch import load_file
 
         tensors = load_file(self._checkpoint / "state" / "tensors.safetensors")
-        return tensors, _read_json(self._checkpoint / "state" / "state.json"), self._checkpoint
+        return tensors, read_json_object(self._checkpoint / "state" / "state.json"), self._checkpoint
 
     def _disk_error(self, what: str, error: Exception) -> DiskError:
         good, _ = newest_intact(self.dir)
@@ -505,7 +505,7 @@ class Run:
         path, now = self.dir / "environment.json", plain({**describe_environment(), "step": self.step, **more})
         if path.exists():
             try:
-                earlier = _read_json(path)
+                earlier = read_json_object(path)
             except RunError as error:               # nothing that is computed depends on it
                 say(f"warning: {error}: written anew")
                 earlier = {}

@@ -20,7 +20,7 @@ from typing import Any, Self
 
 from azr.models import base_description, model_path
 from azr.machine import plan
-from azr.train.config import base_description
+
 from azr.evals.held_out import load_tasks, sample_seed
 from azr.tasks.prompts import solve_prompt
 from azr.tasks import Task, judge, parse_answer

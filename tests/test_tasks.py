@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azr import tasks
-from azr.tasks.audit import wilson
-from azr.tasks.program import skeleton
+from azr.tasks.audit import audit_induction, fresh_inputs, wilson
 from azr.tasks.parse import fences, leaked_code
+from azr.tasks.program import read_program, skeleton
 from azr.tasks import (MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Proposal, Task, judge, parse_answer, parse_proposal,
                        validate)
 from sandbox import PROPOSAL, Outcome, Sandbox, literal
@@ -321,10 +321,10 @@ def test_abduction_runs_the_program_on_the_answer(sandbox):
 def test_answers_cannot_help_or_harm_each_other(sandbox):
     """A program that counts its calls: each answer is the first in a process of its own."""
     task = Task("abduction", "n = []\ndef f(x):\n    n.append(x)\n    return sum(n)", "5", "5")
-    assert not tasks.read_program(task.program).stateless
+    assert not read_program(task.program).stateless
     assert judged(task, ["2", "3", "5", "0"], sandbox) == [(False, "wrong")] * 2 + [(True, "ok"), (False, "wrong")]
     greedy = Task("abduction", "def f(x):\n    return len('a' * x)", "150000000", "150000000")
-    assert tasks.read_program(greedy.program).stateless
+    assert read_program(greedy.program).stateless
     assert judged(greedy, ["1000000000", "150000000", "7"], sandbox) == [(False, "memory"), (True, "ok"),
                                                                          (False, "wrong")]
 
@@ -342,7 +342,7 @@ def test_answers_cannot_help_or_harm_each_other(sandbox):
     "import copy\ndef f(x):\n    copy._deepcopy_dispatch[int] = x",
 ])
 def test_programs_that_could_carry_state_are_seen(program):
-    assert not tasks.read_program(program).stateless
+    assert not read_program(program).stateless
 
 
 def test_induction_is_all_or_nothing(sandbox):
@@ -421,10 +421,10 @@ def test_the_audit_finds_answers_that_fit_the_hidden_pairs_alone(sandbox):
     answers = [(absolute, DOUBLE), (absolute, "def f(x):\n    return x * 2 if x >= 0 else -x * 2"),
                (words, words.program)]
     assert all(verdict.ok for verdict in judge(answers, sandbox))
-    found = tasks.audit_induction(answers, sandbox, random.Random(0))
+    found = audit_induction(answers, sandbox, random.Random(0))
     assert (found["answers"], found["failing"], found["skipped"]) == (3, 1, 0) and found["fresh_inputs"] > 10
     assert found["share"] == pytest.approx(1 / 3) and found["low"] < 1 / 3 < found["high"]
-    assert tasks.audit_induction([], sandbox, random.Random(0))["answers"] == 0
+    assert audit_induction([], sandbox, random.Random(0))["answers"] == 0
 
 
 def test_wilson_interval():
@@ -442,9 +442,9 @@ VALUES = st.recursive(st.none() | st.booleans() | st.integers(-99, 99) | st.floa
 @given(st.lists(st.lists(VALUES, min_size=1, max_size=3), min_size=1, max_size=4), st.integers(0, 99))
 def test_fresh_inputs_are_new_literals_of_the_same_types(calls, seed):
     known = [literal.canon_args(tuple(call), {}) for call in calls]
-    fresh = tasks.fresh_inputs(known, 5, random.Random(seed))
+    fresh = fresh_inputs(known, 5, random.Random(seed))
     assert len(set(fresh)) == len(fresh) and not set(fresh) & set(known)
-    assert fresh == tasks.fresh_inputs(known, 5, random.Random(seed))
+    assert fresh == fresh_inputs(known, 5, random.Random(seed))
     for text in fresh:
         args, kwargs = literal.parse_args(text)
         assert not kwargs and literal.canon_args(args, {}) == text

@@ -22,10 +22,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from azr import tasks
+from azr.tasks import task
 from azr.runs import RunError, read_metrics
 
-MODES = (*tasks.MODES, "math")
+MODES = (*task.MODES, "math")
 WINDOW = 10  # steps a mean is over: a step of 8 proposals a mode moves by 12 points when one of them changes
 AGAIN_AFTER = 50  # steps until a warning that still holds is repeated
 FEW_TASKS = 3  # tasks of a step whose answers would make the share of one answer

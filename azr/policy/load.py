@@ -57,11 +57,11 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
     device = _choose_device(name, device, quantization, need_gpu)
     dtype = compute_dtype(dtype, device)
     hide_broken_flash_attention()
-    with _quiet():
+    with quiet():
         where = _where(name, revision)
         config = _load_config(name, where)
         stored = _stored_in_four_bits(name, config, quantization)
-        tokenizer = _load_tokenizer(name, where)
+        tokenizer = load_tokenizer(name, where)
         model = _load_base(name, where, quantization, stored, dtype, device)
         eos_ids = _eos_ids(model, tokenizer)
         info = {
@@ -155,7 +155,7 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """No loading bars, multi-line reports or notes of the libraries: what is wrong is said in the ModelError."""
     from transformers.utils import logging as transformers_logging
 
@@ -240,7 +240,7 @@ def _stored_in_four_bits(name: str, config, quantization: str) -> bool:
     return True
 
 
-def _load_tokenizer(name: str, where: dict):
+def load_tokenizer(name: str, where: dict):
     from transformers import AutoTokenizer
 
     try:

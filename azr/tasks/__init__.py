@@ -15,27 +15,26 @@ with NaN equal to NaN and floats equal within a relative 1e-9.
 Left out: rewards and advantages (train_azr.py), mathematics and public benchmarks (azr/evals/benchmarks.py), torch.
 """
 
-from azr.tasks.buffers import Buffers
-from azr.tasks.duplicates import duplicate_key
-from azr.tasks.judge import judge
-from azr.tasks.parse import parse_answer, parse_proposal
-from azr.tasks.prompts import INDUCTION_INPUTS, STOP, propose_prompt, solve_prompt, template_hash
-from azr.tasks.task import (
-    FIELDS,
-    MODES,
-    SEED_PROGRAM,
-    SEED_TASKS,
-    VISIBLE,
-    Parsed,
-    Proposal,
-    Sample,
-    Task,
-    Verdict,
-)
-from azr.tasks.validate import validate
+HOME = {
+    "buffers": ("Buffers",),
+    "duplicates": ("duplicate_key",),
+    "judging": ("judge",),
+    "parse": ("parse_answer", "parse_proposal"),
+    "prompts": ("STOP", "propose_prompt", "solve_prompt", "template_hash"),
+    "task": (
+        "FIELDS", "INDUCTION_INPUTS", "MODES", "SEED_PROGRAM", "SEED_TASKS", "VISIBLE", "Parsed", "Proposal", "Sample",
+        "Task", "Verdict",
+    ),
+    "validation": ("validate",),
+}
+__all__ = [name for names in HOME.values() for name in names]
 
-__all__ = [
-    "FIELDS", "INDUCTION_INPUTS", "MODES", "SEED_PROGRAM", "SEED_TASKS", "STOP", "VISIBLE", "Buffers", "Parsed",
-    "Proposal", "Sample", "Task", "Verdict", "duplicate_key", "judge", "parse_answer", "parse_proposal",
-    "propose_prompt", "solve_prompt", "template_hash", "validate",
-]
+
+def __getattr__(name: str):
+    """The names above, each imported when it is asked for: who needs a constant does not load the judge."""
+    import importlib
+
+    home = next((module for module, names in HOME.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"azr.tasks has no {name}")
+    return getattr(importlib.import_module(f"azr.tasks.{home}"), name)

@@ -11,9 +11,9 @@ import argparse
 import sys
 
 from azr.jsonl import stream
-from azr.tasks.judge import judge
+from azr.tasks.judging import judge
 from azr.tasks.task import FIELDS, Proposal, Task, Verdict, mode_field, text_field
-from azr.tasks.validate import MAX_OUTPUT, validate
+from azr.tasks.validation import MAX_OUTPUT, validate
 from sandbox import Sandbox, SandboxError
 
 

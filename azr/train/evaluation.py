@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azr.models import base_description, model_path
-from azr.machine import plan
 from azr import console
 from azr.evals.benchmarks import cruxeval_tasks
-from azr.train.config import base_description
 from azr.evals.held_out import EvalResult, evaluate, load_tasks
 from azr.tasks.program import skeleton
 from azr.runs import read_lines, write_json_atomic, write_jsonl_atomic

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
-from azr.runs import Run, RunError, _read_json, say, write_json_atomic
+from azr.runs import Run, RunError, read_json_object, say, write_json_atomic
 
 TRACKERS = ("none", "wandb", "tensorboard")
 NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
@@ -143,7 +143,7 @@ def open_wandb(run: Run) -> Tracker:
 def stored_id(path: Path) -> str:
     """The wandb run that this run has so far; a new one, loudly, if that is not known."""
     try:
-        return str(_read_json(path)["id"])
+        return str(read_json_object(path)["id"])
     except (RunError, KeyError, TypeError):
         identity = uuid.uuid4().hex[:8]
         say(f"tracker: {path} does not say which wandb run to continue; a new one, {identity}")

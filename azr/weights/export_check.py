@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from azr.console import console, say, warn
-from azr.policy.load import ModelError, _load_tokenizer, _quiet, tokenizer_hash
+from azr.policy.load import ModelError, load_tokenizer, quiet, tokenizer_hash
 from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.policy.policy import Policy
 from azr.policy.scoring import head_logits
@@ -191,7 +191,7 @@ def load(directory: Path, need: int):
         warn(
             f"the bf16 model needs {need / 1e9:.1f} GB and the GPU has less free: computed on the CPU, which is slow"
         )
-    with _quiet():
+    with quiet():
         model, found = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.bfloat16,
@@ -236,8 +236,8 @@ def measure_model(merge, directory: Path, batch: Batch, live: torch.Tensor) -> d
     deployed = difference(logits(model.base_model, head, batch), live)
     wrong = round_again(model, merge)
     control = difference(logits(model.base_model, head, batch), live)
-    with _quiet():
-        same = tokenizer_hash(_load_tokenizer(str(directory), {"local_files_only": True}))
+    with quiet():
+        same = tokenizer_hash(load_tokenizer(str(directory), {"local_files_only": True}))
     return {"bf16_model": deployed, "random_rounding": control, "wrong_tensors": wrong, "tokenizer_hash": same}
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from azr.tasks.program import read_program
 from azr.tasks.task import MODES, Task, Verdict, bad_characters
-from azr.tasks.validate import MAX_PROGRAM, not_literal
+from azr.tasks.validation import MAX_PROGRAM, not_literal
 from sandbox import Job, Outcome, Sandbox, literal
 
 ANSWERS_PER_JOB = 32  # answers that one process of the sandbox tries for one program

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from azr.tasks.duplicates import duplicate_key
 from azr.tasks.parse import leaked_code
-from azr.tasks.program import read_program
+from azr.tasks.program import read_program, skeleton
 from azr.tasks.task import INDUCTION_INPUTS
 from azr.tasks.task import VISIBLE, Proposal, Task, Verdict, bad_characters
 from sandbox import Job, Outcome, Sandbox, literal
