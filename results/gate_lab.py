@@ -20,7 +20,6 @@ from typing import Any, Self
 
 from azr.models import base_description, model_path
 from azr.machine import plan
-
 from azr.evals.held_out import load_tasks, sample_seed
 from azr.tasks.prompts import solve_prompt
 from azr.tasks import Task, judge, parse_answer

@@ -46,7 +46,7 @@ import bench_plan  # noqa: E402
 import bench_rollout  # noqa: E402
 from azr.machine import plan  # noqa: E402
 from azr.models import model_path
-from azr.policy.policy import LoraSettings, Policy  # noqa: E402
+from azr.policy.policy import Policy  # noqa: E402
 
 MATRIX = "model.layers.7.mlp.down_proj.weight"  # the one that is measured here again
 # train_azr.py with fewer rounds of the seed stage and a smaller probe: this model proposes next to nothing valid, so

@@ -29,7 +29,6 @@ from azr.tiny.programs import (
     LAST,
     MAX_STATEMENTS,
     MAX_TRACE,
-    NAMES,
     STAGES,
     Program,
     Stage,
