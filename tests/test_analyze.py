@@ -269,7 +269,7 @@ def test_the_command_itself_on_the_embedded_model(tmp_path):
     command += ["--quantization", "none", "--json", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "r.json").read_text())["parameters"] == 1_239_200
+    assert json.loads((tmp_path / "r.json").read_text())["parameters"] == 848_000
     assert "bfloat16 is assumed" in done.stderr
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from azr.models import model_path
 from azr.policy import hf_generate
 from azr.policy.hf_generate import HFGenerate, TransformersContinuousBatching, cut
 from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling, StopTable
 
-TINY = Path(hf_generate.__file__).parent / "tiny"
+TINY = Path(model_path("tiny"))
 TEXTS = ["def f(x):\n    return x + 1\n", "d", "print(", "def f(a, b):\n    c = a * b\n    return c\n\n# f(3, 4) =",
          "x = [1, 2, 3]\n", "answer", "return"]  # fmt: skip
 

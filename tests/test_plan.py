@@ -167,7 +167,7 @@ def test_rendering_is_plain_and_narrow():
 
 
 def test_no_torch_is_imported_and_aliases_stay_next_to_the_file():
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from azr import plan; "
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from azr.machine import plan; "
             "plan.render(plan.plan_memory(plan.shape_of('qwen-3b'), plan.PRESETS['24gb'], 2e10)); "
             "print('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

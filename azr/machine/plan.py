@@ -164,7 +164,7 @@ PRESETS = {preset.name: preset for preset in (
     Preset("80gb", 80, 64, 4096, 384, 32768),
 )}
 TINY = Preset("tiny", 0, 8, 192, 512, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
-              steps=120, eval_samples=64)
+              steps=80, eval_samples=64)
 
 
 def free_gpu_bytes() -> float | None:
