@@ -66,7 +66,7 @@ def test_greedy_equals_the_engine(policy, kind):
     for row, expected_row in zip(completions, expected):
         for c, e in zip(row, expected_row, strict=True):
             assert (c.ids, c.finish_reason) == (e.ids, e.finish_reason)
-            assert c.log_probs == pytest.approx(e.log_probs, abs=1e-5)
+            assert c.log_probs == pytest.approx(e.log_probs, abs=2e-5)
             reasons.add(c.finish_reason)
     assert len(reasons) >= 2  # responses that end by themselves and responses that are cut
 
@@ -132,7 +132,7 @@ def test_after_an_update_it_samples_from_the_new_policy(policy, kind):
         randomize(policy, seed=0)
     assert [c.log_probs for row in first for c in row] != [c.log_probs for row in second for c in row]
     for c, e in zip([c for row in second for c in row], expected):
-        assert c.log_probs == pytest.approx(e, abs=1e-5)
+        assert c.log_probs == pytest.approx(e, abs=2e-5)
 
 
 @BOTH

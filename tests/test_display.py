@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from azr import console
 from azr.train import screen as display
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +26,7 @@ ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 # What a model may write: code, an accent, an emoji, and an escape that clears the screen.
 CHILD = r"""
 import sys
+from azr import console
 from azr.train import screen as display
 from azr.evals.held_out import EvalResult, TaskResult
 from azr.tasks.task import Parsed, Sample, Task
@@ -47,7 +49,7 @@ lines = display.StepLines(int(sys.argv[1]), 1.99)
 lines.header()
 for step in (1, 10, int(sys.argv[1])):
     lines.show(row(step))
-display.warn("step 5: responses are cut off at --max-new-tokens 40 (proposer induction 100 %). Cut-off ones count as "
+console.warn("step 5: responses are cut off at --max-new-tokens 40 (proposer induction 100 %). Cut-off ones count as "
              "malformed: try --max-new-tokens 160 (--dry-run says what memory it takes)")
 task = Task("deduction", "def f(x):\n    return x", "1", "1")
 written = "<answer>def f(x):\n\treturn '\xe9t\xe9'\n'\x1b[2J\x07ouch \U0001f600'</answer>"
@@ -59,7 +61,7 @@ settings = {"samples": 64, "sampling": {"temperature": 1.0}}
 base, trained = (EvalResult([TaskResult(str(i), mode, 64, correct * (i + 1), 60, correct, 2, 0, 0)
                              for mode in MODES for i in range(5)], settings) for correct in (2, 9))
 display.before_after(base, trained, [1, 64])
-with display.bar("held-out tasks, 64 answers each, step_120") as advance:
+with console.bar("held-out tasks, 64 answers each, step_120") as advance:
     advance(19200, 38400)
     advance(38400, 38400)
 print("shown", flush=True)
@@ -159,7 +161,7 @@ def test_ascii_locale_does_not_end_a_run():
     "seconds, text", [(0, "0:00 min"), (59.6, "1:00 min"), (3599.4, "59:59 min"), (3600, "1:00 h")]
 )
 def test_durations(seconds, text):
-    assert display.duration(seconds) == text
+    assert console.duration(seconds) == text
 
 
 def test_averages_of_nothing_are_a_dash():

@@ -117,7 +117,7 @@ def small(tmp_path_factory):
 
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=432,
+        vocab_size=480,
         hidden_size=128,
         intermediate_size=192,
         num_hidden_layers=2,

@@ -71,7 +71,7 @@ def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_the_gradient_is_that_of_fp32_within_the_rounding_of_fp16(policies, samples):
     wanted, plain = step(policies["fp32"], samples, None)
     found, metrics = step(policies["fp16"], samples, LossScale.of("float16"))
-    assert relative(found, wanted) < 5e-3
+    assert relative(found, wanted) < 1e-2
     assert metrics["loss"] == pytest.approx(plain["loss"], abs=1e-3)  # told without the scale
     assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=5e-3)
     assert (metrics["loss_scale"], metrics["overflows"], metrics["skipped"]) == (FIRST, 0, 0)
