@@ -12,10 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from azr.policy import decoder
-from azr.policy import engine as engine_module
+from azr.policy.decoding import Decoding
 from azr.policy import sampling as sampling_module
+from azr.policy.cache import Pages
 from azr.policy.cpu_attention import SHARED_ROWS, ByPage
 from azr.policy.engine import Engine
+from azr.policy.scheduler import Scheduler
 from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling, inverse_cdf, sample_tokens, seed_tensor, truncate, uniform
@@ -141,8 +143,8 @@ OPTIONS = {
 def test_samples_do_not_depend_on_slots_pages_or_blocks(options, policy, monkeypatch):
     preempted = []
     monkeypatch.setattr(
-        engine_module._Decoding, "_preempt",
-        lambda self, s, real=engine_module._Decoding._preempt: (preempted.append(s), real(self, s)),
+        Scheduler, "preempt",
+        lambda self, s, real=Scheduler.preempt: (preempted.append(s), real(self, s)),
     )  # fmt: skip
     prompts = mixed_prompts(2) + [[7]]
     sampling, seeds = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24), seeds_of(len(prompts), 2)
@@ -175,12 +177,12 @@ def test_a_prompt_is_prefilled_once_and_its_full_pages_are_shared(policy, monkey
     engine = engine_of(policy, page_size=8, max_batch=6)
     prefilled, most = [], []
     monkeypatch.setattr(
-        engine_module._Decoding, "_prefill",
-        lambda self, fresh, real=engine_module._Decoding._prefill: (prefilled.extend(fresh), real(self, fresh)),
+        Decoding, "prefill",
+        lambda self, fresh, real=Decoding.prefill: (prefilled.extend(fresh), real(self, fresh)),
     )  # fmt: skip
     monkeypatch.setattr(
-        engine_module._Decoding, "hidden",
-        lambda self, *a, real=engine_module._Decoding.hidden: (most.append(max(self.pages.users)), real(self, *a))[1],
+        Decoding, "hidden",
+        lambda self, *a, real=Decoding.hidden: (most.append(max(self.scheduler.pages.users)), real(self, *a))[1],
     )  # fmt: skip
     a, b = prompts_of(2, low=20, high=30)
     out = engine.generate([a, b, a, b, a], 8, Sampling(max_new_tokens=6), seeds_of(5, 8))
@@ -473,7 +475,7 @@ def test_attention_by_page_equals_the_softmax(users):
 
 
 def test_pages_are_counted():
-    pages = engine_module.Pages(4)
+    pages = Pages(4)
     a, b = pages.take(), pages.take()
     assert (a, b) == (1, 2) and pages.share([a]) == [a]
     pages.release([a, b])

@@ -17,7 +17,9 @@ import torch
 from fake_policy import fake_cuda, fake_policy
 from kernel_count import KernelCount, scaled
 
-from azr.policy import triton_attention, decode_triton, engine, lora
+from azr.policy import decode_triton, lora, triton_attention
+from azr.policy.cache import Group, Sequence, pages_for
+from azr.policy.decoding import Decoding, Results
 from azr.machine.plan import Shape
 from azr.policy.sampling import Sampling, sample_without_wait
 from azr.policy.scoring import ChunkedLogProb
@@ -97,9 +99,8 @@ def decoding(policy, rows: int, weights: str):
     e = policy.engine
     e.attention, e.page_size = "triton", 64  # not chosen by trying it out, as there is nothing to run it
     e.decoder.prepare(weights, 1024)
-    sequences = [engine.Sequence(i, tuple(range(PROMPT)), 512) for i in range(rows)]
-    done = engine._Done(1, rows, None)
-    return engine._Decoding(e, sequences, list(range(rows)), PROMPT + 512, SAMPLING, done)
+    sequences = [Sequence(i, tuple(range(PROMPT)), 512) for i in range(rows)]
+    return Decoding(e, sequences, list(range(rows)), PROMPT + 512, SAMPLING, Results(1, rows, None))
 
 
 def each_layer(run, shape: Shape, layers: int | None = None) -> KernelCount:
@@ -143,10 +144,10 @@ def prefill_step(shape: Shape, weights: str, lora_rank: int | None = RANK) -> Ke
     def run(number: int, count: KernelCount) -> None:
         policy = fake_policy(shape, quantization, lora_rank, number, max_batch=PROMPTS)
         d = decoding(policy, PROMPTS, rollout)
-        pages = engine.pages_for(PROMPT, policy.engine.page_size)
-        fresh = [(engine.Group(tuple(range(PROMPT))), list(range(1, pages + 1))) for _ in range(PROMPTS)]
+        pages = pages_for(PROMPT, policy.engine.page_size)
+        fresh = [(Group(tuple(range(PROMPT))), list(range(1, pages + 1))) for _ in range(PROMPTS)]
         with triton_counted(count), count:
-            d._prefill(fresh)
+            d.prefill(fresh)
         assert all(group.logits.dtype == torch.float32 for group, _ in fresh)
 
     return each_layer(run, shape)

@@ -15,7 +15,7 @@ from pretended_card import CARD, HostWait, PretendedCard, on_card
 
 from test_rollout import made_up_tokenizer, make_model, stirred
 
-from azr.policy import engine as engine_module
+from azr.policy.decoding import Decoding
 from azr.policy import attention
 from azr.policy import sampling as sampling_module
 from azr.policy.backoff import DoesNotFit
@@ -55,13 +55,13 @@ def no_collection():
 def watched(monkeypatch) -> list[weakref.ref]:
     """Weak references to every decoding and its KV cache."""
     references = []
-    original = engine_module._Decoding.run
+    original = Decoding.run
 
     def run(self):
         references.extend([weakref.ref(self), weakref.ref(self.cache)])
         return original(self)
 
-    monkeypatch.setattr(engine_module._Decoding, "run", run)
+    monkeypatch.setattr(Decoding, "run", run)
     return references
 
 

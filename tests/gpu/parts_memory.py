@@ -81,10 +81,10 @@ def five_calls(bench: Bench, retried: bool = False) -> dict:
 @contextmanager
 def no_graphs():
     """Decode steps are launched kernel by kernel inside."""
-    import azr.policy.engine as engine
+    import azr.policy.decoding as decoding
     from gpu.bench import patched
 
-    with patched(engine, "Graphs", lambda *arguments, **more: None):
+    with patched(decoding, "Graphs", lambda *arguments, **more: None):
         yield
 
 

@@ -1,0 +1,91 @@
+"""The host's picture of a paged KV cache: samples, the prompts they wait for, and who uses which page.
+
+    pages = Pages(1000)                          # pages 1 to 1000; page 0 belongs to nobody
+    sequence.pages = [pages.take() for _ in range(pages_for(len(sequence.prompt), page_size=64))]
+    pages.release(sequence.pages)
+
+After vLLM's PagedAttention (Kwon et al. 2023, arXiv 2309.06180): a page holds the keys and values of `page_size`
+consecutive tokens, and several sequences may list the same page. Everything here is a Python list or number; the device
+holds keys and values and nothing else, so there is no second copy of this state that could disagree with it. Imports
+nothing of the project and can be copied out alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+# Compared by identity (eq=False): two samples of one prompt may hold equal tokens and are still two, and only an object
+# that is compared by identity can be in the set of those that ended.
+@dataclass(eq=False)
+class Sequence:
+    """One sample: its prompt, what was sampled so far, and the pages that hold its keys and values."""
+
+    index: int  # among all samples of the call: prompt number times n plus sample number
+    prompt: tuple[int, ...]  # token ids
+    limit: int  # new tokens, at most
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # in the order of the tokens
+
+    @property
+    def cached(self) -> int:
+        """Tokens whose keys and values are in the cache: all but the last one sampled.
+
+        The last one is the input of the next decode step, which stores its keys and values at this position.
+        """
+        return len(self.prompt) + len(self.ids) - 1
+
+
+@dataclass(eq=False)
+class Group:
+    """Tokens to prefill and the samples that wait for them.
+
+    `pages` and `logits` are set by the prefill and stay until all samples have started: a prompt is computed once,
+    however many samples it has and however few slots are free.
+    """
+
+    tokens: tuple[int, ...]
+    waiting: deque[Sequence] = field(default_factory=deque)
+    pages: list[int] | None = None
+    logits: torch.Tensor | None = None  # (vocabulary,) fp32, after the last token
+
+
+class Pages:
+    """Which of the pages 1, 2, ... `count` are free, and how many sequences use each of the others."""
+
+    def __init__(self, count: int):
+        # A heap: low pages are taken first, so what is in use lies together. cpu_attention.py can then read a range of
+        # pages as it lies instead of gathering them.
+        self.free = list(range(1, count + 1))
+        self.users = [0] * (count + 1)
+
+    def take(self) -> int:
+        """The lowest free page, now with one user. IndexError: none is free; callers look at `free` first."""
+        page = heapq.heappop(self.free)
+        self.users[page] = 1
+        return page
+
+    def share(self, pages: list[int]) -> list[int]:
+        """One more user for each of these pages; returns them as a list of the new user's own."""
+        for page in pages:
+            self.users[page] += 1
+        return list(pages)
+
+    def release(self, pages: list[int]) -> None:
+        """One user less for each of these pages; those without a user are free again."""
+        for page in pages:
+            self.users[page] -= 1
+            if not self.users[page]:
+                heapq.heappush(self.free, page)
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that so many tokens of one sequence fill, the last one perhaps in part."""
+    return -(-tokens // page_size)

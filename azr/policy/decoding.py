@@ -1,0 +1,263 @@
+"""One call of `Engine.generate` on the device: the KV cache, prefills, decode steps, and what became of each sample.
+
+    results = Results(n, count=len(prompts) * n, on_finish=None)
+    Decoding(engine, sequences, seeds, longest, sampling, results).run()
+    results.completions                     # one for each sample, in order
+
+scheduler.py decides who runs; here its decisions become tensors. Before each block of steps everything that a step
+needs is made from the host's lists, so there is no state on the device that could go stale. On CUDA the CPU reads the
+sampled tokens once a block: what a sample computed after its end is cut off, and what it stored after its last page
+went to page 0, which belongs to nobody.
+
+Needs an `Engine` (engine.py) with its decoder, and the kernels of attention.py or cpu_attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from azr.policy.attention import paged_decode
+from azr.policy.backoff import free_memory
+from azr.policy.cache import Group, Pages, Sequence, pages_for
+from azr.policy.cpu_attention import ByPage
+from azr.policy.graphs import Graphs
+from azr.policy.sampling import Completion, Sampling, sample_without_wait, seed_tensor
+from azr.policy.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from azr.policy.engine import Engine
+
+
+class Results:
+    """The completions of one call, and who is told of each: on_finish(prompt, sample, completion), or None."""
+
+    def __init__(self, n: int, count: int, on_finish: Callable[[int, int, Completion], None] | None):
+        self.n, self.on_finish = n, on_finish
+        self.completions: list[Completion | None] = [None] * count
+
+    def put(self, index: int, completion: Completion) -> None:
+        """The completion of sample `index` of the call, which is sample index % n of prompt index // n."""
+        self.completions[index] = completion
+        if self.on_finish is not None:
+            self.on_finish(*divmod(index, self.n), completion)
+
+
+class Decoding:
+    """One call: a scheduler of the samples, and the cache and steps that carry out what it decides.
+
+    seeds: one for each sample of the call. longest: tokens of the longest prompt with its limit. The decoder must have
+    been prepared (`Decoder.prepare`) for longest + engine.block positions: a block may run past the last token.
+
+    Nothing here may refer back to this object (a closure that is stored, a graph that holds a bound method): such a
+    circle would keep gigabytes of cache alive after the call, until Python happens to look for circles.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sequences: list[Sequence],
+        seeds: list[int],
+        longest: int,
+        sampling: Sampling,
+        results: Results,
+    ):
+        self.engine, self.sampling, self.results = engine, sampling, results
+        self.decoder, self.device, self.page_size = engine.decoder, engine.decoder.device, engine.page_size
+        self.stop, self.seeds = engine.stop_table(sampling.stop), seed_tensor(seeds, self.device)
+        slots = min(engine.max_batch, len(sequences))
+        self.width = pages_for(longest + engine.block, self.page_size)  # pages of the longest sequence
+        # No more pages than all slots at full length can use, and one prompt that is held for samples that wait.
+        self.cache = self._allocate(self._affordable(min(engine.pages, (slots + 1) * self.width)))
+        pages = Pages(self.cache.shape[2] - 1)
+        self.scheduler = Scheduler(sequences, slots, pages, self.page_size, engine.prefill_tokens)
+        on_gpu = self.device.type == "cuda"
+        self.graphs = Graphs(slots, self.width, self.device, engine.side_stream) if on_gpu else None
+
+    def run(self) -> None:
+        """Until every sample has ended."""
+        scheduler = self.scheduler
+        while scheduler.waiting or scheduler.running:
+            if scheduler.may_admit() and self._prefill_step():
+                continue
+            if scheduler.running:
+                self._decode_step()
+            else:
+                # Nobody runs and nobody could start: a held prompt has the pages that the first in line needs.
+                scheduler.drop_held()
+
+    # -- the cache
+
+    def _affordable(self, pages: int) -> int:
+        """No more pages than fit into what is free on a GPU now, but enough for one sequence: the optimizer, or another
+        process, may have taken memory since the engine counted its pages."""
+        if self.device.type == "cpu" or self.engine.cache_bytes is not None:
+            return pages
+        torch.cuda.empty_cache()
+        free = free_memory(self.device) - self.engine.working_bytes()
+        return max(self.width, min(pages, int(free // self.engine.page_bytes())))
+
+    def _allocate(self, count: int) -> torch.Tensor:
+        """(2, layers, pages, page_size, kv_heads, head_dim): keys and values; one page more than `count`, for page 0."""
+        d, on_cpu = self.decoder, self.device.type == "cpu"
+        # On a CPU the keys of one head lie together: its matrix products then need no copy.
+        inner = (d.kv_heads, self.page_size) if on_cpu else (self.page_size, d.kv_heads)
+        shape = (2, len(d.layers), count + 1, *inner, d.head_dim)
+        # Zeros, because some backends multiply masked values with 0: NaN from used memory would come through.
+        cache = torch.zeros(shape, dtype=d.dtype, device=self.device)
+        return cache.transpose(3, 4) if on_cpu else cache
+
+    def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        if copies:
+            source, target = self._tensor(copies).unbind(1)
+            # Layer by layer: indexing all at once would hold the copied pages of every layer a second time.
+            for layer in range(self.cache.shape[1]):
+                self.cache[:, layer, target] = self.cache[:, layer, source]
+
+    def _rotate_store(self, layer: int, q, k, v, cos, sin, where: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+        """q and k at their positions; k and v (tokens, kv_heads, head_dim) go into the cache. where: (page of each
+        token, offset in it)."""
+        return self.decoder.ops.rotate_store(q, k, v, cos, sin, self.cache[0, layer], self.cache[1, layer], *where)
+
+    # -- prefill
+
+    def _prefill_step(self) -> bool:
+        """Prefill the prompts and start the samples that the scheduler admits; False: no sample started."""
+        new = self.scheduler.admit()
+        if new.fresh:
+            self.prefill(new.fresh)
+        if new.starts:
+            # After the prefill, which fills the pages that are copied, and before anyone writes into the copies.
+            self._copy_pages(new.copies)
+            self._first_tokens(new.starts)
+        return bool(new.starts)
+
+    def prefill(self, fresh: list[tuple[Group, list[int]]]) -> None:
+        """Keys and values of whole prompts into their pages, and the logits after the last token into the groups.
+
+        Right-padded: causal attention then needs no mask, so SDPA takes its fast kernel, and no real token sees the
+        padding. What is stored for the padding is overwritten before anyone attends to it, or lies in page 0.
+        """
+        lengths = [len(group.tokens) for group, _ in fresh]
+        rows, time = len(fresh), max(lengths)
+        pad, blocks = self.engine.pad_id, pages_for(time, self.page_size)
+        ids = self._tensor([[*group.tokens, *[pad] * (time - n)] for (group, _), n in zip(fresh, lengths)])
+        pages = self._tensor([pages + [0] * (blocks - len(pages)) for _, pages in fresh])
+        position = torch.arange(time, device=self.device)
+        where = (pages[:, position // self.page_size].flatten(), (position % self.page_size).repeat(rows))
+
+        def attend(layer, q, k, v, cos, sin, scale):
+            q, k = self._rotate_store(layer, q, k, v, cos, sin, where)
+            q, k, v = (t.reshape(rows, time, -1, t.shape[-1]).transpose(1, 2) for t in (q, k, v))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            return out.transpose(1, 2).flatten(0, 1)
+
+        hidden = self.decoder.forward(ids.flatten(), position.repeat(rows), attend)
+        # The head for the last tokens only: logits of every position would be (rows x time, vocabulary) in fp32.
+        last = [row * time + n - 1 for row, n in enumerate(lengths)]
+        for (group, _), logits in zip(fresh, self.engine.head(hidden[self._tensor(last)])):
+            group.logits = logits
+
+    def _first_tokens(self, starts: list[tuple[Group, Sequence]]) -> None:
+        """One token for each sample that starts, or goes on after it was preempted."""
+        logits = torch.stack([group.logits for group, _ in starts])
+        sequences = [sequence for _, sequence in starts]
+        # Not all 0: a preempted sample goes on at the random number of its next token.
+        count, seeds = self._tensor([len(s.ids) for s in sequences]), self._seeds(sequences)
+
+        def sampled(exact: bool) -> list[tuple]:
+            return [sample_without_wait(logits, self.sampling, seeds, count, exact)]
+
+        self._record(sequences, *self._read(sampled))
+
+    # -- decode
+
+    def _decode_step(self) -> None:
+        """`block` steps for all that run; the CPU waits for the device once, at the end."""
+        # No more steps than the sample with the most tokens left can use.
+        steps = min(self.engine.block, max(s.limit - len(s.ids) for s in self.scheduler.running))
+        self.scheduler.reserve(steps)
+        running = self.scheduler.running  # after `reserve`, which may have preempted some
+        table = self._page_table(running, steps)
+        rows = [[s.ids[-1] for s in running], [s.cached for s in running], [len(s.ids) for s in running]]
+        token, position, count = self._tensor(rows)
+        seeds = self._seeds(running)
+
+        def sampled(exact: bool) -> list[tuple]:
+            outcomes, now = [], token
+            for step in range(steps):
+                if self.graphs is not None:
+                    hidden = self.graphs(self.hidden, now, position + step, table)
+                else:
+                    hidden = self.hidden(now, position + step, table)
+                # The logits have no name here: they would live on beside those of the next step.
+                outcomes.append(
+                    sample_without_wait(self.engine.head(hidden), self.sampling, seeds, count + step, exact)
+                )
+                now = outcomes[-1][0]  # stays on the device: the next step needs no word from the host
+            return outcomes
+
+        self._record(running, *self._read(sampled))
+
+    def _page_table(self, running: list[Sequence], steps: int) -> torch.Tensor:
+        """(rows, pages): the pages of each row after so many more steps, 0 where a row has none."""
+        width = max(pages_for(s.cached + steps, self.page_size) for s in running)
+        return self._tensor([s.pages + [0] * (width - len(s.pages)) for s in running])
+
+    def hidden(self, token: torch.Tensor, position: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        """(rows, H) after one more token of each row, whose keys and values are stored.
+
+        token, position (rows,); table (rows, pages): the pages of each row, 0 where there is none. On a GPU this is
+        what a graph captures: its launches depend on shapes alone, and it never waits for the device.
+        """
+        page = table.gather(1, (position // self.page_size)[:, None]).squeeze(1)
+        where = (page, position % self.page_size)
+        by_page = ByPage(table, position + 1, self.page_size) if self.engine.attention == "page" else None
+        table, lengths = table.int(), (position + 1).int()
+
+        def attend(layer, q, k, v, cos, sin, scale):
+            q, _ = self._rotate_store(layer, q, k, v, cos, sin, where)
+            keys, values = self.cache[0, layer], self.cache[1, layer]
+            if by_page is not None:
+                return by_page(q, keys, values, scale)
+            return paged_decode(self.engine.attention, q, keys, values, table, lengths, scale)
+
+        return self.decoder.forward(token, position, attend)
+
+    # -- between host and device
+
+    def _read(self, steps: Callable[[bool], list[tuple]]) -> tuple[list[list[int]], list[list[float]]]:
+        """(tokens, log-probs), a list for each row, from steps(exact) -> [(token, log_prob, sure), ...], one a step.
+
+        The host waits for the device here and nowhere else. Where the quick truncation was not sure of a row, all
+        steps are done again, exactly: they overwrite what they wrote.
+        """
+        for exact in (False, True):
+            tokens, log_probs, sure = zip(*steps(exact))
+            if exact or sure[0] is None or bool(torch.stack(sure).all()):
+                break
+        return torch.stack(tokens).t().tolist(), torch.stack(log_probs).t().tolist()
+
+    def _record(self, sequences: list[Sequence], tokens: list[list[int]], log_probs: list[list[float]]) -> None:
+        """Append what was sampled, a list for each sequence, and let go of those that ended."""
+        ended = set()
+        for s, new_ids, new_log_probs in zip(sequences, tokens, log_probs):
+            for token, log_prob in zip(new_ids, new_log_probs):
+                s.ids.append(token)
+                s.log_probs.append(log_prob)
+                reason = self.stop.reason(s.ids) or ("length" if len(s.ids) >= s.limit else None)
+                if reason:
+                    self.results.put(s.index, Completion(s.ids, s.log_probs, reason))
+                    ended.add(s)
+                    break  # the rest of the block was sampled after the end
+        self.scheduler.retire(ended)
+
+    def _tensor(self, values: list) -> torch.Tensor:
+        # Through a tensor on the host and without waiting: torch.tensor(..., device="cuda") would make the host wait.
+        return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
+
+    def _seeds(self, sequences: list[Sequence]) -> torch.Tensor:
+        return self.seeds[self._tensor([s.index for s in sequences])]
