@@ -7,10 +7,12 @@ A page holds the keys (or values) of `page_size` consecutive tokens of one seque
 pages in order. Several sequences may list the same page (a shared prompt). Which backend runs is decided once, by
 importing it and comparing a small call with SDPA: a package that is installed but does not work is no use.
 
-Left out: prefill (plain causal SDPA does it), several new tokens a sequence, sliding windows, attention sinks.
+Left out: prefill (plain causal SDPA does it), several new tokens a sequence, sliding windows, attention sinks. Can be
+copied out with triton_attention.py, the only file of the project that it imports.
 """
 
 import importlib
+import os
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +20,10 @@ import torch.nn.functional as F
 # In the order in which auto tries them. Triton before flash-attn: its splits keep a card busy when few long sequences
 # are left, where flash-attn, held to one split (see `_flash`), puts a whole context on one multiprocessor.
 BACKENDS = ("triton", "flash", "sdpa")
-# flash-attn 2 takes only multiples of 256
+# Tokens of a page. Small pages waste less behind each sequence's last token, and less is copied where a shared prompt
+# ends; flash-attn 2 takes only multiples of 256.
 PAGE_SIZE = {"flash": 256, "triton": 64, "sdpa": 32}
+# Largest difference from SDPA at which a backend counts as right: several roundings of a value near 1.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
@@ -37,7 +41,9 @@ def paged_decode(backend: str, q, k_pages, v_pages, block_table, lengths, scale:
     in a CUDA graph; the work of sdpa on a GPU grows with max_pages, that of the others with the lengths.
     """
     if backend == "triton":
-        return importlib.import_module("azr.policy.triton_attention").decode(q, k_pages, v_pages, block_table, lengths, scale)
+        from azr.policy import triton_attention  # here, since Triton is optional
+
+        return triton_attention.decode(q, k_pages, v_pages, block_table, lengths, scale)
     if backend == "flash":
         return _flash(q, k_pages, v_pages, block_table, lengths, scale)
     return _sdpa(q, k_pages, v_pages, block_table, lengths, scale)
@@ -49,18 +55,21 @@ def _flash(q, k_pages, v_pages, block_table, lengths, scale):
     return flash.flash_attn_with_kvcache(
         q[:, None], k_pages, v_pages, cache_seqlens=lengths, block_table=block_table.clamp(min=0), softmax_scale=scale,
         causal=True, num_splits=1,
-    )[:, 0]  # fmt: skip
+    )[:, 0]
 
 
 def _sdpa(q, k_pages, v_pages, block_table, lengths, scale):
-    """Gathers the whole table, then attends with a mask."""
+    """Gathers the whole table, then attends with a mask: what the others are compared with, and the way of a GPU
+    without them. It moves every key three times instead of once."""
     batch, heads, dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     if q.device.type == "cpu":  # to ask a GPU would make it wait
         block_table = block_table[:, : -(-int(lengths.max()) // page_size)]
+    # -1 stands for no page; any page will do in its place, since the mask hides it.
     pages = block_table.clamp(min=0).flatten()
     keys, values = (t.index_select(0, pages).view(batch, -1, kv_heads, dim) for t in (k_pages, v_pages))
     seen = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]
+    # A mask alone is not enough: unused memory may hold NaN, and a probability of 0 times NaN is NaN.
     if q.device.type == "cpu":  # few positions: cheaper than a pass over all, but it would make a GPU wait
         unseen = (~seen).flatten().nonzero().squeeze(1)
         for t in (keys, values):
@@ -71,7 +80,7 @@ def _sdpa(q, k_pages, v_pages, block_table, lengths, scale):
     out = F.scaled_dot_product_attention(
         q.reshape(batch, kv_heads, heads // kv_heads, dim), keys.transpose(1, 2), values.transpose(1, 2),
         attn_mask=seen[:, None, None], scale=scale,
-    )  # fmt: skip
+    )
     return out.reshape(batch, heads, dim)
 
 
@@ -87,7 +96,7 @@ def choose_attention(wanted: str, device, dtype, heads: int, kv_heads: int, head
     if wanted not in ("auto", *BACKENDS):
         raise AttentionError(f"unknown attention {wanted}: take auto, {', '.join(BACKENDS)}")
     device = torch.device(device)
-    refused = []
+    refused = []  # why the backends before this one do not work here: a fallback is never silent
     for backend in BACKENDS if wanted == "auto" else (wanted,):
         reason = unusable(backend, device, dtype, heads, kv_heads, head_dim)
         if reason is None:
@@ -111,19 +120,23 @@ def unusable(backend: str, device, dtype, heads: int, kv_heads: int, head_dim: i
     except Exception as error:  # import, compilation and launch errors are of many types: any means "not usable"
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error).strip() else ''}"
     gap = (out.float() - _sdpa(*case).float()).abs().max().item()
+    # "not <=" and not ">", so that NaN is refused.
     if not gap <= TOLERANCE[dtype]:
         return f"it differs from SDPA by {gap:.1e}"
     return None
 
 
 def _interpreted() -> bool:
-    import os
-
+    """Whether Triton runs its kernels in Python, as tests on a CPU make it do."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _probe_case(device, dtype, heads, kv_heads, head_dim, page_size):
-    """Three sequences of one token, a page and a bit, and two pages, in pages out of order; the rest is NaN."""
+    """Three sequences of one token, a page and a bit, and two pages, in pages out of order; the rest is NaN.
+
+    Each is a case that broken kernels get wrong: a split without keys, a last page in part, a page that is just full,
+    memory that must not be read.
+    """
     generator = torch.Generator().manual_seed(0)
     lengths = torch.tensor([1, page_size + 5, 2 * page_size], dtype=torch.int32)
     block_table = torch.tensor([[5, -1], [1, 4], [6, 2]], dtype=torch.int32)

@@ -5,7 +5,7 @@
 
 What is repeated must begin from nothing (a gradient from zero), and what is lowered must not change the result: the
 gradient does not depend on the micro-batch, nor a sample on what else is decoded with it (beyond rounding). Left out:
-raising a size again; memory that ran out once does so again.
+raising a size again; memory that ran out once does so again. Imports nothing of the project: can be copied alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-LEAST_ROWS = 16  # of logits at once; below, memory is not spent on them
+LEAST_ROWS = 16  # of logits at once: 10 MB for a vocabulary of 151,936, so with fewer nothing is gained
 T = TypeVar("T")
 
 
@@ -43,6 +43,7 @@ class Sizes:
         if before > longest:
             self.token_budget = max(longest, before // 2)
             return f"token budget {before} -> {self.token_budget}"
+        # The samples are alone already, so what is left to lower is the rows of logits that are held at once.
         if self.chunk is not None and self.chunk <= LEAST_ROWS:
             raise DoesNotFit(
                 f"out of memory with a single sample of {longest} tokens; lower --max-new-tokens, --prompt-tokens or "
@@ -56,15 +57,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: of a GPU, of the CPU's allocator, or inside a library that reports it in words."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    # cuBLAS, bitsandbytes and Triton raise a plain RuntimeError, and torch's CPU allocator does too.
     words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
-    """work(), again whenever memory runs out; one line each time.
+    """work(), again whenever memory runs out; one line on stderr each time.
 
-    The first time only what nothing refers to any more is freed: what an earlier phase left behind is no reason to
-    compute less for the rest of the run. From the second time on smaller() is called before; what it raises ends it.
+    After the first failure only unused memory is freed: what an earlier phase left behind is no reason to compute less
+    for the rest of the run. From the second on smaller() lowers something and says what; an exception of its own
+    (DoesNotFit) ends the attempts.
     """
     failures = 0
     while True:
@@ -73,7 +76,7 @@ def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Here the error is gone, and with it the frames that held half-computed tensors.
+        # Outside of `except`: the error is gone, and with it the frames that held half-computed tensors.
         free()
         failures += 1
         change = "freed what was cached, and once more" if failures == 1 else smaller()
@@ -81,8 +84,8 @@ def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
 
 
 def free() -> None:
-    """Gives back what nothing refers to any more."""
-    gc.collect()
+    """Collect garbage, and give the memory that torch's allocator caches back to the GPU."""
+    gc.collect()  # first: tensors in circles of references hold blocks that empty_cache could not return
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -90,22 +93,26 @@ def free() -> None:
 def free_memory(device: torch.device) -> float:
     """Bytes that a GPU can still give to this process: what nobody holds, within the share that torch was allowed."""
     free_bytes, total = torch.cuda.mem_get_info(device)
+    # What torch has reserved counts against its own share, whether tensors use it or not. Older versions
+    # of torch cannot tell the share.
     share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 1.0)(device)
     return min(free_bytes, share * total - torch.cuda.memory_reserved(device)) if share < 1 else free_bytes
 
 
 def allocate_in_segments_that_grow() -> None:
-    """Before CUDA wakes: lets torch's allocator extend its segments (expandable_segments), unless the user has settled
-    the allocator otherwise. Sampling and training take the same memory in pieces of other sizes, in turn; in fixed
-    segments the pieces of one are holes for the other."""
+    """Let torch's allocator extend its segments (expandable_segments), unless the user has set the allocator already.
+
+    Sampling and training take the same memory in turn, in pieces of other sizes; in fixed segments the pieces of one
+    are holes for the other. Must be called before CUDA is initialised: torch reads the variable once.
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # torch 2.9 renamed it and reads both
 
 
 def once_more(work: Callable[[], T], what: str) -> T:
-    """work(), a second time if memory runs out, with what was cached freed; DoesNotFit if it does again.
+    """work(); if memory runs out, free what is cached and do it a second time. For what has no smaller parts.
 
-    For what cannot be done in smaller parts.
+    DoesNotFit: memory ran out twice.
     """
 
     def no_less() -> str:
@@ -117,7 +124,8 @@ def once_more(work: Callable[[], T], what: str) -> T:
 # ------------------------------------------------------------------------------------------------------------ sampling
 
 
-SLOTS, PAGES = ("max_batch", "batch_size"), "pages"  # what the engines call sequences at once, and cache pages
+# What the engines call the number of sequences at once (engine.py, hf_generate.py), and the pages of the cache.
+SLOTS, PAGES = ("max_batch", "batch_size"), "pages"
 
 
 def rollout_sizes(engine) -> dict:
@@ -126,14 +134,16 @@ def rollout_sizes(engine) -> dict:
 
 
 def set_rollout_sizes(engine, sizes: dict) -> None:
+    """Put back what `rollout_sizes` gave, as a run that resumes does: sizes decide roundings."""
     for name, value in sizes.items():
         setattr(engine, name, value)
 
 
 def halve_rollout(engine, longest: int, sequences: int) -> str:
-    """Half the sequences (of so many asked for) and half the cache, as long as a request of `longest` tokens fits.
+    """Halve the sequences at once and the cache's pages; a request of `longest` tokens still fits. Says what changed.
 
-    DoesNotFit: no less left.
+    sequences: of the call that failed. Half of the slots would change nothing where it used fewer. DoesNotFit: one
+    sequence and its pages are all that is left.
     """
     before = rollout_sizes(engine)
     for name in before.keys() & set(SLOTS):

@@ -8,11 +8,15 @@ page the sequences that attend to it". No page is copied, a page that n samples 
 of them, in one matrix product with all their queries, and no sequence pays for the length of another. The parts are
 added up with the row's own maximum, so the result is the exact softmax. In half precision the products give fp32, as
 those of SDPA do: what is rounded is the probabilities before their product with the values, and the result.
+
+Imports nothing of the project and can be copied out alone. Left out: anything that a GPU could run well.
 """
 
 import torch
 
-SHARED_ROWS = 16  # rows that are multiplied with a shared page at a time
+# Rows that are multiplied with a shared page at a time. One batched product needs the same number for every page, so
+# with more, a page with few rows would be multiplied with many rows of padding.
+SHARED_ROWS = 16
 
 
 class ByPage:
@@ -23,11 +27,13 @@ class ByPage:
     """
 
     def __init__(self, block_table: torch.Tensor, lengths: torch.Tensor, page_size: int):
+        # One entry for each (row, page) that holds keys the row attends to.
         start = torch.arange(block_table.shape[1]) * page_size
         row, column = (start < lengths[:, None]).nonzero().unbind(1)
         page = block_table[row, column].long()
         used = (lengths[row] - start[column]).clamp_(max=page_size)
         self.rows, self.page_size = len(lengths), page_size
+        # Apart, as the two kinds are different products: one row's queries with a page, and those of many rows at once.
         users = torch.bincount(page)
         alone = users[page] == 1
         self.parts = []
@@ -38,6 +44,7 @@ class ByPage:
 
     def _alone(self, page, row, used, count):
         """Pages of one row each. Where most pages are, the whole range is taken as it lies, nothing is copied."""
+        # A slice of the cache is a view, an index copies. Worth computing up to as many unused pages again.
         whole = 2 * len(page) >= count
         index = page if whole else torch.arange(len(page))
         size = count if whole else len(page)
@@ -49,6 +56,7 @@ class ByPage:
 
     def _shared(self, page, row):
         """Pages of several rows, at most SHARED_ROWS at a time."""
+        # Users of one page side by side, numbered from 0: every sixteenth begins a new unit of work.
         order = page.argsort(stable=True)
         page, row = page[order], row[order]
         _, count = page.unique_consecutive(return_counts=True)
@@ -63,8 +71,11 @@ class ByPage:
         rows, heads, dim = q.shape
         kv_heads = k_pages.shape[2]
         group = heads // kv_heads
+        # One row too many, of zeros: padding and unused pages count for it, and it is dropped at the end.
         query = torch.cat((q.float() * scale, torch.zeros(1, heads, dim))).view(rows + 1, kv_heads, group, dim)
         scores = [self._scores(query, k_pages, *part) for part in self.parts]
+        # The largest score of each row over all of its pages, before anything is exponentiated: the sums of the pages
+        # then have one scale and are simply added.
         top = torch.full((rows + 1, kv_heads * group), float("-inf"))
         for (_, index, _), s in zip(self.parts, scores):
             highest = s.amax(-1).flatten(0, 1)

@@ -6,7 +6,7 @@
 Both round where transformers rounds, so that sampler and trainer differ in nothing but the order of sums: a norm rounds
 before it is scaled by its weight, both products of a rotation before they are added, silu before it is multiplied. A
 GPU spends more time on launching these small operations one by one than on reading the weights; there each is one
-kernel.
+kernel. Imports nothing of the project at the top, so that it can be copied out alone; decode_triton.py is its twin.
 """
 
 import sys
@@ -15,14 +15,19 @@ import torch
 import torch.nn.functional as F
 
 NAME = "eager"
-# one rounding of a value near 1, where two orders of a sum fall on two sides of a bound
+# Largest difference at which a kernel counts as right: one rounding of a value near 1, where two orders of a sum fall
+# on two sides of a rounding bound.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (..., size) over its root mean square, times weight (size,); a new tensor in the dtype of weight."""
+    """x (..., size) over its root mean square, times weight (size,); a new tensor in the dtype of weight.
+
+    RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), rounded as transformers' Qwen2RMSNorm rounds.
+    """
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(eps))
+    # First to the dtype of x, then scaled: transformers does it in this order, and the other one rounds elsewhere.
     return (weight * y.to(x.dtype)).to(weight.dtype)
 
 
@@ -32,16 +37,18 @@ def add_rms_norm(x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, both (tokens, size), rows of any stride; a new tensor."""
+    """silu(gate) * up, both (tokens, size), rows of any stride; a new tensor (SwiGLU: Shazeer 2020, 2002.05202)."""
     return F.silu(gate).mul_(up)
 
 
 def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary positions of q (tokens, heads, dim) and k (tokens, kv_heads, dim); k and v go into the cache; q and k.
 
+    RoPE (Su et al. 2021, arXiv 2104.09864) in the half-split layout of Llama and Qwen, not the interleaved one.
     cos, sin (tokens, 1, dim), the first half of sin with its sign changed; keys, values (pages, page_size, kv_heads,
     dim) of one layer; page, offset (tokens,) int64: where each token lies. q and k may be overwritten.
     """
+    # Together, since both turn by the same angles: half the launches of small operations.
     both = _rotate(torch.cat((q, k), 1), cos, sin)
     q, k = both.split((q.shape[1], k.shape[1]), 1)
     keys.index_put_((page, offset), k)
@@ -50,20 +57,22 @@ def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.T
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    turned = x.roll(x.shape[-1] // 2, -1)
+    turned = x.roll(x.shape[-1] // 2, -1)  # the halves change places; the minus sign is in sin
     if x.dtype == torch.float32:
         return (x * cos).addcmul_(turned, sin)
+    # Not addcmul_: it keeps the second product in fp32, where transformers rounds both products before it adds them.
     return (x * cos).add_(turned.mul_(sin))
 
 
 def operations(device: torch.device, dtype: torch.dtype):
-    """The module whose functions a decoder on this device calls. A GPU without a working Triton is told of."""
+    """The module whose functions a decoder on this device calls. A GPU without a working Triton: a line on stderr."""
     here = sys.modules[__name__]
     if device.type != "cuda":
         return here
     try:
         from azr.policy import decode_triton
 
+        # Tried out, not asked for: an installed Triton may lack a compiler, or miscompile for a card it does not know.
         worst = largest_difference(here, decode_triton, device, dtype)
         why = None if worst <= TOLERANCE[dtype] else f"a kernel is off by {worst:.1e}"
     except Exception as error:  # no Triton, no compiler, a card it does not know: errors of many types
@@ -71,7 +80,7 @@ def operations(device: torch.device, dtype: torch.dtype):
     if why is None:
         return decode_triton
     print(f"warning: the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations one "
-          "by one, slower", file=sys.stderr, flush=True)  # fmt: skip
+          "by one, slower", file=sys.stderr, flush=True)
     return here
 
 

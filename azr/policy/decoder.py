@@ -12,7 +12,8 @@ to that precision, once a call of `generate`, so that there is no copy that coul
 trainer (lora.py, decode_ops.py): every rounding is at the same place.
 
 Knows Qwen2 / Qwen2.5, Qwen3 (dense) and Llama 3 with static rotary scalings. Left out: other activations, sliding
-windows, mixtures of experts, several adapters at once, DoRA.
+windows, mixtures of experts, several adapters at once, DoRA. Imports lora.py and decode_ops.py; the three can be copied
+out together (with decode_triton.py for a GPU).
 """
 
 import torch
@@ -22,7 +23,9 @@ from azr.policy.decode_ops import operations
 from azr.policy.lora import active_adapters, dequantized, is_plain
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
-STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the length of the text
+# Rotary scalings whose angles depend on the position alone. With the others ("dynamic", "longrope") they change with
+# the length of the text, so keys that are cached would have to be rotated again.
+STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 ROLLOUT_WEIGHTS = ("auto", "stored", "bf16")
 
 
@@ -54,16 +57,19 @@ def stacked(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     calling this again restores it. The parameters stay the objects that optimizers and modules hold.
     """
     first, rows = parameters[0].data, sum(p.shape[0] for p in parameters)
+    # Neighbours in memory, each beginning where the one before it ends?
     expected = first.data_ptr()
     for p in parameters:
         if p.data_ptr() != expected or not p.is_contiguous():
             break
         expected += p.numel() * p.element_size()
     else:
+        # Adjacent addresses are not enough: two allocations may happen to touch, and a view must not leave its storage.
         end = (first.storage_offset() + rows * first[0].numel()) * first.element_size()
         if len({p.untyped_storage().data_ptr() for p in parameters}) == 1 and end <= first.untyped_storage().nbytes():
             return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
     whole = torch.cat([p.data for p in parameters])
+    # `.data`, so that each stays the same leaf, with its gradient and its place in the optimizer's state.
     for p, part in zip(parameters, whole.split([p.shape[0] for p in parameters])):
         p.data = part
     return whole
@@ -80,18 +86,24 @@ def _active_adapter(module) -> str | None:
 
 
 class Projection:
-    """Linear layers that read the same input, each with its LoRA or without. Called with (tokens, in) of `dtype`, it
-    returns one (tokens, out) for each layer."""
+    """Linear layers that read the same input, each with its LoRA or without.
+
+    Called with x (tokens, in) of `dtype`, it returns one (tokens, out) for each layer: x W^T + b + s (x A^T) B^T, the
+    formula of LoRA (Hu et al. 2021, arXiv 2106.09685). copy_weights: 4-bit layers as copies in `dtype`. Raises
+    Unsupported for an adapter that is more than that.
+    """
 
     def __init__(self, modules, dtype, copy_weights: bool):
         self.bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
         self.sizes = [base.out_features for base in self.bases]
         quantized = [getattr(base.weight, "quant_state", None) is not None for base in self.bases]
+        # Stays None where a layer is in 4 bits: bitsandbytes' kernels take one packed matrix at a time.
         self.weight = self.bias = None
         if all(quantized) and copy_weights:
             self.weight = torch.cat([dequantized(base, dtype) for base in self.bases])
         elif not any(quantized):
             self.weight = stacked([base.weight for base in self.bases])
+        # Qwen2 has a bias on q, k and v and on nothing else; a layer without one gets zeros, to share the product.
         biases = [base.bias for base in self.bases]
         if self.weight is not None and any(b is not None for b in biases):
             parts = [self.weight.new_zeros(n) if b is None else b.data for n, b in zip(self.sizes, biases)]
@@ -99,9 +111,11 @@ class Projection:
         self._find_lora(modules, dtype)
 
     def _find_lora(self, modules, dtype) -> None:
+        # Looked up at each call of `generate`: the frozen base is sampled from with the adapter switched off.
         names = [_active_adapter(m) for m in modules]
         live = [(i, m, name) for i, (m, name) in enumerate(zip(modules, names)) if name is not None]
         self.lora = []  # (which layer, B (out, r), scaling, columns of A's product)
+        # One product with all A at once, since all read x. In fp32 `.to` copies nothing: the optimizer's own memory.
         self.lora_A = stacked([m.lora_A[name].weight for _, m, name in live]).to(dtype) if live else None
         self.lora_B = None  # of all layers at once, (columns of A's product, all outputs), where they have one scaling
         start = 0
@@ -109,18 +123,21 @@ class Projection:
             end = start + m.lora_A[name].weight.shape[0]
             self.lora.append((i, m.lora_B[name].weight.data.to(dtype), m.scaling[name], slice(start, end)))
             start = end
-        # Where launching costs more than multiplying by zeros. In fp32, on a CPU, it is the other way round.
+        # All B in one block matrix with zeros elsewhere: one launch instead of three, which on a GPU cost more than
+        # multiplying by the zeros. In fp32, on a CPU, it is the other way round.
         if self.weight is not None and dtype != torch.float32 and len({scaling for _, _, scaling, _ in self.lora}) == 1:
             self.lora_B = self.lora_A.new_zeros(start, sum(self.sizes))
             for i, B, _, columns in self.lora:
                 self.lora_B[columns].narrow(1, self._starts()[i], self.sizes[i]).copy_(B.t())
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        # LoRA is added into the base's result, rounded once, in the dtype of x: as LoraLinear does in training.
         low = F.linear(x, self.lora_A) if self.lora_A is not None else None
         if self.weight is None:
             out = [base(x) for base in self.bases]
         else:
             whole = F.linear(x, self.weight, self.bias)
+            # In place and on views below: `out` are slices of `whole`, nothing is copied.
             if self.lora_B is not None:
                 whole.addmm_(low, self.lora_B, alpha=self.lora[0][2])
             out = [whole.narrow(1, start, size) for start, size in zip(self._starts(), self.sizes)]
@@ -136,7 +153,10 @@ class Projection:
 
 
 class Layer:
-    """One transformer layer: references to its modules, its projections grouped by input."""
+    """One transformer layer: references to its modules, its projections grouped by input.
+
+    Made anew by each `prepare`, since modules may have got other parameters: `.to()` gives them new memory.
+    """
 
     def __init__(self, module, config, dtype, copy_weights: bool):
         attention, mlp = module.self_attn, module.mlp
@@ -152,7 +172,7 @@ class Layer:
         """y (tokens, hidden), normed -> what the layer's attention adds, (tokens, hidden)."""
         tokens = y.shape[0]
         q, k, v = (part.view(tokens, -1, self.head_dim) for part in self.qkv(y))
-        if self.q_norm is not None:
+        if self.q_norm is not None:  # Qwen3 norms each head's queries and keys before they are rotated
             q, k = (ops.rms_norm(t, n.weight, n.variance_epsilon) for t, n in ((q, self.q_norm), (k, self.k_norm)))
         return self.out(attend(index, q, k, v, cos, sin, self.scale).reshape(tokens, -1))[0]
 
@@ -176,10 +196,12 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of computation. Asked of the embedding, which is never quantized; `.to()` may have changed it."""
         return self.backbone.embed_tokens.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are now."""
         return self.backbone.embed_tokens.weight.device
 
     def prepare(self, rollout_weights: str = "stored", positions: int = 0) -> None:
@@ -191,11 +213,14 @@ class Decoder:
         copy_weights = rollout_weights == "bf16"
         self.layers = [Layer(module, self.config, self.dtype, copy_weights) for module in self.backbone.layers]
         rotary = self.backbone.rotary_emb
+        # Angles in fp32 and rounded as cosines, as transformers does: bf16 cannot tell position 257 from 256.
         angle = torch.arange(positions, device=self.device)[:, None].float() * rotary.inv_freq.float()
         cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
+        # The sign that transformers' rotate_half puts on the second half of x is put on sin here, once.
         self.cos, self.sin = (torch.cat(t, -1).to(self.dtype)[:, None] for t in ((cos, cos), (-sin, sin)))
 
     def release(self) -> None:
+        """Let go of all that `prepare` made, unpacked weights among them."""
         self.layers, self.cos, self.sin = [], None, None
 
     def forward(self, ids: torch.Tensor, position: torch.Tensor, attend) -> torch.Tensor:
@@ -206,8 +231,11 @@ class Decoder:
         the first half of sin with its sign changed.
         """
         x, ops = F.embedding(ids, self.backbone.embed_tokens.weight), self.ops
+        # F.embedding made a tensor of our own, so the residual stream is added to in place.
         x = x.float() if getattr(self.backbone, "residual_in_fp32", False) else x  # residual.py
         cos, sin = self.cos[position], self.sin[position]
+        # Each residual sum is followed by a norm, and the two are one kernel. So the loop is shifted by a norm: a layer
+        # ends with the first norm of the next one, the last layer with the backbone's.
         norms = [layer.norm for layer in self.layers] + [self.backbone.norm]
         y = ops.rms_norm(x, norms[0].weight, norms[0].variance_epsilon)
         for index, (layer, following) in enumerate(zip(self.layers, norms[1:])):

@@ -101,7 +101,7 @@ class Decoding:
         return max(self.width, min(pages, int(free // self.engine.page_bytes())))
 
     def _allocate(self, count: int) -> torch.Tensor:
-        """(2, layers, pages, page_size, kv_heads, head_dim): keys and values; one page more than `count`, for page 0."""
+        """(2, layers, pages, page_size, kv_heads, head_dim): keys and values; `count` pages and page 0."""
         d, on_cpu = self.decoder, self.device.type == "cpu"
         # On a CPU the keys of one head lie together: its matrix products then need no copy.
         inner = (d.kv_heads, self.page_size) if on_cpu else (self.page_size, d.kv_heads)

@@ -77,6 +77,7 @@ class Engine:
         self.attention, self.page_size, self.attention_note = choose_attention(
             attn, d.device, d.dtype, d.heads, d.kv_heads, d.head_dim
         )
+        # The sizes of a page are SDPA's, whose way through the cache "page" replaces (see cpu_attention.py).
         if on_cpu and attn == "auto":
             self.attention, self.attention_note = "page", "attention page: page by page, on the CPU"
         self.page_size = page_size or self.page_size

@@ -4,7 +4,8 @@
     if why := why_no_four_bit():             # the same of bitsandbytes' library
 
 `why_unusable` is a function of its arguments alone, so that every machine can be tested on any. Importing this needs no
-torch. Left out: Windows, ROCm beyond what torch itself says, several cards (the first one is used).
+torch. Left out: Windows, ROCm beyond what torch itself says, several cards (the first one is used). Imports two helpers
+that read files and run commands from azr/isolated.py; with that file beside it, it can be copied out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Facts:
     cuda: str | None = None  # what it was built for; None: for CPUs, or for ROCm
     rocm: bool = False
     error: str | None = None  # what torch.cuda.init() raised; None: it found a GPU
-    driver: str | None = None  # NVIDIA's, such as 550.54.15; None: none found, or not asked
+    driver: str | None = None  # NVIDIA's, such as 550.54.15; None: there is none, or nobody asked
     visible: str | None = None  # CUDA_VISIBLE_DEVICES; None: not set
     name: str = ""
     capability: tuple[int, int] | None = None
@@ -47,7 +48,7 @@ class Facts:
 
 
 def look() -> Facts:
-    """The facts of this machine; wakes CUDA. Never raises what torch raises, and silences what it warns of."""
+    """The facts of this machine. Initialises CUDA; what torch raises becomes `error`, and its warnings are silenced."""
     import torch
 
     error = name = capability = None
@@ -63,16 +64,17 @@ def look() -> Facts:
     return Facts(
         torch.__version__, torch.version.cuda, torch.version.hip is not None, error, driver_version(),
         os.environ.get("CUDA_VISIBLE_DEVICES"), name or "", capability, kernels,
-    )  # fmt: skip
+    )
 
 
 def driver_version() -> str | None:
-    """Of the NVIDIA driver, without torch; None if there is none."""
-    said = read_text("/proc/driver/nvidia/version") or output_of(
+    """The version of the NVIDIA driver, such as 550.54.15, asked without torch; None if there is none."""
+    # Containers often lack one of the two: the file belongs to the kernel module, the command to the user's libraries.
+    text = read_text("/proc/driver/nvidia/version") or output_of(
         "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     )
-    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", said or "")
-    return found[0] if found else None
+    version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text or "")
+    return version[0] if version else None
 
 
 # ------------------------------------------------------------------------------------------------------- the decision
@@ -89,32 +91,43 @@ def why_unusable(facts: Facts) -> str | None:
         if facts.driver is None:
             return f"this torch is a CPU build ({facts.torch}), and there is no NVIDIA driver"
         return f"this torch is a CPU build ({facts.torch}), but there is a driver, {facts.driver}: {_build(facts)}"
-    said = f"torch says: {_short(facts.error)}"
-    if facts.visible in ("", "-1") and "driver" not in said:
-        return f"{said}; CUDA_VISIBLE_DEVICES is {facts.visible!r} and hides it: unset CUDA_VISIBLE_DEVICES"
-    code = re.search(r"Error (\d+)", said)
+    return _why_no_start(facts)
+
+
+def _why_no_start(facts: Facts) -> str:
+    """What torch's own error means, for a torch that was built for GPUs."""
+    reason = f"torch says: {_short(facts.error)}"
+    # A hidden card and a missing driver can both be true; the driver's error then says more.
+    if facts.visible in ("", "-1") and "driver" not in reason:
+        return f"{reason}; CUDA_VISIBLE_DEVICES is {facts.visible!r} and hides it: unset CUDA_VISIBLE_DEVICES"
+    code = re.search(r"Error (\d+)", reason)
     hint = HINTS.get(code[1]) if code else None
-    said += f" ({hint})" if hint else ""
-    if "too old" in said or (code and code[1] == "804"):
-        return f"{said}: {_build(facts)}"
-    if "no NVIDIA driver" in said:
-        return f"{said}; in a container the card must be handed in (docker run --gpus all)"
-    return f"{said}; nvidia-smi must list the card"
+    reason += f" ({hint})" if hint else ""
+    if "too old" in reason or (code and code[1] == "804"):
+        return f"{reason}: {_build(facts)}"
+    if "no NVIDIA driver" in reason:
+        return f"{reason}; in a container the card must be handed in (docker run --gpus all)"
+    return f"{reason}; nvidia-smi must list the card"
 
 
 def has_kernels(capability: tuple[int, int], kernels: tuple[str, ...]) -> bool:
-    """Machine code runs on cards of its major version and the same or a later minor one, PTX on all later cards."""
-    for found in filter(None, (re.match(r"(sm|compute)_(\d+)(\d)", each) for each in kernels)):
-        built = int(found[2]), int(found[3])
-        if built <= capability and (found[1] == "compute" or built[0] == capability[0]):
+    """Whether kernels built for these targets (`sm_90`, `compute_90`) run on a card of this compute capability.
+
+    Machine code (sm) runs on cards of its major version and the same or a later minor one, PTX (compute) on all later
+    cards, where the driver compiles it (CUDA C++ programming guide, application compatibility).
+    """
+    for target in filter(None, (re.match(r"(sm|compute)_(\d+)(\d)", each) for each in kernels)):
+        built = int(target[2]), int(target[3])
+        if built <= capability and (target[1] == "compute" or built[0] == capability[0]):
             return True
     return False
 
 
 def newest_cuda(facts: Facts) -> int | None:
     """The CUDA major version that the driver can run; None if nothing tells."""
-    if found := re.search(r"found version (\d+)", facts.error or ""):
-        return int(found[1]) // 1000
+    # torch's "driver too old" error names CUDA's version as 12040 for 12.4.
+    if match := re.search(r"found version (\d+)", facts.error or ""):
+        return int(match[1]) // 1000
     if facts.driver is None:
         return None
     return next((cuda for oldest, cuda in DRIVERS if int(facts.driver.split(".")[0]) >= oldest), 11)
@@ -122,24 +135,25 @@ def newest_cuda(facts: Facts) -> int | None:
 
 def _build(facts: Facts) -> str:
     """The command that installs a torch for this driver and this card, or which driver it takes."""
-    cuda, card = newest_cuda(facts) or 99, facts.capability
+    cuda, card = newest_cuda(facts) or 99, facts.capability  # nothing known of the driver: the newest build
     if card and card < (5, 0):
         return "no current torch has: take a newer card"
     for tag, needed, oldest, newest in BUILDS:
         if cuda >= needed and (card is None or oldest <= card <= newest):
+            # The version that is installed, in another build, where one exists: the pinned packages fit it.
             number = facts.torch.split("+")[0]
             minor = re.match(r"2\.(\d+)\.\d+$", number)
             number = number if minor and 9 <= int(minor[1]) <= 14 else PINNED
             return f"pip install torch=={number}+{tag} --index-url {PYTORCH}/{tag}"
-    least = 580 if card and card >= (10, 0) else 525
+    least = 580 if card and card >= (10, 0) else 525  # Blackwell (10.0 and later) has builds for CUDA 13 alone
     return f"update the NVIDIA driver to {least} or newer (580 for the torch of requirements.txt)"
 
 
 def _short(text: str) -> str:
     """The first sentence, or CUDA's own error with its number, on one line."""
     text = " ".join(text.split())
-    if found := re.search(r"Error \d+: [^.]*", text):
-        return f"cudaGetDeviceCount, {found[0]}"
+    if match := re.search(r"Error \d+: [^.]*", text):
+        return f"cudaGetDeviceCount, {match[0]}"
     return text.split(". ")[0].removesuffix(".")[:200]
 
 
@@ -161,14 +175,14 @@ def why_no_four_bit() -> str | None:
         logger.setLevel(level)
     if getattr(lib, "compiled_with_cuda", False) or torch.version.hip is not None:
         return None
-    known = vars(lib)  # it answers to every name, with a function that raises
+    known = vars(lib)  # not attributes: the stand-in answers to every name, with a function that raises
     return library_problem(package.__version__, known.get("error_msg", "only its library for CPUs was found"),
                            torch.version.cuda, tuple(known.get("available_versions", ())),
-                           os.environ.get("BNB_CUDA_VERSION"))  # fmt: skip
+                           os.environ.get("BNB_CUDA_VERSION"))
 
 
 def library_problem(version: str | None, error: str, cuda: str | None, has: tuple[str, ...] = (),
-                    override: str | None = None) -> str:  # fmt: skip
+                    override: str | None = None) -> str:
     """One line: why 4 bits do not work, and what to type. version None: bitsandbytes cannot be imported at all."""
     otherwise = "or --quantization none, if the model fits unquantized"
     error = error.splitlines()[0] if error else "its library cannot be loaded"
@@ -176,9 +190,9 @@ def library_problem(version: str | None, error: str, cuda: str | None, has: tupl
         return f"bitsandbytes cannot be imported ({error}): pip install bitsandbytes, {otherwise}"
     if override is not None:
         return (f"bitsandbytes {version} cannot load the library that BNB_CUDA_VERSION={override} asks for ({error}): "
-                "unset BNB_CUDA_VERSION")  # fmt: skip
+                "unset BNB_CUDA_VERSION")
     if "cannot open shared object" in error:
         return (f"bitsandbytes {version} cannot load its library for CUDA {cuda} ({error}): install torch again with "
-                f"pip, which brings CUDA's libraries, {otherwise}")  # fmt: skip
+                f"pip, which brings CUDA's libraries, {otherwise}")
     having = f" (it has {', '.join(has)})" if has else f" ({error})"
     return f"bitsandbytes {version} has no library for CUDA {cuda}{having}: pip install -U bitsandbytes, {otherwise}"

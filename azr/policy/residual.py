@@ -7,6 +7,7 @@ sampler and trainer differ (docs/numerics.md). Kept in fp32 it costs 2 bytes a v
 which training with recomputed layers keeps. What layers read is rounded once, after the norm.
 
 Left out: architectures that decoder.py does not know, which are sampled from and trained as transformers has them.
+Imports a tuple of names from decoder.py; with these in its place it can be copied out alone.
 """
 
 import torch
@@ -15,15 +16,17 @@ from azr.policy.decoder import ARCHITECTURES
 
 
 def keep_in_fp32(backbone, config) -> None:
-    """Let `backbone` add in fp32 if it computes in half precision and decoder.py knows it; once is enough.
+    """Let `backbone` add in fp32 if it computes in half precision and decoder.py knows it. Twice is harmless.
 
     The embedding gives fp32, so the sums of the layers are fp32; norms and rotary tables come back in the dtype of the
-    weights, so products are what they were. The hooks hold no module: they would make a cycle.
+    weights, so products are what they were. config: of transformers, for its model_type.
     """
     dtype = backbone.get_input_embeddings().weight.dtype
     if dtype == torch.float32 or config.model_type not in ARCHITECTURES or getattr(backbone, "residual_in_fp32", False):
         return
 
+    # The hooks know the dtype and no module: a module that holds a hook that holds the module would be a circle, and
+    # the model would outlive its last user.
     def wide(module, inputs, output):
         return output.float()
 

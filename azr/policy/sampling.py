@@ -3,7 +3,8 @@
     token, log_prob = sample_tokens(logits, Sampling(top_p=0.95), seed_tensor(seeds, device), position)
 
 Every sample has its own seed, and its t-th token consumes the number of (seed, t), whatever else is in the batch and
-however often the sequence was interrupted. Left out: penalties, min-p, beams, per-token biases.
+however often the sequence was interrupted. Left out: penalties, min-p, beams, per-token biases. Imports nothing of the
+project and can be copied out alone.
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,22 @@ import torch
 import torch.nn.functional as F
 
 WORD = (1 << 64) - 1
-GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer: splitmix64's step, 2^64 over the golden ratio
 BLOCK = 128  # tokens that the first level of the inverse CDF lumps together
-CUT = 1024  # most probable tokens that are looked at first for top-p
-NORMAL, STOP_CANDIDATE, EOS = 0, 1, 2
+# Most probable tokens that are looked at first for top-p. A model that has learnt something puts 0.95 of its mass on
+# far fewer; where it has not, the step is done again with all of them.
+CUT = 1024
+NORMAL, STOP_CANDIDATE, EOS = 0, 1, 2  # kinds of tokens, see StopTable
 
 
 @dataclass(frozen=True)
 class Sampling:
+    """How to sample. Raises ValueError for values that mean nothing.
+
+    Training samples need top_p 1 and top_k 0: only then are `Completion.log_probs` those of the distribution sampled
+    from. The checkpoint's generation_config is never looked at.
+    """
+
     temperature: float = 1.0  # 0 = greedy
     top_p: float = 1.0
     top_k: int = 0  # 0 = off
@@ -41,6 +50,8 @@ class Sampling:
 
 @dataclass
 class Completion:
+    """What was sampled after one prompt."""
+
     ids: list[int]  # the EOS token or the tokens that complete a stop string are included
     log_probs: list[float]  # of the untruncated distribution at the sampling temperature (greedy: at 1)
     finish_reason: str  # "stop" | "eos" | "length" | "too_long" (can never fit: not sampled, no ids)
@@ -51,6 +62,7 @@ class Completion:
 
 def _mix64(x: torch.Tensor) -> torch.Tensor:
     """The finalizer of splitmix64 (Steele, Lea, Flood 2014) on int64 tensors; products wrap around modulo 2^64."""
+    # torch has no unsigned shift of int64: the mask clears the copies of the sign bit that the shift brings in.
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xBF58476D1CE4E5B9
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94D049BB133111EB
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -67,6 +79,7 @@ def uniform(mixed_seeds: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
     `mixed_seeds` comes from `seed_tensor`; `position` (n,) int64 counts the tokens of the response from 0.
     """
+    # The upper 53 bits: as many as a double holds, so that 1.0 never comes out.
     bits = _mix64(mixed_seeds + (position + 1) * GOLDEN)
     return ((bits >> 11) & ((1 << 53) - 1)).double() * 2.0**-53
 
@@ -98,7 +111,7 @@ def sample_without_wait(logits, sampling: Sampling, mixed_seeds, position, exact
         log_z = torch.logsumexp(z, -1, keepdim=True)
         token = z.argmax(-1)
     else:
-        if sampling.temperature != 1:
+        if sampling.temperature != 1:  # saves a tensor of the size of the logits
             z = z / sampling.temperature
         log_z = torch.logsumexp(z, -1, keepdim=True)
         p = (z - log_z).exp_()
@@ -117,14 +130,17 @@ def truncate(p: torch.Tensor, top_k: int, top_p: float, looked_at: int) -> tuple
     nothing can be missing. top_k = 0 and top_p = 1 mean off.
     """
     size = p.shape[-1]
+    # top-k decides how many are sorted: with k given, nothing beyond the k-th can stay.
     most = min(size, top_k or looked_at)
     largest = (p.topk(most, dim=-1) if most < size else p.sort(dim=-1, descending=True)).values  # descending
     if top_p == 1:
         last = torch.full_like(p[:, :1], largest.shape[-1] - 1, dtype=torch.int64)
         return p.masked_fill(p < largest.gather(-1, last), 0), None
+    # top-p is a share of what top-k left, as in transformers; without top-k that is the whole vocabulary.
     held = largest.sum(-1, keepdim=True, dtype=torch.float64)
     complete = bool(top_k) or largest.shape[-1] == size
     total = held if complete else p.sum(-1, keepdim=True, dtype=torch.float64)
+    # A token stays while the mass before it is below top_p: so the one that crosses the bound stays, and always one.
     before = largest.cumsum(-1, dtype=torch.float64) - largest
     last = (before < top_p * total).sum(-1, keepdim=True) - 1
     sure = None if complete else (held >= top_p * total).squeeze(-1)
@@ -142,7 +158,7 @@ def inverse_cdf(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         p = F.pad(p, (0, -size % BLOCK))
     p = p.view(rows, -1, BLOCK)
     cdf = p.sum(-1, dtype=torch.float64).cumsum(-1)
-    target = u[:, None] * cdf[:, -1:]
+    target = u[:, None] * cdf[:, -1:]  # times the total, so that p need not be normalised
     block = _first_above(cdf, target)
     before = F.pad(cdf, (1, 0)).gather(-1, block)
     inner = p[torch.arange(rows, device=p.device), block[:, 0]].cumsum(-1, dtype=torch.float64)
@@ -150,8 +166,9 @@ def inverse_cdf(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """(rows, 1) the first index with cdf > target; a target that rounding put at the end is brought back below it."""
+    """(rows, 1): the first index with cdf > target. A target that rounding put at the end is brought back below it."""
     below_end = torch.nextafter(cdf[:, -1:], torch.zeros_like(target))
+    # right=True means above, not at or above: with u = 0 a first token of probability 0 would be drawn.
     return torch.searchsorted(cdf, torch.minimum(target, below_end), right=True)
 
 
@@ -166,10 +183,12 @@ class StopTable:
 
     def __init__(self, tokenizer, vocab_size: int, stop: tuple[str, ...], eos_ids: frozenset[int], device="cpu"):
         self.tokenizer, self.stop = tokenizer, stop
-        # a stop string spans at most as many tokens as it has bytes
+        # A token has at least one byte, so a stop string spans at most as many tokens as it has bytes. Decoding no more
+        # than these keeps the check independent of the response's length.
         self.tail = max((len(s.encode()) for s in stop), default=0)
         kinds = bytearray(vocab_size)
         if stop:
+            # Only a token whose own text can end a stop string makes the host decode the response's end at all.
             texts = tokenizer.batch_decode([[i] for i in range(vocab_size)], clean_up_tokenization_spaces=False)
             for i, text in enumerate(texts):
                 if any(_can_complete(text, s) for s in stop):
@@ -182,7 +201,7 @@ class StopTable:
 
     def reason(self, ids: list[int]) -> str | None:
         """Why the response ends with its last token, "eos" or "stop"; None: it does not."""
-        kind = self.kinds[ids[-1]]
+        kind = self.kinds[ids[-1]]  # of bytes, not of the tensor: reading one element of a tensor takes a microsecond
         if kind == EOS:
             return "eos"
         return "stop" if kind == STOP_CANDIDATE and self.complete(ids) else None

@@ -53,6 +53,7 @@ class Scheduler:
 
     @property
     def free_slots(self) -> int:
+        """Samples that could run besides those that do."""
         return self.slots - len(self.running)
 
     # -- who starts
