@@ -31,7 +31,7 @@ __all__ = [name for names in HOME.values() for name in names]
 
 
 def __getattr__(name: str):
-    """The names above, each imported when it is asked for: who needs a constant does not load the judge."""
+    """The names above, each imported when it is asked for: a caller that needs a constant does not load the judge."""
     import importlib
 
     home = next((module for module, names in HOME.items() if name in names), None)

@@ -3,6 +3,8 @@
     python -m azr.tasks validate < proposals.jsonl
     python -m azr.tasks judge < answers.jsonl
     python -m azr.tasks make tiny|run|benchmark ...     the files of train_azr.py --data; --help says more
+
+Exit codes: 0 done, 1 some lines were bad, 2 bad arguments or no sandbox, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from sandbox import Sandbox, SandboxError
 
 def _validate_rows(rows: list[dict], sandbox: Sandbox, max_output_chars: int) -> list[dict]:
     """One verdict object a row; a ValueError where the row is no proposal."""
+    # A bad line keeps its place as the error itself, which `stream` writes; only the others go to the sandbox.
     checked = [_attempt(Proposal.from_json, row) for row in rows]
     proposals = [item for item in checked if isinstance(item, Proposal)]
     verdicts = iter(validate(proposals, sandbox, known=None, max_output_chars=max_output_chars))
@@ -59,9 +62,10 @@ def _attempt(read, row):
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs one of the commands; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["make"]:
-        from azr.train.make_data import main as make
+        from azr.train.make_data import main as make  # here: filters need nothing of training
 
         return make(arguments[1:])
     parser = argparse.ArgumentParser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")

@@ -1,4 +1,11 @@
-"""The tasks found so far, per mode, with the step each came in."""
+"""The valid tasks of a run, per mode, with the step in which each came.
+
+    buffers = Buffers(capacity=16_384)
+    buffers.add(task, step=3)                                   # False: there is an equal one
+    references = buffers.sample("deduction", 6, random.Random("seed/step/propose"))
+
+Imports duplicates.py and task.py. Left out: weights by difficulty or age; every draw is uniform.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +17,14 @@ from azr.tasks.task import MODES, SEED_PROGRAM, SEED_TASKS, Task
 
 
 class Buffers:
-    """Per mode the tasks found so far, each with the step it came in. Full: the oldest leaves. No duplicates."""
+    """Per mode its tasks, oldest first, each with the step in which it came. When a mode has `capacity` tasks, the
+    oldest leaves for a new one. No duplicates. Raises ValueError for a capacity below 1."""
 
     def __init__(self, capacity: int = 16_384):
         if capacity < 1:
             raise ValueError(f"a buffer of {capacity} tasks holds nothing; give a capacity of at least 1")
         self.capacity = capacity
+        # Keys are stored, not computed again: reading a program costs more than anything else here.
         self._rows: dict[str, deque[tuple[str, int, Task]]] = {mode: deque() for mode in MODES}
         self._keys: dict[str, set[str]] = {mode: set() for mode in MODES}
 
@@ -23,6 +32,7 @@ class Buffers:
         return sum(map(len, self._rows.values()))
 
     def size(self, mode: str) -> int:
+        """Tasks of a mode."""
         return len(self._rows[mode])
 
     def add(self, task: Task, step: int) -> bool:
@@ -54,12 +64,12 @@ class Buffers:
 
     def newest(self, mode: str, k: int, since: int | None = None) -> list[Task]:
         """The up to k tasks that came last, newest first; `since`: none from before that step."""
-        found = []
+        tasks = []
         for _, step, task in reversed(self._rows[mode]):
-            if len(found) == k or (since is not None and step < since):
+            if len(tasks) == k or (since is not None and step < since):
                 break
-            found.append(task)
-        return found
+            tasks.append(task)
+        return tasks
 
     def sample_program(self, rng: random.Random) -> Task:
         """A task of the deduction and abduction buffers together, uniformly: the induction proposer is asked about
@@ -76,6 +86,7 @@ class Buffers:
     def load_state_dict(self, state: dict) -> None:
         """Restores what state_dict gave, exactly. Raises ValueError where it is broken; the buffers are then
         unchanged."""
+        # Into new buffers first: a state that is broken in its last line must not leave half of it here.
         fresh = Buffers(state["capacity"])
         for mode in MODES:
             for key, step, row in state["rows"][mode]:

@@ -1,4 +1,9 @@
-"""When two tasks are the same task: names, comments, layout and the order of inputs aside."""
+"""When two tasks are the same task: names, comments, layout and the order of inputs aside.
+
+    duplicate_key(Task("deduction", "def f(a):\n    return a", "1", "1"))      # equal for "def f(b): return b"
+
+Imports program.py, task.py and sandbox.literal.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +26,7 @@ def duplicate_key(item: Task | Proposal) -> str:
     else:
         inputs = list(item.inputs)
     reading = read_program(item.program)
+    # Sorted, so that a proposer gets nothing for the same ten inputs in another order.
     inputs = sorted(_input_key(text, reading.parameters) for text in inputs)
     return hashlib.sha256(json.dumps([item.mode, reading.form, inputs]).encode()).hexdigest()[:32]
 

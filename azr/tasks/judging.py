@@ -1,4 +1,11 @@
-"""Is an answer right? Values are compared here; programs run in the sandbox, which never sees an expected answer."""
+"""Is an answer right? Values are compared here; programs run in the sandbox, which never sees an expected answer.
+
+    with Sandbox() as sandbox:
+        [verdict] = judge([(task, "[1, 2]")], sandbox)
+    verdict.ok, verdict.reason              # True, "ok"; or False, "wrong", "timeout", "not_literal", ...
+
+Imports the other files of this folder and the sandbox.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +28,7 @@ def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool
     Deduction compares values; nothing is run. Abduction runs the task's program on the answer. Induction runs the
     answer on the hidden inputs: all must be right, an exception is a failure; `fraction`: go on after a failure, so
     that `score` is the share of right ones. Raises ValueError for a mathematics task and for a task whose expected
-    output is no literal.
+    output is no literal; SandboxError.
     """
     verdicts: dict[tuple[str, str | None], Verdict] = {}
     abduction, induction = [], []  # (key, task, canonical arguments), (key, task, program)
@@ -47,7 +54,7 @@ def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool
         except literal.LiteralError as error:
             verdicts[key] = not_literal(error, "answer")
     _judge_inputs(abduction, sandbox, verdicts)
-    jobs = [Job(answer, tuple(given for given, _ in task.hidden), stop_at_failure=not fraction)
+    jobs = [Job(answer, tuple(arguments for arguments, _ in task.hidden), stop_at_failure=not fraction)
             for _, task, answer in induction]
     for (key, task, _), outcomes in zip(induction, sandbox.run(jobs) if jobs else []):
         verdicts[key] = _judge_hidden(task, outcomes, fraction)
@@ -57,13 +64,14 @@ def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool
 def _compare(value, expected: str) -> Verdict:
     """A value against expected literal text."""
     try:
-        wanted = literal.parse(expected)
+        right = literal.parse(expected)
     except literal.LiteralError as error:
         raise ValueError(f"the task's output {expected[:60]!r} is no literal: {error}") from error
-    return Verdict(True, "ok", score=1.0) if literal.equal(value, wanted) else Verdict(False, "wrong", "another value")
+    return Verdict(True, "ok", score=1.0) if literal.equal(value, right) else Verdict(False, "wrong", "another value")
 
 
 def _check_candidate(program: str) -> Verdict:
+    """What can be told of a program without running it; `ok` means that it may run."""
     fault = bad_characters(program)
     if fault:
         return Verdict(False, "syntax", f"the program holds {fault}")
@@ -77,11 +85,11 @@ def _check_candidate(program: str) -> Verdict:
 def _judge_inputs(abduction: list[tuple], sandbox: Sandbox, verdicts: dict) -> None:
     """Runs programs on canonical answers. Only programs that cannot carry state share a process between answers, and
     what one answer may have done to the next (memory) is tried again alone: no verdict depends on other answers."""
-    wanted = {}  # program -> its inputs, each once
+    by_program = {}  # program -> its inputs, each once and in order: a dict is an ordered set
     for _, task, text in abduction:
-        wanted.setdefault(task.program, {})[text] = None
+        by_program.setdefault(task.program, {})[text] = None
     groups = []
-    for program, inputs in wanted.items():
+    for program, inputs in by_program.items():
         inputs, size = list(inputs), ANSWERS_PER_JOB if read_program(program).stateless else 1
         groups += [(program, tuple(inputs[i : i + size])) for i in range(0, len(inputs), size)]
     outcomes, again = {}, []
@@ -96,6 +104,7 @@ def _judge_inputs(abduction: list[tuple], sandbox: Sandbox, verdicts: dict) -> N
 
 
 def _judge_outcome(outcome: Outcome, expected: str) -> Verdict:
+    """What a program gave, against expected literal text."""
     if outcome.status != "ok":
         return Verdict(False, outcome.status, outcome.detail)
     return _compare(literal.parse(outcome.output), expected)
@@ -103,7 +112,8 @@ def _judge_outcome(outcome: Outcome, expected: str) -> Verdict:
 
 def _judge_hidden(task: Task, outcomes: list[Outcome], fraction: bool) -> Verdict:
     """All hidden pairs must be right; a failure counts even where the sandbox failed on another pair."""
-    rows = [_judge_outcome(outcome, wanted) for outcome, (_, wanted) in zip(outcomes, task.hidden)]
+    rows = [_judge_outcome(outcome, expected) for outcome, (_, expected) in zip(outcomes, task.hidden)]
+    # The reason is that of the first pair that failed by itself; the sandbox's failure only if there is no other.
     wrong = [row for row in rows if not row.ok and row.reason != "infra"] or [row for row in rows if not row.ok]
     if not wrong:
         return Verdict(True, "ok", score=1.0)

@@ -1,9 +1,12 @@
-"""Cuts a response into what it contains: the text of the answer tag, and fenced blocks; and finds code in a message.
+"""Reads what a model wrote: the text of the answer tag, fenced blocks, answers, proposals; finds code in a message.
 
-Text in, text out; linear in the text, nothing raises, nothing is evaluated.
+    parse_answer("deduction", "2 + 2</think> <answer>```output\n4\n```</answer>").value           # "4"
+    parse_proposal("abduction", response).value                                                 # a Proposal, or None
 
-A response is what a model writes after a prompt that ends with an opened `<think>`: "thoughts</think>
-<answer>...</answer>".
+Text in, text out: the time is linear in the text, nothing raises on a response, and nothing is evaluated. A response is
+what a model writes after a prompt that ends with an opened `<think>`: "thoughts</think> <answer>...</answer>".
+
+Imports task.py and the tokenizer of program.py.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from azr.tasks.program import KEYWORDS, read_program, string_end
 from azr.tasks.task import MODES, Parsed, Proposal
 
 _ANSWER = re.compile(r"</think>\s*<answer>")
+# Three ticks or more, and perhaps a language, in whose name c++, c# and objective-c have marks.
 _OPENING = re.compile(r"(`{3,})(?:([A-Za-z][\w+#.-]*)(?![\w`+#.-]))?")
+# What matters inside of a block: ticks, quotes (which may hold ticks), comments and escapes (which may hold quotes).
 _INSIDE = re.compile(r"(?m:^)[ \t]*`{3,}|`{3,}|\"\"\"|'''|[\"']|#(?:(?!```)[^\n])*|\\[\s\S]")
 _DEFINITION = re.compile(r"\bdef\s+\w+\s*\(|\blambda\b[^:\n]{0,80}:")
 _PROSE = frozenset(",.:-/();!?$_")  # marks that prose uses too
@@ -57,26 +62,30 @@ def fences(text: str) -> list[Fence]:
     or amid a line do not end it (a message is prose and has no string literals); another opening fence leaves it
     unclosed.
     """
-    found, position, unclosed = [], 0, set()
+    blocks, position, unclosed = [], 0, set()
     while (opening := _OPENING.search(text, position)) is not None:
         tag = (opening[2] or "").lower()
         end, position, closed = _close(text, opening.end(), len(opening[1]), tag != "message", unclosed)
         if closed:
+            # Models also write the text on the line of the ticks: ```output 4```
             first, newline, rest = text[opening.end() : end].partition("\n")
             body = rest if newline and not first.strip() else first.lstrip(" ") + newline + rest
-            found.append(Fence(tag, body.rstrip()))
-    return found
+            blocks.append(Fence(tag, body.rstrip()))
+    return blocks
 
 
 def _close(text: str, start: int, ticks: int, code: bool, unclosed: set[str]) -> tuple[int, int, bool]:
-    """(end of the block that began at `start`, where to go on, whether it was closed). `unclosed` collects the quotes
-    that were seen to open a string without an end, so that each is searched for once."""
+    """(end of the block that began at `start`, where to go on, whether it was closed).
+
+    unclosed: collects the triple quotes that open a string without an end, so that each is searched for once: searched
+    for again and again, they would make the time grow with the square of the text.
+    """
     position = start
-    while (found := _INSIDE.search(text, position)) is not None:
-        mark, position = found[0].lstrip(" \t"), found.end()
+    while (match := _INSIDE.search(text, position)) is not None:
+        mark, position = match[0].lstrip(" \t"), match.end()
         if mark[0] == "`":
             begin = position - len(mark)
-            starts_line = begin > found.start() or text[begin - 1] == "\n"
+            starts_line = begin > match.start() or text[begin - 1] == "\n"
             opens = starts_line and text[position : position + 1].isalpha()
             if len(mark) >= ticks and (_LINE_END.match(text, position) or starts_line and not opens):
                 return begin, position, True
@@ -105,12 +114,14 @@ def leaked_code(program: str, message: str) -> str:
         return "a code fence"
     if _DEFINITION.search(message):
         return "a function definition"
+    # In the program's normal form, so that new names for its variables do not hide it. Words that every program may
+    # hold stay; all others become "$" on both sides.
     shape = read_program(program).shape
     public = {word for row in shape for word in row if word.isidentifier()} | KEYWORDS
-    said = _joined(_words(message, public))
+    text = _joined(_words(message, public))
     for row in shape:
         for piece in _pieces(row, public):
-            if _is_code(piece) and _joined(piece) in said:
+            if _is_code(piece) and _joined(piece) in text:
                 return " ".join(piece)
     return ""
 
@@ -141,6 +152,7 @@ def _is_code(piece: list[str]) -> bool:
 
 
 def _joined(words: list[str]) -> str:
+    # Separated by a mark that no word holds, so that a search for text finds whole words only.
     return "\0" + "\0".join(words) + "\0"
 
 
@@ -152,16 +164,17 @@ _PYTHON = ("python", "py", "python3")
 
 def parse_answer(mode: str, response: str) -> Parsed:
     """A solver's answer as text: its last ```output (deduction), ```input (abduction) or ```python (induction) block;
-    for the first two else the last untagged block or the bare answer, for mathematics the bare answer. Never
+    without one, the last untagged block or, for the first two, the bare answer; for mathematics the bare answer. Never
     raises."""
     well_formed, text, closed = answer_text(response)
     if text is None:
         return Parsed(False, None, "no_format", "there is no answer tag")
     blocks = fences(text)
-    wanted = _PYTHON if mode == "induction" else (_OUT_TAG.get(mode),)
-    found = [block.text for block in blocks if block.tag in wanted]
-    found = found or [block.text for block in blocks if not block.tag]
-    value = found[-1] if found and mode != "math" else None
+    tags = _PYTHON if mode == "induction" else (_OUT_TAG.get(mode),)
+    candidates = [block.text for block in blocks if block.tag in tags]
+    candidates = candidates or [block.text for block in blocks if not block.tag]
+    # The last: a model that tries twice means its second attempt.
+    value = candidates[-1] if candidates and mode != "math" else None
     if value is None and closed and (mode == "math" or mode != "induction" and "```" not in text):
         value = text.strip()
     if not value:
@@ -175,8 +188,10 @@ _BROKEN = "the response is not '...</think> <answer>...</answer>'"
 
 def parse_proposal(mode: str, response: str, program: str | None = None) -> Parsed:
     """A proposal: the first ```python block that defines f with the first ```input block; for induction all ```input
-    blocks and the last ```message block, about the given `program`. Never raises on a response; whether the proposal
-    is any good is for `validate` to say."""
+    blocks and the last ```message block, about `program`. Whether it is a task is for `validate` to say.
+
+    Never raises on a response. ValueError: a mode without proposals, or induction without a program.
+    """
     if mode not in MODES or mode == "induction" and program is None:
         raise ValueError(f"a proposal in mode {mode!r}{' needs its program' * (mode == 'induction')}: cannot be read")
     well_formed, text, _ = answer_text(response)
@@ -188,7 +203,7 @@ def parse_proposal(mode: str, response: str, program: str | None = None) -> Pars
     if mode != "induction":
         program, inputs = _program_block(blocks), inputs[:1]
     parts = {"program": program, "input": inputs, "message": mode != "induction" or messages}
-    missing = next((name for name, found in parts.items() if not found), None)
+    missing = next((name for name, part in parts.items() if not part), None)
     if missing:
         reason = f"no_{missing}" if well_formed else "no_format"
         return Parsed(well_formed, None, reason, f"no closed block with the {missing}")

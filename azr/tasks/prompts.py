@@ -1,12 +1,15 @@
 """The prompts of the three modes and two roles, in two wordings.
 
+    propose_prompt("deduction", references, "azr")      # what a proposer is asked
+    solve_prompt(task, "azr")                           # what a solver is asked; ends with an opened <think>
+
 `azr`: full instructions for models that read English. `tiny`: the same fields in the same fences, a word each for the
 embedded model. Both end with an opened `<think>`, so a response is always "thoughts</think> <answer>...</answer>" and
-one parser (azr/tasks/__init__.py) reads both. The contract of every answer is the fence it is in: ```python, ```input,
+one parser (parse.py) reads both. The contract of every answer is the fence it is in: ```python, ```input,
 ```output, ```message.
 
 A base model is trained on, or measured under, one exact wording: `template_hash` is stored with every run and with the
-embedded model, and a change of wording is a change of the experiment.
+embedded model, and a change of wording is a change of the experiment. Imports task.py alone.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import re
 
 from azr.tasks.task import INDUCTION_INPUTS, Task
 
-STOP = "</answer>"
+STOP = "</answer>"  # where a response ends; its tokens are trained, so the model learns to stop
 
 WRAPPER = (
     "The following is a dialogue between a User and an Assistant. The Assistant works the problem out step by step "
@@ -140,8 +143,9 @@ SOLVE_MATH = "Solve this problem. Put the final answer, inside the answer tags, 
 
 
 def _fill(text: str, **fields: str) -> str:
-    """Puts each field in its place; braces of programs and values are left alone."""
-    names = re.compile("|".join("{%s}" % name for name in fields))
+    """Puts each field in its place. Not str.format: programs and values are full of braces, which stay as they are, and
+    a field's own text is never searched for other fields."""
+    names = re.compile("|".join(f"{{{name}}}" for name in fields))
     return names.sub(lambda match: fields[match[0][1:-1]], text)
 
 
@@ -164,8 +168,8 @@ def _azr_solve(task: Task) -> str:
         return _fill(SOLVE_ABDUCTION, program=fence("python", task.program), output=fence("output", task.output))
     if task.mode == "induction":
         pairs = "".join(
-            f"Input {i}:\n{fence('input', given)}Output {i}:\n{fence('output', wanted)}"
-            for i, (given, wanted) in enumerate(task.visible, 1)
+            f"Input {i}:\n{fence('input', arguments)}Output {i}:\n{fence('output', output)}"
+            for i, (arguments, output) in enumerate(task.visible, 1)
         )
         return _fill(SOLVE_INDUCTION, program_rules=PROGRAM_RULES, pairs=pairs, message=fence("message", task.message))
     return _fill(SOLVE_MATH, question=task.question)
@@ -187,7 +191,7 @@ def _tiny_solve(task: Task) -> str:
     if task.mode == "abduction":
         return "solve abduction\n" + fence("python", task.program) + fence("output", task.output)
     if task.mode == "induction":
-        pairs = "".join(fence("input", given) + fence("output", wanted) for given, wanted in task.visible)
+        pairs = "".join(fence("input", arguments) + fence("output", output) for arguments, output in task.visible)
         return "solve induction\n" + pairs + fence("message", task.message)
     return f"{task.question}\n"
 
@@ -199,19 +203,23 @@ TEMPLATES = {
 
 
 def propose_prompt(mode: str, references: list[Task], template: str) -> str:
-    """The proposer's prompt of a mode. Induction takes exactly one reference: the task whose program is asked about."""
+    """The proposer's prompt of a mode. Induction takes exactly one reference: the task whose program is asked about.
+
+    template: "azr" or "tiny"; ValueError for another one.
+    """
     wrapper, propose, _ = _template(template)
     return wrapper.replace("{task}", propose(mode, references))
 
 
 def solve_prompt(task: Task, template: str) -> str:
-    """The solver's prompt for a task; it shows nothing of the expected answer."""
+    """The solver's prompt for a task; it shows nothing of the expected answer. ValueError: an unknown template."""
     wrapper, _, solve = _template(template)
     return wrapper.replace("{task}", solve(task))
 
 
 def template_hash(template: str) -> str:
     """16 hex digits that change when any prompt of the template changes by a character."""
+    # Of one prompt of each kind, with made-up tasks: whatever words a run can show are in them.
     program, pairs = "def f(a, b):\n    return a * b", (("1, 2", "2"), ("'x', 3", "'xxx'"))
     deduction = Task(mode="deduction", program=program, input="2, 3", output="6")
     tasks = [

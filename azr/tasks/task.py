@@ -1,6 +1,9 @@
 """What the parts of the loop pass to each other: tasks, proposals, readings, verdicts, samples; and their JSON form.
 
-azr/tasks/__init__.py re-exports these: import them from there.
+    task = Task("deduction", program="def f(x):\n    return x + 1", input="1", output="2")
+    json.dumps(task.to_json())                  # and Task.from_json(row) back, or ValueError in one line
+
+azr/tasks/__init__.py re-exports these: import them from there. Imports sandbox.literal alone, no torch.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ MAX_TEXT = 1_000_000  # characters of any one field that is read from a file
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
 
+# The content of a task by its mode: what its hash and its JSON line consist of, in this order.
 FIELDS = {
     "deduction": ("program", "input", "output"),
     "abduction": ("program", "input", "output"),
@@ -32,8 +36,8 @@ FIELDS = {
 @dataclass(frozen=True)
 class Task:
     """One task. `input` is the text between the parentheses of f(...); values are canonical literal text; `visible`
-    and `hidden` are (input, output) pairs. `response` and `log_probs` come with solution files and are no part of the
-    hash."""
+    and `hidden` are (input, output) pairs. `response` and `log_probs` (nats, one for each of its tokens) come with
+    solution files and are no part of the hash."""
 
     mode: str
     program: str = ""
@@ -78,6 +82,7 @@ class Task:
             values["response"] = text_field(row, "response")
         if row.get("log_probs") is not None:
             values["log_probs"] = numbers_field(row, "log_probs")
+        # Checked here, so that a file with a broken answer is refused when it is read and not in the middle of a run.
         outputs = [values["output"]] if "output" in values else [pair[1] for pair in values.get("hidden", ())]
         for output in outputs:
             try:
@@ -89,8 +94,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a proposer wrote: a program with one input, or for induction ten inputs and a message for a given
-    program."""
+    """What a proposer wrote: a program with one input, or for induction ten inputs and a message about a program that
+    it was shown."""
 
     mode: str
     program: str
@@ -138,7 +143,7 @@ class Verdict:
 
 @dataclass
 class Sample:
-    """A completion, what it was sampled for, and what the phases of a step found out about it: the unit of training."""
+    """A completion, what it was sampled for, and what the phases of a step learnt about it: the unit of training."""
 
     role: str  # "proposer" | "solver"
     mode: str
@@ -164,6 +169,7 @@ class Sample:
 
 
 SEED_PROGRAM = "def f(a):\n    return a"
+# Half of them are shown and half hidden: both halves have texts, numbers and containers.
 _SEED_VALUES = ("'Hello world'", "7", "[3, 1, 2]", "(2, 'b')", "{'a': 1}",
                 "''", "-1.5", "[[0, 1], [1, 0]]", "True", "'abc abc'")
 SEED_TASKS = {
@@ -205,7 +211,8 @@ def text_field(row: dict, name: str, value=None) -> str:
 
 
 def bad_characters(text: str) -> str:
-    """What a text holds that no program and no prompt can; "" if nothing."""
+    """What a text holds that no program and no prompt can, in words; "" if nothing."""
+    # Python refuses a NUL in source; a lone surrogate has no UTF-8, so neither a tokenizer nor a file can take it.
     if "\0" in text:
         return "a NUL character"
     try:
@@ -216,13 +223,13 @@ def bad_characters(text: str) -> str:
 
 
 def pairs_field(row: dict, name: str) -> tuple[tuple[str, str], ...]:
-    """A list of [input, output] pairs."""
+    """A list of [input, output] pairs, as tuples."""
     value = row.get(name)
     if not isinstance(value, (list, tuple)) or not value:
         raise ValueError(f"{name!r} must be a non-empty list of [input, output] pairs")
     if any(not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in value):
         raise ValueError(f"{name!r} must hold [input, output] pairs of texts")
-    return tuple((text_field(row, name, given), text_field(row, name, wanted)) for given, wanted in value)
+    return tuple((text_field(row, name, pair[0]), text_field(row, name, pair[1])) for pair in value)
 
 
 def numbers_field(row: dict, name: str) -> tuple[float, ...]:

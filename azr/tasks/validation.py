@@ -1,4 +1,11 @@
-"""Is a proposal a task? It runs, it is deterministic, its values are short literals, it is not trivial, it is new."""
+"""Is a proposal a task? It runs, it is deterministic, its values are short literals, it is not trivial, it is new.
+
+    with Sandbox() as sandbox:
+        [verdict] = validate([Proposal("deduction", "def f(x):\n    return x * 2 + 1", ("3",))], sandbox)
+    verdict.ok, verdict.reason, verdict.task.output         # True, "ok", "7"
+
+Imports the other files of this folder and the sandbox.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +14,24 @@ from dataclasses import replace
 from azr.tasks.duplicates import duplicate_key
 from azr.tasks.parse import leaked_code
 from azr.tasks.program import read_program, skeleton
-from azr.tasks.task import INDUCTION_INPUTS
-from azr.tasks.task import VISIBLE, Proposal, Task, Verdict, bad_characters
+from azr.tasks.task import INDUCTION_INPUTS, VISIBLE, Proposal, Task, Verdict, bad_characters
 from sandbox import Job, Outcome, Sandbox, literal
 
-MIN_OUTPUTS = 3  # distinct outputs an induction task must show
+MIN_OUTPUTS = 3  # distinct outputs of an induction task: with fewer, a constant or a test is a good guess
 MAX_PROGRAM, MAX_INPUT, MAX_MESSAGE, MAX_OUTPUT = 8_192, 1_000, 2_000, 400  # characters: what a prompt shows in full
 
 
 def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None = frozenset(),
              max_output_chars: int = MAX_OUTPUT, exempt: set[str] = frozenset(),
              held_out: frozenset[str] = frozenset()) -> list[Verdict]:
-    """A verdict for each proposal, in order; a valid one carries its task.
+    """A verdict for each proposal, in order; a valid one carries its task. Raises SandboxError, nothing on a proposal.
 
     known: duplicate keys of tasks that exist already; a proposal repeated in the list is a duplicate of the first valid
     one. None: every proposal for itself, no duplicates.
     exempt: programs that an induction proposal may be about although they are trivial: {SEED_PROGRAM} in the seed
     stage, where nothing else could be given to the proposer.
-    held_out: skeletons (azr.tasks.program) of programs kept for measuring, which must not be trained on.
+    held_out: skeletons (azr.tasks.program) of programs that measure and must not be trained on.
+    max_output_chars: of each output's text.
     """
     verdicts: list[Verdict | None] = [None] * len(proposals)
     first, repeats, runs = {}, [], []  # runs: (position, proposal with canonical inputs)
@@ -36,6 +43,7 @@ def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None
         if held_out and skeleton(checked.program) in held_out:
             verdicts[i] = Verdict(False, "held_out", "but for names and constants it is a program of a held-out task")
             continue
+        # Duplicates are not run: a model that has lost its variety proposes little else.
         key = duplicate_key(checked) if known is not None else i
         if key in (known or ()):
             verdicts[i] = Verdict(False, "duplicate", "the task exists already, names and layout aside")
@@ -47,6 +55,7 @@ def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None
     jobs = [Job(proposal.program, proposal.inputs, stop_at_failure=True) for _, proposal in runs]
     for (i, proposal), outcomes in zip(runs, sandbox.validate(jobs) if jobs else []):
         verdicts[i] = _conclude(proposal, outcomes, max_output_chars, exempt)
+    # A repeat of a refused proposal is refused for the same reason: it is no duplicate of anything that exists.
     for i, original in repeats:
         same = Verdict(False, "duplicate", "the same task was proposed before in this batch, names and layout aside")
         verdicts[i] = same if verdicts[original].ok else verdicts[original]
@@ -85,6 +94,7 @@ def _conclude(proposal: Proposal, outcomes: list[Outcome], max_output_chars: int
     for outcome in outcomes:
         if outcome.status != "ok":
             return Verdict(False, outcome.status, outcome.detail)
+    # Checked after the run, so that what is broken and trivial counts as broken.
     outputs = [outcome.output for outcome in outcomes]
     trivial = read_program(proposal.program).trivial
     if trivial and not (proposal.mode == "induction" and proposal.program in exempt):
