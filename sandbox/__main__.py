@@ -52,7 +52,10 @@ def read_job(line: bytes) -> tuple[Job, dict]:
 
 
 def lines_at_hand(stream, limit: int):
-    """Lists of up to `limit` lines: waits for one, then takes those that have come already."""
+    """Lists of up to `limit` lines: waits for one, then takes those that are there already.
+
+    So a caller who writes one line and waits for its answer gets it, and one who writes thousands is answered in bulk.
+    """
     buffer, descriptor, ended = b"", stream.fileno(), False
     while not ended or buffer:
         while not ended and (b"\n" not in buffer or buffer.count(b"\n") < limit and len(buffer) < LINE_BYTES
@@ -82,6 +85,7 @@ def _skip_line(descriptor, buffer):
 
 
 def run(arguments) -> int:
+    """The filter; exit code 1 if a line was bad."""
     profile = {"proposal": PROPOSAL, "benchmark": BENCHMARK}[arguments.profile]
     number, bad = 0, 0
     with Sandbox(arguments.workers, profile, arguments.allow_weak) as sandbox:
@@ -96,7 +100,7 @@ def run(arguments) -> int:
                 except BadLine as error:
                     bad += 1
                     answers.append({"error": str(error), "line": number})
-            results = iter(sandbox.run(jobs))
+            results = iter(sandbox.run(jobs))  # those of the good lines, in order
             for answer in answers:
                 if "error" not in answer:
                     answer["outcomes"] = [_record(outcome) for outcome in next(results)]
@@ -112,6 +116,7 @@ def _record(outcome):
 
 
 def doctor(arguments) -> int:
+    """What protects this machine, each protection tried; exit code 1 if one that matters is missing."""
     with Sandbox(arguments.workers, allow_weak=arguments.allow_weak) as sandbox:
         trials = {
             "a program is answered": (Job("def f(x): return x + 1", ("1",)), "ok", ""),
@@ -130,6 +135,7 @@ def doctor(arguments) -> int:
 
 
 def main() -> int:
+    """Exit code 2: the sandbox cannot work here, or bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m sandbox", description="Runs untrusted Python programs.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action, text in (("run", run, "jobs in, outcomes out, one JSON object a line"),

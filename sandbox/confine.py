@@ -4,7 +4,11 @@ The filter is an allow-list: memory, one write descriptor, exit. Harmless calls 
 stat, clocks) fail with EPERM; whatever is not named (fork, execve, socket, kill, ptrace, another architecture's
 numbers) kills the process. A program cannot take any of it off again. Left out: namespaces and cgroups, which
 containers do not grant; RLIMIT_NPROC, which root ignores and which counts strangers' zombies; PR_SET_TSC, which
-kills honest programs.
+kills honest programs: CPython reads the clock when it takes a lock, and math.ceil takes one.
+
+    missed = limit_resources(256); Seccomp(libc(), result_fd=1).install()          # for ever, in this process
+
+Imports nothing of the project and can be copied out alone. See seccomp(2), landlock(7), prctl(2).
 """
 
 import ctypes
@@ -14,11 +18,14 @@ import resource
 import struct
 import sys
 
-# name: (x86-64, aarch64); None where the architecture lacks the call
+# name: (x86-64, aarch64); None where the architecture lacks the call. Memory, locks and the end: what the interpreter
+# needs to compute.
 _ALLOW = {
     "rt_sigreturn": (15, 139), "brk": (12, 214), "munmap": (11, 215), "mremap": (25, 216), "madvise": (28, 233),
     "futex": (202, 98), "sched_yield": (24, 124), "exit": (60, 93), "exit_group": (231, 94),
     "restart_syscall": (219, 128)}
+# Answered with "not permitted": honest programs try these (an import looks for files, a library asks for the time) and
+# go on without; a killed child would cost them their verdict.
 _FAIL = {
     "read": (0, 63), "open": (2, None), "close": (3, 57), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
     "poll": (7, None), "lseek": (8, 62), "rt_sigprocmask": (14, 135), "ioctl": (16, 29), "pread64": (17, 67),
@@ -31,17 +38,23 @@ _FAIL = {
     "clock_nanosleep": (230, 115), "openat": (257, 56), "newfstatat": (262, 79), "readlinkat": (267, 78),
     "faccessat": (269, 48), "prlimit64": (302, 261), "getrandom": (318, 278), "statx": (332, 291),
     "openat2": (437, 437), "faccessat2": (439, 439)}
+# Allowed by their arguments: memory that is not executable, writes to the result pipe alone, the clock of CPU time
+# alone.
 _CHECK = {"mmap": (9, 222), "mprotect": (10, 226), "write": (1, 64), "clock_gettime": (228, 113)}
+# Column above, and AUDIT_ARCH of linux/audit.h: a 32-bit call has other numbers, so another architecture is killed.
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7), "arm64": (1, 0xC00000B7)}
 
+# From linux/seccomp.h (kill the process; errno 1; allow) and linux/bpf_common.h (load, jump if equal, if not below, if
+# any bit is set; return).
 _RET_KILL, _RET_EPERM, _RET_ALLOW = 0x80000000, 0x00050001, 0x7FFF0000
 _LOAD, _JEQ, _JGE, _JSET, _RET = 0x20, 0x15, 0x35, 0x45, 0x06
-_PROT_EXEC, _CPU_CLOCK = 4, 2
+_PROT_EXEC, _CPU_CLOCK = 4, 2  # PROT_EXEC of mman.h, CLOCK_PROCESS_CPUTIME_ID of time.h
 _LOW_WORD = 16 if sys.byteorder == "little" else 20  # of argument 0 in struct seccomp_data
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38
 _SECCOMP_MODE_FILTER = 2
 _LANDLOCK_CREATE, _LANDLOCK_RESTRICT = 444, 446
+# Above the users of ordinary machines, below the 65,536 that user namespaces of containers map.
 _FIRST_UID, _UIDS = 50_000, 10_000
 
 
@@ -65,11 +78,13 @@ def plain_fork():
     return ctypes.PyDLL(None).fork if sys.platform.startswith("linux") else None
 
 
-# --- seccomp ------------------------------------------------------------------------------------------------
+# --- seccomp ----------------------------------------------------------------------------------------------------------
 
 def build_filter(machine: str, result_fd: int) -> bytes:
-    """BPF program (8 bytes an instruction) for one architecture; a binary search, since the kernel runs it once for
-    every system call number when it is installed. Raises ConfineError for an architecture without a table."""
+    """BPF program (8 bytes an instruction) for one architecture (platform.machine()); writes go to `result_fd` alone.
+
+    Raises ConfineError for an architecture without a table.
+    """
     if machine not in _ARCHITECTURES:
         raise ConfineError(f"no system call table for {machine}")
     column, architecture = _ARCHITECTURES[machine]
@@ -79,12 +94,14 @@ def build_filter(machine: str, result_fd: int) -> bytes:
     checks = {"mmap": _unless_bit(2, _PROT_EXEC), "mprotect": _unless_bit(2, _PROT_EXEC),
               "write": _only_if(0, result_fd), "clock_gettime": _only_if(0, _CPU_CLOCK)}
     actions |= {_CHECK[name][column]: code for name, code in checks.items()}
+    # A binary search over regions of numbers, not a list of comparisons: the kernel runs the program once for every
+    # system call number when it is installed, which each child pays for (53 us against 135 us).
     regions = [(0, [_ret(_RET_KILL)])]
     for number in sorted(actions):  # (first number, code): each region reaches to the next one
         if regions[-1][0] == number:
             regions.pop()
         regions += [(number, actions[number]), (number + 1, [_ret(_RET_KILL)])]
-    merged = [regions[0]]
+    merged = [regions[0]]  # neighbours with the same answer are one region
     for first, code in regions[1:]:
         if code != merged[-1][1]:
             merged.append((first, code))
@@ -101,6 +118,7 @@ def _ret(action):
 
 
 def _only_if(argument, value):
+    # The lower half is compared alone. Descriptors and clocks are 32-bit numbers for the kernel too.
     return [_op(_LOAD, _LOW_WORD + 8 * argument), _op(_JEQ, value, 0, 1), _ret(_RET_ALLOW), _ret(_RET_EPERM)]
 
 
@@ -117,19 +135,25 @@ def _search(regions):
 
 
 class Seccomp:
-    """A filter ready to be installed: `install()` is one prctl, in the child, after which it is for ever."""
+    """A filter ready to be installed: `install()` is one prctl, in the child, and cannot be undone.
+
+    Made before the forks, since a child would pay for it each time. `library`: what `libc()` gave.
+    """
 
     def __init__(self, library, result_fd: int):
         self._library = library
         self.load(build_filter(platform.machine(), result_fd))
 
     def load(self, program: bytes):
+        """Another BPF program (tests install some that allow more)."""
+        # Attributes, not locals: the kernel reads this memory at `install`, so Python must not free it before.
         self._program = ctypes.create_string_buffer(program, len(program))
         head = struct.pack("@HP", len(program) // 8, ctypes.addressof(self._program))
         self._head = ctypes.create_string_buffer(head, len(head))
         self._address = ctypes.addressof(self._head)
 
     def install(self):
+        """For this process and for ever. Raises ConfineError; PR_SET_NO_NEW_PRIVS must have been set."""
         if self._library.prctl(PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, self._address, 0, 0) != 0:
             raise ConfineError(ctypes.get_errno(), "seccomp filter refused: " + os.strerror(ctypes.get_errno()))
 
@@ -140,6 +164,7 @@ class Seccomp:
     def _probe(self, action):
         pid = os.fork()
         if pid == 0:
+            # _exit in any case: a child that got away would run the lane's code a second time.
             code = 2
             try:
                 self.install()
@@ -150,7 +175,7 @@ class Seccomp:
         return os.waitstatus_to_exitcode(status)
 
 
-# --- the rest -----------------------------------------------------------------------------------------------
+# --- the rest ---------------------------------------------------------------------------------------------------------
 
 def landlock(library) -> int:
     """Takes files, TCP and signals to outsiders from this process and its children. Returns the kernel's ABI number.
@@ -158,10 +183,13 @@ def landlock(library) -> int:
     abi = library.syscall(ctypes.c_long(_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint(1))
     if abi < 1:
         raise ConfineError(ctypes.get_errno(), "no Landlock: " + os.strerror(ctypes.get_errno()))
+    # A newer kernel knows more rights, an older one refuses those that it does not know: as many as its ABI has.
     files = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
-    attributes = struct.pack("=QQQ", files, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]
+    # struct landlock_ruleset_attr: files, TCP (bind, connect; ABI 4), scopes (abstract sockets, signals; ABI 6).
+    attributes = struct.pack("=QQQ", files, 3, 3)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     size = ctypes.c_size_t(len(attributes))
     ruleset = library.syscall(ctypes.c_long(_LANDLOCK_CREATE), attributes, size, ctypes.c_uint(0))
+    # A ruleset without a single rule: everything that it handles is denied.
     if ruleset < 0:
         raise ConfineError(ctypes.get_errno(), "Landlock ruleset refused: " + os.strerror(ctypes.get_errno()))
     done = library.syscall(ctypes.c_long(_LANDLOCK_RESTRICT), ctypes.c_int(ruleset), ctypes.c_uint(0))
@@ -179,19 +207,24 @@ def unused_uid(number: int, taken: list[int]) -> int:
 
 def drop_user(uid: int):
     """Becomes `uid` for good, without groups. Raises PermissionError without the capability."""
+    # The uid last: with it goes the right to change the others.
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
 
 
 def limit_resources(memory_mb: int) -> list[str]:
-    """Resource limits of the lane and its children; returns the names of those that could not be set."""
-    wanted = {"CORE": 0, "FSIZE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "STACK": 16 << 20, "NOFILE": 32,
+    """Resource limits of the lane and its children; returns the names of those that could not be set.
+
+    CPU time is not among them: RLIMIT_CPU counts whole seconds, the child's timers milliseconds.
+    """
+    limits = {"CORE": 0, "FSIZE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "STACK": 16 << 20, "NOFILE": 32,
               "AS": memory_mb << 20}
     missed = []
-    for name, value in wanted.items():
+    for name, value in limits.items():
         number = getattr(resource, "RLIMIT_" + name, None)
         try:
+            # Never above the hard limit that a container has set: raising it needs a capability.
             hard = resource.getrlimit(number)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(number, (value, value))

@@ -14,6 +14,10 @@ Each of them gets a namespace and inputs of its own. What they then still share,
 A looping program costs its own limit, its neighbours a child of their own. This is a rule of the language, on top of
 which seccomp confines the child as always: who breaks the interpreter from inside the list could harm the programs
 beside it, but finds no expected answer there either.
+
+    if worth_trying(source) and contained(compile(source, "<program>", "exec")): ...
+
+Imports `all_codes` of gate.py and nothing else of the project.
 """
 
 import re
@@ -21,7 +25,9 @@ from opcode import opmap
 
 from sandbox.gate import all_codes
 
-# by name, for Python 3.10 to 3.13; an operation that is not listed costs a program its company and nothing else
+# By name, for Python 3.10 to 3.13. An operation that is not listed, because it is new or dangerous, costs a program its
+# company and nothing else. Missing on purpose: STORE_ATTR (reaches shared objects), SETUP_FINALLY and PUSH_EXC_INFO
+# (catch what neighbours may cause), LOAD_BUILD_CLASS, and the operations of `with` and `match`.
 _OPERATIONS = """
     BINARY_ADD BINARY_AND BINARY_FLOOR_DIVIDE BINARY_LSHIFT BINARY_MODULO BINARY_MULTIPLY BINARY_OP
     BINARY_OR BINARY_POWER BINARY_RSHIFT BINARY_SLICE BINARY_SUBSCR BINARY_SUBTRACT BINARY_TRUE_DIVIDE BINARY_XOR
@@ -82,10 +88,13 @@ ATTRIBUTES = frozenset(
 
 _ALLOWED = frozenset(opmap[name] for name in _OPERATIONS.split() if name in opmap)
 _ATTRIBUTE_CODES = [opmap[name] for name in ("LOAD_ATTR", "LOAD_METHOD") if opmap.get(name, 256) < 256]
-_ATTRIBUTE_SHIFT = 2 - len(_ATTRIBUTE_CODES)  # from 3.12 on the two are one, and the lowest bit tells which
+# From 3.12 on the two are one operation, whose argument's lowest bit tells which: the name's number is above it.
+_ATTRIBUTE_SHIFT = 2 - len(_ATTRIBUTE_CODES)
 _IMPORT_NAME, _IMPORT_FROM, _STORE_NAME = opmap["IMPORT_NAME"], opmap["IMPORT_FROM"], opmap["STORE_NAME"]
 _IS, _LOAD_CONST = opmap["IS_OP"], opmap["LOAD_CONST"]
-_NAMES = 60  # of a code object at most: their numbers then fit an argument of one byte, flags included
+# Names of a code object at most. Their numbers then fit an argument of one byte, flags included, so EXTENDED_ARG never
+# applies to a name and the arguments below can be read one by one.
+_NAMES = 60
 _ASYNC = 0x80 | 0x100 | 0x200  # flags of coroutines, awaitable generators, asynchronous generators
 _HOPELESS = re.compile(
     r"\b(?:class|except|finally|with|async|match|getattr|setattr|type|yield\s+from)\b|__|\.format\b"
@@ -93,18 +102,23 @@ _HOPELESS = re.compile(
 
 
 def worth_trying(source: str) -> bool:
-    """A guess from the text, which saves the way of programs that would be sent back anyway."""
+    """A guess from the text: False spares a program that would be refused the way to a shared child and back.
+
+    Made in the pool, where nothing is compiled; a wrong guess costs time, never a verdict.
+    """
     return _HOPELESS.search(source) is None
 
 
 def contained(code) -> bool:
     """Whether a program, by its code object, can reach nothing but what is its own or immutable."""
+    # Names that it assigns at its top level are its own; in functions, locals are not in co_names at all.
     known = BUILTINS | ATTRIBUTES | MODULES.keys() | {code.co_names[number] for number in _numbers(code, _STORE_NAME)}
     return all(_listed(part, known) for part in all_codes(code))
 
 
 def _listed(code, known):
     names = code.co_names
+    # Every second byte is an operation, inline caches included, which are listed as CACHE.
     if code.co_flags & _ASYNC or len(names) > _NAMES or not _ALLOWED.issuperset(code.co_code[::2]):
         return False
     if not known.issuperset(names) or any(name.startswith("__") for name in names):
@@ -117,12 +131,12 @@ def _listed(code, known):
 
 def _numbers(code, kind):
     """The arguments of all instructions of a kind."""
-    operations, found = code.co_code[::2], []
-    place = operations.find(kind)
+    operations, arguments = code.co_code[::2], []
+    place = operations.find(kind)  # bytes.find, and not a loop over all bytes: most programs hold a kind not at all
     while place >= 0:
-        found.append(code.co_code[2 * place + 1])
+        arguments.append(code.co_code[2 * place + 1])
         place = operations.find(kind, place + 1)
-    return found
+    return arguments
 
 
 def _plain_identity(code):

@@ -1,5 +1,9 @@
-"""When two values are equal: Python's == as ast.literal_eval's values have it, except for NaN and the rounding of
-floats."""
+"""When two values are equal: Python's == for literal values, except for NaN and the rounding of floats.
+
+    equal([0.1 + 0.2, float("nan")], [0.3, float("nan")])         # True
+
+Imports nothing of the project and can be copied out alone.
+"""
 
 import math
 
@@ -11,7 +15,7 @@ def equal(a, b, rel: float = 1e-9) -> bool:
     relative difference `rel` (absolute 0; rel=0 is exact). Inside sets and among dict keys too."""
     kind, other = type(a), type(b)
     if kind is float and other is float:
-        return a == b or (a != a and b != b) or (rel > 0 and math.isclose(a, b, rel_tol=rel, abs_tol=0.0))
+        return a == b or (math.isnan(a) and math.isnan(b)) or (rel > 0 and math.isclose(a, b, rel_tol=rel, abs_tol=0.0))
     if kind is complex and other is complex:
         return equal(a.real, b.real, rel) and equal(a.imag, b.imag, rel)
     if kind in _NUMBERS and other in _NUMBERS:
@@ -19,6 +23,7 @@ def equal(a, b, rel: float = 1e-9) -> bool:
     if kind is other and kind in (list, tuple):
         return len(a) == len(b) and all(equal(x, y, rel) for x, y in zip(a, b))
     if kind in (set, frozenset) and other in (set, frozenset):
+        # Exact partners are looked up in the hash tables; the few that are left are compared one by one.
         return len(a) == len(b) and _matched([x for x in a if x not in b], [y for y in b if y not in a],
                                              lambda x, y: equal(x, y, rel))
     if kind is dict and other is dict:
@@ -37,6 +42,8 @@ def _matched(left, right, same):
     """Whether the elements that have no exact partner can be paired off (Kuhn's augmenting paths)."""
     if not left and not right:
         return True
+    # Only a float can be equal to something that `in` does not see. 256: pairing takes time with the square of this,
+    # and both values may come from a model.
     if len(left) != len(right) or len(left) > 256 or not all(_has_float(x) for x in left):
         return False
     partner = {}

@@ -4,21 +4,29 @@ output.
 Runs inside the confined child, on code objects (a syntax tree would cost more than the whole child). This is no
 boundary, the kernel is: the gate gives proposers their reasons and keeps clocks, addresses and random numbers out of
 honest programs.
+
+    code, order_matters = judge(source, modules=frozenset({"math"}))          # raises Refused
+
+Imports nothing of the project and can be copied out alone; made for the opcodes of Python 3.10 to 3.13.
 """
 
 import builtins
 import sys
 from opcode import opmap
 
+# Reach files, the terminal or other programs' objects (open, globals), or give another answer each time (id, hash).
 FORBIDDEN_BUILTINS = frozenset(
     "open input eval exec compile id hash globals locals vars memoryview breakpoint exit quit help "
     "__import__ __build_class__ __loader__ __spec__ copyright credits license".split())
+# What published benchmark programs use all the same; the profile "benchmark" lets it pass.
 _WIDE_BUILTINS = frozenset("eval exec compile id hash globals locals vars memoryview input exit quit".split())
+# Attributes that lead from an object of the program to the interpreter's: modules, frames, other classes.
 _FORBIDDEN_NAMES = frozenset(
     "__globals__ __builtins__ __subclasses__ __code__ __closure__ __loader__ __spec__ __import__ __mro__ __bases__ "
     "__base__ __reduce__ __reduce_ex__ __getattribute__ __self__ __func__ __traceback__ "
     "gi_frame gi_code gi_yieldfrom cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back f_globals f_locals "
     "f_builtins f_code f_trace _getframe with_traceback".split())
+# Names, operations and operators that can make a set, whose order then may reach the output.
 _SET_NAMES = frozenset("set frozenset Counter __hash__ symmetric_difference __or__ __and__ __sub__ __xor__".split())
 _VIEW_NAMES = frozenset(("keys", "items"))
 _SET_CODES = bytes(opmap[name] for name in ("BUILD_SET", "SET_ADD", "SET_UPDATE") if name in opmap)
@@ -38,6 +46,7 @@ class Refused(Exception):
 def compile_source(source: str):
     """The program's code object. Raises Refused with the status syntax, whatever the parser trips over."""
     try:
+        # dont_inherit: without it this file's own __future__ imports would apply to the program.
         return compile(source, "<program>", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, OverflowError, MemoryError) as error:
         line = getattr(error, "lineno", None)
@@ -46,10 +55,14 @@ def compile_source(source: str):
 
 
 def judge(source: str, modules: frozenset, wide: bool = False):
-    """(code object, whether set or hash order can matter). Raises Refused."""
+    """(code object, whether set or hash order can matter). Raises Refused.
+
+    modules: that may be imported. wide: a benchmark's program, which may use what _WIDE_BUILTINS and attributes allow.
+    """
     code = compile_source(source)
     forbidden = FORBIDDEN_BUILTINS - _WIDE_BUILTINS if wide else FORBIDDEN_BUILTINS
     codes = all_codes(code)
+    # A program may have a variable of its own called `input` or `id`: what it assigns anywhere is not the builtin.
     stored, loaded = set(), set()
     for part in codes:
         names = set(part.co_names)
@@ -65,6 +78,7 @@ def judge(source: str, modules: frozenset, wide: bool = False):
 
 
 def all_codes(code):
+    """The code object and all that lie inside it: functions, lambdas, comprehensions, class bodies."""
     codes, kind = [code], type(code)
     for part in codes:
         codes += [constant for constant in part.co_consts if type(constant) is kind]
@@ -73,6 +87,7 @@ def all_codes(code):
 
 def _instructions(code):
     """(opcode, argument) pairs; inline caches show up as harmless zeros."""
+    # EXTENDED_ARG holds the upper bits of the next instruction's argument.
     argument, raw = 0, code.co_code
     for position in range(0, len(raw), 2):
         argument = argument << 8 | raw[position + 1]
@@ -117,13 +132,13 @@ def _order_sensitive(code):
 def safe_builtins(wide: bool, importer, getter) -> dict:
     """The builtins of a program: `print` goes nowhere, imports come from the list, getattr refuses what the gate
     refuses."""
-    kept = {name: value for name, value in vars(builtins).items()
-            if name not in FORBIDDEN_BUILTINS or wide and name in _WIDE_BUILTINS}
-    kept["hash"] = hash  # only inside a __hash__ method: the gate sees to it
-    kept |= {"print": _print, "__import__": importer, "__build_class__": builtins.__build_class__}
+    allowed = {name: value for name, value in vars(builtins).items()
+               if name not in FORBIDDEN_BUILTINS or wide and name in _WIDE_BUILTINS}
+    allowed["hash"] = hash  # only inside a __hash__ method: the gate sees to it
+    allowed |= {"print": _print, "__import__": importer, "__build_class__": builtins.__build_class__}
     if not wide:
-        kept["getattr"] = getter
-    return kept
+        allowed["getattr"] = getter  # the gate sees names in the code, not those that are made as text
+    return allowed
 
 
 def _print(*values, **options):

@@ -1,6 +1,9 @@
-"""Jobs, their outcomes, and how the second is made of what a child has said and of how it ended.
+"""Jobs, their outcomes, and how the second is made of the bytes that a child has written and of how it ended.
 
-Pure functions on bytes and numbers: nothing here starts or waits for anything.
+    rest, infra = settle(piece, data, wait_status, is_canonical)         # outcomes are now in piece.outcomes
+
+Pure functions on bytes and numbers: nothing here starts or waits for anything, and nothing trusts a child. Imports
+wire.py and literal.py.
 """
 
 import os
@@ -10,27 +13,36 @@ from dataclasses import dataclass
 from sandbox import literal
 from sandbox.wire import decode
 
-CPU_SLACK = 0.02  # seconds of CPU time that earlier inputs of a child may use up before a time-out is doubted
+# Seconds of CPU time that earlier inputs of a child may use up before a later input's time-out is doubted: within a
+# child all inputs share one timer, and a verdict must not depend on what ran before.
+CPU_SLACK = 0.02
 
 
 @dataclass(frozen=True)
 class Job:
+    """A program and the inputs to call it with."""
+
     code: str
-    inputs: tuple[str, ...]            # each the text between the parentheses of entry(...)
-    cpu_seconds: float | None = None   # of one input, loading the program included; None: the profile's
+    inputs: tuple[str, ...]  # each the text between the parentheses of entry(...)
+    cpu_seconds: float | None = None  # of one input, loading the program included; None: the profile's
     entry: str = "f"
-    stop_at_failure: bool = False      # after an input that is not `ok` the rest get its status and "not_run"
+    stop_at_failure: bool = False  # after an input that is not `ok` the rest get its status and "not_run"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    status: str          # ok timeout memory error forbidden killed not_literal too_large syntax infra nondeterministic
-    output: str | None   # canonical text, for ok
-    detail: str          # first word for machines: an exception's class, "import os", "hash_seed", ...
+    """What became of one input."""
+
+    status: str  # ok timeout memory error forbidden killed not_literal too_large syntax infra nondeterministic
+    output: str | None  # canonical text, for ok
+    detail: str  # first word for machines: an exception's class, "import os", "hash_seed", ...
 
 
 class Piece:
-    """Inputs of one job that one child is to take, and where their outcomes go."""
+    """Inputs of one job that one child is to take, and where their outcomes go.
+
+    texts: packed inputs (wire.pack_args); slots: the place of each in `outcomes`; seed: the hash seed to run under.
+    """
 
     def __init__(self, job, texts, slots, outcomes, seed, sensitive):
         self.job, self.texts, self.slots, self.outcomes, self.seed = job, texts, slots, outcomes, seed
@@ -40,12 +52,15 @@ class Piece:
             sensitive.add(id(outcomes))
 
     def rest(self, start):
+        """The inputs from a position on, as a piece that has not been retried."""
         return Piece(self.job, self.texts[start:], self.slots[start:], self.outcomes, self.seed, self.sensitive)
 
     def settle(self, position, outcome):
+        """The outcome of one input."""
         self.outcomes[self.slots[position]] = outcome
 
     def settle_from(self, position, outcome):
+        """The same outcome for this input and all after it."""
         for slot in self.slots[position:]:
             self.outcomes[slot] = outcome
 
@@ -55,23 +70,26 @@ class Piece:
 
     def cpu_limit(self, usual):
         """Seconds of CPU time of the child."""
+        # One input's time for all of them: a child whose inputs are honest needs a fraction, and one that loops is
+        # found after one limit, not after the sum.
         cpu = usual if self.job.cpu_seconds is None else self.job.cpu_seconds
         return cpu + (CPU_SLACK if len(self.texts) > 1 else 0)
 
     def flooded(self):
-        """Settles what said too much; returns the pieces that are to be run again."""
+        """Settles a child that wrote too much; returns the pieces that are to be run again."""
         self.settle_from(0, Outcome("killed", None, "output_flood"))
         return []
 
 
 class Bundle:
-    """Pieces with one CPU limit that are to share one child if their programs allow it (see contained.py). What does
-    not come out clean of it is run again, alone."""
+    """Pieces with one CPU limit that are to share one child if their programs allow it (see contained.py). Programs
+    whose outcomes a neighbour may have caused are run again, alone."""
 
     def __init__(self, pieces):
         self.pieces, self.seed = pieces, pieces[0].seed
 
     def programs(self):
+        """As Piece.programs, of all pieces."""
         return tuple(program for piece in self.pieces for program in piece.programs())
 
     def cpu_limit(self, usual):
@@ -79,12 +97,14 @@ class Bundle:
         return max(piece.cpu_limit(usual) for piece in self.pieces)
 
     def flooded(self):
+        """One of the programs wrote too much, and it is not known which: all are run again, alone."""
         return self.pieces
 
 
 def refusal(job, profile):
     """The outcome of a job that is not worth a process. Raises ValueError for a CPU limit that the kernel would take
     for none."""
+    # A timer of 0 is switched off: the program would run for ever.
     if job.cpu_seconds is not None and not 0.001 <= job.cpu_seconds < 1e6:
         raise ValueError(f"cpu_seconds is {job.cpu_seconds}: give at least a millisecond")
     if len(job.code) > profile.source_chars:
@@ -97,13 +117,16 @@ def refusal(job, profile):
     return None
 
 
-# --- what a child said --------------------------------------------------------------------------------------
+# --- from bytes to outcomes -------------------------------------------------------------------------------------------
 
-def settle(piece, heard: bytes, status: int, is_canonical):
-    """Turns a child's frames and wait status into outcomes. Returns (pieces still to be run, reason of infra or
-    "")."""
-    frames, whole = decode(heard)
-    frames = frames[1:]
+def settle(piece, data: bytes, status: int, is_canonical):
+    """Turns a child's frames and wait status into outcomes. Returns (pieces still to be run, reason of infra or "").
+
+    is_canonical(text): whether a text is the canonical text of a value within the limits. A program that writes frames
+    itself can only claim values for its own inputs, in order: that is no more than returning them.
+    """
+    frames, whole = decode(data)
+    frames = frames[1:]  # B: the pool has looked at it
     done = bool(frames) and frames[-1][0] == "D"
     frames = frames[:-1] if done else frames
     broken = Outcome("killed", None, "protocol")
@@ -117,6 +140,7 @@ def settle(piece, heard: bytes, status: int, is_canonical):
     loaded = bool(frames)
     if loaded and frames[0][1] == "order":
         piece.sensitive.add(id(piece.outcomes))
+    # CPU time that loading and earlier inputs have used, as the child says; it only decides what is tried again.
     used, position = frames[0][2] if loaded else 0.0, 0
     for kind, text, cpu in frames[1:]:
         outcome = _value(kind, text, is_canonical)
@@ -133,11 +157,11 @@ def settle(piece, heard: bytes, status: int, is_canonical):
     return _ended_early(piece, position, _ending(status, done, whole), loaded, used)
 
 
-def settle_together(bundle, heard: bytes, status: int, is_canonical):
+def settle_together(bundle, data: bytes, status: int, is_canonical):
     """Settles those pieces of a bundle whose outcomes are the same alone; returns the others, to be run alone."""
-    frames, whole = decode(heard)
+    frames, whole = decode(data)
     done = bool(frames) and frames[-1][0] == "D"
-    sections = []
+    sections = []  # the frames of each program, in the order of the pieces
     for frame in frames[1:-1] if done else frames[1:]:
         if frame[0] in "RXAG":
             sections.append([])
@@ -146,56 +170,58 @@ def settle_together(bundle, heard: bytes, status: int, is_canonical):
         sections[-1].append(frame)
     if not whole or len(sections) > len(bundle.pieces) or done and len(sections) < len(bundle.pieces):
         return bundle.pieces
+    # The program that was running when time ran out is at fault only if those before it had used next to none of it.
     timeout = not done and _ending(status, done, whole).status == "timeout" and frames[-1][2] <= CPU_SLACK
-    alone = bundle.pieces[len(sections):]
+    alone = bundle.pieces[len(sections) :]
     for piece, section in zip(bundle.pieces, sections):
         last = section is sections[-1]
-        found = _outcomes_of(section, is_canonical)
-        if found is None or not _complete(piece, found, section[0][0], last and timeout):
+        outcomes = _outcomes_of(section, is_canonical)
+        if outcomes is None or not _complete(piece, outcomes, section[0][0], last and timeout):
             alone.append(piece)
         elif section[0][0] != "G":
-            piece.settle_from(0, found[0])
+            piece.settle_from(0, outcomes[0])
         else:
-            alone += _settle_shared(piece, found)
+            alone += _settle_shared(piece, outcomes)
     return alone
 
 
 def _outcomes_of(section, is_canonical):
-    """Outcomes of what one program of several has said; None when it must be run alone: it asked for that, or there is
-    an outcome that neighbours (memory, stack) or the place in memory may have caused."""
+    """Outcomes from the frames of one program of several; None when it must be run alone: it asked for that, or there
+    is an outcome that neighbours (memory, stack) or the place in memory may have caused."""
     kind, text, _ = section[0]
-    found = [_value(*frame[:2], is_canonical) for frame in section[1:]]
-    if kind == "A" or kind != "G" and found or None in found:
+    outcomes = [_value(*frame[:2], is_canonical) for frame in section[1:]]
+    if kind == "A" or kind != "G" and outcomes or None in outcomes:
         return None
     if kind == "R":
-        found = [_load_failure(kind, text)]
+        outcomes = [_load_failure(kind, text)]
     elif kind == "X":
-        found = [_exception(text)]
+        outcomes = [_exception(text)]
     clean = all(outcome.status in ("not_literal", "too_large", "forbidden")
                 or outcome.status == "ok" and " at 0x" not in outcome.output
                 or outcome.status in ("error", "syntax") and outcome.detail.partition(" ")[0] in _OF_ITS_OWN
-                for outcome in found)
-    return found if clean else None
+                for outcome in outcomes)
+    return outcomes if clean else None
 
 
+# Exceptions of a program's own logic. MemoryError and RecursionError are not among them: neighbours can cause these.
 _OF_ITS_OWN = frozenset("AssertionError AttributeError IndentationError IndexError KeyError NameError StopIteration "
                         "SyntaxError TabError TypeError UnboundLocalError ValueError ZeroDivisionError".split())
 
 
-def _complete(piece, found, kind, timeout):
+def _complete(piece, outcomes, kind, timeout):
     """Whether the outcomes are all of a program's; with `timeout`, all but those from the input that timed out."""
-    if kind != "G" or len(found) == len(piece.slots):
+    if kind != "G" or len(outcomes) == len(piece.slots):
         return True
-    failed = bool(found) and found[-1].status != "ok" and piece.job.stop_at_failure
-    return len(found) < len(piece.slots) and (failed or timeout)
+    failed = bool(outcomes) and outcomes[-1].status != "ok" and piece.job.stop_at_failure
+    return len(outcomes) < len(piece.slots) and (failed or timeout)
 
 
-def _settle_shared(piece, found):
-    for position, outcome in enumerate(found):
+def _settle_shared(piece, outcomes):
+    for position, outcome in enumerate(outcomes):
         piece.settle(position, outcome)
-    position = len(found)
-    if found and found[-1].status != "ok" and piece.job.stop_at_failure:
-        piece.settle_from(position, Outcome(found[-1].status, None, "not_run"))
+    position = len(outcomes)
+    if outcomes and outcomes[-1].status != "ok" and piece.job.stop_at_failure:
+        piece.settle_from(position, Outcome(outcomes[-1].status, None, "not_run"))
         return []
     if position == len(piece.slots):
         return []
@@ -228,7 +254,9 @@ def _ending(status, done, whole):
         return Outcome("timeout", None, "cpu_time")
     if number == signal.SIGALRM:
         return Outcome("infra", None, "wall_time")
-    if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # none of them can be self-inflicted
+    # A program has no call to send or to set off a signal, so these came from outside: the kernel short of memory, a
+    # user.
+    if number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         return Outcome("infra", None, f"signal {signal.Signals(number).name}")
     if number == signal.SIGSYS:
         return Outcome("forbidden", None, "system_call")
@@ -243,6 +271,7 @@ def _load_failure(kind, text):
 
 
 def _exception(text):
+    # A child's text becomes part of a sentence that is shown to a model and logged: an identifier, or one known phrase.
     word = text.partition(" ")[0]
     name = word if word.isidentifier() and len(word) <= 100 else "Exception"
     detail = text if text == f"{name} no {text[len(name) + 4:]}" and text.isprintable() else name  # "NameError no f"
@@ -261,7 +290,7 @@ def _value(kind, text, is_canonical):
     return None
 
 
-# --- determinism --------------------------------------------------------------------------------------------
+# --- determinism ------------------------------------------------------------------------------------------------------
 
 class Repeat:
     """A second run of the good inputs of a job, for comparison: reversed, and then once more in order when `twice`."""
@@ -274,22 +303,26 @@ class Repeat:
 
     def compare(self) -> dict[int, Outcome]:
         """{slot: the outcome that takes the place of the first run's} for the inputs that came out differently."""
-        found = {}
+        differing = {}
         for slot in self.good:
             for other in self.of(slot):
-                if slot not in found and not same_outcome(self.first[slot], other):
-                    found[slot] = self.verdict(slot, other)
-        return found
+                if slot not in differing and not same_outcome(self.first[slot], other):
+                    differing[slot] = self.verdict(slot, other)
+        return differing
 
     def verdict(self, slot, other):
+        """The outcome of an input whose repeat came out as `other`."""
         if other.status in ("infra", "timeout", "memory"):
             return other
         first, seen = self.first[slot].output, other.output or f"{other.status} {other.detail}"
+        # Different within one process: state. Else another seed or another address made the difference; a text with an
+        # address in it tells which.
         inside = any(not same_outcome(self.of(slot)[0], later) for later in self.of(slot)[1:])
         why = "state" if inside or slot in self.by_order else "address" if " at 0x" in first + seen else "hash_seed"
         return Outcome("nondeterministic", None, f"{why} {first:.80} against {seen:.80}")
 
     def of(self, slot):
+        """The repeat's outcomes of one input, in the order in which they were made."""
         return [outcome for place, outcome in zip(self.order, self.outcomes) if place == slot]
 
     def agrees(self, other, slot) -> bool:
@@ -298,6 +331,7 @@ class Repeat:
 
 
 def same_outcome(a: Outcome, b: Outcome) -> bool:
+    """The same status and, exactly, the same value; details may differ."""
     return a.status == b.status and same_value(a.output, b.output)
 
 
@@ -307,5 +341,6 @@ def same_value(a: str | None, b: str | None) -> bool:
 
 
 def _read(text):
+    # Limits that no canonical text exceeds: it has been read within the profile's limits before.
     generous = literal.Limits(len(text), len(text) + 1, depth=200, int_bits=1 << 20, complex_numbers=True)
     return literal.parse(text, generous)

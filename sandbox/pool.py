@@ -1,5 +1,8 @@
-"""The trusted side: starts lanes (worker.py), hands them jobs, checks what comes back, keeps time, replaces what
-breaks.
+"""The trusted side: starts lanes (lane.py), hands them jobs, checks what comes back, keeps time, replaces what breaks.
+
+    with Sandbox(workers=4) as sandbox:
+        [[first, second]] = sandbox.run([Job("def f(x): return x + 1", ("1", "2"))])
+        [[outcome]] = sandbox.validate([Job("def f(x): return list({x, 'a'})", ("'b'",))])      # nondeterministic
 
 One thread, one selector, no threads of its own; usable from a process that has torch and its threads loaded, since
 lanes are started by exec. Every text that comes out of a child is read by literal.parse and must be its own
@@ -9,115 +12,44 @@ in the next one's name.
 Left out: a time limit by wall clock (too slow a machine is `infra`: retried alone, and never a verdict).
 """
 
-import fcntl
 import json
-import marshal
 import os
 import selectors
-import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import asdict
 
 from sandbox import literal
 from sandbox.contained import worth_trying
+from sandbox.lane import Lane
 from sandbox.outcomes import Bundle, Outcome, Piece, Repeat, refusal, settle, settle_together
 from sandbox.profiles import PROPOSAL, Profile
-from sandbox.wire import HEAD, REPORT, pack_args
+from sandbox.wire import REPORT, pack_args
 
-FIRST_SEEDS = (1, 2)                      # hash seeds of every validation; verdicts all come from the first
-MORE_SEEDS = (3, 4, 5, 6, 7, 8, 9, 10)    # where hash order can matter: 10 seeds miss 0.2 % of two-element orders
-BUNDLE, BUNDLE_BYTES = 8, 32_768          # jobs that share a child at most, and what they ask: half a pipe
-RECYCLE_AFTER = 20_000                    # jobs of one lane
-_TICK = 0.02                              # seconds between looks into the result pipes of long jobs
-_START_SECONDS = 60.0
-LOST_STARTS = 3                           # lanes in a row that may end before they greet, once another has
-_F_SETPIPE_SZ = 1031                      # fcntl.F_SETPIPE_SZ, which Python 3.9 and other systems lack
-_BOOT = ("import sys, types; sys.path.pop(0); p = types.ModuleType('sandbox'); p.__path__ = [sys.argv.pop(1)]; "
-         "sys.modules['sandbox'] = p; from sandbox import worker; worker.main()")
+# PYTHONHASHSEED of every validation. All verdicts come from the first, so that none depends on which lane was free. Not
+# 0: it shows in sys.flags.
+FIRST_SEEDS = (1, 2)
+# Where hash order can matter. Two seeds agree by chance on half of all orders of a set of two texts, ten on 0.2 %; and
+# an answer that is a coin's throw is what a reward for learnability pays for.
+MORE_SEEDS = (3, 4, 5, 6, 7, 8, 9, 10)
+# Jobs that share a child at most, and the bytes of their requests together: half a pipe, so that sending never waits.
+BUNDLE, BUNDLE_BYTES = 8, 32_768
+RECYCLE_AFTER = 20_000  # jobs of one lane, so that a server's slow leak, if there is one, never matters
+_TICK = 0.02  # seconds between looks into the result pipes of long jobs
+_START_SECONDS = 60.0  # for a lane to greet: far more than it takes, since a machine may stand still
+# Lanes in a row that may end before they greet, once another lane has: memory may be short for a moment.
+LOST_STARTS = 3
 
-
-_ADVICE = ("use Linux, Docker or WSL, or allow the weak mode (allow_weak=True, --allow-weak), which only limits time "
-           "and memory")
+_ADVICE = (
+    "use Linux, Docker or WSL, or allow the weak mode (allow_weak=True, --allow-weak), which only limits time and "
+    "memory"
+)
 
 
 class SandboxError(RuntimeError):
     """The sandbox cannot work here; the text says why and what to do."""
-
-
-class Lane:
-    """One fork-server process and the trusted ends of its three pipes."""
-
-    def __init__(self, seed: int, profile: Profile, allow_weak: bool):
-        request_read, first = os.pipe()
-        second_read, second = os.pipe()
-        self.data, data_write = os.pipe()
-        self.control, control_write = os.pipe()
-        config = {"seed": seed, "control": control_write, "second": second_read, "taken_uids": _taken_uids(),
-                  "pool": os.getpid(), "allow_weak": allow_weak,
-                  **{key: value for key, value in asdict(profile).items() if key != "name"}}
-        environment = {"PYTHONHASHSEED": str(seed), "PYTHONUTF8": "1", "LD_BIND_NOW": "1"}  # bound before the forks
-        if "LD_LIBRARY_PATH" in os.environ:  # a Python whose own library is found that way
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        try:
-            here = os.path.dirname(os.path.abspath(__file__))
-            self.process = subprocess.Popen(
-                [sys.executable, "-S", "-s", "-B", "-c", _BOOT, here, json.dumps(config)],
-                env=environment, cwd="/", stdin=request_read, stdout=data_write, stderr=subprocess.DEVNULL,
-                pass_fds=(control_write, second_read), start_new_session=True)  # a Ctrl-C is for the trainer alone
-        finally:
-            for descriptor in (request_read, second_read, data_write, control_write):
-                os.close(descriptor)
-        self.requests, self.request = (first, second), first  # in turn: the next child waits already
-        for descriptor in (*self.requests, self.data, self.control):
-            os.set_blocking(descriptor, False)
-        _widen(self.data)
-        self.seed, self.state, self.jobs = seed, None, 0
-        self.piece, self.unsent, self.heard, self.told, self.deadline = None, b"", bytearray(), b"", 0.0
-        self.started = time.monotonic()
-
-    def give(self, piece: Piece | Bundle, profile: Profile):
-        limit = piece.cpu_limit(profile.cpu_seconds)
-        wall = max(profile.wall_seconds, 6 * limit)
-        body = marshal.dumps((piece.programs(), limit, wall))
-        self.piece, self.unsent = piece, HEAD.pack(len(body)) + body
-        self.request = self.requests[self.jobs % 2]
-        self.heard, self.jobs, self.began = bytearray(), self.jobs + 1, time.monotonic()
-        self.deadline = self.began + 1.5 * wall + 5
-        self.send()
-
-    def send(self):
-        try:
-            self.unsent = self.unsent[os.write(self.request, self.unsent):]
-        except BlockingIOError:
-            pass
-
-    def listen(self, limit: int) -> bool:
-        """Takes what has come on the result pipe; False when it is more than `limit` bytes."""
-        while len(self.heard) <= limit:
-            try:
-                data = os.read(self.data, 262_144)
-            except BlockingIOError:
-                return True
-            if not data:
-                return True
-            self.heard += data
-        return False
-
-    def close(self):
-        """Closing the request pipes ends the server and whatever it runs."""
-        for descriptor in (*self.requests, self.data, self.control):
-            os.close(descriptor)
-
-    def wait(self, seconds):
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:  # a stray copy of the request pipe holds it open (a forked process of ours)
-            self.process.kill()
-            self.process.wait()
 
 
 class Sandbox:
@@ -136,11 +68,14 @@ class Sandbox:
         self.profile, self.allow_weak = profile, allow_weak
         self.share = share and profile.gate and not profile.wide
         self._owner, self._lock, self._selector = os.getpid(), threading.RLock(), selectors.DefaultSelector()
+        # _dying: lanes that were told to end and may still run; _infra: pieces to be tried again alone.
         self._lanes, self._dying, self._infra, self._restarts = [], [], [], 0
         self._lost_lanes, self._lost_starts = 0, 0
         self._packed, self._canonical_texts, self._protection = {}, {}, {}
         self._children, self._cpu_seconds, self._peak_mb = 0, 0.0, 0.0
+        # It holds the lists, not this object, which would never be collected otherwise.
         self._finalizer = weakref.finalize(self, _close_lanes, self._lanes, self._dying, self._selector, self._owner)
+        # One lane starts here, so that a machine that cannot confine programs says so before a run begins.
         try:
             self._start(FIRST_SEEDS[0])
             while self._lanes[0].state is None:
@@ -158,6 +93,7 @@ class Sandbox:
         self.close()
 
     def close(self):
+        """End all lanes and what they run; harmless when done twice."""
         self._finalizer()
 
     @property
@@ -187,6 +123,7 @@ class Sandbox:
         nothing to do."""
         fit, rest = {}, []
         for piece in pieces:
+            # Only jobs with one CPU limit: the child has one timer, set before any program is looked at.
             small = sum(map(len, piece.texts)) + len(piece.job.code) < BUNDLE_BYTES // BUNDLE
             kind = fit.setdefault(piece.job.cpu_seconds, []) if small and worth_trying(piece.job.code) else rest
             kind.append(piece)
@@ -210,12 +147,15 @@ class Sandbox:
             for job, first in zip(jobs, results):
                 good = [slot for slot, outcome in enumerate(first) if outcome.status == "ok"]
                 if good:
+                    # `sensitive` is known by now: the child says with the first run whether sets are involved.
                     seeds = FIRST_SEEDS[1:] + (MORE_SEEDS if id(first) in sensitive else ())
                     again += [Repeat(job, first, good, seed, seed == FIRST_SEEDS[1]) for seed in seeds]
             self._execute([piece for repeat in again for piece in self._pieces_of(repeat)])
             self._explain([repeat for repeat in again if repeat.twice])
-            for repeat, found in [(repeat, repeat.compare()) for repeat in again[::-1]]:
-                for slot, outcome in found.items():
+            # Compared before any is overwritten. Backwards, so that where several seeds differ the first has the last
+            # word: only it was explained.
+            for repeat, differing in [(repeat, repeat.compare()) for repeat in again[::-1]]:
+                for slot, outcome in differing.items():
                     repeat.first[slot] = outcome
             return results
 
@@ -235,8 +175,7 @@ class Sandbox:
         return _pieces(repeat.job, texts, repeat.outcomes, repeat.seed, set())
 
     def _canonical(self, job, order, outcomes):
-        """[(place in outcomes, canonical input)]; an input that is no literal gets its outcome here and goes
-        nowhere."""
+        """[(place in outcomes, packed input)]; an input that is no literal gets its outcome here and goes nowhere."""
         texts = []
         for place, slot in enumerate(order):
             try:
@@ -248,7 +187,7 @@ class Sandbox:
         return texts
 
     def _pack(self, text):
-        """pack_args, remembered: a step asks the same hidden inputs of every candidate."""
+        """pack_args with a cache: a step asks the same hidden inputs of every candidate."""
         packed = self._packed.get(text)
         if packed is None:
             packed = pack_args(text, self.profile.limits)
@@ -256,6 +195,7 @@ class Sandbox:
         return packed
 
     def _prepare(self, jobs, seed):
+        """(pieces to run, outcomes of each job): jobs and inputs that are refused at once have theirs already."""
         pieces, results, sensitive = [], [], set()
         for job in jobs:
             outcomes = [None] * len(job.inputs)
@@ -271,15 +211,18 @@ class Sandbox:
     # --- the loop ---
 
     def _execute(self, pieces):
+        # A forked copy would read from the same pipes, and each of the two would get half of the frames.
         if os.getpid() != self._owner or not self._finalizer.alive:
             raise SandboxError("this Sandbox is closed, or belongs to another process: open one here")
         try:
             self._drive(pieces, self.workers)
-            while self._infra:  # alone, so that a crowded machine is no reason
+            # One at a time, with nothing beside it: a crowded machine is then no reason to fail again.
+            while self._infra:
                 piece = self._infra.pop()
                 piece.retried = True
                 self._drive([piece], 1)
         except BaseException:
+            # A Ctrl-C in the middle: what busy lanes will say belongs to jobs that nobody waits for any more.
             for lane in [lane for lane in self._lanes if lane.piece is not None]:
                 self._drop(lane)
             self._infra.clear()
@@ -307,6 +250,8 @@ class Sandbox:
                     continue
                 self._give(lane, queue.popleft())
                 busy += 1
+            # The eight further seeds are rarely asked: a quarter of the lanes each, or memory would go to idle
+            # processes.
             most = self.workers if seed in FIRST_SEEDS else max(1, self.workers // 4)
             starting = sum(lane.state is None for lane in lanes)
             for _ in range(min(len(queue) - starting, most - len(lanes))):
@@ -316,7 +261,7 @@ class Sandbox:
     def _give(self, lane, piece):
         try:
             lane.give(piece, self.profile)
-        except OSError:  # it died while idle
+        except OSError:  # it died while idle; its control pipe will say so and the piece is run again
             lane.piece = piece
             return
         if lane.unsent:
@@ -335,6 +280,7 @@ class Sandbox:
         for lane in list(self._lanes):
             if lane.state is None and now - lane.started > _START_SECONDS:
                 raise SandboxError(f"a lane did not start within {_START_SECONDS:.0f} s")
+            # A child that writes more than a pipe holds waits until it is read; short jobs are read when they end.
             if lane.piece is not None and now - lane.began > _TICK:
                 if not lane.listen(self.profile.output_bytes):
                     again += lane.piece.flooded()
@@ -347,7 +293,7 @@ class Sandbox:
         try:
             lane.send()
         except OSError:
-            lane.unsent = b""
+            lane.unsent = b""  # the lane is gone; its control pipe tells
         if not lane.unsent:
             self._selector.unregister(lane.request)
 
@@ -363,12 +309,12 @@ class Sandbox:
                 line, lane.told = lane.told.split(b"\n", 1)
                 self._greeted(lane, json.loads(line))
             return []
-        if not data:
+        if not data:  # closed: the server itself has ended
             return self._lost(lane, "lane_ended")
         if len(lane.told) < REPORT.size:
             return []
         status, cpu, memory = REPORT.unpack_from(lane.told)
-        lane.told = lane.told[REPORT.size:]
+        lane.told = lane.told[REPORT.size :]
         self._children += 1
         self._cpu_seconds += cpu / 1e6
         self._peak_mb = max(self._peak_mb, memory / 1024)
@@ -385,10 +331,11 @@ class Sandbox:
         piece = lane.piece
         if piece is None:  # the child that waited was killed from outside: whose turn it is is no longer certain
             return self._lost(lane, "no_job")
+        # Everything the child wrote is in the pipe by now: the server reports after it has reaped the child.
         flood = not lane.listen(self.profile.output_bytes)
         lane.piece = None
         if flood:
-            self._drop(lane)
+            self._drop(lane)  # what is still in its pipe would be taken for the next job's
             return piece.flooded()
         if not lane.heard.startswith(b"B") or lane.unsent:  # the request may not have been read whole
             lane.piece = piece
@@ -399,8 +346,9 @@ class Sandbox:
         return self._again(piece, infra) if infra else rest
 
     def _lost(self, lane, why):
-        """A lane that is of no more use; its job goes back."""
+        """Drop a lane that is of no more use; its job is run again. SandboxError: lanes end before they greet."""
         self._lost_lanes += 1
+        # One that fails to start may have met a full machine; several in a row, or the very first, mean that none will.
         self._lost_starts = self._lost_starts + 1 if lane.state is None else 0
         if lane.state is None and (not self._protection or self._lost_starts > LOST_STARTS):
             raise SandboxError(f"a lane could not start: it ended with exit code {lane.process.poll()}")
@@ -409,7 +357,10 @@ class Sandbox:
         return [] if piece is None else self._again(piece, why)
 
     def _is_canonical(self, text) -> bool:
-        """Whether a text that a child has sent is the canonical text of a value within the limits."""
+        """Whether a text that a child has sent is the canonical text of a value within the limits.
+
+        The child says what it likes: this is where its text becomes trusted, by being read and written again here.
+        """
         if text in self._canonical_texts:
             return True
         try:
@@ -447,18 +398,11 @@ class Sandbox:
         lane.piece = None
         lane.close()
         self._restarts += 1
+        # In place: the finalizer holds this very list.
         self._dying[:] = [old for old in self._dying if old.process.poll() is None] + [lane]
 
 
-# --- housekeeping -------------------------------------------------------------------------------------------
-
-def _widen(pipe):
-    """A megabyte of room, so that a child need not wait until the pool looks."""
-    try:
-        fcntl.fcntl(pipe, _F_SETPIPE_SZ, 1 << 20)
-    except OSError:
-        pass  # the limit of this user is lower: slower, not wrong
-
+# --- housekeeping ---------------------------------------------------------------------------------------------------
 
 def _pieces(job, texts, outcomes, seed, sensitive):
     """One piece with all the inputs, or none when no input is left to run."""
@@ -467,15 +411,11 @@ def _pieces(job, texts, outcomes, seed, sensitive):
 
 
 def _remember(cache, text, value):
+    """Short texts only, and all are forgotten at once when there are many: a bound on memory without bookkeeping."""
     if len(text) <= 1_000:
         if len(cache) >= 4_096:
             cache.clear()
         cache[text] = value
-
-
-def _taken_uids():
-    import pwd  # not on Windows
-    return [entry.pw_uid for entry in pwd.getpwall() if entry.pw_uid >= 1_000]
 
 
 def _cores():

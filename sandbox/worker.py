@@ -1,10 +1,11 @@
-"""A lane: a fork-server that gives every program a fresh, confined child. Started by pool.py, its environment empty.
+"""The process of a lane: a fork-server that gives every program a fresh, confined child. Started by lane.py.
 
 Descriptors: 0 and `second` bring requests, in turn; 1 takes results (children write there); `control` is the server's
 alone: one greeting, then after each child its wait status, CPU time and peak memory. Children are forked before their
 requests come and wait. In a child, in this order: die with the server, close everything but its request pipe and 1,
 read the request, close that pipe, start the kernel timers, seccomp; only then is the program looked at.
-A child can say nothing but "input k gave this text", and what it says is checked outside.
+A child can say nothing but "input k gave this text", and what it says is checked outside. Not imported by the pool:
+`main()` ends its process. Imports the sandbox's own files and the standard library alone.
 """
 
 import codecs
@@ -21,13 +22,15 @@ import warnings
 
 from sandbox import confine, contained, gate, literal, wire
 
-RESULT_FD = 1
+RESULT_FD = 1  # the only descriptor that the filter lets a child write to
 _BEGIN = wire.frame(b"B", "", 0.0)
+# Looked up before the forks: Python loads a codec's module at its first use, and in a child there are no files.
 _CODECS = """ascii latin_1 utf_8 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be utf_7 idna punycode
     unicode_escape raw_unicode_escape charmap cp437 cp850 cp1250 cp1251 cp1252 cp1254 cp1257 iso8859_2 iso8859_5
     iso8859_15 koi8_r mac_roman rot_13 euc_jp shift_jis""".split()
 
 _SMALL = "def f(x):\n    return x\n"
+# A bit of everything that programs do (see `rehearse`).
 _SAMPLE = """
 class A:
     def __init__(self, x):
@@ -49,24 +52,30 @@ def main():
     control = config["control"]
     os.set_inheritable(control, False)
     try:
-        lane = Lane(config)
-        greeting = lane.confine()
+        server = Server(config)
+        greeting = server.confine()
     except Exception as error:  # whatever it was, the pool must hear it
         os.write(control, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode() + b"\n")
         os._exit(1)
     os.write(control, json.dumps(greeting).encode() + b"\n")
+    # The objects of now move to a generation that is never looked at: a collection in a child would touch, and so copy,
+    # every page that it shares with the server.
     gc.collect()
     gc.freeze()
-    lane.serve()
+    server.serve()
 
 
-class Lane:
-    """Everything a child needs, made once before the forks."""
+class Server:
+    """Everything a child needs, made once before the forks.
+
+    Raises OSError if the pool's process is gone, and what imports and kernel calls raise; `main` tells the pool.
+    """
 
     def __init__(self, config):
-        self.config, self.control, self.server = config, config["control"], os.getpid()
+        self.config, self.control, self.pid = config, config["control"], os.getpid()
         self.requests = (0, config["second"])
         self.pool = os.pidfd_open(config["pool"]) if hasattr(os, "pidfd_open") else None
+        # After the descriptor is open: if the pool dies from here on, `wait` sees it.
         if os.getppid() != config["pool"]:
             raise OSError("the pool's process is gone")
         self.limits = literal.Limits(**config["limits"])
@@ -78,7 +87,7 @@ class Lane:
             self.builtins = gate.safe_builtins(self.wide, self.importer, gate.guarded_getattr)
         for codec in _CODECS:
             codecs.lookup(codec)  # later there is no way to load one
-        if "random" in sys.modules:
+        if "random" in sys.modules:  # the benchmark profile: the same numbers in every child of the lane
             sys.modules["random"].seed(config["seed"])
         self.program = types.ModuleType("program")
         sys.modules["program"] = self.program
@@ -88,6 +97,8 @@ class Lane:
 
     def confine(self):
         """Takes from this process all that it can; returns what was taken, for Sandbox.state."""
+        # In this order: what needs files or capabilities before they are taken away. The filter is tried once more near
+        # the end, when everything else is as it will be for the children.
         state = {"python": sys.version.split()[0]}
         missed = confine.limit_resources(self.config["memory_mb"])
         state["limits"] = "set" if not missed else "missing " + " ".join(missed)
@@ -99,7 +110,7 @@ class Lane:
         self.note(state, "uid", self.drop_user)
         if self.library is not None:
             self.library.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            self.library.prctl(confine.PR_SET_DUMPABLE, 0, 0, 0, 0)
+            self.library.prctl(confine.PR_SET_DUMPABLE, 0, 0, 0, 0)  # /proc/PID/mem of a sibling is then out of reach
         self.note(state, "landlock", lambda: confine.landlock(self.library) if self.library else None)
         if self.seccomp is not None and not self.seccomp.works():
             self.seccomp = None
@@ -111,12 +122,14 @@ class Lane:
 
     @staticmethod
     def note(state, name, action):
+        """The result of action() under that name, or "no: " and why it could not be done."""
         try:
             state[name] = action()
         except (OSError, StopIteration) as error:
             state[name] = f"no: {error}"
 
     def make_seccomp(self):
+        """Prepares the filter and tries it. Raises ConfineError where it cannot work."""
         if self.library is None:
             raise confine.ConfineError(f"{sys.platform} has no seccomp")
         self.library.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -140,9 +153,10 @@ class Lane:
         self.program = sys.modules["program"] = types.ModuleType("program")
 
     def drop_user(self):
+        """Becomes a user that nobody else is, if this is root; returns the uid or what it stays."""
         if os.geteuid() != 0:
             return f"kept {os.geteuid()}"
-        uid = confine.unused_uid(self.server, self.config["taken_uids"])
+        uid = confine.unused_uid(self.pid, self.config["taken_uids"])
         confine.drop_user(uid)
         return uid
 
@@ -151,6 +165,7 @@ class Lane:
     def serve(self):
         """Two children at any time: one has a job or is about to get it, the next waits at the other request pipe. So
         forking goes on beside the running program."""
+        # A poll that also sees the pool's pipes close and its process end: no lane outlives its trainer.
         poller = select.poll()
         for descriptor in self.requests:
             poller.register(descriptor, 0)  # nothing but the hang-up
@@ -169,6 +184,7 @@ class Lane:
         os._exit(0)
 
     def spawn(self, turn):
+        """Forks a child that waits for its request at one of the two pipes; returns its pid."""
         pid = self.fork()
         if pid == 0:
             self.child(self.requests[turn])
@@ -186,6 +202,7 @@ class Lane:
             os.close(child)
             if ready != [child]:
                 return False
+        # The kernel's word on how it ended and what it used, not the child's.
         _, status, usage = os.wait4(pid, 0)
         cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
         try:
@@ -197,17 +214,20 @@ class Lane:
     # --- the child ---
 
     def child(self, source):
+        """One child's life; never returns. source: the descriptor of its request pipe."""
         try:
             if self.library is not None:
                 self.library.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != self.server:
+            if os.getppid() != self.pid:  # it died before the line above
                 os._exit(1)
             gate.judge(_SMALL, self.names, self.wide)  # while it waits: the page faults of the first use
             wire.frame(b"O", literal.canon([1], self.limits), time.process_time())
             os.dup2(source, 0)
-            os.closerange(2, 32)
+            os.closerange(2, 32)  # the control pipe among them; RLIMIT_NOFILE allows no higher ones
             programs, cpu, wall = marshal.loads(_read_request())
             os.close(0)
+            # The kernel kills at these times, also inside of C code, and neither the timers nor the signals' default
+            # action can be changed after the filter is in place.
             signal.setitimer(signal.ITIMER_PROF, cpu)
             signal.setitimer(signal.ITIMER_REAL, wall)
             if self.seccomp is not None:
@@ -219,6 +239,7 @@ class Lane:
             os._exit(0)
 
     def answer(self, code, entry, inputs, stop_at_failure):
+        """One program that has the child for itself."""
         try:
             if self.gated:
                 program, order = gate.judge(code, self.names, self.wide)
@@ -250,10 +271,11 @@ class Lane:
         return program if contained.contained(program) else (b"A",)
 
     def run(self, program, space, order, entry, inputs, stop_at_failure):
+        """Loads a program into its namespace and calls it with each input."""
         try:
             exec(program, space)
             function = space[entry]
-        except BaseException as error:
+        except BaseException as error:  # SystemExit too: what a program raises is an outcome
             return say(b"X", _name_of(error, entry))
         say(b"G", "order" if order else "")
         for arguments in inputs:
@@ -261,6 +283,7 @@ class Lane:
                 return None
 
     def call(self, function, arguments):
+        """One input; whether it gave a value."""
         try:
             args, kwargs = wire.unpack_args(arguments, self.limits)
             value = function(*args, **kwargs)
@@ -282,12 +305,13 @@ class Lane:
 
 
 def say(kind, text=""):
-    """One frame. Returns False, so that a failure can be said and returned in one line."""
+    """Writes one frame. Returns False, so that a failure can be told and returned in one line."""
     os.write(RESULT_FD, wire.frame(kind, text, time.process_time()))
     return False
 
 
 def _name_of(error, entry=None):
+    # The class alone: a message is the program's own text, and could be anything.
     if entry is not None and type(error) is KeyError and error.args == (entry,):
         return f"NameError no {entry}"
     return literal.type_name(type(error))
@@ -309,7 +333,7 @@ def _read_exactly(length):
     return b"".join(parts)
 
 
-# --- set-up -------------------------------------------------------------------------------------------------
+# --- set-up -----------------------------------------------------------------------------------------------------------
 
 def _load(name):
     __import__(name)
@@ -320,11 +344,11 @@ def _proxies(modules):
     """Copies of the modules without private names and without the modules that they imported themselves."""
     proxies = {name: types.ModuleType(name, module.__doc__) for name, module in modules.items()}
     for name, module in modules.items():
-        kept = {key: value for key, value in vars(module).items()
-                if not key.startswith("_") and type(value) is not types.ModuleType}
-        proxies[name].__dict__.update(kept)
+        public = {key: value for key, value in vars(module).items()
+                  if not key.startswith("_") and type(value) is not types.ModuleType}
+        proxies[name].__dict__.update(public)
         if hasattr(module, "__all__"):
-            proxies[name].__all__ = [key for key in module.__all__ if key in kept]
+            proxies[name].__all__ = [key for key in module.__all__ if key in public]
     for name, proxy in proxies.items():
         parent, _, leaf = name.rpartition(".")
         if parent in proxies:
@@ -333,6 +357,7 @@ def _proxies(modules):
 
 
 def _out_of_memory_first():
+    """When the machine runs out of memory, the kernel ends this process before the trainer."""
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     return True
