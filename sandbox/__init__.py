@@ -2,6 +2,8 @@
 
     with Sandbox() as sandbox:
         sandbox.run([Job("def f(x): return x + 1", ("1", "2"))])   # [[Outcome("ok", "2", ""), Outcome("ok", "3", "")]]
+
+Imports nothing outside of this folder.
 """
 
 from sandbox import literal

@@ -6,7 +6,7 @@ numbers) kills the process. A program cannot take any of it off again. Left out:
 containers do not grant; RLIMIT_NPROC, which root ignores and which counts strangers' zombies; PR_SET_TSC, which
 kills honest programs: CPython reads the clock when it takes a lock, and math.ceil takes one.
 
-    missed = limit_resources(256); Seccomp(libc(), result_fd=1).install()          # for ever, in this process
+    missing = limit_resources(256); Seccomp(libc(), result_fd=1).install()          # for ever, in this process
 
 Imports nothing of the project and can be copied out alone. See seccomp(2), landlock(7), prctl(2).
 """
@@ -192,9 +192,9 @@ def landlock(library) -> int:
     # A ruleset without a single rule: everything that it handles is denied.
     if ruleset < 0:
         raise ConfineError(ctypes.get_errno(), "Landlock ruleset refused: " + os.strerror(ctypes.get_errno()))
-    done = library.syscall(ctypes.c_long(_LANDLOCK_RESTRICT), ctypes.c_int(ruleset), ctypes.c_uint(0))
+    result = library.syscall(ctypes.c_long(_LANDLOCK_RESTRICT), ctypes.c_int(ruleset), ctypes.c_uint(0))
     os.close(ruleset)
-    if done != 0:
+    if result != 0:
         raise ConfineError(ctypes.get_errno(), "Landlock refused: " + os.strerror(ctypes.get_errno()))
     return abi
 
@@ -220,7 +220,7 @@ def limit_resources(memory_mb: int) -> list[str]:
     """
     limits = {"CORE": 0, "FSIZE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "STACK": 16 << 20, "NOFILE": 32,
               "AS": memory_mb << 20}
-    missed = []
+    missing = []
     for name, value in limits.items():
         number = getattr(resource, "RLIMIT_" + name, None)
         try:
@@ -229,5 +229,5 @@ def limit_resources(memory_mb: int) -> list[str]:
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
             resource.setrlimit(number, (value, value))
         except (TypeError, ValueError, OSError):
-            missed.append(name)
-    return missed
+            missing.append(name)
+    return missing

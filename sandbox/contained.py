@@ -112,16 +112,16 @@ def worth_trying(source: str) -> bool:
 def contained(code) -> bool:
     """Whether a program, by its code object, can reach nothing but what is its own or immutable."""
     # Names that it assigns at its top level are its own; in functions, locals are not in co_names at all.
-    known = BUILTINS | ATTRIBUTES | MODULES.keys() | {code.co_names[number] for number in _numbers(code, _STORE_NAME)}
-    return all(_listed(part, known) for part in all_codes(code))
+    allowed = BUILTINS | ATTRIBUTES | MODULES.keys() | {code.co_names[number] for number in _numbers(code, _STORE_NAME)}
+    return all(_listed(part, allowed) for part in all_codes(code))
 
 
-def _listed(code, known):
+def _listed(code, allowed):
     names = code.co_names
     # Every second byte is an operation, inline caches included, which are listed as CACHE.
     if code.co_flags & _ASYNC or len(names) > _NAMES or not _ALLOWED.issuperset(code.co_code[::2]):
         return False
-    if not known.issuperset(names) or any(name.startswith("__") for name in names):
+    if not allowed.issuperset(names) or any(name.startswith("__") for name in names):
         return False
     attributes = [names[number >> _ATTRIBUTE_SHIFT] for kind in _ATTRIBUTE_CODES for number in _numbers(code, kind)]
     attributes += [names[number] for number in _numbers(code, _IMPORT_FROM)]

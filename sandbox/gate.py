@@ -30,8 +30,9 @@ _FORBIDDEN_NAMES = frozenset(
 _SET_NAMES = frozenset("set frozenset Counter __hash__ symmetric_difference __or__ __and__ __sub__ __xor__".split())
 _VIEW_NAMES = frozenset(("keys", "items"))
 _SET_CODES = bytes(opmap[name] for name in ("BUILD_SET", "SET_ADD", "SET_UPDATE") if name in opmap)
-_BINARY_CODES = {opmap[name] for name in (  # as (opcode, argument) the operators that make sets of dict views: & | ^ -
-    "BINARY_AND", "BINARY_OR", "BINARY_SUBTRACT", "BINARY_XOR") if name in opmap}
+# The operators that make sets of dict views, & | ^ -: operations of their own in Python 3.10, arguments of one since
+# then.
+_BINARY_CODES = {opmap[name] for name in "BINARY_AND BINARY_OR BINARY_SUBTRACT BINARY_XOR".split() if name in opmap}
 _BINARY_OP, _BINARY_ARGUMENTS = opmap.get("BINARY_OP"), {1, 7, 10, 12, 14, 20, 23, 25}
 _IMPORT, _IMPORT_FROM, _EXTENDED = opmap["IMPORT_NAME"], opmap["IMPORT_FROM"], opmap["EXTENDED_ARG"]
 _LOADS = {opmap["LOAD_NAME"], opmap["LOAD_GLOBAL"]}

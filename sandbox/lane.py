@@ -1,7 +1,7 @@
 """One lane as the pool sees it: a fork-server process (worker.py) and the trusted ends of its pipes.
 
     lane = Lane(seed=1, profile=PROPOSAL, allow_weak=False)
-    lane.give(piece, PROPOSAL)          # later: lane.listen(limit), lane.heard
+    lane.give(piece, PROPOSAL)          # later: lane.listen(limit), lane.output
     lane.close(); lane.wait(2.0)
 
 Nothing here blocks: the pool's selector says when a pipe can be read or written. Started by exec and not by fork, with
@@ -48,13 +48,14 @@ class Lane:
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONUTF8": "1", "LD_BIND_NOW": "1"}
         if "LD_LIBRARY_PATH" in os.environ:  # a Python whose own library is found that way
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        # -S -s: no site-packages, whose start-up files would run in the lane. Not -I: it ignores the hash seed.
+        # With -S and -s there are no site-packages, whose start-up files would run in the lane; -I would ignore
+        # the hash seed. A session of its own, since a Ctrl-C is for the trainer alone.
         try:
             here = os.path.dirname(os.path.abspath(__file__))
             self.process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-B", "-c", _BOOT, here, json.dumps(config)],
                 env=environment, cwd="/", stdin=request_read, stdout=data_write, stderr=subprocess.DEVNULL,
-                pass_fds=(control_write, second_read), start_new_session=True)  # a Ctrl-C is for the trainer alone
+                pass_fds=(control_write, second_read), start_new_session=True)
         finally:
             # Closed here even if the start failed. A copy left open would keep the pipe from ever ending.
             for descriptor in (request_read, second_read, data_write, control_write):
@@ -64,7 +65,7 @@ class Lane:
             os.set_blocking(descriptor, False)
         _widen(self.data)
         self.seed, self.state, self.jobs = seed, None, 0
-        self.piece, self.unsent, self.heard, self.told, self.deadline = None, b"", bytearray(), b"", 0.0
+        self.piece, self.unsent, self.output, self.reports, self.deadline = None, b"", bytearray(), b"", 0.0
         self.started = time.monotonic()
 
     def give(self, piece: Piece | Bundle, profile: Profile):
@@ -76,7 +77,7 @@ class Lane:
         body = marshal.dumps((piece.programs(), limit, wall))
         self.piece, self.unsent = piece, HEAD.pack(len(body)) + body
         self.request = self.requests[self.jobs % 2]
-        self.heard, self.jobs, self.began = bytearray(), self.jobs + 1, time.monotonic()
+        self.output, self.jobs, self.began = bytearray(), self.jobs + 1, time.monotonic()
         self.deadline = self.began + 1.5 * wall + 5
         self.send()
 
@@ -89,14 +90,14 @@ class Lane:
 
     def listen(self, limit: int) -> bool:
         """Takes what has come on the result pipe; False when it is more than `limit` bytes."""
-        while len(self.heard) <= limit:
+        while len(self.output) <= limit:
             try:
                 data = os.read(self.data, 262_144)
             except BlockingIOError:
                 return True
             if not data:
                 return True
-            self.heard += data
+            self.output += data
         return False
 
     def close(self):

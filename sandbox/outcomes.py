@@ -196,16 +196,23 @@ def _outcomes_of(section, is_canonical):
         outcomes = [_load_failure(kind, text)]
     elif kind == "X":
         outcomes = [_exception(text)]
-    clean = all(outcome.status in ("not_literal", "too_large", "forbidden")
-                or outcome.status == "ok" and " at 0x" not in outcome.output
-                or outcome.status in ("error", "syntax") and outcome.detail.partition(" ")[0] in _OF_ITS_OWN
-                for outcome in outcomes)
-    return outcomes if clean else None
+    return outcomes if all(map(_of_its_own, outcomes)) else None
 
 
 # Exceptions of a program's own logic. MemoryError and RecursionError are not among them: neighbours can cause these.
-_OF_ITS_OWN = frozenset("AssertionError AttributeError IndentationError IndexError KeyError NameError StopIteration "
-                        "SyntaxError TabError TypeError UnboundLocalError ValueError ZeroDivisionError".split())
+_OWN_EXCEPTIONS = frozenset(
+    """AssertionError AttributeError IndentationError IndexError KeyError NameError StopIteration SyntaxError TabError
+    TypeError UnboundLocalError ValueError ZeroDivisionError""".split()
+)
+
+
+def _of_its_own(outcome):
+    """Whether the program alone, and no neighbour in its child, can have caused this outcome."""
+    if outcome.status == "ok":
+        return " at 0x" not in outcome.output  # an address differs from place to place
+    if outcome.status in ("error", "syntax"):
+        return outcome.detail.partition(" ")[0] in _OWN_EXCEPTIONS
+    return outcome.status in ("not_literal", "too_large", "forbidden")
 
 
 def _complete(piece, outcomes, kind, timeout):

@@ -303,18 +303,18 @@ class Sandbox:
             data = os.read(lane.control, 65_536)
         except BlockingIOError:
             return []
-        lane.told += data
+        lane.reports += data
         if lane.state is None and data:
-            if b"\n" in lane.told:
-                line, lane.told = lane.told.split(b"\n", 1)
+            if b"\n" in lane.reports:
+                line, lane.reports = lane.reports.split(b"\n", 1)
                 self._greeted(lane, json.loads(line))
             return []
         if not data:  # closed: the server itself has ended
             return self._lost(lane, "lane_ended")
-        if len(lane.told) < REPORT.size:
+        if len(lane.reports) < REPORT.size:
             return []
-        status, cpu, memory = REPORT.unpack_from(lane.told)
-        lane.told = lane.told[REPORT.size :]
+        status, cpu, memory = REPORT.unpack_from(lane.reports)
+        lane.reports = lane.reports[REPORT.size :]
         self._children += 1
         self._cpu_seconds += cpu / 1e6
         self._peak_mb = max(self._peak_mb, memory / 1024)
@@ -337,12 +337,12 @@ class Sandbox:
         if flood:
             self._drop(lane)  # what is still in its pipe would be taken for the next job's
             return piece.flooded()
-        if not lane.heard.startswith(b"B") or lane.unsent:  # the request may not have been read whole
+        if not lane.output.startswith(b"B") or lane.unsent:  # the request may not have been read whole
             lane.piece = piece
             return self._lost(lane, "no_start")
         if type(piece) is Bundle:
-            return settle_together(piece, bytes(lane.heard), status, self._is_canonical)
-        rest, infra = settle(piece, bytes(lane.heard), status, self._is_canonical)
+            return settle_together(piece, bytes(lane.output), status, self._is_canonical)
+        rest, infra = settle(piece, bytes(lane.output), status, self._is_canonical)
         return self._again(piece, infra) if infra else rest
 
     def _lost(self, lane, why):

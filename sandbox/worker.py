@@ -100,8 +100,8 @@ class Server:
         # In this order: what needs files or capabilities before they are taken away. The filter is tried once more near
         # the end, when everything else is as it will be for the children.
         state = {"python": sys.version.split()[0]}
-        missed = confine.limit_resources(self.config["memory_mb"])
-        state["limits"] = "set" if not missed else "missing " + " ".join(missed)
+        missing = confine.limit_resources(self.config["memory_mb"])
+        state["limits"] = "set" if not missing else "missing " + " ".join(missing)
         self.note(state, "seccomp", self.make_seccomp)
         if self.seccomp is None and not self.config["allow_weak"]:
             return state
@@ -263,7 +263,7 @@ class Server:
                 self.run(reading, space, False, entry, inputs, stop_at_failure)
 
     def read(self, code):
-        """A program's code object if it may share the child, else what is to be said of it."""
+        """A program's code object if it may share the child, else the frame to write instead."""
         try:
             program, _ = gate.judge(code, self.names, self.wide)
         except gate.Refused as refused:

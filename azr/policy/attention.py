@@ -68,18 +68,18 @@ def _sdpa(q, k_pages, v_pages, block_table, lengths, scale):
     # -1 stands for no page; any page will do in its place, since the mask hides it.
     pages = block_table.clamp(min=0).flatten()
     keys, values = (t.index_select(0, pages).view(batch, -1, kv_heads, dim) for t in (k_pages, v_pages))
-    seen = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]
+    visible = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]
     # A mask alone is not enough: unused memory may hold NaN, and a probability of 0 times NaN is NaN.
     if q.device.type == "cpu":  # few positions: cheaper than a pass over all, but it would make a GPU wait
-        unseen = (~seen).flatten().nonzero().squeeze(1)
+        masked = (~visible).flatten().nonzero().squeeze(1)
         for t in (keys, values):
-            t.view(-1, kv_heads * dim).index_fill_(0, unseen, 0)
+            t.view(-1, kv_heads * dim).index_fill_(0, masked, 0)
     else:
-        keys, values = (t.masked_fill_(~seen[:, :, None, None], 0) for t in (keys, values))
+        keys, values = (t.masked_fill_(~visible[:, :, None, None], 0) for t in (keys, values))
     # the query heads of a group see the same keys: as query positions of one head they need no copy of them
     out = F.scaled_dot_product_attention(
         q.reshape(batch, kv_heads, heads // kv_heads, dim), keys.transpose(1, 2), values.transpose(1, 2),
-        attn_mask=seen[:, None, None], scale=scale,
+        attn_mask=visible[:, None, None], scale=scale,
     )
     return out.reshape(batch, heads, dim)
 
@@ -87,20 +87,20 @@ def _sdpa(q, k_pages, v_pages, block_table, lengths, scale):
 # ------------------------------------------------------------------------------------------------------- the choice
 
 
-def choose_attention(wanted: str, device, dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[str, int, str]:
-    """(backend, page_size, why) for wanted = auto | flash | triton | sdpa; `why` is one line to print.
+def choose_attention(attn: str, device, dtype, heads: int, kv_heads: int, head_dim: int) -> tuple[str, int, str]:
+    """(backend, page_size, why) for attn = auto | flash | triton | sdpa; `why` is one line to print.
 
     auto: the first of triton, flash, sdpa that runs here and agrees with SDPA. AttentionError: the one that was asked
     for does not, or there is no such one.
     """
-    if wanted not in ("auto", *BACKENDS):
-        raise AttentionError(f"unknown attention {wanted}: take auto, {', '.join(BACKENDS)}")
+    if attn not in ("auto", *BACKENDS):
+        raise AttentionError(f"unknown attention {attn}: take auto, {', '.join(BACKENDS)}")
     device = torch.device(device)
     refused = []  # why the backends before this one do not work here: a fallback is never silent
-    for backend in BACKENDS if wanted == "auto" else (wanted,):
+    for backend in BACKENDS if attn == "auto" else (attn,):
         reason = unusable(backend, device, dtype, heads, kv_heads, head_dim)
         if reason is None:
-            why = "; ".join([f"attention {backend}" + (", as asked" if wanted != "auto" else ""), *refused])
+            why = "; ".join([f"attention {backend}" + (", as asked" if attn != "auto" else ""), *refused])
             return backend, PAGE_SIZE[backend], why
         refused.append(f"{backend} cannot be used: {reason}")
     raise AttentionError(f"--attn {refused[0]}; take --attn auto")

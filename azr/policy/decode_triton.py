@@ -109,8 +109,8 @@ def _norm(x, delta, weight, out, eps: float, add: bool) -> None:
     rows, size = x.shape
     block = triton.next_power_of_2(size)
     # A warp for 256 columns: more would wait for each other in the sum over the row.
-    _norm_kernel[(rows,)](x, delta, weight, out, x.stride(0), delta.stride(0), size, eps, ADD=add, BLOCK=block,
-                          num_warps=max(1, min(8, block // 256)))
+    warps, strides = max(1, min(8, block // 256)), (x.stride(0), delta.stride(0))
+    _norm_kernel[(rows,)](x, delta, weight, out, *strides, size, eps, ADD=add, BLOCK=block, num_warps=warps)
 
 
 def silu_mul(gate, up) -> torch.Tensor:
@@ -125,8 +125,9 @@ def silu_mul(gate, up) -> torch.Tensor:
 def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
     """See `decode_ops.rotate_store`; q and k are rotated in place."""
     tokens, heads, dim = q.shape
+    strides = (q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:3])
+    sizes = {"HEADS": heads, "DIM": dim, "BLOCK": triton.next_power_of_2(dim // 2)}
     _rotate_store_kernel[(tokens, heads + k.shape[1])](
-        q, k, v, cos, sin, keys, values, page, offset, q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:3],
-        HEADS=heads, DIM=dim, BLOCK=triton.next_power_of_2(dim // 2), num_warps=1,
+        q, k, v, cos, sin, keys, values, page, offset, *strides, **sizes, num_warps=1
     )
     return q, k

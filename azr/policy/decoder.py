@@ -58,11 +58,11 @@ def stacked(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     """
     first, rows = parameters[0].data, sum(p.shape[0] for p in parameters)
     # Neighbours in memory, each beginning where the one before it ends?
-    expected = first.data_ptr()
+    address = first.data_ptr()
     for p in parameters:
-        if p.data_ptr() != expected or not p.is_contiguous():
+        if p.data_ptr() != address or not p.is_contiguous():
             break
-        expected += p.numel() * p.element_size()
+        address += p.numel() * p.element_size()
     else:
         # Adjacent addresses are not enough: two allocations may happen to touch, and a view must not leave its storage.
         end = (first.storage_offset() + rows * first[0].numel()) * first.element_size()

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The completions of one call, and who is told of each: on_finish(prompt, sample, completion), or None."""
+    """The completions of one call, each reported by on_finish(prompt, sample, completion) as it ends."""
 
     def __init__(self, n: int, count: int, on_finish: Callable[[int, int, Completion], None] | None):
         self.n, self.on_finish = n, on_finish

@@ -175,9 +175,10 @@ def why_no_four_bit() -> str | None:
         logger.setLevel(level)
     if getattr(lib, "compiled_with_cuda", False) or torch.version.hip is not None:
         return None
-    known = vars(lib)  # not attributes: the stand-in answers to every name, with a function that raises
-    return library_problem(package.__version__, known.get("error_msg", "only its library for CPUs was found"),
-                           torch.version.cuda, tuple(known.get("available_versions", ())),
+    # Not getattr: the library's stand-in answers to every name, with a function that raises.
+    attributes = vars(lib)
+    return library_problem(package.__version__, attributes.get("error_msg", "only its library for CPUs was found"),
+                           torch.version.cuda, tuple(attributes.get("available_versions", ())),
                            os.environ.get("BNB_CUDA_VERSION"))
 
 

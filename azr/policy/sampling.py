@@ -137,13 +137,13 @@ def truncate(p: torch.Tensor, top_k: int, top_p: float, looked_at: int) -> tuple
         last = torch.full_like(p[:, :1], largest.shape[-1] - 1, dtype=torch.int64)
         return p.masked_fill(p < largest.gather(-1, last), 0), None
     # top-p is a share of what top-k left, as in transformers; without top-k that is the whole vocabulary.
-    held = largest.sum(-1, keepdim=True, dtype=torch.float64)
+    mass = largest.sum(-1, keepdim=True, dtype=torch.float64)
     complete = bool(top_k) or largest.shape[-1] == size
-    total = held if complete else p.sum(-1, keepdim=True, dtype=torch.float64)
+    total = mass if complete else p.sum(-1, keepdim=True, dtype=torch.float64)
     # A token stays while the mass before it is below top_p: so the one that crosses the bound stays, and always one.
     before = largest.cumsum(-1, dtype=torch.float64) - largest
     last = (before < top_p * total).sum(-1, keepdim=True) - 1
-    sure = None if complete else (held >= top_p * total).squeeze(-1)
+    sure = None if complete else (mass >= top_p * total).squeeze(-1)
     return p.masked_fill(p < largest.gather(-1, last), 0), sure
 
 

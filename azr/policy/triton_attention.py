@@ -46,17 +46,17 @@ def _split_kernel(q, k_pages, v_pages, block_table, lengths, partial, log_sum, s
     out = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, SPLIT, BLOCK):
         position = split * SPLIT + start + tl.arange(0, BLOCK)
-        seen = position < length
+        visible = position < length
         # 64 bits: offsets pass 2^31 where one layer's keys take more than 4 GiB, as with few layers and a large card.
-        page = tl.load(block_table + row * table_stride + position // PAGE, mask=seen, other=0).to(tl.int64)
+        page = tl.load(block_table + row * table_stride + position // PAGE, mask=visible, other=0).to(tl.int64)
         token = page * page_stride + (position % PAGE) * token_stride + kv_head * head_stride
         where = token[:, None] + dims
         # What is not loaded is 0, so whatever lies in unused memory, NaN included, has no effect.
-        real = seen[:, None] & real_dim
+        real = visible[:, None] & real_dim
         keys = tl.load(k_pages + where, mask=real, other=0.0)
         # "ieee": for fp32 the default is TF32, whose 10 bits miss the tolerance of attention.py by far.
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(seen[None, :], scores, float("-inf"))
+        scores = tl.where(visible[None, :], scores, float("-inf"))
         # The split's first key exists, so `new_best` is finite from the first tile on and no -inf - -inf occurs.
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp(scores - new_best[:, None])
@@ -109,14 +109,13 @@ def decode(q, k_pages, v_pages, block_table, lengths, scale: float) -> torch.Ten
     log_sum = q.new_empty(batch, heads, splits, dtype=torch.float32)
     out = q.new_empty(q.shape)
     group, columns = heads // kv_heads, triton.next_power_of_2(dim)
+    strides = (q.stride(0), block_table.stride(0), *k_pages.stride()[:3])
+    # tl.dot takes tiles of 16 or more in each direction: fewer heads than that are filled up with rows of zeros.
+    tile = {"ROWS": max(16, triton.next_power_of_2(group)), "COLUMNS": max(16, columns), "SPLIT": SPLIT, "BLOCK": BLOCK}
+    options = {"HEADS": heads, "GROUP": group, "DIM": dim, "PAGE": page_size, "num_warps": 4, "num_stages": 2, **tile}
     _split_kernel[(batch, kv_heads, splits)](
-        q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale, q.stride(0), block_table.stride(0),
-        *k_pages.stride()[:3], splits,
-        HEADS=heads, GROUP=group, ROWS=max(16, triton.next_power_of_2(group)), DIM=dim, COLUMNS=max(16, columns),
-        PAGE=page_size, SPLIT=SPLIT, BLOCK=BLOCK, num_warps=4, num_stages=2,
+        q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale, *strides, splits, **options
     )
-    _combine_kernel[(batch, heads)](
-        partial, log_sum, lengths, out, splits,
-        HEADS=heads, DIM=dim, COLUMNS=columns, SPLIT=SPLIT, TOGETHER=TOGETHER, num_warps=2,
-    )
+    sizes = {"HEADS": heads, "DIM": dim, "COLUMNS": columns, "SPLIT": SPLIT, "TOGETHER": TOGETHER}
+    _combine_kernel[(batch, heads)](partial, log_sum, lengths, out, splits, **sizes, num_warps=2)
     return out

@@ -63,7 +63,7 @@ def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None
 
 
 def _check_text(proposal: Proposal) -> Verdict | Proposal:
-    """What can be said without running anything: a refusal, or the proposal with canonical inputs."""
+    """What the text alone tells: a refusal, or the proposal with canonical inputs."""
     texts = (proposal.program, proposal.message or "", *proposal.inputs)
     fault = next(filter(None, map(bad_characters, texts)), "")
     if fault:
