@@ -229,10 +229,12 @@ class Sandbox:
             raise
 
     def _drive(self, pieces, workers):
-        queues = {}
+        """Runs pieces until all are settled, at most `workers` at a time."""
+        queues = {}  # by hash seed, which a lane has for life
         for piece in pieces:
             queues.setdefault(piece.seed, deque()).append(piece)
         while self._fill(queues, workers) or any(lane.piece is not None for lane in self._lanes):
+            # What has to be run again goes first: its job has waited longest.
             for piece in self._turn():
                 queues[piece.seed].appendleft(piece)
 
@@ -253,6 +255,7 @@ class Sandbox:
             # The eight further seeds are rarely asked: a quarter of the lanes each, or memory would go to idle
             # processes.
             most = self.workers if seed in FIRST_SEEDS else max(1, self.workers // 4)
+            # One new lane for each piece that none will take, those that start already counted.
             starting = sum(lane.state is None for lane in lanes)
             for _ in range(min(len(queue) - starting, most - len(lanes))):
                 self._start(seed)
@@ -271,7 +274,7 @@ class Sandbox:
         """Waits for the next event and handles it; returns pieces that must be run (again)."""
         again = []
         for key, _ in self._selector.select(_TICK):
-            lane = key.data
+            lane = key.data  # perhaps dropped a moment ago, for another event of this turn
             if key.fd == lane.request:
                 self._send(lane)
             elif lane in self._lanes:

@@ -200,7 +200,7 @@ class Server:
             ready = [descriptor for descriptor, _ in poller.poll()]
             poller.unregister(child)
             os.close(child)
-            if ready != [child]:
+            if ready != [child]:  # a request pipe was closed, or the pool's process has ended
                 return False
         # The kernel's word on how it ended and what it used, not the child's.
         _, status, usage = os.wait4(pid, 0)
@@ -224,6 +224,7 @@ class Server:
             wire.frame(b"O", literal.canon([1], self.limits), time.process_time())
             os.dup2(source, 0)
             os.closerange(2, 32)  # the control pipe among them; RLIMIT_NOFILE allows no higher ones
+            # Read while the child may still read; marshal, since the request comes from the pool, which is trusted.
             programs, cpu, wall = marshal.loads(_read_request())
             os.close(0)
             # The kernel kills at these times, also inside of C code, and neither the timers nor the signals' default
@@ -236,6 +237,7 @@ class Server:
             self.answer(*programs[0]) if len(programs) == 1 else self.answer_together(programs)
             say(b"D")
         finally:
+            # Whatever happens: a child must not get back into the server's loop, and runs no exit handlers.
             os._exit(0)
 
     def answer(self, code, entry, inputs, stop_at_failure):
@@ -247,6 +249,7 @@ class Server:
                 program, order = gate.compile_source(code), True
         except gate.Refused as refused:
             return say(b"R", " ".join(refused.args))
+        # The namespace of a real module, so that classes find theirs and dataclasses and enum work.
         space = vars(self.program)
         if self.gated:
             space["__builtins__"] = self.builtins
@@ -254,11 +257,13 @@ class Server:
 
     def answer_together(self, programs):
         """Several programs. All are read before any runs, and only those run that can reach nothing of the others."""
+        # Read first: compiling one could meet the stack or memory that another has used up.
         readings = [self.read(code) for code, *_ in programs]
         for reading, (_, entry, inputs, stop_at_failure) in zip(readings, programs):
             if type(reading) is tuple:
                 say(*reading)
             else:
+                # A copy of the builtins, so that not even these are one object for two programs.
                 space = {"__name__": "program", "__builtins__": dict(self.builtins)}
                 self.run(reading, space, False, entry, inputs, stop_at_failure)
 

@@ -1,4 +1,4 @@
-"""When memory runs out: free what is cached and do the failed part again; then with less at once, say so, remember it.
+"""When memory runs out: free what is cached and repeat the failed part; then repeat it with smaller sizes, which stay.
 
     sizes = Sizes(token_budget=8192)
     metrics = retry(lambda: optimizer_step(..., sizes), lambda: sizes.halve(longest_sample), "update")

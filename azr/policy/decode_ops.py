@@ -65,7 +65,10 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 
 
 def operations(device: torch.device, dtype: torch.dtype):
-    """The module whose functions a decoder on this device calls. A GPU without a working Triton: a line on stderr."""
+    """The module whose functions a decoder on this device calls: decode_triton.py where it works, else this one.
+
+    On a GPU where it does not work, a line on stderr says why.
+    """
     here = sys.modules[__name__]
     if device.type != "cuda":
         return here
