@@ -58,8 +58,12 @@ def lines_at_hand(stream, limit: int):
     """
     buffer, descriptor, ended = b"", stream.fileno(), False
     while not ended or buffer:
-        while not ended and (b"\n" not in buffer or buffer.count(b"\n") < limit and len(buffer) < LINE_BYTES
-                             and select.select([descriptor], [], [], 0)[0]):
+        while not ended and (
+            b"\n" not in buffer
+            or buffer.count(b"\n") < limit
+            and len(buffer) < LINE_BYTES
+            and select.select([descriptor], [], [], 0)[0]
+        ):
             data = os.read(descriptor, 1 << 20)
             ended = not data
             buffer += data
@@ -74,7 +78,7 @@ def lines_at_hand(stream, limit: int):
 
 def _skip_line(descriptor, buffer):
     """Forgets all but the first LINE_BYTES + 1 bytes of a line that is too long."""
-    head = buffer[:LINE_BYTES + 1]
+    head = buffer[: LINE_BYTES + 1]
     while True:
         data = os.read(descriptor, 1 << 20)
         if not data:
@@ -122,7 +126,8 @@ def doctor(arguments) -> int:
             "a program is answered": (Job("def f(x): return x + 1", ("1",)), "ok", ""),
             "a loop is ended by its CPU time": (Job("def f(x):\n while 1: pass", ("1",), 0.1), "timeout", ""),
             "memory is limited": (Job("def f(x): return [0] * 10 ** 9", ("1",)), "memory", ""),
-            "imports come from the list": (Job("import os\ndef f(x): return 1", ("1",)), "forbidden", "import os")}
+            "imports come from the list": (Job("import os\ndef f(x): return 1", ("1",)), "forbidden", "import os"),
+        }
         results = sandbox.run([job for job, _, _ in trials.values()])
         for name, value in sandbox.state.items():
             print(f"{name:20} {value}")
@@ -138,8 +143,10 @@ def main() -> int:
     """Exit code 2: the sandbox cannot work here, or bad arguments."""
     parser = argparse.ArgumentParser(prog="python -m sandbox", description="Runs untrusted Python programs.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, action, text in (("run", run, "jobs in, outcomes out, one JSON object a line"),
-                               ("doctor", doctor, "what protects us")):
+    for name, action, text in (
+        ("run", run, "jobs in, outcomes out, one JSON object a line"),
+        ("doctor", doctor, "what protects us"),
+    ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(action=action)
         command.add_argument("--workers", type=int, help="jobs at a time (default: one a core)")

@@ -21,23 +21,66 @@ import sys
 # name: (x86-64, aarch64); None where the architecture lacks the call. Memory, locks and the end: what the interpreter
 # needs to compute.
 _ALLOW = {
-    "rt_sigreturn": (15, 139), "brk": (12, 214), "munmap": (11, 215), "mremap": (25, 216), "madvise": (28, 233),
-    "futex": (202, 98), "sched_yield": (24, 124), "exit": (60, 93), "exit_group": (231, 94),
-    "restart_syscall": (219, 128)}
+    "rt_sigreturn": (15, 139),
+    "brk": (12, 214),
+    "munmap": (11, 215),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "futex": (202, 98),
+    "sched_yield": (24, 124),
+    "exit": (60, 93),
+    "exit_group": (231, 94),
+    "restart_syscall": (219, 128),
+}
 # Answered with "not permitted": honest programs try these (an import looks for files, a library asks for the time) and
 # go on without; a killed child would cost them their verdict.
 _FAIL = {
-    "read": (0, 63), "open": (2, None), "close": (3, 57), "stat": (4, None), "fstat": (5, 80), "lstat": (6, None),
-    "poll": (7, None), "lseek": (8, 62), "rt_sigprocmask": (14, 135), "ioctl": (16, 29), "pread64": (17, 67),
-    "readv": (19, 65), "access": (21, None), "nanosleep": (35, 101), "getpid": (39, 172), "uname": (63, 160),
-    "fcntl": (72, 25), "getcwd": (79, 17), "readlink": (89, None), "gettimeofday": (96, 169),
-    "getrlimit": (97, 163), "getrusage": (98, 165), "sysinfo": (99, 179), "times": (100, 153),
-    "getuid": (102, 174), "getgid": (104, 176), "geteuid": (107, 175), "getegid": (108, 177),
-    "getppid": (110, 173), "sigaltstack": (131, 132), "gettid": (186, 178), "time": (201, None),
-    "sched_getaffinity": (204, 123), "getdents64": (217, 61), "clock_getres": (229, 114),
-    "clock_nanosleep": (230, 115), "openat": (257, 56), "newfstatat": (262, 79), "readlinkat": (267, 78),
-    "faccessat": (269, 48), "prlimit64": (302, 261), "getrandom": (318, 278), "statx": (332, 291),
-    "openat2": (437, 437), "faccessat2": (439, 439)}
+    "read": (0, 63),
+    "open": (2, None),
+    "close": (3, 57),
+    "stat": (4, None),
+    "fstat": (5, 80),
+    "lstat": (6, None),
+    "poll": (7, None),
+    "lseek": (8, 62),
+    "rt_sigprocmask": (14, 135),
+    "ioctl": (16, 29),
+    "pread64": (17, 67),
+    "readv": (19, 65),
+    "access": (21, None),
+    "nanosleep": (35, 101),
+    "getpid": (39, 172),
+    "uname": (63, 160),
+    "fcntl": (72, 25),
+    "getcwd": (79, 17),
+    "readlink": (89, None),
+    "gettimeofday": (96, 169),
+    "getrlimit": (97, 163),
+    "getrusage": (98, 165),
+    "sysinfo": (99, 179),
+    "times": (100, 153),
+    "getuid": (102, 174),
+    "getgid": (104, 176),
+    "geteuid": (107, 175),
+    "getegid": (108, 177),
+    "getppid": (110, 173),
+    "sigaltstack": (131, 132),
+    "gettid": (186, 178),
+    "time": (201, None),
+    "sched_getaffinity": (204, 123),
+    "getdents64": (217, 61),
+    "clock_getres": (229, 114),
+    "clock_nanosleep": (230, 115),
+    "openat": (257, 56),
+    "newfstatat": (262, 79),
+    "readlinkat": (267, 78),
+    "faccessat": (269, 48),
+    "prlimit64": (302, 261),
+    "getrandom": (318, 278),
+    "statx": (332, 291),
+    "openat2": (437, 437),
+    "faccessat2": (439, 439),
+}
 # Allowed by their arguments: memory that is not executable, writes to the result pipe alone, the clock of CPU time
 # alone.
 _CHECK = {"mmap": (9, 222), "mprotect": (10, 226), "write": (1, 64), "clock_gettime": (228, 113)}
@@ -80,6 +123,7 @@ def plain_fork():
 
 # --- seccomp ----------------------------------------------------------------------------------------------------------
 
+
 def build_filter(machine: str, result_fd: int) -> bytes:
     """BPF program (8 bytes an instruction) for one architecture (platform.machine()); writes go to `result_fd` alone.
 
@@ -91,8 +135,12 @@ def build_filter(machine: str, result_fd: int) -> bytes:
     actions = {}
     for table, action in ((_ALLOW, [_ret(_RET_ALLOW)]), (_FAIL, [_ret(_RET_EPERM)])):
         actions |= {numbers[column]: action for numbers in table.values() if numbers[column] is not None}
-    checks = {"mmap": _unless_bit(2, _PROT_EXEC), "mprotect": _unless_bit(2, _PROT_EXEC),
-              "write": _only_if(0, result_fd), "clock_gettime": _only_if(0, _CPU_CLOCK)}
+    checks = {
+        "mmap": _unless_bit(2, _PROT_EXEC),
+        "mprotect": _unless_bit(2, _PROT_EXEC),
+        "write": _only_if(0, result_fd),
+        "clock_gettime": _only_if(0, _CPU_CLOCK),
+    }
     actions |= {_CHECK[name][column]: code for name, code in checks.items()}
     # A binary search over regions of numbers, not a list of comparisons: the kernel runs the program once for every
     # system call number when it is installed, which each child pays for (53 us against 135 us).
@@ -177,6 +225,7 @@ class Seccomp:
 
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
+
 def landlock(library) -> int:
     """Takes files, TCP and signals to outsiders from this process and its children. Returns the kernel's ABI number.
     Raises ConfineError where the kernel has no Landlock or refuses."""
@@ -218,8 +267,15 @@ def limit_resources(memory_mb: int) -> list[str]:
 
     CPU time is not among them: RLIMIT_CPU counts whole seconds, the child's timers milliseconds.
     """
-    limits = {"CORE": 0, "FSIZE": 0, "MEMLOCK": 0, "MSGQUEUE": 0, "STACK": 16 << 20, "NOFILE": 32,
-              "AS": memory_mb << 20}
+    limits = {
+        "CORE": 0,
+        "FSIZE": 0,
+        "MEMLOCK": 0,
+        "MSGQUEUE": 0,
+        "STACK": 16 << 20,
+        "NOFILE": 32,
+        "AS": memory_mb << 20,
+    }
     missing = []
     for name, value in limits.items():
         number = getattr(resource, "RLIMIT_" + name, None)

@@ -96,9 +96,7 @@ _IS, _LOAD_CONST = opmap["IS_OP"], opmap["LOAD_CONST"]
 # applies to a name and the arguments below can be read one by one.
 _NAMES = 60
 _ASYNC = 0x80 | 0x100 | 0x200  # flags of coroutines, awaitable generators, asynchronous generators
-_HOPELESS = re.compile(
-    r"\b(?:class|except|finally|with|async|match|getattr|setattr|type|yield\s+from)\b|__|\.format\b"
-)
+_HOPELESS = re.compile(r"\b(?:class|except|finally|with|async|match|getattr|setattr|type|yield\s+from)\b|__|\.format\b")
 
 
 def worth_trying(source: str) -> bool:

@@ -24,8 +24,9 @@ def equal(a, b, rel: float = 1e-9) -> bool:
         return len(a) == len(b) and all(equal(x, y, rel) for x, y in zip(a, b))
     if kind in (set, frozenset) and other in (set, frozenset):
         # Exact partners are looked up in the hash tables; the few that are left are compared one by one.
-        return len(a) == len(b) and _matched([x for x in a if x not in b], [y for y in b if y not in a],
-                                             lambda x, y: equal(x, y, rel))
+        return len(a) == len(b) and _matched(
+            [x for x in a if x not in b], [y for y in b if y not in a], lambda x, y: equal(x, y, rel)
+        )
     if kind is dict and other is dict:
         return _equal_dicts(a, b, rel)
     return kind is other and a == b
@@ -34,8 +35,11 @@ def equal(a, b, rel: float = 1e-9) -> bool:
 def _equal_dicts(a, b, rel):
     if len(a) != len(b) or not all(equal(value, b[key], rel) for key, value in a.items() if key in b):
         return False
-    return _matched([key for key in a if key not in b], [key for key in b if key not in a],
-                    lambda x, y: equal(x, y, rel) and equal(a[x], b[y], rel))
+    return _matched(
+        [key for key in a if key not in b],
+        [key for key in b if key not in a],
+        lambda x, y: equal(x, y, rel) and equal(a[x], b[y], rel),
+    )
 
 
 def _matched(left, right, same):

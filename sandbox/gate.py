@@ -17,7 +17,8 @@ from opcode import opmap
 # Reach files, the terminal or other programs' objects (open, globals), or give another answer each time (id, hash).
 FORBIDDEN_BUILTINS = frozenset(
     "open input eval exec compile id hash globals locals vars memoryview breakpoint exit quit help "
-    "__import__ __build_class__ __loader__ __spec__ copyright credits license".split())
+    "__import__ __build_class__ __loader__ __spec__ copyright credits license".split()
+)
 # What published benchmark programs use all the same; the profile "benchmark" lets it pass.
 _WIDE_BUILTINS = frozenset("eval exec compile id hash globals locals vars memoryview input exit quit".split())
 # Attributes that lead from an object of the program to the interpreter's: modules, frames, other classes.
@@ -25,7 +26,8 @@ _FORBIDDEN_NAMES = frozenset(
     "__globals__ __builtins__ __subclasses__ __code__ __closure__ __loader__ __spec__ __import__ __mro__ __bases__ "
     "__base__ __reduce__ __reduce_ex__ __getattribute__ __self__ __func__ __traceback__ "
     "gi_frame gi_code gi_yieldfrom cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back f_globals f_locals "
-    "f_builtins f_code f_trace _getframe with_traceback".split())
+    "f_builtins f_code f_trace _getframe with_traceback".split()
+)
 # Names, operations and operators that can make a set, whose order then may reach the output.
 _SET_NAMES = frozenset("set frozenset Counter __hash__ symmetric_difference __or__ __and__ __sub__ __xor__".split())
 _VIEW_NAMES = frozenset(("keys", "items"))
@@ -126,15 +128,20 @@ def _order_sensitive(code):
         return True
     if _VIEW_NAMES.isdisjoint(names):
         return False
-    return any(operation in _BINARY_CODES or operation == _BINARY_OP and argument in _BINARY_ARGUMENTS
-               for operation, argument in _instructions(code))
+    return any(
+        operation in _BINARY_CODES or operation == _BINARY_OP and argument in _BINARY_ARGUMENTS
+        for operation, argument in _instructions(code)
+    )
 
 
 def safe_builtins(wide: bool, importer, getter) -> dict:
     """The builtins of a program: `print` goes nowhere, imports come from the list, getattr refuses what the gate
     refuses."""
-    allowed = {name: value for name, value in vars(builtins).items()
-               if name not in FORBIDDEN_BUILTINS or wide and name in _WIDE_BUILTINS}
+    allowed = {
+        name: value
+        for name, value in vars(builtins).items()
+        if name not in FORBIDDEN_BUILTINS or wide and name in _WIDE_BUILTINS
+    }
     allowed["hash"] = hash  # only inside a __hash__ method: the gate sees to it
     allowed |= {"print": _print, "__import__": importer, "__build_class__": builtins.__build_class__}
     if not wide:

@@ -24,8 +24,10 @@ from sandbox.profiles import Profile
 from sandbox.wire import HEAD
 
 _F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ, which systems other than Linux lack
-_BOOT = ("import sys, types; sys.path.pop(0); p = types.ModuleType('sandbox'); p.__path__ = [sys.argv.pop(1)]; "
-         "sys.modules['sandbox'] = p; from sandbox import worker; worker.main()")
+_BOOT = (
+    "import sys, types; sys.path.pop(0); p = types.ModuleType('sandbox'); p.__path__ = [sys.argv.pop(1)]; "
+    "sys.modules['sandbox'] = p; from sandbox import worker; worker.main()"
+)
 
 
 class Lane:
@@ -40,9 +42,15 @@ class Lane:
         self.data, data_write = os.pipe()
         self.control, control_write = os.pipe()
         # The profile's limits and modules go to the server once, not with each job.
-        config = {"seed": seed, "control": control_write, "second": second_read, "taken_uids": _taken_uids(),
-                  "pool": os.getpid(), "allow_weak": allow_weak,
-                  **{key: value for key, value in asdict(profile).items() if key != "name"}}
+        config = {
+            "seed": seed,
+            "control": control_write,
+            "second": second_read,
+            "taken_uids": _taken_uids(),
+            "pool": os.getpid(),
+            "allow_weak": allow_weak,
+            **{key: value for key, value in asdict(profile).items() if key != "name"},
+        }
         # An environment of its own, so that no token of the user's is in reach. LD_BIND_NOW: the linker looks symbols
         # up once, before the forks, and not again in every child.
         environment = {"PYTHONHASHSEED": str(seed), "PYTHONUTF8": "1", "LD_BIND_NOW": "1"}
@@ -54,8 +62,14 @@ class Lane:
             here = os.path.dirname(os.path.abspath(__file__))
             self.process = subprocess.Popen(
                 [sys.executable, "-S", "-s", "-B", "-c", _BOOT, here, json.dumps(config)],
-                env=environment, cwd="/", stdin=request_read, stdout=data_write, stderr=subprocess.DEVNULL,
-                pass_fds=(control_write, second_read), start_new_session=True)
+                env=environment,
+                cwd="/",
+                stdin=request_read,
+                stdout=data_write,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(control_write, second_read),
+                start_new_session=True,
+            )
         finally:
             # Closed here even if the start failed. A copy left open would keep the pipe from ever ending.
             for descriptor in (request_read, second_read, data_write, control_write):
@@ -84,7 +98,7 @@ class Lane:
     def send(self):
         """As much of the request as the pipe takes; the rest stays in `unsent`. OSError: the lane has ended."""
         try:
-            self.unsent = self.unsent[os.write(self.request, self.unsent):]
+            self.unsent = self.unsent[os.write(self.request, self.unsent) :]
         except BlockingIOError:
             pass
 

@@ -24,8 +24,17 @@ from sandbox.limits import Limits, LiteralError, NotLiteral, TooLarge
 from sandbox.reader import ArgumentReader, Reader
 
 __all__ = [
-    "Limits", "LiteralError", "NotLiteral", "TooLarge", "canon", "canon_args", "equal", "has_set", "parse",
-    "parse_args", "type_name",
+    "Limits",
+    "LiteralError",
+    "NotLiteral",
+    "TooLarge",
+    "canon",
+    "canon_args",
+    "equal",
+    "has_set",
+    "parse",
+    "parse_args",
+    "type_name",
 ]
 
 DEFAULT = Limits()
@@ -38,6 +47,7 @@ _DICTS = (dict, Counter, defaultdict, OrderedDict)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
+
 
 def canon(value, limits: Limits = DEFAULT) -> str:
     """Canonical text of `value`. Sets are sorted by (length, text), dicts keep their order, inf and nan become

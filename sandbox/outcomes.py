@@ -119,6 +119,7 @@ def refusal(job, profile):
 
 # --- from bytes to outcomes -------------------------------------------------------------------------------------------
 
+
 def settle(piece, data: bytes, status: int, is_canonical):
     """Turns a child's frames and wait status into outcomes. Returns (pieces still to be run, reason of infra or "").
 
@@ -281,7 +282,7 @@ def _exception(text):
     # A child's text becomes part of a sentence that is shown to a model and logged: an identifier, or one known phrase.
     word = text.partition(" ")[0]
     name = word if word.isidentifier() and len(word) <= 100 else "Exception"
-    detail = text if text == f"{name} no {text[len(name) + 4:]}" and text.isprintable() else name  # "NameError no f"
+    detail = text if text == f"{name} no {text[len(name) + 4 :]}" and text.isprintable() else name  # "NameError no f"
     return Outcome("memory" if name == "MemoryError" else "error", None, detail[:200])
 
 
@@ -298,6 +299,7 @@ def _value(kind, text, is_canonical):
 
 
 # --- determinism ------------------------------------------------------------------------------------------------------
+
 
 class Repeat:
     """A second run of the good inputs of a job, for comparison: reversed, and then once more in order when `twice`."""

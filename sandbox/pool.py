@@ -60,8 +60,9 @@ class Sandbox:
     (contained.py) are run several to a process; False: never. Use as a context manager; closed at exit otherwise.
     """
 
-    def __init__(self, workers: int | None = None, profile: Profile = PROPOSAL, allow_weak: bool = False,
-                 share: bool = True):
+    def __init__(
+        self, workers: int | None = None, profile: Profile = PROPOSAL, allow_weak: bool = False, share: bool = True
+    ):
         if sys.platform == "win32" or not sys.platform.startswith("linux") and not allow_weak:
             raise SandboxError(f"programs cannot be confined on {sys.platform}: {_ADVICE}")
         self.workers = workers or _cores()
@@ -100,12 +101,18 @@ class Sandbox:
     def state(self) -> dict:
         """What protects us: seccomp, Landlock (ABI number), uid, limits; each True, a value, or "no: why"."""
         lanes = [lane for lane in self._lanes if lane.state]
-        return self._protection | {"profile": self.profile.name, "workers": self.workers, "lanes": len(lanes),
-                        "hash_seeds": list(FIRST_SEEDS + MORE_SEEDS),
-                        "weak": self._protection.get("seccomp") is not True,
-                        "lanes_replaced": self._restarts, "lanes_lost": self._lost_lanes, "children": self._children,
-                        "children_cpu_seconds": round(self._cpu_seconds, 6),
-                        "children_peak_mb": round(self._peak_mb, 1)}
+        return self._protection | {
+            "profile": self.profile.name,
+            "workers": self.workers,
+            "lanes": len(lanes),
+            "hash_seeds": list(FIRST_SEEDS + MORE_SEEDS),
+            "weak": self._protection.get("seccomp") is not True,
+            "lanes_replaced": self._restarts,
+            "lanes_lost": self._lost_lanes,
+            "children": self._children,
+            "children_cpu_seconds": round(self._cpu_seconds, 6),
+            "children_peak_mb": round(self._peak_mb, 1),
+        }
 
     # --- jobs ---
 
@@ -130,7 +137,7 @@ class Sandbox:
         bundles = []
         for alike in fit.values():
             size = max(1, min(BUNDLE, -(-len(alike) // self.workers)))
-            groups = [alike[start:start + size] for start in range(0, len(alike), size)]
+            groups = [alike[start : start + size] for start in range(0, len(alike), size)]
             bundles += [Bundle(group) if len(group) > 1 else group[0] for group in groups]
         return bundles + rest
 
@@ -406,6 +413,7 @@ class Sandbox:
 
 
 # --- housekeeping ---------------------------------------------------------------------------------------------------
+
 
 def _pieces(job, texts, outcomes, seed, sensitive):
     """One piece with all the inputs, or none when no input is left to run."""

@@ -42,6 +42,14 @@ class Profile:
 
 PROPOSAL = Profile("proposal", PROPOSAL_MODULES)
 BENCHMARK = Profile(
-    "benchmark", BENCHMARK_MODULES, cpu_seconds=10.0, wall_seconds=60.0, memory_mb=1_024, source_chars=1_000_000,
-    output_bytes=8_000_000, recursion=3_000, wide=True,
-    limits=Limits(1_000_000, 200_000, depth=100, int_bits=100_000, complex_numbers=True, match_as_true=True))
+    "benchmark",
+    BENCHMARK_MODULES,
+    cpu_seconds=10.0,
+    wall_seconds=60.0,
+    memory_mb=1_024,
+    source_chars=1_000_000,
+    output_bytes=8_000_000,
+    recursion=3_000,
+    wide=True,
+    limits=Limits(1_000_000, 200_000, depth=100, int_bits=100_000, complex_numbers=True, match_as_true=True),
+)

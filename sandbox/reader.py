@@ -25,16 +25,30 @@ _TOKEN = re.compile(
         '''[^'\\]*(?:(?:\\.|'(?!''))[^'\\]*)*''' | \"\"\"[^"\\]*(?:(?:\\.|"(?!""))[^"\\]*)*\"\"\"
         | '(?!'')[^'\\\n]*(?:\\.[^'\\\n]*)*' | "(?!"")[^"\\\n]*(?:\\.[^"\\\n]*)*"))
     |(?P<name>[^\W\d]\w*)
-    |(?P<dot>\.))""", re.VERBOSE | re.DOTALL)
+    |(?P<dot>\.))""",
+    re.VERBOSE | re.DOTALL,
+)
 _ESCAPE = re.compile(r"\\(?:\n|[0-7]{1,3}|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|N\{[^}]*\}|.)", re.DOTALL)
-_SIMPLE = {"\\": "\\", "'": "'", '"': '"', "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t",
-           "v": "\v", "\n": ""}
+_SIMPLE = {
+    "\\": "\\",
+    "'": "'",
+    '"': '"',
+    "a": "\a",
+    "b": "\b",
+    "f": "\f",
+    "n": "\n",
+    "r": "\r",
+    "t": "\t",
+    "v": "\v",
+    "\n": "",
+}
 _CONSTANTS = {"None": None, "True": True, "False": False}
 _FLOATS = {"inf", "infinity", "nan"}
 _END = ("end", "")
 _SEQUENCES = (str, bytes, list, tuple)
-_METHODS = frozenset(("upper", "lower", "capitalize", "title", "swapcase", "strip", "lstrip", "rstrip",
-                      "split", "join"))
+_METHODS = frozenset(
+    ("upper", "lower", "capitalize", "title", "swapcase", "strip", "lstrip", "rstrip", "split", "join")
+)
 
 
 def _tokens(text, limits):
@@ -356,9 +370,9 @@ def _hashed(kind, items):
 
 def _string(token):
     """The value of one string or bytes token, as Python reads it."""
-    prefix = token[:token.index(token[-1])].lower()
-    width = 3 if token[len(prefix):len(prefix) + 3] in ("'''", '"""') else 1
-    body = token[len(prefix) + width:-width]
+    prefix = token[: token.index(token[-1])].lower()
+    width = 3 if token[len(prefix) : len(prefix) + 3] in ("'''", '"""') else 1
+    body = token[len(prefix) + width : -width]
     is_bytes = "b" in prefix
     if is_bytes and not body.isascii():
         raise LiteralError("bytes with characters beyond ASCII")

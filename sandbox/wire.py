@@ -15,9 +15,9 @@ import struct
 
 from sandbox import literal
 
-HEAD = struct.Struct("=I")        # length of a request
-FRAME = struct.Struct("=cII")     # kind, length of the text in bytes, CPU time used so far in microseconds
-REPORT = struct.Struct("=iqq")    # wait status, CPU time in microseconds, peak memory in KiB
+HEAD = struct.Struct("=I")  # length of a request
+FRAME = struct.Struct("=cII")  # kind, length of the text in bytes, CPU time used so far in microseconds
+REPORT = struct.Struct("=iqq")  # wait status, CPU time in microseconds, peak memory in KiB
 KINDS = frozenset(b"BRXAGOEULD")
 
 

@@ -340,6 +340,7 @@ def _read_exactly(length):
 
 # --- set-up -----------------------------------------------------------------------------------------------------------
 
+
 def _load(name):
     __import__(name)
     return sys.modules[name]
@@ -349,8 +350,11 @@ def _proxies(modules):
     """Copies of the modules without private names and without the modules that they imported themselves."""
     proxies = {name: types.ModuleType(name, module.__doc__) for name, module in modules.items()}
     for name, module in modules.items():
-        public = {key: value for key, value in vars(module).items()
-                  if not key.startswith("_") and type(value) is not types.ModuleType}
+        public = {
+            key: value
+            for key, value in vars(module).items()
+            if not key.startswith("_") and type(value) is not types.ModuleType
+        }
         proxies[name].__dict__.update(public)
         if hasattr(module, "__all__"):
             proxies[name].__all__ = [key for key in module.__all__ if key in public]

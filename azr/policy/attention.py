@@ -53,8 +53,14 @@ def _flash(q, k_pages, v_pages, block_table, lengths, scale):
     flash = importlib.import_module("flash_attn")
     # num_splits=1: the automatic choice has returned wrong values and NaN with paged caches (pytorch issue 194167)
     return flash.flash_attn_with_kvcache(
-        q[:, None], k_pages, v_pages, cache_seqlens=lengths, block_table=block_table.clamp(min=0), softmax_scale=scale,
-        causal=True, num_splits=1,
+        q[:, None],
+        k_pages,
+        v_pages,
+        cache_seqlens=lengths,
+        block_table=block_table.clamp(min=0),
+        softmax_scale=scale,
+        causal=True,
+        num_splits=1,
     )[:, 0]
 
 
@@ -78,8 +84,11 @@ def _sdpa(q, k_pages, v_pages, block_table, lengths, scale):
         keys, values = (t.masked_fill_(~visible[:, :, None, None], 0) for t in (keys, values))
     # the query heads of a group see the same keys: as query positions of one head they need no copy of them
     out = F.scaled_dot_product_attention(
-        q.reshape(batch, kv_heads, heads // kv_heads, dim), keys.transpose(1, 2), values.transpose(1, 2),
-        attn_mask=visible[:, None, None], scale=scale,
+        q.reshape(batch, kv_heads, heads // kv_heads, dim),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=visible[:, None, None],
+        scale=scale,
     )
     return out.reshape(batch, heads, dim)
 

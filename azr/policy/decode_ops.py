@@ -82,8 +82,12 @@ def operations(device: torch.device, dtype: torch.dtype):
         why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
     if why is None:
         return decode_triton
-    print(f"warning: the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations one "
-          "by one, slower", file=sys.stderr, flush=True)
+    print(
+        f"warning: the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations one "
+        "by one, slower",
+        file=sys.stderr,
+        flush=True,
+    )
     return here
 
 

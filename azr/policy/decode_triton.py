@@ -56,9 +56,26 @@ def _turned(first, second, cos, sin):
 
 
 @triton.jit
-def _rotate_store_kernel(q, k, v, cos, sin, keys, values, page, offset, q_stride, k_stride, v_stride, page_stride,
-                         token_stride, head_stride, HEADS: tl.constexpr, DIM: tl.constexpr,
-                         BLOCK: tl.constexpr):
+def _rotate_store_kernel(
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    keys,
+    values,
+    page,
+    offset,
+    q_stride,
+    k_stride,
+    v_stride,
+    page_stride,
+    token_stride,
+    head_stride,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One token, one head: the query heads first, then the key heads, which also go into the cache with their values.
     A program reads both halves of its head before it writes either."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -117,8 +134,9 @@ def silu_mul(gate, up) -> torch.Tensor:
     """See `decode_ops.silu_mul`."""
     rows, size = gate.shape
     out = torch.empty(rows, size, dtype=gate.dtype, device=gate.device)
-    _silu_mul_kernel[(rows, triton.cdiv(size, COLUMNS))](gate, up, out, gate.stride(0), up.stride(0), size,
-                                                         BLOCK=COLUMNS, num_warps=4)
+    _silu_mul_kernel[(rows, triton.cdiv(size, COLUMNS))](
+        gate, up, out, gate.stride(0), up.stride(0), size, BLOCK=COLUMNS, num_warps=4
+    )
     return out
 
 

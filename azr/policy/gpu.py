@@ -62,8 +62,15 @@ def look() -> Facts:
         except (RuntimeError, AssertionError, torch.cuda.DeferredCudaCallError) as raised:
             error = str(raised) or type(raised).__name__
     return Facts(
-        torch.__version__, torch.version.cuda, torch.version.hip is not None, error, driver_version(),
-        os.environ.get("CUDA_VISIBLE_DEVICES"), name or "", capability, kernels,
+        torch.__version__,
+        torch.version.cuda,
+        torch.version.hip is not None,
+        error,
+        driver_version(),
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        name or "",
+        capability,
+        kernels,
     )
 
 
@@ -177,23 +184,32 @@ def why_no_four_bit() -> str | None:
         return None
     # Not getattr: the library's stand-in answers to every name, with a function that raises.
     attributes = vars(lib)
-    return library_problem(package.__version__, attributes.get("error_msg", "only its library for CPUs was found"),
-                           torch.version.cuda, tuple(attributes.get("available_versions", ())),
-                           os.environ.get("BNB_CUDA_VERSION"))
+    return library_problem(
+        package.__version__,
+        attributes.get("error_msg", "only its library for CPUs was found"),
+        torch.version.cuda,
+        tuple(attributes.get("available_versions", ())),
+        os.environ.get("BNB_CUDA_VERSION"),
+    )
 
 
-def library_problem(version: str | None, error: str, cuda: str | None, has: tuple[str, ...] = (),
-                    override: str | None = None) -> str:
+def library_problem(
+    version: str | None, error: str, cuda: str | None, has: tuple[str, ...] = (), override: str | None = None
+) -> str:
     """One line: why 4 bits do not work, and what to type. version None: bitsandbytes cannot be imported at all."""
     otherwise = "or --quantization none, if the model fits unquantized"
     error = error.splitlines()[0] if error else "its library cannot be loaded"
     if version is None:
         return f"bitsandbytes cannot be imported ({error}): pip install bitsandbytes, {otherwise}"
     if override is not None:
-        return (f"bitsandbytes {version} cannot load the library that BNB_CUDA_VERSION={override} asks for ({error}): "
-                "unset BNB_CUDA_VERSION")
+        return (
+            f"bitsandbytes {version} cannot load the library that BNB_CUDA_VERSION={override} asks for ({error}): "
+            "unset BNB_CUDA_VERSION"
+        )
     if "cannot open shared object" in error:
-        return (f"bitsandbytes {version} cannot load its library for CUDA {cuda} ({error}): install torch again with "
-                f"pip, which brings CUDA's libraries, {otherwise}")
+        return (
+            f"bitsandbytes {version} cannot load its library for CUDA {cuda} ({error}): install torch again with "
+            f"pip, which brings CUDA's libraries, {otherwise}"
+        )
     having = f" (it has {', '.join(has)})" if has else f" ({error})"
     return f"bitsandbytes {version} has no library for CUDA {cuda}{having}: pip install -U bitsandbytes, {otherwise}"

@@ -23,10 +23,30 @@ TOGETHER = 16  # splits that are combined at a time: 4,096 keys in one pass
 
 
 @triton.jit
-def _split_kernel(q, k_pages, v_pages, block_table, lengths, partial, log_sum, scale, q_stride, table_stride,
-                  page_stride, token_stride, head_stride, splits,
-                  HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
-                  COLUMNS: tl.constexpr, PAGE: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+def _split_kernel(
+    q,
+    k_pages,
+    v_pages,
+    block_table,
+    lengths,
+    partial,
+    log_sum,
+    scale,
+    q_stride,
+    table_stride,
+    page_stride,
+    token_stride,
+    head_stride,
+    splits,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One sequence, one KV head, SPLIT keys: partial (batch, heads, splits, DIM), log_sum (batch, heads, splits)."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths + row)
@@ -71,8 +91,18 @@ def _split_kernel(q, k_pages, v_pages, block_table, lengths, partial, log_sum, s
 
 
 @triton.jit
-def _combine_kernel(partial, log_sum, lengths, out, splits, HEADS: tl.constexpr, DIM: tl.constexpr,
-                    COLUMNS: tl.constexpr, SPLIT: tl.constexpr, TOGETHER: tl.constexpr):
+def _combine_kernel(
+    partial,
+    log_sum,
+    lengths,
+    out,
+    splits,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
+):
     """One sequence, one head: the mean of its splits' results, weighted by exp(log_sum)."""
     row, head = tl.program_id(0), tl.program_id(1)
     dims = tl.arange(0, COLUMNS)

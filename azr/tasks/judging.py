@@ -54,8 +54,10 @@ def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool
         except literal.LiteralError as error:
             verdicts[key] = not_literal(error, "answer")
     _judge_inputs(abduction, sandbox, verdicts)
-    jobs = [Job(answer, tuple(arguments for arguments, _ in task.hidden), stop_at_failure=not fraction)
-            for _, task, answer in induction]
+    jobs = [
+        Job(answer, tuple(arguments for arguments, _ in task.hidden), stop_at_failure=not fraction)
+        for _, task, answer in induction
+    ]
     for (key, task, _), outcomes in zip(induction, sandbox.run(jobs) if jobs else []):
         verdicts[key] = _judge_hidden(task, outcomes, fraction)
     return [verdicts[task.hash, answer] for task, answer in pairs]

@@ -157,8 +157,14 @@ def _azr_propose(mode: str, references: list[Task]) -> str:
         f"\nReference {i}:\n{fence('python', task.program)}{fence('input', task.input)}"
         for i, task in enumerate(references, 1)
     )
-    return _fill(PROPOSE, goal=PROPOSE_GOAL[mode], program_rules=PROGRAM_RULES, input_rules=INPUT_RULES,
-                 example=EXAMPLE_PROGRAM, references=shown)
+    return _fill(
+        PROPOSE,
+        goal=PROPOSE_GOAL[mode],
+        program_rules=PROGRAM_RULES,
+        input_rules=INPUT_RULES,
+        example=EXAMPLE_PROGRAM,
+        references=shown,
+    )
 
 
 def _azr_solve(task: Task) -> str:

@@ -170,14 +170,28 @@ class Sample:
 
 SEED_PROGRAM = "def f(a):\n    return a"
 # Half of them are shown and half hidden: both halves have texts, numbers and containers.
-_SEED_VALUES = ("'Hello world'", "7", "[3, 1, 2]", "(2, 'b')", "{'a': 1}",
-                "''", "-1.5", "[[0, 1], [1, 0]]", "True", "'abc abc'")
+_SEED_VALUES = (
+    "'Hello world'",
+    "7",
+    "[3, 1, 2]",
+    "(2, 'b')",
+    "{'a': 1}",
+    "''",
+    "-1.5",
+    "[[0, 1], [1, 0]]",
+    "True",
+    "'abc abc'",
+)
 SEED_TASKS = {
     "deduction": Task("deduction", SEED_PROGRAM, "'Hello world'", "'Hello world'"),
     "abduction": Task("abduction", SEED_PROGRAM, "'Hello world'", "'Hello world'"),
-    "induction": Task("induction", SEED_PROGRAM, message="Give back what you are given.",
-                      visible=tuple((v, v) for v in _SEED_VALUES[:VISIBLE]),
-                      hidden=tuple((v, v) for v in _SEED_VALUES[VISIBLE:])),
+    "induction": Task(
+        "induction",
+        SEED_PROGRAM,
+        message="Give back what you are given.",
+        visible=tuple((v, v) for v in _SEED_VALUES[:VISIBLE]),
+        hidden=tuple((v, v) for v in _SEED_VALUES[VISIBLE:]),
+    ),
 }
 
 

@@ -21,9 +21,14 @@ MIN_OUTPUTS = 3  # distinct outputs of an induction task: with fewer, a constant
 MAX_PROGRAM, MAX_INPUT, MAX_MESSAGE, MAX_OUTPUT = 8_192, 1_000, 2_000, 400  # characters: what a prompt shows in full
 
 
-def validate(proposals: list[Proposal], sandbox: Sandbox, known: set[str] | None = frozenset(),
-             max_output_chars: int = MAX_OUTPUT, exempt: set[str] = frozenset(),
-             held_out: frozenset[str] = frozenset()) -> list[Verdict]:
+def validate(
+    proposals: list[Proposal],
+    sandbox: Sandbox,
+    known: set[str] | None = frozenset(),
+    max_output_chars: int = MAX_OUTPUT,
+    exempt: set[str] = frozenset(),
+    held_out: frozenset[str] = frozenset(),
+) -> list[Verdict]:
     """A verdict for each proposal, in order; a valid one carries its task. Raises SandboxError, nothing on a proposal.
 
     known: duplicate keys of tasks that exist already; a proposal repeated in the list is a duplicate of the first valid
@@ -111,8 +116,9 @@ def _conclude(proposal: Proposal, outcomes: list[Outcome], max_output_chars: int
     if distinct < MIN_OUTPUTS:
         return Verdict(False, "outputs_not_diverse", f"{distinct} distinct outputs; at least {MIN_OUTPUTS} are needed")
     pairs = tuple(zip(proposal.inputs, outputs))
-    task = Task(proposal.mode, proposal.program, message=proposal.message or "",
-                visible=pairs[:VISIBLE], hidden=pairs[VISIBLE:])
+    task = Task(
+        proposal.mode, proposal.program, message=proposal.message or "", visible=pairs[:VISIBLE], hidden=pairs[VISIBLE:]
+    )
     return Verdict(True, "ok", task=task, score=1.0)
 
 
