@@ -11,12 +11,12 @@ resumed run writes the same lines again. One process at a time holds the directo
 kernel when the process dies).
 
 Left out: copies to a bucket or hub, and any pickle: tensors are safetensors, all else is JSON (keys become strings).
-torch is imported only to write or read a checkpoint. The file knows nothing of tasks and can be lifted out.
+torch is imported only to write or read a checkpoint. The file knows nothing of tasks; with azr/jsonl.py, which it
+reads and writes with, it can be lifted out, so what it says goes to stderr by itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -25,16 +25,17 @@ import json
 import math
 import os
 import platform
-import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from azr.jsonl import plain, read_object, sync, tolerant_lines, write_json_atomic, write_jsonl_atomic  # noqa: F401
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,93 +68,31 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- JSON
-
-def plain(value: Any, where: str = "value", finite: bool = True) -> Any:
-    """`value` as JSON types. finite: NaN and infinities become None (JSON has none). TypeError names the place."""
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) or not finite else None
-    if isinstance(value, Path):
-        return str(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(dataclasses.asdict(value), where, finite)
-    if isinstance(value, dict):
-        return {str(key): plain(item, f"{where}[{key!r}]", finite) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item, f"{where}[{index}]", finite) for index, item in enumerate(value)]
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain(item, where, finite) for item in value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:          # scalars of numpy and torch
-        return plain(value.item(), where, finite)
-    raise TypeError(f"{where}: a {type(value).__name__} cannot be written as JSON")
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Writes readable JSON so that a reader sees the old file or the new one, never a part. NaN becomes null."""
-    _replace(Path(path), json.dumps(plain(value, Path(path).name), indent=2, allow_nan=False) + "\n")
-
-
-def write_jsonl_atomic(path: Path, rows: Iterable[dict]) -> None:
-    """The same for one JSON object a line."""
-    _replace(Path(path), "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        _sync(aside)
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """fsync of a file or directory; some network file systems refuse it for directories."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def read_json_object(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
-
-
 # ---------------------------------------------------------------- reading a run
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a torn last line is left out. RunError if there is none or an inner line is bad."""
+    """The lines of metrics.jsonl, as `read_lines`."""
     return list(read_lines(Path(run_dir) / "metrics.jsonl"))
 
 
 def read_samples(run_dir: Path) -> Iterator[dict]:
-    """The lines of samples.jsonl one by one (they can be gigabytes); a torn last line is left out."""
+    """The lines of samples.jsonl one by one (they can be gigabytes), as `read_lines`."""
     return read_lines(Path(run_dir) / "samples.jsonl")
 
 
 def read_lines(path: Path) -> Iterator[dict]:
+    """The lines of a log; what is damaged is left out, which is said once. RunError if there is no such file."""
     if not path.is_file():
         raise RunError(f"{path}: no such file; {path.parent} is not a run directory or has not logged anything yet")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                if not file.read(1):                # a run that is being written, or died in a write
-                    return
-                raise RunError(f"{path}, line {number}: not JSON ({error})") from error
+    notes: list[str] = []
+    yield from tolerant_lines(path, notes)
+    for note in notes:
+        say(f"warning: {path.parent}: {note}")
+
+
+def read_json_object(path: Path) -> dict:
+    """The object of one of the run's JSON files. RunError if it cannot be read."""
+    return read_object(path, RunError)
 
 
 # ---------------------------------------------------------------- checkpoints on disk
@@ -220,7 +159,7 @@ def _write_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> No
             for path in files}
     (folder / "checksums.json").write_text(json.dumps(sums, indent=2))
     for path in [*directory.rglob("*"), directory]:
-        _sync(path)
+        sync(path)
 
 
 def _remove(directory: Path) -> None:
@@ -262,7 +201,7 @@ def _cut(path: Path, end: int) -> int:
     """Truncates a log; returns the bytes that went."""
     if more := path.stat().st_size - end:
         os.truncate(path, end)
-        _sync(path)
+        sync(path)
     return more
 
 
@@ -454,7 +393,7 @@ class Run:
                 for file in self._files.values():           # the logs are never behind a checkpoint
                     os.fsync(file.fileno())
                 os.rename(aside, final)
-                _sync(final.parent)
+                sync(final.parent)
             elif keep:
                 (final / "keep").touch()
         except (OSError, SafetensorError) as error:
@@ -549,48 +488,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-# ---------------------------------------------------------------- random numbers
-
-def rng_state(**generators: random.Random) -> tuple[dict[str, Tensor], dict]:
-    """The state of Python's, numpy's (if loaded) and torch's generators (CPU, every GPU) and of the `generators` given.
-
-    Returns (tensors, JSON types): what `save_checkpoint` takes. The names of the tensors start with "rng/".
-    """
-    import torch
-
-    tensors = {"rng/torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors |= {f"rng/cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": None,
-                             "generators": {name: rng.getstate() for name, rng in generators.items()}}
-    if numpy := sys.modules.get("numpy"):
-        kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = [kind, keys.tolist(), *rest]
-    return tensors, state
-
-
-def set_rng_state(tensors: dict[str, Tensor], state: dict, **generators: random.Random) -> None:
-    """Puts back what `rng_state` gave, `generators` by the same names (KeyError: unknown); ignores other tensors."""
-    import torch
-
-    for name, rng in generators.items():
-        rng.setstate(_tupled(state["generators"][name]))
-    random.setstate(_tupled(state["python"]))
-    if state["numpy"] is not None:
-        import numpy
-        kind, keys, *rest = state["numpy"]
-        numpy.random.set_state((kind, numpy.asarray(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(tensors["rng/torch"])
-    saved = sorted(name for name in tensors if name.startswith("rng/cuda"))
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if len(saved) != present:
-        say(f"warning: the run had {len(saved)} GPU(s), here are {present}: random numbers will differ")
-    for name in saved[:present]:
-        torch.cuda.set_rng_state(tensors[name], int(name.removeprefix("rng/cuda")))
-
-
-def _tupled(state: Sequence) -> tuple:
-    version, internal, gauss = state                # JSON has made lists of the tuples
-    return version, tuple(internal), gauss

@@ -281,11 +281,11 @@ def test_bad_samples_are_refused(tmp_path, rows, said):
     assert "\n" not in str(caught.value)
 
 
-def test_a_torn_last_line_is_left_out(tmp_path, capsys):
+def test_a_torn_last_line_is_refused_by_file_and_line(tmp_path):
     benchmark = load(f"cruxeval-o={write(tmp_path / 'c.jsonl', CRUX)}")
     (tmp_path / "s.jsonl").write_text('{"task_id": "a", "answer": "1"}\n{"task_id": "b", "ans')
-    assert len(evalscore.read_samples(tmp_path / "s.jsonl", benchmark)) == 1
-    assert "cut off" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"s\.jsonl, line 2: not a JSON line .* was cut off in its writing$"):
+        evalscore.read_samples(tmp_path / "s.jsonl", benchmark)
 
 
 def test_score_needs_no_torch_and_k_above_n_is_refused(tmp_path):

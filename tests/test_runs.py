@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 import textwrap
@@ -136,13 +135,15 @@ def test_log_lines(tmp_path):
     assert samples == [{"step": 1, "response": "lone \udc80 and é", "reward": {"total": None}}]
 
 
-def test_readers_skip_a_torn_last_line_only(tmp_path):
+def test_readers_of_logs_leave_out_what_is_damaged_and_say_so_once(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2, "tr')
     assert read_metrics(tmp_path) == [{"step": 1}]
-    path.write_text('{"step": 1}\n{"step": 2, "tr\n{"step": 3}\n')
-    with pytest.raises(RunError, match="line 2"):
-        read_metrics(tmp_path)
+    assert capsys.readouterr().err.count("metrics.jsonl: the last line is torn") == 1
+    path.write_text('{"step": 1}\n{"step": 2, "tr\n[7]\n{"step": 3}\n')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
+    err = capsys.readouterr().err
+    assert "metrics.jsonl: 2 line(s) are no JSON objects, the first is line 2" in err and err.count("\n") == 1
     with pytest.raises(RunError, match="samples.jsonl"):
         list(read_samples(tmp_path))
 
@@ -356,29 +357,7 @@ def test_kill_9_at_random_moments(tmp_path):
     assert child.returncode == 0 and int(output) > 4, error
 
 
-# ---------------------------------------------------------------- random numbers, environment
-
-def test_rng_state_round_trip_through_a_checkpoint(tmp_path):
-    import numpy
-    import torch
-    rng = random.Random(5)
-    rng.gauss(0, 1)                                 # leaves a half-used pair behind
-
-    def draw():
-        return [rng.gauss(0, 1), rng.random(), random.random(), numpy.random.normal(), torch.rand(3).tolist()]
-    draw()
-    tensors, state = runs.rng_state(tasks=rng)
-    with Run.open(tmp_path, CONFIG) as run:
-        run.save_checkpoint(1, save_adapter, tensors, {"rng": state}, INFO)
-        expected = [draw() for _ in range(3)]
-        tensors, state, _ = run.load_checkpoint()
-    rng = random.Random(0)
-    torch.manual_seed(0), numpy.random.seed(0), random.seed(0)
-    runs.set_rng_state(tensors, state["rng"], tasks=rng)
-    assert [draw() for _ in range(3)] == expected
-    with pytest.raises(KeyError):
-        runs.set_rng_state(tensors, state["rng"], other=rng)
-
+# ---------------------------------------------------------------- environment
 
 def test_environment_keeps_earlier_ones_and_tells_changes(tmp_path, capsys):
     with Run.open(tmp_path, CONFIG) as run:
@@ -396,14 +375,3 @@ def test_environment_keeps_earlier_ones_and_tells_changes(tmp_path, capsys):
 def test_readers_do_not_import_torch():
     child = start("import azr.runs; print('torch' in sys.modules)")
     assert child.communicate()[0] == "False\n"
-
-
-def test_write_json_atomic_keeps_the_old_file_when_it_cannot_write(tmp_path):
-    path = tmp_path / "result.json"
-    runs.write_json_atomic(path, {"a": float("nan"), "path": tmp_path, "set": {2, 1}})
-    assert json.loads(path.read_text()) == {"a": None, "path": str(tmp_path), "set": [1, 2]}
-    with pytest.raises(TypeError, match="result.json"):
-        runs.write_json_atomic(path, {"a": object()})
-    with pytest.raises(OSError):
-        runs.write_json_atomic(tmp_path / "absent" / "x.json", {})
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"] and json.loads(path.read_text())["set"] == [1, 2]

@@ -27,8 +27,8 @@ from azr.analysis import figures
 from azr.analysis.figures import shown, warn
 from azr.fits import as_json, difference_of_means, linear_fit, over_runs
 from azr.passk import Interval, bootstrap_interval, share_interval
-from azr.analysis.reader import MODES, RunData, json_lines, read_run, same_model, stages
-from azr.runs import write_json_atomic
+from azr.analysis.reader import MODES, RunData, read_run, same_model, stages
+from azr.jsonl import read_object, tolerant_lines, write_json_atomic
 
 STAGES, ANSWERS = 4, 8
 QUESTIONS, QUESTIONS_EMBEDDED = 800, 480
@@ -163,7 +163,7 @@ def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questi
     notes: list[str] = []
     if not (run.path / "samples.jsonl").is_file():
         raise ValueError(f"{run.path} has no samples.jsonl, so there are no proposals to solve")
-    for row in json_lines(run.path / "samples.jsonl", notes):
+    for row in tolerant_lines(run.path / "samples.jsonl", notes):
         if row.get("role") != "proposer" or not row.get("task") or row.get("mode") not in modes:
             continue
         stage = next((i for i, (a, b) in enumerate(bounds) if a <= row.get("step", -1) <= b), None)
@@ -205,7 +205,7 @@ def solve(run: RunData, chosen: list[dict], solvers: dict, settings: dict, fresh
     kept = {}
     if path.is_file() and not fresh:
         try:
-            stored = json.loads(path.read_text())
+            stored = read_object(path)
             same = stored.get("key") == key
             kept = {n: row for n, row in stored["solvers"].items() if same and row.get("adapter") == marks.get(n)}
         except (ValueError, KeyError, AttributeError):

@@ -28,7 +28,8 @@ from azr.analysis import figures
 from azr.analysis.figures import shown, warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.passk import bootstrap_interval
-from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, json_lines, read_run, same_model
+from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, read_run, same_model
+from azr.jsonl import tolerant_lines, write_json_atomic
 
 if TYPE_CHECKING:
     from azr.policy.policy import Policy
@@ -58,7 +59,7 @@ def read_rows(path: str | Path, limit: int | None = None, steps: tuple[int, int]
     path, notes, rows = Path(path), [], []
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give JSON lines with prompt and response, such as RUN/probe.jsonl")
-    for row in json_lines(path, notes):
+    for row in tolerant_lines(path, notes):
         response = row.get("response", row.get("completion", row.get("answer")))
         prompt = row.get("prompt", "")
         if not isinstance(response, str) or not isinstance(prompt, str) or not (prompt or "task_id" in row):
@@ -363,7 +364,6 @@ def logged(run: RunData) -> dict:
 def probe_curve(run: RunData, args) -> dict:
     """{step: groups} of the frozen probe under every checkpoint; {} with a warning if there is no probe."""
     from azr.analysis.divergence import open_run, use
-    from azr.runs import write_json_atomic
 
     path, checkpoints = run.path / "probe.jsonl", run.checkpoints()
     if not path.is_file() or not checkpoints:

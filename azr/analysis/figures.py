@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from azr.runs import write_json_atomic
+from azr.jsonl import write_json_atomic
 
 MODE_COLORS = {"deduction": "#1b6ca8", "abduction": "#c8553d", "induction": "#3f7d20", "all": "#333333"}
 CYCLE = ["#1b6ca8", "#c8553d", "#3f7d20", "#7d4e9e", "#b8860b", "#008b8b", "#8b3a62", "#555555"]

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import hashlib
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +29,7 @@ from azr.analysis.figures import shown, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.passk import difference_interval, share_interval
 from azr.analysis.reader import ROLES, RunData, read_run, same_model
-from azr.runs import write_json_atomic
+from azr.jsonl import read_object, strict_lines, write_json_atomic
 
 PROBE_ROWS, HELD_OUT, CHECKPOINTS, TEXTS = 96, 300, 6, 200
 TEXT_TOKENS = 512  # of a text of --text
@@ -90,14 +89,13 @@ def texts(policy, path: Path) -> list[tuple[list[int], list[int]]]:
     """(first token, the next ones) of the paragraphs of a text file or of the "text" of JSON lines."""
     if not path.is_file():
         raise ValueError(f"--text {path}: no such file; give plain text with blank lines between paragraphs")
-    content = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".jsonl":
-        try:
-            parts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'--text {path}: expected {{"text": ...}} on every line ({error})') from error
+        rows = list(strict_lines(path))
+        if without := [where for where, row in rows if not isinstance(row.get("text"), str)]:
+            raise ValueError(f'--text {without[0]}: expected {{"text": ...}} on every line')
+        parts = [row["text"] for _, row in rows]
     else:
-        parts = content.split("\n\n")
+        parts = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
     ids = [policy.encode(part.strip())[:TEXT_TOKENS] for part in parts if part.strip()][:TEXTS]
     found = [(row[:1], row[1:]) for row in ids if len(row) > 1]
     if not found:
@@ -240,9 +238,9 @@ def _kept(path: Path, settings: dict) -> dict:
     if not path.is_file():
         return {}
     try:
-        stored = json.loads(path.read_text())
+        stored = read_object(path)
         return stored if stored["settings"] == settings else {}
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         warn(f"{path} cannot be read and is made again")
         return {}
 

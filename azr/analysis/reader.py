@@ -10,15 +10,14 @@ Left out: torch, models.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from azr.jsonl import read_object, tolerant_lines
 from azr.runs import RunError, step_directories
 
 MODES = ("deduction", "abduction", "induction")
@@ -72,18 +71,7 @@ class RunData:
         found = self.checkpoints()
         if not found:
             raise RunError(f"{self.path} has no checkpoint yet (checkpoints/step_0 is written before the first step)")
-        return read_object(found[0][1] / "azr.json")
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object of a file; RunError in one line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: holds no JSON object")
-    return value
+        return read_object(found[0][1] / "azr.json", RunError)
 
 
 def read_run(path: str | Path, steps_needed: bool = True) -> RunData:
@@ -94,13 +82,13 @@ def read_run(path: str | Path, steps_needed: bool = True) -> RunData:
     if not (path / "config.json").is_file():
         what = "is empty" if not any(path.iterdir()) else "has no config.json"
         raise RunError(f"{path} {what}, so it is not the directory of a run; give one that train_azr.py wrote")
-    config = read_object(path / "config.json")
+    config = read_object(path / "config.json", RunError)
     if "model" not in config or "seed" not in config:
         raise RunError(f"{path}/config.json has no model or no seed: some other program's directory, not a run")
     environment = {}
     if (path / "environment.json").is_file():
         try:
-            environment = read_object(path / "environment.json")
+            environment = read_object(path / "environment.json", RunError)
         except RunError as error:
             notes.append(f"{error}: left out")
     rows = _metric_rows(path, notes)
@@ -114,7 +102,7 @@ def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
     found: dict[int, dict] = {}
     if not (path / "metrics.jsonl").is_file():
         return []
-    for row in json_lines(path / "metrics.jsonl", notes):
+    for row in tolerant_lines(path / "metrics.jsonl", notes):
         step = row.get("step")
         if isinstance(step, bool) or not isinstance(step, int):
             notes.append("metrics.jsonl: a line without a step is left out")
@@ -128,27 +116,6 @@ def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
             f"metrics.jsonl: {missing} step(s) between the first and the last are missing: gaps in the curves"
         )
     return rows
-
-
-def json_lines(path: Path, notes: list[str]) -> Iterator[dict]:
-    """The JSON objects of a file, line by line; a torn last line or a bad one is left out with a note."""
-    bad, last_bad, number = [], False, 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            last_bad = not isinstance(row, dict) and bool(line.strip())
-            if isinstance(row, dict):
-                yield row
-            elif last_bad:
-                bad.append(number)
-    if last_bad:
-        bad.pop()
-        notes.append(f"{path.name}: the last line is torn (the run is being written, or died in a write): left out")
-    if bad:
-        notes.append(f"{path.name}: {len(bad)} line(s) are no JSON objects, the first is line {bad[0]}: left out")
 
 
 def same_model(runs: list[RunData]) -> dict:
@@ -211,7 +178,7 @@ def read_samples(run: RunData, example_steps: tuple[int, ...] = (), programs_a_s
     columns = {mode: ([], [], [], []) for mode in MODES}
     numbers: dict[tuple, int] = {}
     strange = 0
-    for row in json_lines(path, digest.notes):
+    for row in tolerant_lines(path, digest.notes):
         try:
             step, role, mode, reason = row["step"], row["role"], row["mode"], row["reason"]
             digest.reasons[role, mode][step][reason] += 1

@@ -14,7 +14,8 @@ from azr.analysis import entropy, figures
 from azr.fits import as_json
 from azr.evals.held_out import difference
 from azr.passk import Interval, powers_of_two, share_interval
-from azr.analysis.reader import MODES, ROLES, RunData, json_lines
+from azr.analysis.reader import MODES, ROLES, RunData
+from azr.jsonl import tolerant_lines
 
 if TYPE_CHECKING:
     from azr.analysis.report import Entry
@@ -51,7 +52,7 @@ def held_out_count(run: RunData, mode: str) -> int:
     path, notes = run.path / "eval" / "held_out.jsonl", []
     if not path.is_file():
         return 0
-    return sum(mode in ("all", row.get("mode")) for row in json_lines(path, notes))
+    return sum(mode in ("all", row.get("mode")) for row in tolerant_lines(path, notes))
 
 
 def share_of(value: float, n: int) -> Interval:

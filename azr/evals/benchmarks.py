@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from azr.jsonl import strict_lines
 from azr.models import model_path
 from azr.evals import code_answers
 from azr.evals.math_answers import last_boxed
@@ -215,16 +215,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict]]:
         for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
             yield f"{path}, row {number}", row
         return
-    for number, line in enumerate(code_answers.lines_of(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # bytes that are not UTF-8 among them
-            raise ValueError(f"{path}, line {number}: not a JSON line ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        yield f"{path}, line {number}", row
+    yield from strict_lines(path)
 
 
 def _items(path: Path, source: Source) -> list[Item]:

@@ -15,16 +15,14 @@ and dicts have the tolerance. Left out: prompts, and taking the code out of a re
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import sys
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from azr.jsonl import strict_lines
 from sandbox import BENCHMARK, Job, Sandbox, literal
 
 TIME_FACTOR, LEAST_SECONDS = 4.0, 1.0       # evalplus: limit = max(1 s, 4 x the reference solution's time)
@@ -91,15 +89,8 @@ class Grade:
 
 def load_problems(path: str | Path) -> list[Problem]:
     """The problems of evalplus's file, .jsonl or .jsonl.gz. ValueError with file, line and field for a bad one."""
-    path, problems = Path(path), {}
-    for number, line in enumerate(lines_of(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:       # bytes that are not UTF-8 among them
-            raise ValueError(f"{where}: not a JSON line ({error})") from error
+    problems: dict[str, Problem] = {}
+    for where, row in strict_lines(path):
         problem = _problem(row, where)
         if problem.task_id in problems:
             raise ValueError(f"{where}, field task_id: {problem.task_id} is there twice")
@@ -109,18 +100,7 @@ def load_problems(path: str | Path) -> list[Problem]:
     return list(problems.values())
 
 
-def lines_of(path: Path) -> list[bytes]:
-    """The lines of a file that may be gzipped."""
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).split(b"\n")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
-def _problem(row: Any, where: str) -> Problem:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+def _problem(row: dict, where: str) -> Problem:
     if row.get("plus_input") == {}:         # Mbpp/793 of version 0.2.0 has no plus inputs, and says so like that
         row["plus_input"] = []
     for name, kind in _FIELDS.items():

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from azr.jsonl import strict_lines
 from azr.passk import Interval, bootstrap_interval, pass_at_k, powers_of_two, ratio_difference, share_interval
 
 if TYPE_CHECKING:
@@ -43,19 +44,13 @@ def load_tasks(path: str | Path) -> list[Task]:
     path, tasks, repeats = Path(path), {}, 0
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected one task as JSON a line")
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                data = json.loads(line)
-                if not isinstance(data, dict):
-                    raise ValueError(f"expected a JSON object, found {type(data).__name__}")
-                task = Task.from_json(data)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            repeats += task.hash in tasks
-            tasks.setdefault(task.hash, task)
+    for where, row in strict_lines(path):
+        try:
+            task = Task.from_json(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        repeats += task.hash in tasks
+        tasks.setdefault(task.hash, task)
     if not tasks:
         raise ValueError(f"{path}: holds no tasks; expected one task as JSON a line")
     if repeats:

@@ -28,7 +28,7 @@ from azr.machine import plan
 from azr.evals.benchmarks import Benchmark
 from azr.evals.score import Row, progress, read_samples, warn
 from azr.evals.held_out import sample_seed
-from azr.runs import write_json_atomic
+from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
 
 SAMPLES_PER_CELL = 16
 TOKENS_PER_CALL = 1 << 20  # a cell's answers times their longest length, about: what a kill can cost
@@ -314,13 +314,7 @@ def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> 
         if (name, j) in rows
     ]  # fmt: skip
     if wanted != list(rows.values()):
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb", buffering=1 << 20) as file:
-            for row in wanted:
-                append(file, row)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_jsonl_atomic(path, map(sample_line, wanted))
 
 
 def cells(names: list[str], n: int, longest: int) -> Iterator[tuple[list[str], range]]:
@@ -383,15 +377,19 @@ def repair(path: Path) -> None:
             file.truncate(keep)
 
 
-def append(file, row: Row) -> None:
-    line = {
+def sample_line(row: Row) -> dict:
+    """What samples.jsonl says of a sample."""
+    return {
         "task_id": row.task_id,
         "sample": row.sample,
         "completion": row.text,
         "tokens": row.tokens,
         "finish_reason": row.finish_reason,
     }
-    data = memoryview((json.dumps(line) + "\n").encode("ascii"))
+
+
+def append(file, row: Row) -> None:
+    data = memoryview((json.dumps(sample_line(row)) + "\n").encode("ascii"))
     while data:  # a raw write may take a part, on a nearly full disk
         data = data[file.write(data) :]
 
@@ -403,9 +401,9 @@ def read_config(out: Path) -> dict | None:
             raise ValueError(f"{out}: has samples, but no config.json that says what made them; give another --out")
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path}: cannot be read ({error}); give another --out") from error
+        raise ValueError(f"{error}; give another --out") from error
 
 
 def check_same(stored: dict | None, info: dict, out: Path) -> None:

@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import gzip
-import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -29,7 +26,7 @@ from azr import passk
 from azr.evals import math_answers
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
-from azr.runs import write_json_atomic
+from azr.jsonl import read_object, strict_lines, write_json_atomic, write_jsonl_atomic
 
 FORMS = ("completion", "solution", "answer")
 LINE_SECONDS = 30  # between two lines of progress where there is no terminal
@@ -56,20 +53,11 @@ def warn(text: str) -> None:
 
 def read_samples(path: str | Path, benchmark: Benchmark) -> list[Row]:
     """The samples of a .jsonl or .jsonl.gz file, in its order. ValueError with file and line for a bad line, a task_id
-    that the benchmark does not have, or a (task_id, sample) that is there twice. A last line that was cut off in the
-    middle of its writing is left out, loudly."""
-    path, rows, known = Path(path), [], benchmark.by_id()
+    that the benchmark does not have, or a (task_id, sample) that is there twice."""
+    rows, known = [], benchmark.by_id()
     seen: set[tuple[str, int]] = set()
     counts: Counter = Counter()
-    for number, line, last in _lines(path):
-        where = f"{path}, line {number}"
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if last and not line.endswith(b"\n"):
-                warn(f"{where}: the last line is cut off and left out")
-                break
-            raise ValueError(f"{where}: not a JSON line ({error})") from error
+    for where, data in strict_lines(path):
         row = _row(data, where, counts)
         if row.task_id not in known:
             near = difflib.get_close_matches(row.task_id, known, 1)
@@ -87,28 +75,7 @@ def read_samples(path: str | Path, benchmark: Benchmark) -> list[Row]:
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
-    """(number, line, whether it is the last) of the lines that are not blank."""
-    try:
-        with open(path, "rb") as file:
-            zipped = file.read(2) == b"\x1f\x8b"
-        with (gzip.open if zipped else open)(path, "rb") as file:
-            held = None
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if held:
-                    yield *held, False
-                held = number, line
-            if held:
-                yield *held, True
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
-
-
-def _row(data: object, where: str, counts: Counter) -> Row:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: expected a JSON object, found {type(data).__name__}")
+def _row(data: dict, where: str, counts: Counter) -> Row:
     if not isinstance(data.get("task_id"), (str, int)) or isinstance(data["task_id"], bool):
         raise ValueError(f"{where}: the field task_id is missing or no text")
     form = next((name for name in FORMS if name in data), None)
@@ -218,24 +185,21 @@ def check_ks(ks: list[int] | None, n: int) -> list[int]:
 
 def write_graded(path: Path, rows: list[Row], grades: list[Grade]) -> None:
     """One line a sample, whole or not at all."""
-    aside = path.with_name(f"{path.name}.partial")
-    with open(aside, "w", encoding="ascii") as file:
-        for row, grade in zip(rows, grades, strict=True):
-            line = {
-                "task_id": row.task_id,
-                "sample": row.sample,
-                "correct": grade.correct,
-                "reason": grade.reason,
-                "answer": grade.answer,
-                "tokens": row.tokens,
-                "finish_reason": row.finish_reason,
-            }
-            if grade.plus is not None:
-                line |= {"correct_base": grade.base, "correct_plus": grade.plus}
-            file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    write_jsonl_atomic(path, (graded_line(row, grade) for row, grade in zip(rows, grades, strict=True)))
+
+
+def graded_line(row: Row, grade: Grade) -> dict:
+    """What graded.jsonl says of a sample."""
+    line = {
+        "task_id": row.task_id,
+        "sample": row.sample,
+        "correct": grade.correct,
+        "reason": grade.reason,
+        "answer": grade.answer,
+        "tokens": row.tokens,
+        "finish_reason": row.finish_reason,
+    }
+    return line if grade.plus is None else line | {"correct_base": grade.base, "correct_plus": grade.plus}
 
 
 def _counts(rows: list[Row], hits: list[bool], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -307,10 +271,9 @@ def read_guesses(where: str, benchmark: Benchmark) -> set[str]:
     """The problems that a result made with --template direct (an answer and no reasoning) solved at least once."""
     where = Path(where)
     try:
-        info = json.loads((where / "result.json").read_text(encoding="utf-8"))
-        rows = [json.loads(line) for line in (where / "graded.jsonl").read_text(encoding="utf-8").splitlines()]
-        found = {row["task_id"] for row in rows if row["correct"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        info = read_object(where / "result.json")
+        found = {row["task_id"] for _, row in strict_lines(where / "graded.jsonl") if row["correct"]}
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"--guess-filter {where}: no result directory of `run --template direct` ({error})"
         ) from error
@@ -391,8 +354,8 @@ def score(
         "template_hash": None,
         "decoding": None,
     }
-    with contextlib.suppress(OSError, ValueError):
-        stored = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(ValueError):
+        stored = read_object(path.parent / "config.json")
         if stored.get("benchmark") == benchmark.name and "decoding" in stored:
             info |= {name: stored.get(name) for name in info}
     return conclude(benchmark, rows, directory, ks, {**info, "samples": str(path), "made_by": "score"}, guess_filter)

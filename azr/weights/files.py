@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from azr.models import only_cached
-from azr.models import model_path
+from azr.jsonl import read_object
+from azr.models import model_path, only_cached
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 PREFIX = "base_model.model."  # of PEFT's names
@@ -100,15 +100,7 @@ def read(entry: Entry, first: int = 0, last: int | None = None) -> torch.Tensor:
 
 def read_json(file: Path) -> dict:
     """An object, {} if there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{file} does not hold an object")
-    return found
+    return read_object(file, WeightsError) if file.is_file() else {}
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

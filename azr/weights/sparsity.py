@@ -14,7 +14,6 @@ Left out: optimizer states, biases and norms of adapters, models whose experts a
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -26,10 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from azr import console
+from azr.jsonl import write_json_atomic
 from azr.weights import path as along, sizes, spectra
 from azr.weights.reference import (
     AdapterUpdate,
@@ -316,14 +315,11 @@ def main(args: argparse.Namespace) -> int:
 
     for line in sparsity_view.lines(report):
         console.say(line)
-    text = json.dumps(plain(report), indent=1, allow_nan=False) + "\n"
     if args.out:
         sparsity_view.plots(report, args.out)
         console.say(f"\nplots: {args.out}")
     for path in filter(None, (args.json, args.out and args.out / "sparsity.json")):
-        aside = path.with_name(path.name + ".new")
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_json_atomic(path, report)
     return 0
 
 
@@ -483,16 +479,3 @@ def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> di
         "notes": notes,
         "dtypes": {"base": base.dtypes(), **({"tuned": update.tuned.dtypes()} if kind == "pair" else {})},
     }
-
-
-def plain(value):
-    """JSON types; NaN and infinity become null."""
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
