@@ -74,10 +74,10 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def sample_and_grade(args: argparse.Namespace) -> int:
     """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input."""
-    from azr.evals import run as evalrun
     from azr.console import say
+    from azr.evals import run
     from azr.evals.score import check_ks, conclude
     from azr.stop import StopNow, StopRequest
 
@@ -90,15 +90,15 @@ def run(args: argparse.Namespace) -> int:
         try:
             benchmark = load(args.benchmark)
             benchmark = dataclasses.replace(benchmark, items=benchmark.items[: args.limit])
-            settings, said = evalrun.resolve(args, benchmark)
-            out = Path(args.out) if args.out else evalrun.default_out(settings, benchmark)
+            settings, lines = run.settings_of(args, benchmark)
+            out = Path(args.out) if args.out else run.default_out(settings, benchmark)
             say(
                 f"{benchmark.name}: {len(benchmark.items)} problems of {benchmark.path}, "
                 f"{settings.samples} samples each, into {out}"
             )
-            for line in said:
+            for line in lines:
                 say(f"  {line}")
-            rows, info = evalrun.run(settings, benchmark, out)
+            rows, info = run.run(settings, benchmark, out)
             if matched := info.get("matched"):
                 say(
                     "temperature {temperature} gives the tuned model {entropy:.3f} nats a token; the base has "
@@ -114,11 +114,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def score(args: argparse.Namespace) -> int:
+def grade(args: argparse.Namespace) -> int:
     """Grades samples that were made elsewhere. ValueError: bad input."""
-    from azr.evals import score as evalscore
+    from azr.evals import score
 
-    evalscore.score(args.samples, load(args.benchmark), args.k, args.out, args.guess_filter)
+    score.score(args.samples, load(args.benchmark), args.k, args.out, args.guess_filter)
     return 0
 
 
@@ -128,7 +128,7 @@ def main(arguments: list[str]) -> int:
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
-        return {"run": run, "score": score, "compare": compare.main}[args.command](args)
+        return {"run": sample_and_grade, "score": grade, "compare": compare.main}[args.command](args)
     except (ValueError, OSError, SandboxError, MathError) as error:
         print(f"eval_passk.py: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,12 @@
-"""Lines on the screen and in log files: say, prose, warn, and a bar that is one line where there is no terminal."""
+"""Lines on the screen and in log files: say, prose, note, warn, and a bar that is lines where there is no terminal.
+
+    say("step 3: ...")                      # stdout: what was asked for
+    note("sampling 400 answers")            # stderr: what one may want to know
+    warn("no GPU: computed on the CPU")     # stderr: every fallback gets one
+    with bar("solving") as advance: advance(done, total)
+
+Needs rich; imports nothing else of this project and can be lifted out.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +24,7 @@ if hasattr(sys.stdout, "reconfigure"):  # what a model writes must not end a run
     sys.stdout.reconfigure(errors="backslashreplace")
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
 INDENT = " " * 9
+LINE_SECONDS = 30  # between two lines of a bar where there is no terminal
 
 
 def say(text: str = "") -> None:
@@ -33,12 +42,18 @@ def prose(text: str, file=None) -> None:
     print(text, file=file, flush=True)
 
 
+def note(text: str) -> None:
+    """One line on stderr: progress, and what was chosen."""
+    prose(text, sys.stderr)
+
+
 def warn(text: str) -> None:
     """One loud line on stderr: every fallback gets one."""
-    prose(f"warning: {text}", sys.stderr)
+    note(f"warning: {text}")
 
 
 def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
     minutes = int(round(seconds)) // 60
     return (
         f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{int(round(seconds)) % 60:02d} min"
@@ -47,13 +62,33 @@ def duration(seconds: float) -> str:
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives advance(done, total): a bar on a terminal, one line at the end elsewhere."""
-    start = time.perf_counter()
+    """Gives advance(done, total): a bar with the time left on a terminal; elsewhere a line now and then, and at the end.
+
+    The first call says where the work begins: what was done before (a run that goes on) does not count as fast.
+    """
     if not console.is_terminal or console.is_dumb_terminal:
-        yield lambda done, total: None
-        say(f"{title}: {time.perf_counter() - start:.0f} s")
+        with _lines(title) as advance:
+            yield advance
         return
     columns = TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _lines(title: str) -> Iterator[Callable[[int, int], None]]:
+    """The bar of a log file: a line every LINE_SECONDS, and one at the end."""
+    start = last = time.perf_counter()
+    first: int | None = None
+
+    def advance(done: int, total: int) -> None:
+        nonlocal first, last
+        first, now = done if first is None else first, time.perf_counter()
+        if now - last >= LINE_SECONDS and done > first:
+            left = (now - start) / (done - first) * (total - done)
+            say(f"{title}: {done} of {total}, {duration(left)} left")
+            last = now
+
+    yield advance
+    say(f"{title}: {time.perf_counter() - start:.0f} s")

@@ -34,7 +34,7 @@ from gate_lab import Lab, Store  # noqa: E402
 from gate_numbers import BEYOND, TRACED, Counts, level  # noqa: E402
 from tables import fill, show, table  # noqa: E402
 
-from azr.evals.run import adapter_directory  # noqa: E402
+from azr.policy.opening import newest_checkpoint  # noqa: E402
 from azr.evals.held_out import load_tasks  # noqa: E402
 from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
 from azr.models import model_path  # noqa: E402
@@ -60,7 +60,7 @@ def together(runs: list[Path]) -> tuple[dict[str, Path], str, int]:
             config = json.loads((run / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: no readable config.json; give the directory of a run of train_azr.py") from error
-        checkpoint, name = adapter_directory(run, []), f"seed {config['seed']}"
+        checkpoint, name = newest_checkpoint(run), f"seed {config['seed']}"
         if checkpoint == run:
             raise ValueError(f"{run}: has no checkpoint yet")
         if name in found:

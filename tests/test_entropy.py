@@ -16,6 +16,7 @@ import torch
 
 from azr.analysis import entropy
 from azr.analysis.divergence import divergences, open_policy, token_divergences
+from azr.policy.opening import agree
 from azr.fits import difference_of_means, linear_fit, ratio_of_sums
 from azr.train.metrics import entropy_metrics
 from azr.policy.policy import LoraSettings, Policy
@@ -99,7 +100,7 @@ def test_kl_of_known_distributions_and_of_a_model_to_itself(policy, tokens):
         exact = (own[i].exp() * (own[i] - base[i])).sum(-1).numpy()
         assert np.abs(reverse[i] - exact).max() < 2e-5
     with policy.disable_adapter():
-        plain, _ = open_policy("tiny")
+        plain = open_policy(agree("tiny"))
     forward, reverse = token_divergences(plain, prompts, responses)
     assert max(row.max() for row in forward + reverse) == 0
 
@@ -194,9 +195,9 @@ def test_offset_holds_one_model_at_a_time(monkeypatch, tmp_path):
 
     def watched(*arguments):
         alive.append([model() is not None for model in opened])
-        policy, info = open_policy(*arguments)
+        policy = open_policy(*arguments)
         opened.append(weakref.ref(policy.model))
-        return policy, info
+        return policy
 
     monkeypatch.setattr("azr.analysis.divergence.open_policy", watched)
     data = tmp_path / "probe.jsonl"

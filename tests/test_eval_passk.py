@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from azr.models import model_path
-from azr.evals import run as evalrun, score as evalscore
+from azr.evals import run, score
 from azr.evals.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
 from azr.evals.grade import Answer, Grader, program_text, task_answer
 
@@ -65,9 +65,9 @@ def call(*arguments, **options):
     )
 
 
-def score(tmp_path, name, file, rows, ks=None, **options):
+def scored(tmp_path, name, file, rows, ks=None, **options):
     samples = write(tmp_path / "samples.jsonl", rows)
-    result = evalscore.score(str(samples), load(f"{name}={file}"), ks, str(tmp_path / "out"), **options)
+    result = score.score(str(samples), load(f"{name}={file}"), ks, str(tmp_path / "out"), **options)
     return result, [json.loads(line) for line in (tmp_path / "out" / "graded.jsonl").read_text().splitlines()]
 
 
@@ -202,11 +202,11 @@ def test_cruxeval_both_ways(tmp_path):
         {"task_id": "a", "answer": "[4,6]"},
         {"task_id": "b", "answer": "f("},
     ]
-    result, graded = score(tmp_path, "cruxeval-o", file, rows, [1])
+    result, graded = scored(tmp_path, "cruxeval-o", file, rows, [1])
     assert [row["correct"] for row in graded] == [True, False, True, False]
     assert result["pass@k"]["1"]["mean"] == 0.5 and result["samples_per_problem"] == 2 and result["problems"] == 2
     assert graded[0]["answer"] == "[4, 5]" and [row["sample"] for row in graded] == [0, 1, 0, 1]
-    result, _ = score(tmp_path, "cruxeval-i", file, [{"task_id": row["id"], "answer": row["input"]} for row in CRUX])
+    result, _ = scored(tmp_path, "cruxeval-i", file, [{"task_id": row["id"], "answer": row["input"]} for row in CRUX])
     assert result["pass@k"]["1"]["mean"] == 1
 
 
@@ -219,10 +219,10 @@ def test_base_and_plus_are_both_reported(tmp_path):
     ]
     file = write(tmp_path / "h.jsonl", [HALF])
     for name, hits in (("humaneval+", 1), ("humaneval", 2)):
-        result, graded = score(tmp_path, name, file, rows, [1])
+        result, graded = scored(tmp_path, name, file, rows, [1])
         assert result["pass@k"]["1"]["mean"] == hits / 4
         assert (result["pass@k_base"]["1"]["mean"], result["pass@k_plus"]["1"]["mean"]) == (0.5, 0.25)
-    result, graded = score(tmp_path, "humaneval", write(tmp_path / "o.jsonl", [OFFICIAL]), rows, [1])
+    result, graded = scored(tmp_path, "humaneval", write(tmp_path / "o.jsonl", [OFFICIAL]), rows, [1])
     assert [row["correct"] for row in graded] == [True, False, False, False] and "pass@k_base" not in result
 
 
@@ -230,7 +230,7 @@ def test_whatever_an_answer_holds_it_is_graded(tmp_path):
     rows = [
         {"task_id": "a", "answer": text} for text in ("\ud800", "\0", None, 17, "9" * 10_000_000, "[" * 1_000_000)
     ]
-    _, graded = score(tmp_path, "cruxeval-o", write(tmp_path / "c.jsonl", CRUX), rows, [1])
+    _, graded = scored(tmp_path, "cruxeval-o", write(tmp_path / "c.jsonl", CRUX), rows, [1])
     reasons = [row["reason"] for row in graded]
     assert reasons == ["syntax", "syntax", "no_answer", "wrong", "too_large", "too_large"]
 
@@ -250,14 +250,14 @@ def test_truncation_and_guesses(tmp_path):
     direct.mkdir()
     (direct / "result.json").write_text(json.dumps({"template": "direct", "benchmark": "gsm8k"}))
     write(direct / "graded.jsonl", [{"task_id": "7", "correct": True}, {"task_id": "1", "correct": False}])
-    result, _ = score(tmp_path, "gsm8k", file, rows, [1], guess_filter=str(direct))
+    result, _ = scored(tmp_path, "gsm8k", file, rows, [1], guess_filter=str(direct))
     assert result["truncation"]["share"] == pytest.approx(1 / 3)
     assert result["truncation"]["pass@1"] == pytest.approx(1 / 3)
     assert result["truncation"]["pass@1_without_truncated"] == pytest.approx(0.5)
     assert result["guess_filter"]["removed"] == 1 and result["guess_filter"]["pass@k"]["1"]["mean"] == 0.25
     with pytest.raises(ValueError, match="needed is gsm8k under direct"):
         (direct / "result.json").write_text(json.dumps({"template": "plain", "benchmark": "gsm8k"}))
-        evalscore.read_guesses(str(direct), load(f"gsm8k={file}"))
+        score.read_guesses(str(direct), load(f"gsm8k={file}"))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ def test_truncation_and_guesses(tmp_path):
 def test_bad_samples_are_refused(tmp_path, rows, said):
     benchmark = load(f"cruxeval-o={write(tmp_path / 'c.jsonl', CRUX)}")
     with pytest.raises(ValueError, match=said) as caught:
-        evalscore.read_samples(write(tmp_path / "s.jsonl", rows), benchmark)
+        score.read_samples(write(tmp_path / "s.jsonl", rows), benchmark)
     assert "\n" not in str(caught.value)
 
 
@@ -285,7 +285,7 @@ def test_a_torn_last_line_is_refused_by_file_and_line(tmp_path):
     benchmark = load(f"cruxeval-o={write(tmp_path / 'c.jsonl', CRUX)}")
     (tmp_path / "s.jsonl").write_text('{"task_id": "a", "answer": "1"}\n{"task_id": "b", "ans')
     with pytest.raises(ValueError, match=r"s\.jsonl, line 2: not a JSON line .* was cut off in its writing$"):
-        evalscore.read_samples(tmp_path / "s.jsonl", benchmark)
+        score.read_samples(tmp_path / "s.jsonl", benchmark)
 
 
 def test_score_needs_no_torch_and_k_above_n_is_refused(tmp_path):
@@ -322,7 +322,7 @@ def settings(**changes):
         "seed": 0,
         "match_entropy": False,
     }
-    return evalrun.resolve(Namespace(**{**given, **changes}), TINY)[0]
+    return run.settings_of(Namespace(**{**given, **changes}), TINY)[0]
 
 
 TINY = load("tiny")
@@ -333,7 +333,7 @@ TINY = dataclasses.replace(TINY, items=TINY.items[:5])
 def whole(tmp_path_factory):
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("run")
-    rows, info = evalrun.run(settings(), TINY, out)
+    rows, info = run.run(settings(), TINY, out)
     return out, (out / "samples.jsonl").read_bytes(), rows, info
 
 
@@ -341,7 +341,7 @@ def test_a_run_describes_itself(whole):
     out, _, rows, info = whole
     assert {(row.task_id, row.sample) for row in rows} == {(item.task_id, j) for item in TINY.items for j in range(6)}
     assert info["quantization"] == "none" and info["template"] == "tiny" and info["decoding"]["temperature"] == 1.0
-    result = evalscore.conclude(TINY, rows, out, [1, 3], {**info, "made_by": "run"})
+    result = score.conclude(TINY, rows, out, [1, 3], {**info, "made_by": "run"})
     assert result["samples_per_problem"] == 6 and list(result["pass@k"]) == ["1", "3"]
     assert result["revision"].startswith("sha256:") and len((out / "graded.jsonl").read_text().splitlines()) == 30
 
@@ -351,23 +351,23 @@ def test_an_interrupted_run_goes_on_to_the_same_file(whole, tmp_path, keep):
     _, data, _, info = whole
     (tmp_path / "samples.jsonl").write_bytes(data[: int(keep * len(data))])
     (tmp_path / "config.json").write_text(json.dumps(info))
-    evalrun.run(settings(), TINY, tmp_path)
+    run.run(settings(), TINY, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == data
 
 
 def test_more_samples_add_only_the_missing_ones(whole, tmp_path):
     _, data, rows, _ = whole
-    evalrun.run(settings(samples=2), TINY, tmp_path)
+    run.run(settings(samples=2), TINY, tmp_path)
     first = (tmp_path / "samples.jsonl").read_bytes()
-    again, _ = evalrun.run(settings(), TINY, tmp_path)
+    again, _ = run.run(settings(), TINY, tmp_path)
     after = (tmp_path / "samples.jsonl").read_bytes()
     assert after == data and set(first.splitlines()) < set(after.splitlines())
-    fewer, _ = evalrun.run(settings(samples=2), TINY, tmp_path)
+    fewer, _ = run.run(settings(samples=2), TINY, tmp_path)
     assert len(fewer) == 10 and (tmp_path / "samples.jsonl").read_bytes() == after
 
 
 def test_a_stop_in_the_middle_of_a_cell_costs_no_finished_answer(whole, tmp_path, monkeypatch):
-    write, written = evalrun.append, []
+    write, written = run.append, []
 
     def stop_after_ten(file, row):
         if len(written) == 10:
@@ -375,21 +375,21 @@ def test_a_stop_in_the_middle_of_a_cell_costs_no_finished_answer(whole, tmp_path
         written.append(row)
         write(file, row)
 
-    monkeypatch.setattr(evalrun, "append", stop_after_ten)
+    monkeypatch.setattr(run, "append", stop_after_ten)
     with pytest.raises(KeyboardInterrupt):
-        evalrun.run(settings(), TINY, tmp_path)
+        run.run(settings(), TINY, tmp_path)
     assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) == 10
-    monkeypatch.setattr(evalrun, "append", write)
-    evalrun.run(settings(), TINY, tmp_path)
+    monkeypatch.setattr(run, "append", write)
+    run.run(settings(), TINY, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == whole[1]
 
 
 def test_other_settings_are_refused(whole):
     out, data, _, _ = whole
     with pytest.raises(ValueError, match="temperature 1.0 -> 0.5"):
-        evalrun.run(settings(temperature=0.5), TINY, out)
+        run.run(settings(temperature=0.5), TINY, out)
     with pytest.raises(ValueError, match="exceeds the model's context"):
-        evalrun.run(settings(max_new_tokens=100_000), TINY, out)
+        run.run(settings(max_new_tokens=100_000), TINY, out)
     assert (out / "samples.jsonl").read_bytes() == data
 
 
@@ -413,32 +413,29 @@ def adapter(tmp_path_factory):
     return directory
 
 
-def test_an_adapter_is_measured_as_it_was_trained(adapter, tmp_path):
+def test_an_adapter_is_measured_as_it_was_trained(adapter):
     found = settings(adapter=str(adapter), model=None)
-    assert (found.quantization, found.dtype, found.template) == ("none", "float32", "tiny")
+    opened = found.opening
+    assert (opened.quantization, opened.dtype, found.template) == ("none", "float32", "tiny")
     for name, value in (("quantization", "nf4"), ("template", "plain"), ("dtype", "bfloat16")):
         with pytest.raises(ValueError, match=f"--{name} {value} contradicts"):
             settings(adapter=str(adapter), **{name: value})
     from eval_passk import build_parser
 
     asked = build_parser().parse_args(["run", "--benchmark", "tiny", "--dtype", "fp32"]).dtype
-    assert settings(adapter=str(adapter), dtype=asked).dtype == "float32"  # by the name that train_azr.py takes
-    recorded = json.loads((adapter / "azr.json").read_text())
-    other = dataclasses.replace(found, recorded=recorded | {"revision": "sha256:0"})
-    with pytest.raises(ValueError, match="trained on a base with revision sha256:0"):
-        evalrun.run(other, TINY, tmp_path)
+    assert settings(adapter=str(adapter), dtype=asked).opening.dtype == "float32"  # by the name that train_azr.py takes
 
 
 def test_the_temperature_that_gives_the_bases_entropy(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(evalrun, "MATCH_ANSWERS", 40)
-    _, info = evalrun.run(
+    monkeypatch.setattr(run, "MATCH_ANSWERS", 40)
+    _, info = run.run(
         settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path
     )
     matched = info["matched"]
     assert matched["temperature"] >= 0.5 and info["decoding"]["match_entropy"]
     close = abs(matched["entropy"] - matched["base_entropy"]) <= 0.05 * matched["base_entropy"]
     assert close or matched["temperature"] == 0.5 and matched["entropy"] >= matched["base_entropy"]
-    _, again = evalrun.run(
+    _, again = run.run(
         settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path
     )
     assert again == info
@@ -499,7 +496,7 @@ def test_cruxeval_as_in_its_public_file(name, field, right, tmp_path):
     if not file.is_file():
         pytest.skip("CRUXEval's file is not at hand")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    result, _ = score(tmp_path, name, file, [{"task_id": row["id"], "answer": row[field]} for row in rows])
+    result, _ = scored(tmp_path, name, file, [{"task_id": row["id"], "answer": row[field]} for row in rows])
     assert result["reasons"]["ok"] == right
 
 

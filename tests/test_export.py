@@ -20,6 +20,7 @@ from azr.weights import export, export_check, model_card, nf4
 from azr.weights.reference import AdapterUpdate
 from azr.evals.held_out import EvalResult, TaskResult, load_tasks
 from azr.policy.load import LoraSettings
+from azr.policy.opening import Opening
 from azr.models import model_path
 from azr.tasks.prompts import solve_prompt, template_hash
 from azr.policy.policy import Policy
@@ -376,7 +377,7 @@ def test_bad_input_writes_nothing(tiny_run, small, tmp_path):
         ((tiny_run, "--out", full), "not empty"),
         ((damaged, "--out", out), "checksum"),
         ((moved, "--out", out), "--base"),
-        ((tiny_run, "--base", small, "--out", out), "fingerprint"),
+        ((tiny_run, "--base", small, "--out", out), "another base"),
         ((tiny_run,), "--out"),
         ((tiny_run, "--out", out, "--public"), "--push-to-hub"),
         ((tiny_run, "--out", out, "--push-to-hub", "x", "--no-verify"), "verified"),
@@ -409,6 +410,10 @@ def test_the_revision_of_a_cached_hub_model_is_the_one_in_azr_json(small, tmp_pa
     """Two revisions in the cache, main points to the other one."""
     from huggingface_hub import constants
 
+    def opened(revision):
+        record = {"base_model": "some/base", "revision": revision}
+        return Opening("some/base", tmp_path, record, "none", None, None)
+
     folder, old, new = tmp_path / "models--some--base", "a" * 40, "b" * 40
     for revision in (old, new):
         shutil.copytree(small, folder / "snapshots" / revision)
@@ -416,10 +421,10 @@ def test_the_revision_of_a_cached_hub_model_is_the_one_in_azr_json(small, tmp_pa
     (folder / "refs" / "main").write_text(new)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(export, "only_cached", lambda name: True)
-    base = export.open_base({"base_model": "some/base", "revision": old}, None, tmp_path)
+    base = export.open_base(opened(old))
     assert base.directory.name == old
     with pytest.raises(export.ExportError, match="local cache"):
-        export.open_base({"base_model": "some/base", "revision": "c" * 40}, None, tmp_path)
+        export.open_base(opened("c" * 40))
 
 
 # ---------------------------------------------------------------- card and hub

@@ -10,7 +10,6 @@ KL over the full vocabulary at every response position, in chunks of positions, 
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from azr.models import model_path
-from azr.analysis.figures import warn
+from azr.policy.opening import Opening, agree, check_template
 from azr.tasks.prompts import template_hash
-from azr.analysis.reader import RunData, read_object
+from azr.analysis.reader import RunData
 
 if TYPE_CHECKING:
     import torch
@@ -30,62 +29,32 @@ if TYPE_CHECKING:
 TOKEN_BUDGET = 8192  # tokens of a forward pass
 
 
-def open_policy(
-    model: str, adapter: str | Path | None = None, quantization: str | None = None, **engine_options
-) -> tuple[Policy, dict]:
-    """(policy, azr.json of the adapter or {}). Without --quantization: what the adapter was trained on, else nf4 on a
-    GPU and none elsewhere. A GPU computes in the dtype of the training, a CPU in fp32: all else is slow there.
-    ModelError, or ValueError if the adapter was trained on another base."""
+def open_policy(opening: Opening, **engine_options) -> Policy:
+    """The policy of what azr/policy/opening.py agreed on. A GPU computes in the dtype of the training, a CPU in fp32:
+    all else is slow there. ModelError, also if the adapter was trained on another base."""
     import torch
 
-    from azr.policy.policy import ModelError, Policy
+    from azr.policy.policy import Policy
 
-    info = {}
-    if adapter is not None:
-        if not Path(adapter).is_dir():
-            raise ValueError(f"{adapter}: no such directory; give a checkpoint, such as RUN/checkpoints/step_100")
-        if (Path(adapter) / "azr.json").is_file():
-            info = read_object(Path(adapter) / "azr.json")
-        else:
-            warn(f"{adapter} has no azr.json: what base it was trained on cannot be checked")
-    trained = info.get("quantization")
-    if quantization and trained and quantization != trained:
-        warn(f"the adapter was trained on a base in {trained}, measured here in {quantization}")
-    chosen = quantization or trained or ("nf4" if torch.cuda.is_available() else "none")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # peft's, that the base lies elsewhere: checked below
-            dtype = getattr(torch, info.get("dtype") or "", None) if torch.cuda.is_available() else None
-            policy = Policy.load(model_path(model), chosen, adapter=adapter, dtype=dtype, **engine_options)
-    except ModelError as error:
-        raise ValueError(str(error)) from error
+    dtype = {} if torch.cuda.is_available() else {"dtype": None}
+    policy = Policy.open(opening, **dtype, **engine_options)
     if policy.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and policy.head.weight.shape[1] < 512:
         torch.set_num_threads(1)  # threads that wait for each other are slower than one on matrices this small
-    for key in ("revision", "tokenizer_hash"):
-        # a revision may be unknown for a directory or a hub id without one
-        if info.get(key) and policy.info.get(key) and info[key] != policy.info[key]:
-            raise ValueError(
-                f"{adapter} was trained on another base than {model} ({key} {info[key]}, here {policy.info[key]})"
-            )
-    return policy, info
+    return policy
 
 
 def open_run(run: RunData) -> Policy:
-    """The policy of a run at its newest checkpoint. RunError without a checkpoint, ValueError if its base has changed
+    """The policy of a run at its newest checkpoint. RunError without a checkpoint, ModelError if its base has changed
     or the wording of its prompts is no longer the one of azr/tasks/prompts.py."""
     info = run.base()
-    template = info.get("template")
-    if template and info.get("template_hash") not in (None, template_hash(template)):
-        raise ValueError(
-            f"{run.path}: the {template} prompts have changed since this run; use the code of its commit"
-        )
     model = model_path(str(run.config["model"]))
     if "/" in model and not Path(model).exists() and Path(info["base_model"]).exists():
         model = info["base_model"]
+    opening = agree(model, run.checkpoints()[-1][1])
+    if opening.template:
+        check_template(opening, opening.template, template_hash(opening.template))
     slots = run.config.get("max_batch")
-    options = {"max_batch": slots} if isinstance(slots, int) and slots > 0 else {}
-    policy, _ = open_policy(model, run.checkpoints()[-1][1], info.get("quantization"), **options)
-    return policy
+    return open_policy(opening, **({"max_batch": slots} if isinstance(slots, int) and slots > 0 else {}))
 
 
 def use(policy: Policy, checkpoint: Path) -> None:

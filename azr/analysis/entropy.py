@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import shown, warn
+from azr.analysis.figures import shown
+from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.passk import bootstrap_interval
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, read_run, same_model
 from azr.jsonl import tolerant_lines, write_json_atomic
+from azr.policy.opening import agree
 
 if TYPE_CHECKING:
     from azr.policy.policy import Policy
@@ -253,13 +255,15 @@ def measure(args) -> int:
     result = {"data": str(args.data), "temperature": args.temperature, "answers": answer_entropy(rows)}
     drawn = {}
     if args.model is not None and any(row.prompt for row in rows):
-        policy, _ = open_policy(args.model, args.adapter, args.quantization)
+        opening = agree(args.model, args.adapter, args.quantization)
+        policy = open_policy(opening)
         begin = time.perf_counter()
         ids, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
         seconds, tokens = time.perf_counter() - begin, sum(map(len, ids))
         groups = by_group(rows, entropy, log_prob)
         result |= {name: policy.info[name] for name in ("base_model", "revision", "quantization", "dtype")}
-        result |= {"adapter": args.adapter, "groups": groups, "tokens": token_shares(policy, ids, entropy)}
+        adapter = str(opening.adapter) if opening.adapter else None
+        result |= {"adapter": adapter, "groups": groups, "tokens": token_shares(policy, ids, entropy)}
         result["scoring"] = {"seconds": seconds, "response_tokens": tokens}
         print_groups(result)
         drawn["entropy"] = draw_groups(result)
@@ -291,7 +295,7 @@ def offset(args, rows: list[Row], info: dict, entropy: list) -> dict | None:
     other = "none" if own == "nf4" else "nf4"
     free()
     try:
-        second, _ = open_policy(args.model, None, other)
+        second = open_policy(agree(args.model, None, other))
         _, entropy_b, _ = score_rows(second, rows, args.temperature, args.token_budget)
     except (torch.OutOfMemoryError, ValueError) as error:
         if isinstance(error, ValueError) and "does not fit" not in str(error):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr.console import warn  # noqa: F401 (report.py takes it from here)
 from azr.jsonl import write_json_atomic
 
 MODE_COLORS = {"deduction": "#1b6ca8", "abduction": "#c8553d", "induction": "#3f7d20", "all": "#333333"}
@@ -143,14 +144,6 @@ def run_module(description: str, add_arguments, main) -> int:
     )
     add_arguments(parser)
     return main(parser.parse_args())
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def shown(interval, digits: int = 3) -> str:

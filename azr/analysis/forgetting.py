@@ -25,11 +25,13 @@ import numpy as np
 
 from azr.models import model_path
 from azr.analysis import figures
-from azr.analysis.figures import shown, warn
+from azr.analysis.figures import shown
+from azr.console import note, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.passk import difference_interval, share_interval
 from azr.analysis.reader import ROLES, RunData, read_run, same_model
 from azr.jsonl import read_object, strict_lines, write_json_atomic
+from azr.policy.opening import ModelError
 
 PROBE_ROWS, HELD_OUT, CHECKPOINTS, TEXTS = 96, 300, 6, 200
 TEXT_TOKENS = 512  # of a text of --text
@@ -167,13 +169,12 @@ def scores(policy, run: RunData, asked: dict, sandbox) -> dict[str, list[int]]:
 def sizes(run: RunData, checkpoint: Path) -> dict:
     """U1, S1 and S5 of the adapter, by azr/weights/sparsity.py; {} with a warning if they cannot be had."""
     from azr.weights.sparsity import analyse
-    from azr.weights.files import WeightsError
 
     flags = dict(tuned=None, other=None, spectral=False, quantization=None, json=None, out=None, workers=1)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its progress lines
             found = analyse(argparse.Namespace(base=str(run.config["model"]), adapter=checkpoint, **flags))["adapted"]
-    except WeightsError as error:
+    except ModelError as error:
         warn(f"{checkpoint}: size and sparsity of the update are left out: {error}")
         return {}
     return {name: found.get(name) for name in ("U1_rms", "U1_rel_fro", "S1", "S5")}
@@ -208,7 +209,7 @@ def measure(run: RunData, args) -> dict:
             write_json_atomic(path, {"settings": settings, "base": base, "checkpoints": done})
         kept["base"] = base
     else:
-        figures.say(f"{run.path}: measurements are taken from {path} (--fresh measures again)")
+        note(f"{run.path}: measurements are taken from {path} (--fresh measures again)")
     return {"base": kept["base"], "checkpoints": {step: rows[step] for step in sorted(rows)}}
 
 
@@ -230,7 +231,7 @@ def _measure(run: RunData, args, checkpoints: dict[int, Path], base: dict | None
             use(policy, directory)
             with nullcontext():
                 row = kl_at(policy, run, asked) | {"scores": scores(policy, run, asked, sandbox)}
-            figures.say(f"{run.path}: checkpoint {number} of {len(checkpoints)} (step {step}) measured")
+            note(f"{run.path}: checkpoint {number} of {len(checkpoints)} (step {step}) measured")
             yield step, row | sizes(run, directory), base
 
 

@@ -1,6 +1,6 @@
 """Samples a benchmark: N answers a problem from a base, or from a base and its unmerged adapter, into a directory.
 
-    settings = resolve(options, benchmark)                # quantization, dtype, template as the adapter's azr.json says
+    settings = settings_of(options, benchmark)            # quantization, dtype, template as the adapter's azr.json says
     rows = sample(settings, benchmark, out)               # goes on where an interrupted run stopped
 
 Files: config.json (what decides the answers), samples.jsonl (a line a sample), then graded.jsonl and result.json
@@ -22,13 +22,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from azr.console import bar, warn
 from azr.models import base_description, model_path
 from azr.evals import benchmarks
 from azr.machine import plan
 from azr.evals.benchmarks import Benchmark
-from azr.evals.score import Row, progress, read_samples, warn
+from azr.evals.score import Row, read_samples
 from azr.evals.held_out import sample_seed
 from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
+from azr.policy.opening import Opening, agree, check_template, origin
 
 SAMPLES_PER_CELL = 16
 TOKENS_PER_CALL = 1 << 20  # a cell's answers times their longest length, about: what a kill can cost
@@ -40,10 +42,7 @@ MATCH_ANSWERS, MATCH_STEPS, MATCH_CLOSE, HOTTEST = 256, 8, 0.01, 4.0
 class Settings:
     """Everything that decides the answers."""
 
-    model: str
-    adapter: str | None
-    quantization: str
-    dtype: str | None  # None: what the device has (bf16 on a GPU, fp32 on a CPU)
+    opening: Opening
     template: str
     samples: int
     temperature: float
@@ -52,118 +51,66 @@ class Settings:
     seed: int
     match_entropy: bool
     max_batch: int | None
-    recorded: dict  # the adapter's azr.json, {} without one
 
 
 # ---------------------------------------------------------------- settings
 
 
-def resolve(options, benchmark: Benchmark) -> tuple[Settings, list[str]]:
+def settings_of(options, benchmark: Benchmark) -> tuple[Settings, list[str]]:
     """The settings and the lines that say where they come from. ValueError: a flag that contradicts the adapter."""
-    said, recorded, adapter = [], {}, None
-    if options.adapter:
-        adapter = adapter_directory(Path(options.adapter), said)
-        recorded = read_recorded(adapter, said)
-    model = options.model or recorded.get("base_model")
-    if not model:
-        raise ValueError("--model is missing: tiny, qwen-3b, qwen-7b, a hub id or a directory")
-    described = base_description(model)
-    chosen = {}
-    for name, default in (
-        ("quantization", "none" if described else "nf4"),
-        ("dtype", None),
-        ("template", described["template"] if described else "azr"),
-    ):
-        asked, stored = getattr(options, name), recorded.get(name)
-        if asked and stored and asked != stored:
-            raise ValueError(
-                f"--{name} {asked} contradicts {adapter / 'azr.json'}, which says {stored}: a tuned model is "
-                "measured as it was trained; leave the flag out"
-            )
-        chosen[name] = asked or stored or default
-        origin = "as the adapter's azr.json says" if stored else "as asked" if asked else "the default"
-        said.append(f"{name} {chosen[name] or 'of the device'}: {origin}")
-    if recorded.get("template_hash") and benchmark.kind != "code" and chosen["template"] in benchmarks.TEMPLATES:
-        if recorded["template_hash"] != benchmarks.template_hash(benchmark, chosen["template"]):
-            raise ValueError(
-                f"{adapter}: was trained on another wording of the {chosen['template']} prompts "
-                "(template_hash differs); check out the version it was trained with"
-            )
-    if options.match_entropy and not adapter:
+    opening = agree(options.model, options.adapter, options.quantization, options.dtype, options.template)
+    described = base_description(opening.model)
+    template = opening.template or (described["template"] if described else "azr")
+    if benchmark.kind != "code" and template in benchmarks.TEMPLATES:
+        check_template(opening, template, benchmarks.template_hash(benchmark, template))
+    if options.match_entropy and not opening.adapter:
         raise ValueError(
             "--match-entropy raises a tuned model's temperature to its base's entropy: it needs --adapter"
         )
     if options.match_entropy and not options.temperature > 0:
         raise ValueError("--match-entropy needs a --temperature above 0")
     longest = options.max_new_tokens or (plan.TINY.max_new_tokens if described else MAX_NEW_TOKENS)
+    lines = [*opening.notes, f"template {template}: {origin(options.template, opening.record.get('template'))}"]
     return Settings(
-        model_path(model),
-        str(adapter) if adapter else None,
-        chosen["quantization"],
-        chosen["dtype"],
-        chosen["template"],
+        opening,
+        template,
         options.samples,
         options.temperature,
         options.top_p,
         longest,
         options.seed,
         options.match_entropy,
-        plan.TINY.max_batch if described else slots(model, chosen, longest, said),
-        recorded,
-    ), said
+        plan.TINY.max_batch if described else slots(opening, longest, lines),
+    ), lines
 
 
-def adapter_directory(path: Path, said: list[str]) -> Path:
-    """The adapter, or the newest checkpoint of a run directory."""
-    from azr.runs import step_directories
-
-    if not (path / "adapter_config.json").is_file() and (steps := step_directories(path)):
-        said.append(f"adapter {steps[-1][1]}: the newest checkpoint of {path}")
-        return steps[-1][1]
-    return path
-
-
-def read_recorded(adapter: Path, said: list[str]) -> dict:
-    try:
-        recorded = json.loads((adapter / "azr.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        said.append(
-            f"{adapter} has no azr.json, so nobody says how its base was quantized: flags and defaults decide"
-        )
-        return {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{adapter / 'azr.json'}: cannot be read ({error})") from error
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{adapter / 'azr.json'}: expected a JSON object")
-    return recorded
-
-
-def slots(model: str, chosen: dict, longest: int, said: list[str]) -> int | None:
+def slots(opening: Opening, longest: int, lines: list[str]) -> int | None:
     """Sequences decoded at once that the memory plan allows; None (the engine's default) for an unknown shape."""
     try:
         free = plan.free_gpu_bytes()
         preset = dataclasses.replace(
-            plan.choose_preset("auto", model, free)[0], max_new_tokens=longest, quantization=chosen["quantization"],
-            dtype="fp32" if chosen["dtype"] == "float32" else "auto",
+            plan.choose_preset("auto", opening.model, free)[0], max_new_tokens=longest,
+            quantization=opening.quantization, dtype="fp32" if opening.dtype == "float32" else "auto",
         )  # fmt: skip
-        found = plan.plan_memory(plan.shape_of(model), preset, plan.capacity(preset, free)).preset.max_batch
+        size = plan.plan_memory(plan.shape_of(opening.model), preset, plan.capacity(preset, free)).preset.max_batch
     except plan.PlanError as error:
-        said.append(f"slots: the engine's default ({error})")
+        lines.append(f"slots: the engine's default ({error})")
         return None
-    said.append(f"slots {found}: what the memory plan allows")
-    return found
+    lines.append(f"slots {size}: what the memory plan allows")
+    return size
 
 
 def default_out(settings: Settings, benchmark: Benchmark) -> Path:
     """RUN/eval/CHECKPOINT-BENCHMARK-TEMPLATE for an adapter of a run, else runs/eval-MODEL[-ADAPTER]-BENCHMARK-..."""
     tail = f"{benchmark.name}-{settings.template}" + ("-matched" if settings.match_entropy else "")
     tail += f"-seed{settings.seed}" if settings.seed else ""
-    if settings.adapter:
-        adapter = Path(settings.adapter).absolute()
+    if settings.opening.adapter:
+        adapter = settings.opening.adapter.absolute()
         if adapter.parent.name == "checkpoints":
             return adapter.parent.parent / "eval" / f"{adapter.name}-{tail}"
         tail = f"{adapter.name}-{tail}"
-    name = re.sub(r"[^\w.-]+", "-", Path(settings.model).name if Path(settings.model).is_dir() else settings.model)
+    model = settings.opening.model
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name if Path(model).is_dir() else model)
     return Path("runs") / f"eval-{name}-{tail}"
 
 
@@ -179,12 +126,13 @@ def describe(settings: Settings, policy, benchmark: Benchmark, temperature: floa
     if settings.match_entropy:
         decoding["match_entropy"] = True
     # The embedded model by its name: where the repository lies makes no difference.
-    name = "tiny" if settings.model == model_path("tiny") else settings.model
+    opening = settings.opening
+    name = "tiny" if opening.model == model_path("tiny") else opening.model
     return {
         "benchmark": benchmark.name,
         "benchmark_file_hash": benchmark.file_hash,
         "model": name,
-        "adapter": settings.adapter,
+        "adapter": str(opening.adapter) if opening.adapter else None,
         "base_model": name,
         "revision": policy.info["revision"],
         "quantization": policy.info["quantization"],
@@ -200,10 +148,12 @@ def describe(settings: Settings, policy, benchmark: Benchmark, temperature: floa
 
 def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row], dict]:
     """Makes what is missing; returns (samples, what describes them). ValueError, before sampling, for what can't be."""
-    from azr.policy.policy import Sampling
+    from azr.policy.policy import Policy, Sampling
 
     with locked(out):
-        policy = load_policy(settings)
+        slots = {"max_batch": settings.max_batch} if settings.max_batch else {}
+        policy = Policy.open(settings.opening, **slots)
+        policy.model.eval()
         prompts = encoded(policy, benchmark, settings)
         sampling = Sampling(
             settings.temperature,
@@ -222,30 +172,6 @@ def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row],
             sampling = dataclasses.replace(sampling, temperature=matched["temperature"])
         write_json_atomic(out / "config.json", info)
         return sample(policy, prompts, sampling, settings, benchmark, out), info
-
-
-def load_policy(settings: Settings):
-    import torch
-
-    from azr.policy.policy import Policy
-
-    options = {"max_batch": settings.max_batch} if settings.max_batch else {}
-    policy = Policy.load(
-        settings.model,
-        settings.quantization,
-        adapter=settings.adapter,
-        dtype=getattr(torch, settings.dtype) if settings.dtype else None,
-        **options,
-    )
-    for name in ("revision", "tokenizer_hash", "quantization", "block_size", "double_quant"):
-        recorded = settings.recorded.get(name)
-        if recorded is not None and policy.info[name] is not None and recorded != policy.info[name]:
-            raise ValueError(
-                f"{settings.adapter}: was trained on a base with {name} {recorded}, and {settings.model} has "
-                f"{policy.info[name]}; give the base it was trained on"
-            )
-    policy.model.eval()
-    return policy
 
 
 def encoded(policy, benchmark: Benchmark, settings: Settings) -> dict[str, list[int]]:
@@ -270,7 +196,7 @@ def sample(policy, prompts: dict, sampling, settings: Settings, benchmark: Bench
     if extra := sum(sample >= n for _, sample in rows):
         warn(f"{path} has {extra} samples beyond --samples {n}: they stay, and are not looked at")
     todo = n * len(prompts)
-    with progress(f"sampling {todo} answers") as advance, open(path, "ab", buffering=0) as file:
+    with bar(f"sampling {todo} answers") as advance, open(path, "ab", buffering=0) as file:
         left = todo - sum(sample < n for _, sample in rows)
         advance(todo - left, todo)
         for names, samples in cells(list(prompts), n, sampling.max_new_tokens):
@@ -452,7 +378,7 @@ def match_entropy(policy, prompts: dict, sampling, seed: int) -> dict:
         values = [value for row in entropies for value in row]
         return sum(values) / len(values)
 
-    with progress("matching the base's entropy") as advance:
+    with bar("matching the base's entropy") as advance:
         with policy.disable_adapter():
             target = entropy(start)
         low, found, high = start, entropy(start), start

@@ -21,9 +21,10 @@ import torch
 
 from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
 from azr.policy.gpu import look, why_no_four_bit, why_unusable
-from azr.models import only_cached
+from azr.console import warn
+from azr.models import ALIASES, only_cached
 from azr.policy.lora import fuse
-from azr.models import ALIASES
+from azr.policy.opening import ModelError, check_adapter, fingerprint, not_finite
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -32,10 +33,6 @@ BF16_SINCE = (8, 0)  # compute capability of the first cards with it in hardware
 # settings of a config that change the logits after the head, which the chunked scoring does not know
 UNSUPPORTED_HEADS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 LARGE = 100e6  # bytes of weights; computing less on a CPU needs no warning
-
-
-class ModelError(ValueError):
-    """The model or the adapter cannot be used; the message is one line that says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter,
             "lora": None,
         }
         if adapter is not None:
-            model, info["lora"] = _load_adapter(model, Path(adapter))
+            model, info["lora"] = _load_adapter(model, Path(adapter), name)
         elif lora is not None:
             model, info["lora"] = _new_lora(model, lora, name, seed)
     return model, tokenizer, info, eos_ids
@@ -99,7 +96,7 @@ def compute_dtype(asked, device) -> torch.dtype:
         note = f"{str(dtype)[6:]} on a CPU is for tests: most CPUs compute in it many times slower than in fp32"
     else:
         return dtype
-    print(f"warning: {note}", file=sys.stderr, flush=True)
+    warn(note)
     return dtype
 
 
@@ -119,7 +116,7 @@ def _choose_device(name: str, device, quantization: str, need_gpu: bool) -> torc
             if facts.error is None:
                 raise ModelError(f"{why}; CUDA_VISIBLE_DEVICES= computes on the CPU")
             if _is_large(name):
-                print(f"warning: {name} is computed on the CPU, slowly: {why}", file=sys.stderr, flush=True)
+                warn(f"{name} is computed on the CPU, slowly: {why}")
             return torch.device("cpu")
     device = torch.device(device or "cuda")
     if device.type == "cuda":
@@ -146,7 +143,7 @@ def hide_broken_flash_attention() -> None:
     except Exception as error:  # a wheel for another torch raises ImportError, OSError, RuntimeError, ...
         sys.modules["flash_attn"] = None  # so that find_spec and import say: not there
         text = f"{type(error).__name__}: {_one_line(error)}"
-        print(f"warning: flash-attn is installed but broken ({text}): going on without it", file=sys.stderr, flush=True)
+        warn(f"flash-attn is installed but broken ({text}): going on without it")
 
 
 def _one_line(error: BaseException) -> str:
@@ -329,8 +326,10 @@ def _say_what_is_not_in_four_bits(name: str, model, dtype) -> None:
         elif id(p) not in tables:
             rest, largest = rest + p.numel(), max(largest, (key, p.numel()), key=lambda pair: pair[1])
     if rest > packed / 4:
-        print(f"warning: {name}: {rest / 1e9:.2f} of {(packed + rest) / 1e9:.2f} billion weights are not in 4 bits but "
-              f"in {str(dtype)[6:]}, such as {largest[0]}", file=sys.stderr, flush=True)  # fmt: skip
+        warn(
+            f"{name}: {rest / 1e9:.2f} of {(packed + rest) / 1e9:.2f} billion weights are not in 4 bits but in "
+            f"{str(dtype)[6:]}, such as {largest[0]}"
+        )
 
 
 def _failed_allocations(device) -> int:
@@ -389,12 +388,7 @@ def revision_of(name: str, config) -> str | None:
     """The commit of a hub model; for a directory a fingerprint of its config and the start of its weight files."""
     if not Path(name).is_dir():
         return getattr(config, "_commit_hash", None)
-    digest = hashlib.sha256((Path(name) / "config.json").read_bytes())
-    for file in sorted(Path(name).glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(16 << 20))
-    return f"sha256:{digest.hexdigest()[:16]}"
+    return fingerprint(Path(name))
 
 
 def _quantization_info(model) -> dict:
@@ -452,7 +446,7 @@ def _new_lora(model, settings: LoraSettings, name: str, seed: int):
     return model, asdict(settings)
 
 
-def _load_adapter(model, directory: Path):
+def _load_adapter(model, directory: Path, base_name: str):
     from peft import PeftConfig
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -465,9 +459,13 @@ def _load_adapter(model, directory: Path):
         state = load_file(weights)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {directory} cannot be read: {_one_line(error)}") from error
-    if str(getattr(config, "peft_type", "")).split(".")[-1] != "LORA" or config.use_dora or config.bias != "none" \
-            or config.modules_to_save:
-        raise ModelError(f"the adapter in {directory} is not plain LoRA: DoRA, biases, other modules are unsupported")
+    linear = {f"{key}.weight": (m.out_features, m.in_features) for key, m in model.named_modules()
+              if hasattr(m, "in_features")}  # fmt: skip
+    check_adapter(directory, {key: tuple(tensor.shape) for key, tensor in state.items()}, linear, base_name)
+    if config.use_dora:
+        raise ModelError(f"the adapter in {directory} is DoRA, which can be measured but not sampled from")
+    if broken := [key for key, tensor in state.items() if not tensor.isfinite().all()]:
+        raise not_finite(weights, broken[0])
     config.inference_mode, config.lora_dropout = False, 0.0
     model = _add_lora(model, config)
     fill_adapter(model, state, str(directory))

@@ -12,18 +12,20 @@ Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
 """
 
 import json
-import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Iterator
 
 import torch
 
+from azr.console import note, warn
 from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
 from azr.policy.hf_generate import HFGenerate
 from azr.policy.engine import Completion, Engine, Sampling, Unsupported
 from azr.policy.load import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
 from azr.policy.attention import AttentionError
+from azr.policy.opening import Opening, check_base
 from azr.policy.residual import keep_in_fp32
 from azr.policy.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
 
@@ -74,6 +76,21 @@ class Policy:
         smaller = "a smaller model, or a card with more memory free" if quantization == "nf4" else "--quantization nf4"
         raise ModelError(f"{model} does not fit the memory ({reason[:160]}): take {smaller}")
 
+    @classmethod
+    def open(cls, opening: Opening, **options) -> "Policy":
+        """`load` of what azr/policy/opening.py agreed on; options as there, dtype among them instead of the agreed one.
+
+        What could not be checked is said. ModelError also if the base is not the one that the adapter was trained on.
+        """
+        if "dtype" not in options:
+            options["dtype"] = getattr(torch, opening.dtype) if opening.dtype else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # peft's, that the base lies elsewhere: checked below
+            policy = cls.load(opening.model, opening.quantization, adapter=opening.adapter, **options)
+        for doubt in (*opening.doubts, *check_base(opening, policy.info)):
+            warn(doubt)
+        return policy
+
     def _engine(self, options: dict):
         """The engine; for an architecture that it does not know transformers' `generate`, which is said on stderr."""
         head = self.head  # not `self`, which would be in a reference cycle with its engine and outlive its last user
@@ -86,13 +103,13 @@ class Policy:
             self._check_head()
             # what such a model does with a row is unknown: a mask of ours may not reach all of it
             self.shared_row = 0
-            print(f"warning: {error}: sampling with transformers' generate, much slower", file=sys.stderr, flush=True)
+            warn(f"{error}: sampling with transformers' generate, much slower")
             batch = min(options.get("max_batch", 64), 64)  # every batch waits for its longest response
             return HFGenerate(self.model, self.tokenizer, self.eos_ids, batch_size=batch, pad_id=self.pad_id)
         except AttentionError as error:
             raise ModelError(str(error)) from error
         if self.device.type == "cuda":
-            print(engine.attention_note, file=sys.stderr, flush=True)
+            note(engine.attention_note)
         return engine
 
     @torch.no_grad()

@@ -29,17 +29,16 @@ from pathlib import Path
 import torch
 
 from azr.weights import model_card, nf4
-from azr.weights.reference import Reference, resolve_reference
+from azr.weights.reference import Reference, reference_of
 from azr.command import Parser
 from azr.console import bar, say, warn
 from azr.models import only_cached
-from azr.policy.load import ModelError
-from azr.models import model_path
+from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of
 from azr.runs import RunError, fault, read_metrics, write_json_atomic
 from azr.weights.sparsity import describe, row_pieces
 from azr.tasks import MODES
 from azr.weights.sizes import Additive
-from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of, steps_of
+from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of
 
 SHARD_GB = 4.0
 WELL_STORED = 0.9  # share of the update along its own direction, below which a warning says that rounding lost it
@@ -99,7 +98,7 @@ def find_source(path: Path, asked: str | None) -> Source:
                 path, int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None
             )
         )
-    found = steps_of(path)
+    found = checkpoints_of(path)
     if not found:
         what = "has no checkpoint" if path.is_dir() else "does not exist"
         raise ExportError(f"{path} {what}: export takes a run directory, or a checkpoint directory in it")
@@ -140,25 +139,16 @@ def best_step(run: Path, steps: list[int]) -> int:
     return step
 
 
-def open_base(info: dict, asked: str | None, where: Path) -> Checkpoint:
-    """The base of an adapter, in the revision of its azr.json. ExportError if it is not that one or not there."""
-    name, revision = asked or info.get("base_model"), info.get("revision") or ""
-    if not name:
-        raise ExportError(f"{where} has no azr.json that names its base: give it with --base")
-    path = model_path(name)
-    if not Path(path).is_dir() and path.startswith(("/", ".", "~")):
-        raise ExportError(f"{where} was trained on {path}, which is not here: give the base's place with --base")
-    fingerprint = revision.startswith("sha256:")
+def open_base(opening: Opening) -> Checkpoint:
+    """The base of an adapter, in the revision of its azr.json. ModelError if it is not that one or not there."""
+    path, revision = opening.model, opening.record.get("revision") or ""
     if not Path(path).is_dir():
-        path = str(_snapshot(path, None if fingerprint else revision or None))
+        path = str(_snapshot(path, None if revision.startswith("sha256:") else revision or None))
     base = Checkpoint.open(path)
-    if fingerprint and (here := revision_of(base.directory)) != revision:
-        raise ExportError(
-            f"{where} was trained on a base with fingerprint {revision}, and {path} has {here}: merged "
-            "into other weights it means nothing; give the right base with --base"
-        )
+    for doubt in (*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})):
+        warn(doubt)
     if not revision:
-        warn(f"{where} does not say which revision of {name} it was trained on: {base.directory} is taken")
+        warn(f"{opening.adapter} does not say which revision of its base it was trained on: {base.directory} is taken")
     return base
 
 
@@ -270,9 +260,10 @@ class Merge:
 
 def open_merge(source: Source, base_name: str | None) -> Merge:
     """Checks that adapter, base and azr.json belong together. ExportError, WeightsError."""
-    base = open_base(read_json(source.checkpoint / "azr.json"), base_name, source.checkpoint)
+    opening = agree(base_name, source.checkpoint)
+    base = open_base(opening)
     adapter = Adapter.open(source.checkpoint, base)
-    reference, notes = resolve_reference(adapter.info, None, source.checkpoint, True)
+    reference, notes = reference_of(opening.quantization, opening.record, source.checkpoint / "azr.json", True)
     for note in notes:
         warn(note)
     merge = Merge(base, adapter, reference, source.trained_on_gpu)

@@ -23,14 +23,12 @@ import torch
 
 from azr.jsonl import read_object
 from azr.models import model_path, only_cached
+from azr.policy.opening import ModelError, by_pattern, check_adapter, fingerprint, not_finite, read_record
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-PREFIX = "base_model.model."  # of PEFT's names
-NOT_PLAIN = ("fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication", "use_bdlora",
-             "trainable_token_indices", "target_parameters", "alora_invocation_tokens")  # fmt: skip
 
 
-class WeightsError(ValueError):
+class WeightsError(ModelError):
     """The files cannot be measured; the message is one line that says why and what to do."""
 
 
@@ -253,25 +251,18 @@ class Adapter:
 
     @classmethod
     def open(cls, directory: Path, base: Checkpoint) -> Adapter:
+        """ModelError: it is no adapter, or not one of this base; see `check_adapter`."""
         directory = Path(directory)
-        if not directory.is_dir():
-            raise WeightsError(f"there is no directory {directory}")
-        config = read_json(directory / "adapter_config.json")
         file = directory / "adapter_model.safetensors"
-        if not config or not file.is_file():
+        if not (directory / "adapter_config.json").is_file() or not file.is_file():
             raise WeightsError(
                 f"{directory} is no adapter: it needs adapter_config.json and adapter_model.safetensors"
             )
-        if config.get("peft_type") != "LORA":
-            raise WeightsError(f"{directory}: {config.get('peft_type')} is not measured; LoRA, rsLoRA and DoRA are")
-        if odd := [key for key in NOT_PLAIN if config.get(key)]:
-            raise WeightsError(f"{directory}: {odd[0]} is set; only the LoRA matrices of linear layers are measured")
-        if config.get("bias", "none") != "none":
-            raise WeightsError(f"{directory}: trains biases ({config['bias']}); only LoRA matrices are measured")
         entries = read_header(file)
-        return cls(
-            directory, config, read_json(directory / "azr.json"), entries, match(directory, config, entries, base)
-        )
+        shapes = ({name: entry.shape for name, entry in table.items()} for table in (entries, base.entries))
+        config, targets = check_adapter(directory, *shapes, base.name)
+        targets = dict(sorted(targets.items(), key=lambda item: natural(item[0])))
+        return cls(directory, config, read_record(directory), entries, targets)
 
     @property
     def dora(self) -> bool:
@@ -285,75 +276,15 @@ class Adapter:
             if (entry := self.entries.get(f"{prefix}.{part}")) is not None:
                 read_one[part] = read(entry).float()
                 if not read_one[part].isfinite().all():
-                    raise WeightsError(f"{entry.file}: NaN or infinity in {prefix}.{part}")
+                    raise not_finite(entry.file, f"{prefix}.{part}")
         rank = read_one["lora_A.weight"].shape[0]
-        scale = pattern(self.config.get("alpha_pattern"), prefix, self.config["lora_alpha"])
+        scale = by_pattern(self.config.get("alpha_pattern"), prefix, self.config["lora_alpha"])
         scale /= math.sqrt(rank) if self.config.get("use_rslora") else rank
         return Factors(
             read_one["lora_B.weight"], read_one["lora_A.weight"], scale, read_one.get("lora_magnitude_vector")
         )
 
 
-def pattern(patterns: dict | None, prefix: str, default):
-    """PEFT's rank_pattern and alpha_pattern: the first key that the module's name ends with."""
-    name = prefix.removeprefix(PREFIX)
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
-
-
-def match(directory: Path, config: dict, entries: dict[str, Entry], base: Checkpoint) -> dict[str, str]:
-    """base tensor -> prefix of the adapter's names; WeightsError for what does not fit."""
-    parts = ("lora_A.weight", "lora_B.weight", *(["lora_magnitude_vector"] if config.get("use_dora") else []))
-    found: dict[str, dict[str, Entry]] = {}
-    for name, entry in entries.items():
-        part = next((part for part in parts if name.endswith("." + part)), None)
-        if part is None:
-            raise WeightsError(f"{directory}: {name} is no LoRA matrix of a linear layer")
-        found.setdefault(name.removesuffix("." + part), {})[part] = entry
-    if not found:
-        raise WeightsError(f"{directory}: the adapter holds no LoRA matrices")
-    targets = {}
-    for prefix in sorted(found, key=natural):
-        if lacking := [part for part in parts if part not in found[prefix]]:
-            raise WeightsError(f"{directory} lacks {prefix}.{lacking[0]}")
-        name = prefix.removeprefix(PREFIX) + ".weight"
-        check_shapes(directory, prefix, found[prefix], config, name, base)
-        targets[name] = prefix
-    return targets
-
-
-def check_shapes(
-    directory: Path, prefix: str, found: dict[str, Entry], config: dict, name: str, base: Checkpoint
-) -> None:
-    if name not in base.entries:
-        raise WeightsError(f"{directory} adapts {name}, which {base.name} does not have: an adapter of another model")
-    a, b = found["lora_A.weight"].shape, found["lora_B.weight"].shape
-    rank = pattern(config.get("rank_pattern"), prefix, config.get("r"))
-    if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank:
-        raise WeightsError(f"{directory}: {prefix} has A {a} and B {b}, but adapter_config.json says rank {rank}")
-    if (b[0], a[1]) != base.entries[name].shape:
-        raise WeightsError(
-            f"{directory}: {prefix} updates a matrix of {b[0]} x {a[1]}, but {name} of {base.name} has "
-            f"{' x '.join(map(str, base.entries[name].shape))}: an adapter of another model"
-        )
-
-
 def revision_of(directory: Path) -> str:
-    """The fingerprint that checkpoints keep of a base in a directory (`Policy.info`)."""
-    from azr.policy.load import revision_of
-
-    return revision_of(str(directory), None)
-
-
-# ---------------------------------------------------------------- a run
-
-
-def steps_of(run: Path) -> dict[int, Path]:
-    """step -> checkpoint directory of a run, ascending; {} if `run` is no run directory."""
-    found = {}
-    for path in (Path(run) / "checkpoints").glob("step_*"):
-        if path.name.removeprefix("step_").isdigit() and (path / "adapter_model.safetensors").is_file():
-            found[int(path.name.removeprefix("step_"))] = path
-    return dict(sorted(found.items()))
+    """What checkpoints keep of a base (`Policy.info`): the commit of a hub's snapshot, else a fingerprint."""
+    return directory.name if directory.parent.name == "snapshots" else fingerprint(directory)

@@ -1,12 +1,12 @@
 """What is compared with what: an adapter or a second checkpoint, against the weights that the training really used.
 
-    reference, notes = resolve_reference(adapter.info, asked=None, what=adapter.directory, adapter=True)
+    reference, notes = reference_of("nf4", adapter.info, adapter.directory / "azr.json", adapter=True)
     change = AdapterUpdate(base, adapter, reference).load("model.layers.0.mlp.up_proj.weight")
     change.w0, change.original, change.delta            # (m, n): reference, checkpoint, update in fp32
 
 The reference of an adapter on a 4-bit base is the DEQUANTISED base: it is what the forward pass used. Against the
 original checkpoint an adapter of any size changes 97 % of the weights, by the error of the quantization. Left out:
-what the numbers mean (updates.py, spectra.py).
+what the numbers mean (sizes.py, spectra.py).
 """
 
 from __future__ import annotations
@@ -49,29 +49,18 @@ class Reference:
         return self.quantization == "nf4" and shape[1] % self.block != 0
 
 
-def resolve_reference(info: dict, asked: str | None, what: Path, adapter: bool) -> tuple[Reference, list[str]]:
-    """From azr.json and --quantization; the lines say what was assumed. WeightsError: neither knows."""
-    lines, said = [], info.get("quantization")
-    if asked and said and asked != said:
-        lines.append(f"--quantization {asked} overrides {said} of {what / 'azr.json'}: measured against another base")
-    chosen = asked or said or (None if adapter else "none")
-    if chosen is None:
-        raise WeightsError(
-            f"{what} has no azr.json, so nothing says whether its base was in 4 bits, on which every number depends: "
-            "add --quantization nf4 or --quantization none"
-        )
-    if chosen not in ("nf4", "none"):
-        raise WeightsError(f"{what / 'azr.json'}: quantization {chosen} is not measured; nf4 and none are")
-    name = info.get("dtype")
+def reference_of(quantization: str, record: dict, where: Path, adapter: bool) -> tuple[Reference, list[str]]:
+    """How the base was held, by the agreed quantization and the azr.json at `where`; the lines say what was assumed."""
+    lines, name = [], record.get("dtype")
     if name is None and adapter:
-        lines.append(f"{what} does not say in which dtype its base was computed: bfloat16 is assumed")
+        lines.append(f"{where.parent} does not say in which dtype its base was computed: bfloat16 is assumed")
         name = "bfloat16"
     if name is not None and name not in COMPUTE_DTYPES:
-        raise WeightsError(f"{what / 'azr.json'}: dtype {name} is unknown")
-    block, double = int(info.get("block_size") or 64), info.get("double_quant")
+        raise WeightsError(f"{where}: dtype {name} is unknown")
+    block, double = int(record.get("block_size") or 64), record.get("double_quant")
     if nf4.PIECE % block:
-        raise WeightsError(f"{what / 'azr.json'}: block size {block} is none of NF4's")
-    return Reference(chosen, COMPUTE_DTYPES.get(name), block, True if double is None else double), lines
+        raise WeightsError(f"{where}: block size {block} is none of NF4's")
+    return Reference(quantization, COMPUTE_DTYPES.get(name), block, True if double is None else double), lines
 
 
 # ---------------------------------------------------------------- what is compared

@@ -29,7 +29,10 @@ import torch
 
 from azr import console
 from azr.jsonl import write_json_atomic
-from azr.weights import path as along, sizes, spectra
+from azr.models import model_path
+from azr.policy.opening import ModelError, agree, check_base, checkpoints_of, read_record, settled
+from azr.weights import sizes, spectra
+from azr.weights.path import cross_report, cross_run, path_along
 from azr.weights.reference import (
     AdapterUpdate,
     PairUpdate,
@@ -37,10 +40,9 @@ from azr.weights.reference import (
     difference,
     merged_from_4bit,
     open_pair,
-    resolve_reference,
+    reference_of,
 )
-from azr.weights.files import (Adapter, Checkpoint, WeightsError, is_matrix, layer_of, read_json, revision_of, steps_of,
-                         type_of)  # fmt: skip
+from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
 
 WHOLE_TENSOR = 1 << 26  # entries; larger ones (embeddings) are read in pieces of rows
 MATCHED = "at_rms_3e-5"
@@ -88,7 +90,7 @@ def measure(update, name: str, factor: float, spectral: bool, other=None) -> Mea
     found.stripes = stripes(delta, found.null)
     found.overlaps = mask_overlaps(w0, delta, masks, found.null)
     if other is not None:
-        found.cross = along.cross_run(update, other, name, change)
+        found.cross = cross_run(update, other, name, change)
     return found
 
 
@@ -308,7 +310,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # the workers are the parallelism
     try:
         report = analyse(args)
-    except WeightsError as error:
+    except ModelError as error:
         print(f"analyze.py sparsity: {error}", file=sys.stderr)
         return 2
     from azr.weights import sparsity_view
@@ -326,7 +328,7 @@ def main(args: argparse.Namespace) -> int:
 def analyse(args: argparse.Namespace) -> dict:
     """The whole report. WeightsError: what cannot be measured, before anything is written."""
     prepare_output(args)
-    base = Checkpoint.open(args.base)
+    base = Checkpoint.open(model_path(args.base))
     if not base.matrices:
         raise WeightsError(f"{args.base} has no linear layers in numbered blocks: nothing to measure")
     update, checkpoints, notes = open_update(args, base, args.tuned or args.adapter)
@@ -363,10 +365,10 @@ def analyse(args: argparse.Namespace) -> dict:
     parts = [found[name] for name in base.entries]
     report = {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
     if other is not None:
-        report["cross_run"] = along.cross_report([part.cross for part in parts], str(args.other))
+        report["cross_run"] = cross_report([part.cross for part in parts], str(args.other))
     if len(checkpoints) > 1:
         opened = {step: Adapter.open(path, base) for step, path in checkpoints.items()}
-        report["along"] = along.path_along(base, update.reference, opened, run)
+        report["along"] = path_along(base, update.reference, opened, run)
     return report
 
 
@@ -387,9 +389,9 @@ def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdat
     if args.tuned:
         tuned = Checkpoint.open(what)
         notes = open_pair(base, tuned)
-        reference, more = resolve_reference(
-            read_json(tuned.directory / "azr.json"), args.quantization, tuned.directory, False
-        )
+        record, where = read_record(tuned.directory), tuned.directory / "azr.json"
+        quantization = settled("quantization", args.quantization, record, where) or "none"
+        reference, more = reference_of(quantization, record, where, False)
         update = PairUpdate(base, tuned, reference)
         if merged_from_4bit(update):
             more.append(
@@ -397,17 +399,11 @@ def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdat
                 "--quantization nf4, or the error of the quantization is measured, not the update"
             )
         return update, {}, notes + more
-    checkpoints = steps_of(Path(what))
-    directory = checkpoints[max(checkpoints)] if checkpoints else Path(what)
-    adapter = Adapter.open(directory, base)
-    reference, notes = resolve_reference(adapter.info, args.quantization, directory, True)
-    said = adapter.info.get("revision") or ""
-    if said.startswith("sha256:") and said != revision_of(base.directory):
-        notes.append(
-            f"{directory} was trained on a base with other weights or config than {args.base} has (fingerprint in "
-            "azr.json): the figures are only right if the weights are the same"
-        )
-    return AdapterUpdate(base, adapter, reference), checkpoints, notes
+    opening = agree(args.base, what, args.quantization)
+    adapter = Adapter.open(opening.adapter, base)
+    doubts = [*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})]
+    reference, notes = reference_of(opening.quantization, opening.record, opening.adapter / "azr.json", True)
+    return AdapterUpdate(base, adapter, reference), checkpoints_of(Path(what)), doubts + notes
 
 
 def open_other(args, base: Checkpoint, update):
