@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import shown, warn
+from azr.analysis.figures import shown
+from azr.console import note, warn
 from azr.fits import as_json, difference_of_means, linear_fit, over_runs
 from azr.passk import Interval, bootstrap_interval, share_interval
 from azr.analysis.reader import MODES, RunData, read_run, same_model, stages
@@ -171,8 +172,8 @@ def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questi
             task = Task.from_json(row["task"])
             entry = {"stage": stage, "step": row["step"], "logged": row.get("solve_rate"), "task": task}
             found[stage, row["mode"]].setdefault(task.hash, entry)
-    for note in notes:
-        warn(f"{run.path}: {note}")
+    for line in notes:
+        warn(f"{run.path}: {line}")
     present = [mode for mode in modes if all(found[i, mode] for i in range(len(bounds)))]
     for mode in set(modes) - set(present):
         warn(f"{run.path}: some stage has no valid {mode} proposal; {mode} is left out")
@@ -211,7 +212,7 @@ def solve(run: RunData, chosen: list[dict], solvers: dict, settings: dict, fresh
         except (ValueError, KeyError, AttributeError):
             warn(f"{path} cannot be read and is made again")
     if kept:
-        figures.say(f"{run.path}: answers of {', '.join(kept)} are taken from {path} (--fresh samples again)")
+        note(f"{run.path}: answers of {', '.join(kept)} are taken from {path} (--fresh samples again)")
     missing = {name: solvers[name] for name in solvers if name not in kept}
     if missing:
         path.parent.mkdir(exist_ok=True)
@@ -379,8 +380,8 @@ def main(args) -> int:
             fixed_solvers(run)  # refused before anything is sampled
         results, drawn = {}, {}
         for run in runs:
-            for note in run.notes:
-                warn(f"{run.path}: {note}")
+            for line in run.notes:
+                warn(f"{run.path}: {line}")
             results[str(run.path)] = result = measure(run, args)
             print_result(run, result)
             drawn[f"difficulty_{run.name}" if len(runs) > 1 else "difficulty"] = draw(run.name, result)

@@ -19,7 +19,8 @@ from collections import Counter
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import shown, warn
+from azr.analysis.figures import shown
+from azr.console import warn
 from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
 from azr.passk import bootstrap_interval, share_interval
 from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, stages

@@ -16,12 +16,12 @@ and dicts have the tolerance. Left out: prompts, and taking the code out of a re
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from azr.console import warn
 from azr.jsonl import strict_lines
 from sandbox import BENCHMARK, Job, Sandbox, literal
 
@@ -235,8 +235,8 @@ def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
     if not base:
         raise ValueError(f"{problem.task_id}: its reference solution answers no base input ({faults[0]})")
     if faults:
-        print(f"warning: {problem.task_id}: {len(faults)} of {len(outcomes)} inputs are left out, the reference "
-              f"solution gives no value for them ({faults[0]})", file=sys.stderr, flush=True)
+        warn(f"{problem.task_id}: {len(faults)} of {len(outcomes)} inputs are left out, the reference solution gives no "
+             f"value for them ({faults[0]})")
     if used > LEAST_SECONDS / TIME_FACTOR:      # of all inputs together; the limit is about the slowest one
         used = max(_measured(problem, (text,), sandbox)[1] for text in inputs)
     return Reference(inputs, base, tuple(outcomes[place].output for place in good),

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from azr.console import warn
 from azr.jsonl import strict_lines
 from azr.passk import Interval, bootstrap_interval, pass_at_k, powers_of_two, ratio_difference, share_interval
 
@@ -54,7 +54,7 @@ def load_tasks(path: str | Path) -> list[Task]:
     if not tasks:
         raise ValueError(f"{path}: holds no tasks; expected one task as JSON a line")
     if repeats:
-        print(f"warning: {path}: {repeats} lines repeat an earlier task and are left out", file=sys.stderr, flush=True)
+        warn(f"{path}: {repeats} lines repeat an earlier task and are left out")
     return list(tasks.values())
 
 
@@ -179,8 +179,7 @@ def evaluate(policy: Policy, tasks: list[Task], n: int, sampling: Sampling, temp
         if progress:
             progress(len(results), len(tasks))
     if missing := sum(result.infra for result in results):
-        print(f"warning: {missing} of {n * len(tasks)} answers could not be judged (machine too busy?) and count as "
-              "wrong", file=sys.stderr, flush=True)
+        warn(f"{missing} of {n * len(tasks)} answers could not be judged (machine too busy?) and count as wrong")
     settings = {"samples": n, "seed": seed, "template": template, "template_hash": template_hash(template),
                 "sampling": json.loads(json.dumps(dataclasses.asdict(sampling)))}
     return EvalResult(results, settings)

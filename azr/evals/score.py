@@ -13,23 +13,20 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from azr import passk
+from azr.console import bar, say, warn
 from azr.evals import math_answers
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
 from azr.jsonl import read_object, strict_lines, write_json_atomic, write_jsonl_atomic
 
 FORMS = ("completion", "solution", "answer")
-LINE_SECONDS = 30  # between two lines of progress where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -42,10 +39,6 @@ class Row:
     form: str = "completion"
     tokens: int | None = None
     finish_reason: str | None = None
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- reading
@@ -100,34 +93,6 @@ def _row(data: dict, where: str, counts: Counter) -> Row:
     )
 
 
-# ---------------------------------------------------------------- progress
-
-
-@contextlib.contextmanager
-def progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives advance(done, total): a bar with the time left on a terminal, a line now and then elsewhere."""
-    from azr import console
-
-    if console.console.is_terminal:
-        with console.bar(title) as advance:
-            yield advance
-        return
-    start = last = time.monotonic()
-    first: list[int] = []
-
-    def advance(done: int, total: int) -> None:
-        nonlocal last
-        first.append(done) if not first else None
-        now = time.monotonic()
-        if now - last >= LINE_SECONDS and done > first[0]:
-            left = (now - start) / (done - first[0]) * (total - done)
-            console.say(f"{title}: {done} of {total}, {console.duration(left)} left")
-            last = now
-
-    yield advance
-    console.say(f"{title}: {time.monotonic() - start:.0f} s")
-
-
 # ---------------------------------------------------------------- grading and the result
 
 
@@ -158,7 +123,7 @@ def conclude(
     answers = [Answer(row.task_id, row.text, row.form) for row in rows]
     with (
         Grader(benchmark, template=info.get("template")) as grader,
-        progress(f"grading {len(rows)} answers") as advance,
+        bar(f"grading {len(rows)} answers") as advance,
     ):
         grades = grader.grade(answers, advance)
         left_out = grader.left_out
@@ -302,8 +267,6 @@ def without_guessed(
 
 def show(result: dict, out: Path) -> None:
     """The figures as plain lines, and where they are."""
-    from azr.console import say
-
     say(
         f"{result['benchmark']}: {result['problems']} problems, {result['samples_per_problem']} samples each; 95 % "
         "intervals over problems like these"
