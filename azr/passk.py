@@ -2,7 +2,7 @@
 
     values = pass_at_k(n, correct, [1, 8, 64])              # (problems, 3), unbiased
     share_interval(values)                                  # Interval(mean, low, high), each (3,)
-    paired_difference(correct_a, correct_b, n, [1, 8, 64])  # b minus a, on the same problems
+    difference_interval(values_b - values_a)                # of two models, on the same problems
     holm(sign_flip_test(values_b - values_a))
 
 Every interval is over PROBLEMS: the answers to a problem are already part of its pass@k, and resampling them as well
@@ -14,7 +14,6 @@ correct ones, (problems,). Left out: CoT-pass@k, which needs a judge of the reas
 from __future__ import annotations
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +39,6 @@ def pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) 
     if n.size and ks.max() > n.min():
         raise ValueError(
             f"pass@k: k must lie between 1 and the samples a problem has ({n.min()}), not {ks.tolist()}"
-            " (posterior_pass_at_k goes beyond, on an assumption)"
         )
     result = np.empty((c.size, ks.size))
     for samples in np.unique(n):
@@ -49,40 +47,6 @@ def pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) 
         failure = np.concatenate([np.ones((1, ks.size)), np.cumprod(factors, axis=0)])  # row c: all k answers wrong
         result[rows] = 1 - failure[c[rows]]
     return result if np.ndim(k) else result[:, 0]
-
-
-def pass_hat_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) -> np.ndarray:
-    """pass^k = C(c, k) / C(n, k): ALL of k answers are right (Yao et al. 2024, tau-bench, arXiv 2406.12045)."""
-    n, c, _ = _counts(n, c, k)
-    return 1 - pass_at_k(n, n - c, k)  # all right is the complement of "one of them is wrong"
-
-
-def posterior_pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) -> np.ndarray:
-    """Expected pass@k of each problem under a uniform prior, Beta(1, 1), on its success rate; defined for k > n too.
-
-    1 - prod_{i<k} (b + i) / (a + b + i) with a = c + 1, b = n - c + 1 (Bayes@N, arXiv 2510.04265). Beyond n it says
-    what the prior says: a problem never solved in n samples counts as k / (n + 1 + k). Shapes as `pass_at_k`.
-    """
-    n, c, ks = _counts(n, c, k)
-    logs = _log_factorials(int(n.max(initial=0) + ks.max()) + 1)
-    n, wrong = n[:, None], (n - c)[:, None]
-    result = -np.expm1(logs[wrong + ks] - logs[wrong] - logs[n + 1 + ks] + logs[n + 1])
-    return result if np.ndim(k) else result[:, 0]
-
-
-def g_pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int, tau: float) -> np.ndarray:
-    """G-Pass@k_tau: at least ceil(tau k) of k answers are right, (problems,) (Liu et al. 2024, arXiv 2412.13147).
-
-    sum_{j >= ceil(tau k)} C(c, j) C(n-c, k-j) / C(n, k). tau 1 is pass^k; j starts at 1, so tau 0 is pass@k.
-    """
-    if not 0 <= tau <= 1:
-        raise ValueError(f"G-Pass@k: tau must lie between 0 and 1, not {tau}")
-    return _at_least(n, c, k)[:, max(1, math.ceil(tau * k - 1e-9))]
-
-
-def mg_pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int) -> np.ndarray:
-    """mG-Pass@k = (2/k) sum_{i = ceil(k/2)+1..k} G-Pass@k_{i/k}, (problems,) (arXiv 2412.13147)."""
-    return 2 / k * _at_least(n, c, k)[:, math.ceil(k / 2) + 1 :].sum(axis=1)
 
 
 def cover_at_tau(n: int | Sequence[int], c: Sequence[int], tau: float) -> np.ndarray:
@@ -102,36 +66,6 @@ def auc_at_k(n: int | Sequence[int], c: Sequence[int], k: int) -> np.ndarray:
     pairs, back = np.unique(np.stack([n, c], axis=1), axis=0, return_inverse=True)  # few: memory stays small
     values = pass_at_k(pairs[:, 0], pairs[:, 1], range(1, k + 1))
     return ((values[:, :-1] + values[:, 1:]).sum(axis=1) / 2 / (k - 1))[back.reshape(-1)]
-
-
-def maj_at_k(
-    answers: Sequence[str | None], correct: Sequence[bool], k: int, draws: int = 1000, seed: int = 0
-) -> float:
-    """maj@k of ONE problem: how often the most frequent of k answers, drawn without replacement, is right.
-
-    answers and correct: (n,). Answers vote as texts; one without an answer (None) takes a place among the k and does
-    not vote. Among equally frequent leaders one is chosen by chance (its expectation, not a draw, is counted).
-    Exact for k = 1 and k = n; else the mean of `draws` draws, whose error is at most 0.5 / sqrt(draws) a problem.
-    """
-    if not 1 <= k <= len(answers) or len(answers) != len(correct):
-        raise ValueError(f"maj@k: k = {k} of {len(answers)} answers with {len(correct)} verdicts")
-    votes = Counter(answers)
-    names = [name for name in votes if name is not None]
-    if not names:
-        return 0.0
-    right = dict.fromkeys(names, 0)
-    for answer, ok in zip(answers, correct, strict=True):
-        if answer is not None:
-            right[answer] += bool(ok)
-    share = np.array([right[name] / votes[name] for name in names])
-    counts = np.array([votes[name] for name in names] + [votes[None]])
-    if k == 1:
-        return float((share * counts[:-1]).sum() / len(answers))
-    rng = np.random.default_rng(seed)
-    drawn = counts[None] if k == len(answers) else rng.multivariate_hypergeometric(counts, k, size=draws)
-    drawn = drawn[:, :-1]
-    leaders = (drawn == drawn.max(axis=1, keepdims=True)) & (drawn > 0)
-    return float(((leaders * share).sum(axis=1) / np.maximum(1, leaders.sum(axis=1))).mean())
 
 
 def answer_entropy(answers: Sequence[str | None]) -> float:
@@ -167,30 +101,6 @@ def _counts(n, c, k) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return n, c, ks
 
 
-def _log_factorials(n: int) -> np.ndarray:
-    """(n + 1,): log 0!, ..., log n!"""
-    return np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
-
-
-def _at_least(n, c, k: int) -> np.ndarray:
-    """(problems, k + 2): the chance that at least j of k answers are right, for j = 0..k+1. Hypergeometric."""
-    n, c, _ = _counts(n, c, k)
-    if n.size and k > n.min():
-        raise ValueError(f"G-Pass@k: k must lie between 1 and the samples a problem has ({n.min()}), not {k}")
-    logs, j = _log_factorials(int(n.max(initial=1))), np.arange(k + 1)
-    pairs, back = np.unique(np.stack([n, c], axis=1), axis=0, return_inverse=True)
-    n, c = pairs[:, :1], pairs[:, 1:]
-    possible = (j <= c) & (k - j <= n - c)
-    j = np.where(possible, j, np.maximum(0, k - (n - c)))  # any possible one; masked below
-
-    def choose(m, i):
-        return logs[m] - logs[i] - logs[m - i]
-
-    chance = np.where(possible, np.exp(choose(c, j) + choose(n - c, k - j) - choose(n, np.full_like(n, k))), 0.0)
-    tail = np.cumsum(chance[:, ::-1], axis=1)[:, ::-1]
-    return np.minimum(1.0, np.concatenate([tail, np.zeros((len(tail), 1))], axis=1))[back.reshape(-1)]
-
-
 # ---------------------------------------------------------------- intervals
 
 FEW = 10  # solved (or unsolved) problems that are too few for a bootstrap
@@ -222,39 +132,6 @@ class Interval:
         """{"mean", "low", "high"} of floats; null for NaN."""
         pairs = zip(("mean", "low", "high"), (self.mean, self.low, self.high))
         return {name: float(value) if math.isfinite(value) else None for name, value in pairs}
-
-
-def pass_at_k_curve(
-    n: int | Sequence[int], c: Sequence[int], ks: Sequence[int], posterior: bool = False, draws: int = DRAWS
-) -> Interval:
-    """Mean pass@k with its interval at each k, (ks,). Refuses k > n (ValueError) unless `posterior`; warns at n < 2k.
-
-    posterior: where k > n, `posterior_pass_at_k` takes the place of the estimator, and a line on stderr says so.
-    """
-    least, ks = int(np.min(n)), np.asarray(list(ks), dtype=np.int64)
-    inside = ks <= least
-    if single := ks[inside & (2 * ks > least)].tolist():
-        print(
-            f"warning: n = {least} samples are fewer than 2k at k = {', '.join(map(str, single))}: each problem's "
-            "pass@k is then close to a single draw; take n >= 2k",
-            file=sys.stderr,
-            flush=True,
-        )
-    values = np.empty((len(c), len(ks)))
-    if posterior and not inside.all():
-        beyond = ", ".join(map(str, ks[~inside].tolist()))
-        print(
-            f"warning: k = {beyond} is beyond n = {least}: expected under a uniform prior on each problem's success "
-            "rate, not measured",
-            file=sys.stderr,
-            flush=True,
-        )
-        values[:, ~inside] = posterior_pass_at_k(n, c, ks[~inside])
-        ks = ks[inside]
-        values[:, inside] = pass_at_k(n, c, ks) if ks.size else 0
-    else:
-        values[:] = pass_at_k(n, c, ks)
-    return share_interval(values, draws=draws)
 
 
 def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -313,21 +190,6 @@ def difference_interval(values: np.ndarray, confidence: float = 0.95, draws: int
     low = np.where(few, np.minimum(mean, np.maximum(-1, centre - half)), result.low)
     high = np.where(few, np.maximum(mean, np.minimum(1, centre + half)), result.high)
     return Interval(mean, low, high) if mean.ndim else Interval(float(mean), float(low), float(high))
-
-
-def paired_difference(
-    c_a: Sequence[int],
-    c_b: Sequence[int],
-    n: int | Sequence[int],
-    k: int | Sequence[int],
-    confidence: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Interval:
-    """pass@k of b minus that of a, on the same problems in the same order, n samples each, paired over problems."""
-    if len(c_a) != len(c_b):
-        raise ValueError(f"paired difference: {len(c_a)} problems against {len(c_b)}")
-    return difference_interval(pass_at_k(n, c_b, k) - pass_at_k(n, c_a, k), confidence, draws, seed)
 
 
 def ratio_difference(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,15 +173,9 @@ def _counts(rows: list[Row], hits: list[bool], names: list[str]) -> tuple[np.nda
 
 
 def curve(n: np.ndarray, c: np.ndarray, ks: list[int]) -> dict[str, dict]:
+    """{"k": {"mean", "low", "high"}} of pass@k with its interval over problems; n and c: (problems,)."""
     interval = passk.share_interval(passk.pass_at_k(n, c, ks))
-    return {
-        str(k): {"mean": float(interval.mean[i]), "low": _number(interval.low[i]), "high": _number(interval.high[i])}
-        for i, k in enumerate(ks)
-    }
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return {str(k): interval[i].to_json() for i, k in enumerate(ks)}
 
 
 def summarise(
@@ -191,7 +184,11 @@ def summarise(
     """What result.json holds."""
     names = list(dict.fromkeys(row.task_id for row in rows))
     n, c = _counts(rows, [grade.correct for grade in grades], names)
-    passk.pass_at_k_curve(n, c, ks, draws=2)  # says when n < 2k
+    if coarse := [k for k in ks if 2 * k > n.min()]:
+        warn(
+            f"n = {n.min()} samples are fewer than 2k at k = {', '.join(map(str, coarse))}: each problem's pass@k is "
+            "then close to a single draw; take n >= 2k"
+        )
     result = {
         "benchmark": benchmark.name,
         "problems": len(names),
