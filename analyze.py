@@ -4,7 +4,8 @@
     python analyze.py sparsity --base qwen-3b --tuned DIR --json sparsity.json --out plots
 
 Exit codes: 0 done, 1 completed but the answer is no, 2 bad input and nothing written. This file only dispatches: each
-subcommand is a module of azr/ with `add_arguments(parser)` and `main(args) -> int`.
+subcommand is a module of azr/ with `add_arguments(parser)` and `main(args) -> int`, which raises ValueError, in one
+line, for bad input.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import argparse
 import importlib
 import os
 import sys
+
+from azr.command import Parser
+from azr.console import note
 
 # subcommand -> (module, one line of help); a module is imported when its name is typed, so that --help stays fast
 COMMANDS = {
@@ -29,7 +33,7 @@ COMMANDS = {
 
 def main(arguments: list[str]) -> int:
     """Returns the subcommand's exit code: see the module."""
-    parser = argparse.ArgumentParser(prog="analyze.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="analyze.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((argument for argument in arguments if argument in COMMANDS), None)
     module = importlib.import_module(COMMANDS[chosen][0]) if chosen else None
@@ -43,7 +47,11 @@ def main(arguments: list[str]) -> int:
         if name == chosen:
             module.add_arguments(command)
     args = parser.parse_args(arguments)
-    return module.main(args)
+    try:
+        return module.main(args)
+    except (ValueError, OSError) as error:  # RunError and ModelError are ValueErrors
+        note(f"analyze.py {args.command}: {error}")
+        return 2
 
 
 if __name__ == "__main__":

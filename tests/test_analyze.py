@@ -1,6 +1,5 @@
 """`analyze.py sparsity` from the user's side: files in, screen, JSON and exit code out."""
 
-import argparse
 import json
 import math
 import subprocess
@@ -11,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from azr.weights import sparsity
+import analyze
 from azr.weights.reference import AdapterUpdate, Reference
 from azr.weights.files import Adapter, Checkpoint
 
@@ -29,9 +28,7 @@ LINEARS = {
 
 def run(*arguments):
     """Exit code of the subcommand, in this process."""
-    parser = argparse.ArgumentParser()
-    sparsity.add_arguments(parser)
-    return sparsity.main(parser.parse_args([*map(str, arguments), "--workers", "2"]))
+    return analyze.main(["sparsity", *map(str, arguments), "--workers", "2"])
 
 
 def measure(tmp_path, *arguments):
@@ -240,11 +237,9 @@ def test_the_screen_says_why_the_reference_is_dequantised(tmp_path, base, capsys
 def test_workers_do_not_change_the_figures(tmp_path, base):
     adapter, reports = write_adapter(tmp_path / "a"), []
     for workers in ("1", "3"):
-        parser = argparse.ArgumentParser()
-        sparsity.add_arguments(parser)
         file = tmp_path / f"{workers}.json"
-        arguments = ["--base", base, "--adapter", adapter, "--json", file, "--workers", workers]
-        assert sparsity.main(parser.parse_args(list(map(str, arguments)))) == 0
+        arguments = ["sparsity", "--base", base, "--adapter", adapter, "--json", file, "--workers", workers]
+        assert analyze.main(list(map(str, arguments))) == 0
         reports.append(file.read_bytes())
     assert reports[0] == reports[1]
 
@@ -316,8 +311,8 @@ def test_nan_is_named(tmp_path, where, capsys):
     line = refused(capsys, "--base", base, "--tuned", tuned, "--json", tmp_path / "r.json")
     assert "NaN or infinity in " + name in line and ("base" if where == "base" else "tuned") in line
     assert not (tmp_path / "r.json").exists()
-    assert "NaN or infinity" in refused(capsys, "--base", tuned if where != "base" else base, "--adapter",
-                                        write_adapter(tmp_path / "a"), "--quantization", "nf4")  # fmt: skip
+    adapter = write_adapter(tmp_path / "a", info={"quantization": "nf4", "dtype": "bfloat16"})
+    assert "NaN or infinity" in refused(capsys, "--base", tuned if where != "base" else base, "--adapter", adapter)
 
 
 def test_an_adapter_that_does_not_fit(tmp_path, base, capsys):

@@ -138,7 +138,7 @@ def test_entropy_over_answers():
     wrap = "</think><answer>```output\n{}\n```\n</answer>"
     rows = [entropy.Row("solver", "deduction", "p", wrap.format(v), "a") for v in ("[1, 2]", "[1,2]", "3", "3")]
     rows += [entropy.Row("solver", "deduction", "q", wrap.format("7"), "b")] * 2
-    found = entropy.answer_entropy(rows + [entropy.Row("solver", "deduction", "r", "x", "single")])["deduction"]
+    found = entropy.entropy_over_answers(rows + [entropy.Row("solver", "deduction", "r", "x", "single")])["deduction"]
     assert found["problems"] == 2  # [1, 2] in two layouts is one answer
     assert found["plug_in"]["mean"] == pytest.approx((math.log(2) + 0) / 2)
     assert found["miller_madow"]["mean"] == pytest.approx((math.log(2) + 1 / 8) / 2)

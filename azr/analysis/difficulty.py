@@ -16,7 +16,6 @@ import argparse
 import hashlib
 import json
 import random
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,27 +370,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-    def work() -> int:
-        if args.stages < 2 or args.answers < 1 or (args.questions or 1) < 1:
-            raise ValueError("--stages must be at least 2, --answers and --questions at least 1")
-        runs = [read_run(path) for path in args.run]
-        same_model(runs)
-        for run in runs:
-            fixed_solvers(run)  # refused before anything is sampled
-        results, drawn = {}, {}
-        for run in runs:
-            for line in run.notes:
-                warn(f"{run.path}: {line}")
-            results[str(run.path)] = result = measure(run, args)
-            print_result(run, result)
-            drawn[f"difficulty_{run.name}" if len(runs) > 1 else "difficulty"] = draw(run.name, result)
-        seeds = across_seeds(results)
-        print_correlations(seeds, len(result["stages"]))
-        figures.write_outputs(args, "difficulty", {"runs": results, "correlation_with_held_out": seeds}, drawn)
-        return 0
-
-    return figures.guarded("difficulty", work)
-
-
-if __name__ == "__main__":
-    sys.exit(figures.run_module(__doc__, add_arguments, main))
+    """Measures, prints, writes. ValueError, in one line, for bad input."""
+    if args.stages < 2 or args.answers < 1 or (args.questions or 1) < 1:
+        raise ValueError("--stages must be at least 2, --answers and --questions at least 1")
+    runs = [read_run(path) for path in args.run]
+    same_model(runs)
+    for run in runs:
+        fixed_solvers(run)  # refused before anything is sampled
+    results, drawn = {}, {}
+    for run in runs:
+        for line in run.notes:
+            warn(f"{run.path}: {line}")
+        results[str(run.path)] = result = measure(run, args)
+        print_result(run, result)
+        drawn[f"difficulty_{run.name}" if len(runs) > 1 else "difficulty"] = draw(run.name, result)
+    seeds = across_seeds(results)
+    print_correlations(seeds, len(result["stages"]))
+    figures.write_outputs(args, "difficulty", {"runs": results, "correlation_with_held_out": seeds}, drawn)
+    return 0

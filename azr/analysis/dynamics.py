@@ -413,19 +413,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-    def work() -> int:
-        if args.windows < 1:
-            raise ValueError(f"--windows must be at least 1, not {args.windows}")
-        run = read_run(args.run)
-        result = dynamics(run, read_samples(run), args.windows)
-        for note in result["notes"]:
-            warn(f"{run.path}: {note}")
-        print_result(run, result)
-        figures.write_outputs(args, "dynamics", result, plots(run, result) if args.out else {})
-        return 0
-
-    return figures.guarded("dynamics", work)
-
-
-if __name__ == "__main__":
-    sys.exit(figures.run_module(__doc__, add_arguments, main))
+    """Measures, prints, writes. ValueError, in one line, for bad input."""
+    if args.windows < 1:
+        raise ValueError(f"--windows must be at least 1, not {args.windows}")
+    run = read_run(args.run)
+    result = dynamics(run, read_samples(run), args.windows)
+    for note in result["notes"]:
+        warn(f"{run.path}: {note}")
+    print_result(run, result)
+    figures.write_outputs(args, "dynamics", result, plots(run, result) if args.out else {})
+    return 0

@@ -28,7 +28,7 @@ from azr.analysis import figures
 from azr.analysis.figures import shown
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
-from azr.passk import bootstrap_interval
+from azr.passk import answer_entropy, bootstrap_interval
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, read_run, same_model
 from azr.jsonl import tolerant_lines, write_json_atomic
 from azr.policy.opening import agree
@@ -158,7 +158,7 @@ def token_shares(policy: Policy, ids: list[list[int]], entropy: list[np.ndarray]
 # ------------------------------------------------------------------------------------------------------- answers
 
 
-def answer_entropy(rows: list[Row]) -> dict:
+def entropy_over_answers(rows: list[Row]) -> dict:
     """Entropy in nats of the answers that one problem got, mean over problems with at least two, per mode.
 
     plug_in: -sum q log q of the shares q, too small by about (answers - 1) / 2n; miller_madow adds that. Answers are
@@ -191,10 +191,9 @@ def _answer_entropies(problem: list[Row]) -> tuple[float, float]:
     keys = []
     for row in problem:
         value = parse_answer(row.mode, row.response).value if row.mode in MODES else row.response.strip()
-        keys.append(None if value is None else answer_key(row.mode, value))
-    shares = np.array(list(Counter(keys).values())) / len(keys)
-    plug_in = float(-(shares * np.log(shares)).sum())
-    return plug_in, plug_in + (len(shares) - 1) / (2 * len(keys))
+        keys.append("none" if value is None else f"answer {answer_key(row.mode, value)}")
+    plug_in = answer_entropy(keys)
+    return plug_in, plug_in + (len(set(keys)) - 1) / (2 * len(keys))
 
 
 # ------------------------------------------------------------------------------------------------------- the fit
@@ -252,7 +251,7 @@ def measure(args) -> int:
     rows = read_rows(args.data, args.limit, args.steps)
     if args.model is None and any(row.prompt for row in rows):
         raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
-    result = {"data": str(args.data), "temperature": args.temperature, "answers": answer_entropy(rows)}
+    result = {"data": str(args.data), "temperature": args.temperature, "answers": entropy_over_answers(rows)}
     drawn = {}
     if args.model is not None and any(row.prompt for row in rows):
         opening = agree(args.model, args.adapter, args.quantization)
@@ -552,15 +551,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-    def work() -> int:
-        if not args.temperature > 0:
-            raise ValueError(f"--temperature must be above 0, not {args.temperature}: at 0 there is no distribution")
-        if bool(args.run) == bool(args.data):
-            raise ValueError("give either --data FILE (with --model) or --run RUN")
-        return curves(args) if args.run else measure(args)
-
-    return figures.guarded("entropy", work)
-
-
-if __name__ == "__main__":
-    sys.exit(figures.run_module(__doc__, add_arguments, main))
+    """Measures, prints, writes. ValueError, in one line, for bad input."""
+    if not args.temperature > 0:
+        raise ValueError(f"--temperature must be above 0, not {args.temperature}: at 0 there is no distribution")
+    if bool(args.run) == bool(args.data):
+        raise ValueError("give either --data FILE (with --model) or --run RUN")
+    return curves(args) if args.run else measure(args)

@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import io
 import hashlib
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -395,24 +394,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-    def work() -> int:
-        if args.probe < 1 or args.checkpoints < 1 or args.held_out < 0:
-            raise ValueError("--probe and --checkpoints must be at least 1, --held-out at least 0")
-        if args.text and not Path(args.text).is_file():
-            raise ValueError(f"--text {args.text}: no such file")
-        runs = [read_run(path) for path in args.run]
-        same_model(runs)
-        for run in runs:
-            chosen_checkpoints(run, 1)  # refused before anything is measured
-        measured = {str(run.path): measure(run, args) for run in runs}
-        found = fits(measured)
-        print_result(measured, found)
-        result = {"runs": measured, "drops": {name: drops(entry) for name, entry in measured.items()}, "fits": found}
-        figures.write_outputs(args, "forgetting", result, draw(measured, found))
-        return 0
-
-    return figures.guarded("forgetting", work)
-
-
-if __name__ == "__main__":
-    sys.exit(figures.run_module(__doc__, add_arguments, main))
+    """Measures, prints, writes. ValueError, in one line, for bad input."""
+    if args.probe < 1 or args.checkpoints < 1 or args.held_out < 0:
+        raise ValueError("--probe and --checkpoints must be at least 1, --held-out at least 0")
+    if args.text and not Path(args.text).is_file():
+        raise ValueError(f"--text {args.text}: no such file")
+    runs = [read_run(path) for path in args.run]
+    same_model(runs)
+    for run in runs:
+        chosen_checkpoints(run, 1)  # refused before anything is measured
+    measured = {str(run.path): measure(run, args) for run in runs}
+    found = fits(measured)
+    print_result(measured, found)
+    result = {"runs": measured, "drops": {name: drops(entry) for name, entry in measured.items()}, "fits": found}
+    figures.write_outputs(args, "forgetting", result, draw(measured, found))
+    return 0

@@ -19,8 +19,8 @@ import numpy as np
 
 from azr.jsonl import read_object, tolerant_lines
 from azr.runs import RunError, step_directories
+from azr.tasks.task import MODES
 
-MODES = ("deduction", "abduction", "induction")
 ROLES = ("proposer", "solver")
 GROUPS = [(role, mode) for role in ROLES for mode in MODES]
 

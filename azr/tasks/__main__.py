@@ -9,9 +9,9 @@ Exit codes: 0 done, 1 some lines were bad, 2 bad arguments or no sandbox, 130 in
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from azr.command import Parser
 from azr.jsonl import stream
 from azr.tasks.judging import judge
 from azr.tasks.task import FIELDS, Proposal, Task, Verdict, mode_field, text_field
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         from azr.train.make_data import main as make  # here: filters need nothing of training
 
         return make(arguments[1:])
-    parser = argparse.ArgumentParser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")
+    parser = Parser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")
     parser.add_argument("command", choices=["validate", "judge", "make"])
     parser.add_argument("--workers", type=int, default=None, help="processes of the sandbox (default: cores)")
     parser.add_argument("--max-output-chars", type=int, default=MAX_OUTPUT, help="validate: refuse longer outputs")

@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from azr.command import Parser
 from azr.tasks.prompts import solve_prompt, template_hash
 from azr.tiny import documents as recipe
 from azr.tiny import split
@@ -319,7 +320,7 @@ def work(rank: int, world: int, args: argparse.Namespace, device: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m azr.tiny.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
     parser.add_argument("--tokens", type=float, default=36e6, help="training tokens, prompts included")

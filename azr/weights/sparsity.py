@@ -7,8 +7,8 @@
 
 The reference is what the forward pass of the training used: with a 4-bit base its dequantised weights. Against the
 original checkpoint an adapter of any size would seem to change 97 % of the weights, by the error of the quantization.
-Ids (U1, S1, ...) are explained in azr/weights/sizes.py and azr/weights/spectra.py. Memory is that of a few matrices a worker.
-Left out: optimizer states, biases and norms of adapters, models whose experts are stored as 3-d tensors.
+Ids (U1, S1, ...) are explained in azr/weights/sizes.py and azr/weights/spectra.py. Memory is that of a few matrices per
+worker. Left out: optimizer states, biases and norms of adapters, models whose experts are stored as 3-d tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import argparse
 import logging
 import math
 import os
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ import torch
 from azr import console
 from azr.jsonl import write_json_atomic
 from azr.models import model_path
-from azr.policy.opening import ModelError, agree, check_base, checkpoints_of, read_record, settled
+from azr.policy.opening import agree, check_base, checkpoints_of, read_record, settled
 from azr.weights import sizes, spectra
 from azr.weights.path import cross_report, cross_run, path_along
 from azr.weights.reference import (
@@ -304,15 +303,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints, writes. Exit code 2 with one line for what cannot be measured."""
+    """Measures, prints, writes. ModelError, in one line, for what cannot be measured."""
     # it recommends a kernel package that is not needed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the workers are the parallelism
-    try:
-        report = analyse(args)
-    except ModelError as error:
-        print(f"analyze.py sparsity: {error}", file=sys.stderr)
-        return 2
+    report = analyse(args)
     from azr.weights import sparsity_view
 
     for line in sparsity_view.lines(report):
