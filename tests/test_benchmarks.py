@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from azr.evals import held_out as heldout
+from azr.evals import held_out
 from azr.evals.held_out import EvalResult, TaskResult, evaluate, load_tasks, plot_pass_at_k
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,8 +122,8 @@ def test_every_sample_has_its_own_lasting_seed(tmp_path, sandbox, monkeypatch):
     first, policy = run(tmp_path, sandbox, ANSWERS)
     seeds = list(itertools.chain(*policy.seeds))
     assert len(set(seeds)) == 12 and all(0 <= seed < 2**64 for seed in seeds)
-    assert heldout.sample_seed(0, "abc", 1) == 9302858396499162942      # the same on every machine, for good
-    monkeypatch.setattr(heldout, "ANSWERS_PER_CALL", 4)
+    assert held_out.sample_seed(0, "abc", 1) == 9302858396499162942      # the same on every machine, for good
+    monkeypatch.setattr(held_out, "ANSWERS_PER_CALL", 4)
     parts, other = run(tmp_path, sandbox, ANSWERS)
     assert other.calls == 3 and other.seeds == policy.seeds and parts.to_json() == first.to_json()
     assert not set(seeds) & set(itertools.chain(*run(tmp_path, sandbox, ANSWERS, seed=1)[1].seeds))
@@ -148,17 +148,17 @@ def made_up(rng, gain, samples=16, problems=40):
 def test_difference_finds_a_gain_and_refuses_other_tasks_or_settings():
     rng = np.random.default_rng(6)
     base, trained = made_up(rng, 0), made_up(rng, 0.2)
-    assert heldout.difference(base, trained, 1).excludes_zero
-    assert heldout.well_formed_difference(base, trained, "abduction").low > 0
-    assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", str(heldout.difference(base, trained, 1, "deduction")))
+    assert held_out.difference(base, trained, 1).excludes_zero
+    assert held_out.well_formed_difference(base, trained, "abduction").low > 0
+    assert re.fullmatch(r"0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", str(held_out.difference(base, trained, 1, "deduction")))
     other = made_up(rng, 0)
     other.tasks.reverse()
     with pytest.raises(ValueError, match="same tasks"):
-        heldout.difference(base, other)
+        held_out.difference(base, other)
     other = made_up(rng, 0)
     other.settings["sampling"] = {"temperature": 0.6}
     with pytest.raises(ValueError, match="differ in sampling"):
-        heldout.well_formed_difference(base, other)
+        held_out.well_formed_difference(base, other)
     with pytest.raises(ValueError, match="not an evaluation result"):
         EvalResult.from_json({"tasks": [{"hash": "a"}], "settings": {}})
 

@@ -1,7 +1,14 @@
-"""The rooms of azr/: imports go one way, without circles, and nobody takes another module's private names."""
+"""The rooms of azr/: imports go one way, without circles, and nobody takes another module's private names. What an
+instrument loads is little, and what can be copied out alone is copied out and used."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ({"ground"}, {"tasks"}, {"policy", "tiny"}, {"machine"}, {"evals"}, {"train", "weights"}, {"analysis"}, {"scripts"})
@@ -62,3 +69,122 @@ def test_no_private_names_of_another_module():
     for module in MODULES:
         taken = [f"{other}.{name}" for other, name in imports(module) if name and name.startswith("_")]
         assert not taken, f"{module} takes {', '.join(taken)}"
+
+
+def files_loaded(module: str) -> list[str]:
+    """The files of azr/ that an import of `module` loads; a folder's own __init__ is not counted."""
+    code = f"import sys, {module}; print(*(name for name in sys.modules if name.split('.')[0] == 'azr'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return sorted(name for name in done.stdout.split() if MODULES[name].name != "__init__.py")
+
+
+def test_an_instrument_does_not_load_the_whole_house():
+    assert len(files := files_loaded("azr.weights.sparsity")) <= 11, files
+    assert len(files := files_loaded("azr.analysis.health")) <= 4, files
+    assert files_loaded("azr.policy.opening") == ["azr.jsonl", "azr.models", "azr.policy.opening"]
+
+
+# A file -> five lines that use it, alone in an empty folder, by its own name.
+ALONE = {
+    "azr/jsonl.py": """
+from jsonl import strict_lines, tolerant_lines, write_jsonl_atomic
+write_jsonl_atomic("rows.jsonl", [{"a": 1}, {"a": float("nan")}])
+assert [row for _, row in strict_lines("rows.jsonl")] == [{"a": 1}, {"a": None}]
+notes = []
+assert len(list(tolerant_lines("rows.jsonl", notes))) == 2 and not notes
+""",
+    "azr/console.py": """
+from console import bar, say, warn
+warn("no GPU here")
+with bar("work") as advance:
+    advance(1, 2)
+say("done")
+""",
+    "azr/command.py": """
+from command import Parser
+parser = Parser(prog="tool")
+parser.add_argument("--steps", type=int)
+assert parser.parse_args(["--steps", "3"]).steps == 3
+""",
+    "azr/stop.py": """
+from stop import StopNow, StopRequest
+with StopRequest() as stop:
+    with stop.shield():
+        print("what must not be left half done")
+    assert stop.requested is None
+""",
+    "azr/passk.py": """
+from passk import difference_interval, pass_at_k, share_interval
+base, tuned = pass_at_k(8, [3, 0, 8], [1, 4]), pass_at_k(8, [4, 1, 8], [1, 4])
+print(share_interval(base)[0], difference_interval(tuned - base)[0])
+""",
+    "azr/isolated.py": """
+from isolated import apart
+values, why = apart(lambda: iter([6 * 7]), seconds=30)
+assert values == [42] and why is None
+""",
+    "azr/models.py": """
+from models import model_path
+assert model_path("qwen-3b") == "Qwen/Qwen2.5-Coder-3B" and model_path("OWNER/NAME") == "OWNER/NAME"
+""",
+    "azr/train/ppo.py": """
+import torch
+from ppo import lean_advantages
+advantage = lean_advantages(torch.tensor([1.0, -0.5, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.zeros(4).long())
+assert advantage[0] > 0 > advantage[1] and advantage[2] == 0
+""",
+    "azr/policy/sampling.py": """
+import torch
+from sampling import Sampling, sample_tokens, seed_tensor
+places, seeds = torch.tensor([0, 0]), seed_tensor([7, 8], "cpu")
+token, log_prob = sample_tokens(torch.randn(2, 1000), Sampling(top_p=0.95), seeds, places)
+""",
+    "azr/policy/scoring.py": """
+import torch
+from scoring import ChunkedLogProb
+hidden, head = torch.randn(10, 64, requires_grad=True), torch.randn(5000, 64)
+log_prob, entropy = ChunkedLogProb.apply(hidden, head, torch.randint(5000, (10,)), 1.0)
+log_prob.sum().backward()
+""",
+    "azr/weights/nf4.py": """
+import torch
+from nf4 import quantize
+weight = torch.randn(64, 128)
+error = quantize(weight, block=64, double=True).dequantize(torch.float32).view_as(weight) - weight
+assert 0.05 < error.norm() / weight.norm() < 0.15
+""",
+    "azr/weights/spectra.py": """
+import torch
+from spectra import factor_spectrum, rank_summary
+singular = factor_spectrum(torch.randn(64, 8), torch.randn(8, 32), scale=2.0)
+assert 1 < rank_summary(singular, rank=8)["R1_effective_rank"] <= 8
+""",
+}
+# A file that takes another one along: both keep their places in azr/.
+TOGETHER = {
+    ("azr/runs.py", "azr/jsonl.py"): """
+from pathlib import Path
+from azr.runs import Run, read_metrics
+with Run.open(Path("run"), {"seed": 0}) as run:
+    run.log({"step": 1, "train/loss": 0.5})
+assert read_metrics(Path("run")) == [{"step": 1, "train/loss": 0.5}]
+""",
+    ("azr/fits.py", "azr/passk.py"): """
+from azr.fits import linear_fit
+fit = linear_fit([0, 1, 2, 3, 4, 5, 6, 7], [1, 3, 5, 7, 9, 11, 13, 15])
+assert abs(fit.coefficients[1].mean - 2) < 1e-9 and fit.r2.mean > 0.999
+""",
+}
+
+
+@pytest.mark.parametrize("files", [*((name,) for name in ALONE), *TOGETHER], ids=lambda files: files[0])
+def test_a_file_can_be_copied_out(tmp_path, files):
+    for name in files:
+        place = tmp_path / (Path(name).name if len(files) == 1 else name)
+        place.parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, place)
+    lines = ALONE[files[0]] if len(files) == 1 else TOGETHER[files]
+    command = [sys.executable, "-c", "import sys; sys.path[0] = ''\n" + lines]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr

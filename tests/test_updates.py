@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from azr.weights import sizes as updates, nf4, spectra
+from azr.weights import nf4, sizes, spectra
 
 SIGMA, SIDE = 0.02, 1024
 
@@ -20,7 +20,7 @@ def low_rank(m, n, rank, rms, seed=1, decay=1.0):
     generator = torch.Generator().manual_seed(seed)
     s = decay ** torch.arange(rank, dtype=torch.float32)
     s *= rms * math.sqrt(m * n) / s.norm()
-    u, v = updates.orthonormal(m, rank, generator), updates.orthonormal(n, rank, generator)
+    u, v = sizes.orthonormal(m, rank, generator), sizes.orthonormal(n, rank, generator)
     return (u * s) @ v.T, s
 
 
@@ -102,12 +102,12 @@ TABLE = {  # RMS: |d| <= 1e-5, bf16 bits, the same within 1e-5; a random rank-32
 def test_one_update_reads_anything_between_0_and_100_percent(base, rms):
     weight, _, _ = base
     delta, _ = low_rank(SIDE, SIDE, 32, rms)
-    size, shares = updates.sizes(weight, delta), updates.compare(weight, delta, weight)
+    size, shares = sizes.sizes(weight, delta), sizes.compare(weight, delta, weight)
     within, s1, s2 = TABLE[rms]
     assert size.rms == pytest.approx(rms, rel=1e-3)
     assert size.rel_fro == pytest.approx(rms / SIGMA, rel=0.01)
     assert size.zeros == 0
-    assert size.within[updates.TOLERANCES.index(1e-5)] / size.n == pytest.approx(within, abs=0.02)
+    assert size.within[sizes.TOLERANCES.index(1e-5)] / size.n == pytest.approx(within, abs=0.02)
     assert shares.s1 == pytest.approx(s1, abs=0.02)
     assert shares.near / shares.n == pytest.approx(s2, abs=0.02)
 
@@ -118,7 +118,7 @@ def test_one_update_reads_anything_between_0_and_100_percent(base, rms):
 def test_on_a_4_bit_base_zeros_cap_the_sparsity_and_codes_do_not_move(base, rms, s1, codes):
     weight, stored, w0 = base
     delta, _ = low_rank(SIDE, SIDE, 32, rms)
-    report = updates.compare(w0, delta, weight, stored=stored).report()
+    report = sizes.compare(w0, delta, weight, stored=stored).report()
     assert report["S1"] == pytest.approx(s1, abs=0.02)
     assert report["zero_base_share"] == pytest.approx(0.09, abs=0.01)
     assert report["S1_zero_base"] == pytest.approx(0, abs=0.001)
@@ -126,14 +126,14 @@ def test_on_a_4_bit_base_zeros_cap_the_sparsity_and_codes_do_not_move(base, rms,
     assert report["S3_code_frozen_scale"] >= report["S3_code_requantized"]
     assert report["S3_survival"] < 0.3  # a 4-bit merge loses the update
     # the paper's definition does not depend on how the base was held
-    plain = updates.compare(weight, delta, weight)
+    plain = sizes.compare(weight, delta, weight)
     assert report["S2"] == pytest.approx(plain.near / plain.n, abs=0.001)
 
 
 def test_a_large_update_survives_requantization(base):
     weight, stored, w0 = base
     delta, _ = low_rank(SIDE, SIDE, 32, 2e-2)
-    report = updates.compare(w0, delta, weight, stored=stored).report()
+    report = sizes.compare(w0, delta, weight, stored=stored).report()
     assert report["S3_survival"] > 0.9 and report["S3_code_requantized"] < 0.4
 
 
@@ -142,9 +142,9 @@ def test_the_original_checkpoint_is_the_wrong_reference(base, rms):
     """Whatever an adapter learned, w0 + delta differs from the original nearly everywhere: by the quantization."""
     weight, _, w0 = base
     delta, _ = low_rank(SIDE, SIDE, 32, rms)
-    trap = updates.compare(weight, (w0.float() + delta) - weight.float(), weight)
+    trap = sizes.compare(weight, (w0.float() + delta) - weight.float(), weight)
     assert trap.s1 <= 0.03 and trap.near / trap.n <= 0.04
-    assert updates.compare(w0, delta, weight).s1 > trap.s1 or rms == 1e-3
+    assert sizes.compare(w0, delta, weight).s1 > trap.s1 or rms == 1e-3
 
 
 def test_exact_share_of_changed_entries():
@@ -154,16 +154,16 @@ def test_exact_share_of_changed_entries():
         1  # the last bit: the least change
     )
     delta = tuned.view(torch.bfloat16).view(100, 100).float() - weight.float()
-    assert updates.compare(weight, delta, weight).s1 == 0.63
-    assert updates.sizes(weight, delta).report()["S0"] == 0.63
+    assert sizes.compare(weight, delta, weight).s1 == 0.63
+    assert sizes.sizes(weight, delta).report()["S0"] == 0.63
 
 
 def test_counts_of_parts_add_up_to_those_of_the_whole(base):
     weight, _, _ = base
     delta, _ = low_rank(SIDE, SIDE, 8, 1e-4)
-    whole = updates.sizes(weight, delta), updates.compare(weight, delta, weight)
+    whole = sizes.sizes(weight, delta), sizes.compare(weight, delta, weight)
     rows = slice(0, 700), slice(700, SIDE)
-    for i, count in enumerate((updates.sizes, lambda a, d: updates.compare(a, d, a))):
+    for i, count in enumerate((sizes.sizes, lambda a, d: sizes.compare(a, d, a))):
         total = count(weight[rows[0]], delta[rows[0]]) + count(weight[rows[1]], delta[rows[1]])
         for ours, theirs in zip(vars(total).values(), vars(whole[i]).values()):
             assert np.allclose(ours, theirs, rtol=1e-5)
@@ -171,8 +171,8 @@ def test_counts_of_parts_add_up_to_those_of_the_whole(base):
 
 def test_untouched_counts_as_unchanged(base):
     weight, _, _ = base
-    size, shares = updates.untouched(weight, quantized=True)
-    direct = updates.sizes(weight, torch.zeros_like(weight, dtype=torch.float32))
+    size, shares = sizes.untouched(weight, quantized=True)
+    direct = sizes.sizes(weight, torch.zeros_like(weight, dtype=torch.float32))
     assert size.report() == direct.report() | {"U1_rel_fro": 0.0} and size.report()["S6"] is None
     assert shares.s1 == 1.0 and shares.report()["S3_code_requantized"] == 1.0
     assert shares.report()["S3_survival"] is None
@@ -180,8 +180,8 @@ def test_untouched_counts_as_unchanged(base):
 
 def test_relative_tolerances():
     w0, delta = torch.tensor([[1.0, 2.0, 0.0, 0.0]]), torch.tensor([[1e-3, 1e-3, 1e-3, 0.0]])
-    size = updates.sizes(w0, delta)
-    at = updates.TOLERANCES.index(1e-3)
+    size = sizes.sizes(w0, delta)
+    at = sizes.TOLERANCES.index(1e-3)
     assert size.within_relative[at] == 3 and size.within_relative[at - 1] == 1  # 0 / 0 is unchanged, 1e-3 / 0 never
 
 
@@ -191,9 +191,9 @@ def test_relative_tolerances():
 def test_concentration_from_bins_equals_that_of_the_sorted_entries():
     delta = gaussian(300, 300) * gaussian(300, 1).exp()
     delta[:30] = 0
-    found = updates.concentration(*updates.binned_energy(updates.sizes(delta, delta).histogram))
+    found = sizes.concentration(*sizes.binned_energy(sizes.sizes(delta, delta).histogram))
     energy = np.sort(delta.double().square().view(-1).numpy())
-    exact = updates.concentration(np.ones(energy.size), energy)
+    exact = sizes.concentration(np.ones(energy.size), energy)
     n = energy.size
     gini = (2 * np.arange(1, n + 1) - n - 1) @ energy / (n * energy.sum())
     assert exact["gini"] == pytest.approx(gini, abs=1e-9)
@@ -203,14 +203,14 @@ def test_concentration_from_bins_equals_that_of_the_sorted_entries():
 
 
 def test_gini_of_gaussian_squares_and_of_stripes():
-    found = updates.concentration(
-        *updates.binned_energy(updates.sizes(gaussian(500, 500), gaussian(500, 500)).histogram)
+    found = sizes.concentration(
+        *sizes.binned_energy(sizes.sizes(gaussian(500, 500), gaussian(500, 500)).histogram)
     )
     assert found["gini"] == pytest.approx(2 / math.pi, abs=0.005)
     delta = torch.zeros(100, 50)
     delta[:10] = 1.0
-    rows, columns = updates.axis_energies(delta)
-    assert updates.profile(rows)["gini"] == pytest.approx(0.9) and updates.profile(columns)["gini"] == pytest.approx(
+    rows, columns = sizes.axis_energies(delta)
+    assert sizes.profile(rows)["gini"] == pytest.approx(0.9) and sizes.profile(columns)["gini"] == pytest.approx(
         0
     )
     assert np.allclose(rows, 50 * (np.arange(100) < 10)) and np.allclose(columns, 10)
@@ -220,9 +220,9 @@ def test_gini_of_gaussian_squares_and_of_stripes():
 
 
 def excess_of(w0, delta, singular, seed=7):
-    shares = updates.compare(w0, delta, w0)
-    draws = updates.null_draws(w0, singular, 1.0, torch.Generator().manual_seed(seed))
-    return updates.excess(shares.s1, draws.spectrum), updates.excess(shares.s1, draws.flat), draws
+    shares = sizes.compare(w0, delta, w0)
+    draws = sizes.null_draws(w0, singular, 1.0, torch.Generator().manual_seed(seed))
+    return sizes.excess(shares.s1, draws.spectrum), sizes.excess(shares.s1, draws.flat), draws
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.8, 0.0], ids=["flat", "decaying", "rank one"])
@@ -254,9 +254,9 @@ def test_a_planted_sparse_update_is_found():
     planted *= delta.norm() / planted.norm()
     found, _, draws = excess_of(w0, planted, torch.linalg.svdvals(planted)[:16])
     assert found["low"] > 0.3
-    rows, columns = (updates.profile(energy)["gini"] for energy in updates.axis_energies(planted))
-    assert updates.excess(rows, draws.row_gini)["low"] > 0.3
-    assert updates.excess(columns, draws.column_gini)["low"] <= 0
+    rows, columns = (sizes.profile(energy)["gini"] for energy in sizes.axis_energies(planted))
+    assert sizes.excess(rows, draws.row_gini)["low"] > 0.3
+    assert sizes.excess(columns, draws.column_gini)["low"] <= 0
 
 
 @pytest.mark.parametrize("shape", [(160, 96), (96, 160), (128, 128)])
@@ -265,14 +265,14 @@ def test_full_rank_null_is_the_null_of_that_spectrum(shape):
     s = torch.linspace(1, 0.01, min(shape)) ** 2
     s *= 1e-4 * math.sqrt(m * n) / s.norm()
     w0 = (SIGMA * gaussian(m, n)).bfloat16()
-    drawn = updates.null_draws(w0, s, 1.0, torch.Generator().manual_seed(0))
+    drawn = sizes.null_draws(w0, s, 1.0, torch.Generator().manual_seed(0))
     generator, direct = torch.Generator().manual_seed(1), []
     for _ in range(16):
-        u, v = updates.orthonormal(m, len(s), generator), updates.orthonormal(n, len(s), generator)
-        direct.append(updates.compare(w0, (u * s) @ v.T, w0).s1)
+        u, v = sizes.orthonormal(m, len(s), generator), sizes.orthonormal(n, len(s), generator)
+        direct.append(sizes.compare(w0, (u * s) @ v.T, w0).s1)
     spread = math.hypot(np.std(direct), drawn.spectrum.std()) / 4
     assert abs(drawn.spectrum.mean() - np.mean(direct)) < 4 * spread
-    block = updates.null_block(s, 96 if m <= n else 64, min(shape), max(shape), generator)
+    block = sizes.null_block(s, 96 if m <= n else 64, min(shape), max(shape), generator)
     assert block.square().mean().sqrt().item() == pytest.approx(1e-4, rel=0.15)
 
 
@@ -348,7 +348,7 @@ def test_principal_measures_against_full_decompositions(shape):
 def test_a_planted_intruder_is_counted_and_its_distance_measured(shape):
     m, n = shape
     generator = torch.Generator().manual_seed(0)
-    u, v = updates.orthonormal(m, 64, generator)[:, :64], updates.orthonormal(n, 64, generator)
+    u, v = sizes.orthonormal(m, 64, generator)[:, :64], sizes.orthonormal(n, 64, generator)
     w0 = (u * torch.linspace(10, 1, 64)) @ v.T
     away = torch.nn.functional.normalize(u.sum(1), dim=0)  # cosine 1/8 with every left singular vector
     planted = 20 * torch.outer(away, v[:, -1])

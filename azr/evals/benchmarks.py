@@ -23,14 +23,14 @@ from azr.jsonl import strict_lines
 from azr.models import model_path
 from azr.evals import code_answers
 from azr.evals.math_answers import last_boxed
+from azr.tasks import prompts
 from azr.tasks.prompts import STOP, TEMPLATES, WRAPPER, fence, solve_prompt
-from azr.tasks.prompts import template_hash as task_template_hash
 from azr.tasks.task import Task, text_field
 
 
 @dataclass(frozen=True)
 class Item:
-    """A problem: a task (of mode "math" with question and answer, too), or one of codebench's."""
+    """A problem: a task (of mode "math" with question and answer, too), or a program to write."""
 
     task_id: str
     task: Task | None = None
@@ -343,10 +343,10 @@ def template_hash(benchmark: Benchmark, template: str, tokenizer: Any = None) ->
     """16 hex digits that change with any character of the template. For tasks and maths under azr or tiny it is the
     one that a training run records."""
     if template in TEMPLATES and benchmark.kind != "code":
-        return task_template_hash(template)
+        return prompts.template_hash(template)
     parts = [template, *stop_strings(benchmark, template)]
     if template in TEMPLATES:
-        parts += [task_template_hash(template), _AZR_CODE]
+        parts += [prompts.template_hash(template), _AZR_CODE]
     elif template == "chat":
         parts += [_chat(text, tokenizer) for text in _INSTRUCTIONS.values()]
     else:

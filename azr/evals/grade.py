@@ -3,9 +3,9 @@ r"""Grades answers to a public benchmark: takes the answer out of a response and
     with Grader(load("cruxeval-o=cruxeval.jsonl")) as grader:
         grader.grade([Answer("sample_0", "[(4, 1)]", "answer")])        # [Grade(False, "wrong", "[(4, 1)]")]
 
-Programs run in the sandbox's benchmark profile against evalplus's inputs (azr/evals/code_answers.py), tasks are judged as in
-training (azr/tasks/__init__.py), mathematics by math-verify in processes of its own (azr/evals/math_answers.py). Whatever a response holds
-(lone surrogates, ten megabytes, nothing), it is graded wrong with a reason. No torch is imported here.
+Programs run in the sandbox's benchmark profile against evalplus's inputs (code_answers.py), tasks are judged as in
+training (azr/tasks/judging.py), mathematics by math-verify in processes of its own (math_answers.py). Whatever a
+response holds (lone surrogates, ten megabytes, nothing), it is graded wrong with a reason. No torch is imported here.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _last(pattern: re.Pattern, text: str) -> str | None:
 
 def program_text(problem: code_answers.Problem, text: str, form: str = "completion") -> str:
     """The code of a response: the last fenced block of its answer (or of all of it) that defines the entry point; else
-    the text as it is, which codebench takes for a program or for the rest of the prompt's."""
+    the text as it is, which code_answers takes for a program or for the rest of the prompt's."""
     if form == "solution":
         return text
     _, tagged, _ = answer_text(text) if "<answer>" in text else (False, None, False)

@@ -8,7 +8,7 @@ w0: the weights that the forward pass used (with a 4-bit base the dequantised on
 delta: what was added, fp32. "Unchanged" means a different thing in each definition, and all of them read mostly the
 size of the update: S1 in units of bf16 spacing, S2 against a fixed 1e-5, S3 against the distance between NF4 codes.
 Everything runs over pieces that stay in the cache, and memory is that of one matrix. Left out: how files become
-tensors (weights.py), singular vectors (spectra.py), the command (sparsity.py).
+tensors (files.py), singular vectors (spectra.py), the command (sparsity.py).
 """
 
 from __future__ import annotations
