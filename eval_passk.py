@@ -62,11 +62,6 @@ def build_parser() -> Parser:
         command.add_argument(
             "--k", type=compare.parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2"
         )
-        command.add_argument(
-            "--guess-filter",
-            metavar="DIR",
-            help="also report without the numeric answers that this result of `run --template direct` guessed",
-        )
         command.add_argument("--out", metavar="DIR", help="result directory; run: the same one goes on")
     compare.add_arguments(
         commands.add_parser("compare", help="two result directories: paired, with intervals and a plot")
@@ -104,7 +99,7 @@ def sample_and_grade(args: argparse.Namespace) -> int:
                     "temperature {temperature} gives the tuned model {entropy:.3f} nats a token; the base has "
                     "{base_entropy:.3f} at {base_temperature}".format(**matched)
                 )
-            conclude(benchmark, rows, out, args.k, {**info, "made_by": "run"}, args.guess_filter)
+            conclude(benchmark, rows, out, args.k, {**info, "made_by": "run"})
         except StopNow:
             say(
                 f"stopped; finished samples are in {out}, the same command goes on"
@@ -118,7 +113,7 @@ def grade(args: argparse.Namespace) -> int:
     """Grades samples that were made elsewhere. ValueError: bad input."""
     from azr.evals import score
 
-    score.score(args.samples, load(args.benchmark), args.k, args.out, args.guess_filter)
+    score.score(args.samples, load(args.benchmark), args.k, args.out)
     return 0
 
 

@@ -235,7 +235,7 @@ def test_whatever_an_answer_holds_it_is_graded(tmp_path):
     assert reasons == ["syntax", "syntax", "no_answer", "wrong", "too_large", "too_large"]
 
 
-def test_truncation_and_guesses(tmp_path):
+def test_truncation(tmp_path):
     pytest.importorskip("math_verify")
     file = write(tmp_path / "m.jsonl", MATHS[:1] + MATHS[2:])
     rows = [
@@ -246,18 +246,10 @@ def test_truncation_and_guesses(tmp_path):
         {"task_id": "2", "completion": "#### 1", "finish_reason": "eos", "tokens": 2},
         {"task_id": "2", "completion": "#### 2", "finish_reason": "length", "tokens": 2},
     ]
-    direct = tmp_path / "direct"
-    direct.mkdir()
-    (direct / "result.json").write_text(json.dumps({"template": "direct", "benchmark": "gsm8k"}))
-    write(direct / "graded.jsonl", [{"task_id": "7", "correct": True}, {"task_id": "1", "correct": False}])
-    result, _ = scored(tmp_path, "gsm8k", file, rows, [1], guess_filter=str(direct))
+    result, _ = scored(tmp_path, "gsm8k", file, rows, [1])
     assert result["truncation"]["share"] == pytest.approx(1 / 3)
     assert result["truncation"]["pass@1"] == pytest.approx(1 / 3)
     assert result["truncation"]["pass@1_without_truncated"] == pytest.approx(0.5)
-    assert result["guess_filter"]["removed"] == 1 and result["guess_filter"]["pass@k"]["1"]["mean"] == 0.25
-    with pytest.raises(ValueError, match="needed is gsm8k under direct"):
-        (direct / "result.json").write_text(json.dumps({"template": "plain", "benchmark": "gsm8k"}))
-        score.read_guesses(str(direct), load(f"gsm8k={file}"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ import numpy as np
 
 from azr import passk
 from azr.console import bar, say, warn
-from azr.evals import math_answers
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
 from azr.jsonl import read_object, strict_lines, write_json_atomic, write_jsonl_atomic
@@ -101,7 +100,6 @@ def conclude(
     out: Path,
     ks: list[int] | None,
     info: dict,
-    guess_filter: str | None = None,
 ) -> dict:
     """Grades, writes graded.jsonl and result.json into `out`, prints the figures; returns the result.
 
@@ -111,7 +109,6 @@ def conclude(
     rows = sorted(rows, key=lambda row: (order[row.task_id], row.sample))
     counts = Counter(row.task_id for row in rows)
     ks = check_ks(ks, min(counts.values()))
-    guessed = read_guesses(guess_filter, benchmark) if guess_filter else None
     if absent := [name for name in order if name not in counts]:
         warn(
             f"{len(absent)} of {len(order)} problems of {benchmark.name} have no sample (first: {absent[0]}): they are "
@@ -129,8 +126,6 @@ def conclude(
     write_graded(out / "graded.jsonl", rows, grades)
     result = summarise(benchmark, rows, grades, ks, info, left_out)
     result["problems_without_samples"] = len(absent)
-    if guessed is not None:
-        result["guess_filter"] = without_guessed(benchmark, rows, grades, ks, guessed) | {"direct": guess_filter}
     write_json_atomic(out / "result.json", result)
     show(result, out)
     return result
@@ -226,39 +221,6 @@ def truncation(rows: list[Row], grades: list[Grade], names: list[str]) -> dict |
     }
 
 
-# ---------------------------------------------------------------- guessing
-
-
-def read_guesses(where: str, benchmark: Benchmark) -> set[str]:
-    """The problems that a result made with --template direct (an answer and no reasoning) solved at least once."""
-    where = Path(where)
-    try:
-        info = read_object(where / "result.json")
-        found = {row["task_id"] for _, row in strict_lines(where / "graded.jsonl") if row["correct"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"--guess-filter {where}: no result directory of `run --template direct` ({error})"
-        ) from error
-    if info.get("template") != "direct" or info.get("benchmark") != benchmark.name:
-        raise ValueError(
-            f"--guess-filter {where}: holds {info.get('benchmark')} under the template "
-            f"{info.get('template')}; needed is {benchmark.name} under direct"
-        )
-    return found
-
-
-def without_guessed(
-    benchmark: Benchmark, rows: list[Row], grades: list[Grade], ks: list[int], guessed: set[str]
-) -> dict:
-    """pass@k on the problems that cannot be guessed: those with a numeric answer that the direct run hit are dropped
-    (arXiv 2504.13837, section 3.2 does so by hand for AIME)."""
-    numeric = {item.task_id for item in benchmark.items if item.task and math_answers.is_number(item.task.answer)}
-    names = list(dict.fromkeys(row.task_id for row in rows))
-    kept = [name for name in names if name not in guessed & numeric]
-    n, c = _counts(rows, [grade.correct for grade in grades], kept)
-    return {"removed": len(names) - len(kept), "problems": len(kept), "pass@k": curve(n, c, ks) if kept else {}}
-
-
 # ---------------------------------------------------------------- showing
 
 
@@ -271,8 +233,6 @@ def show(result: dict, out: Path) -> None:
     parts = {"": result["pass@k"]}
     if "pass@k_plus" in result:
         parts = {" base inputs": result["pass@k_base"], " with extra inputs": result["pass@k_plus"]}
-    if result.get("guess_filter"):
-        parts[f" without {result['guess_filter']['removed']} guessable problems"] = result["guess_filter"]["pass@k"]
     for name, values in parts.items():
         for k, value in values.items():
             low, high = ("  -  " if value[end] is None else f"{value[end]:.3f}" for end in ("low", "high"))
@@ -291,9 +251,7 @@ def show(result: dict, out: Path) -> None:
 # ---------------------------------------------------------------- score
 
 
-def score(
-    samples: str, benchmark: Benchmark, ks: list[int] | None, out: str | None, guess_filter: str | None = None
-) -> dict:
+def score(samples: str, benchmark: Benchmark, ks: list[int] | None, out: str | None) -> dict:
     """Grades samples made elsewhere, or by `run` (then what its config.json says is kept). See `conclude`."""
     path = Path(samples)
     rows = read_samples(path, benchmark)
@@ -318,4 +276,4 @@ def score(
         stored = read_object(path.parent / "config.json")
         if stored.get("benchmark") == benchmark.name and "decoding" in stored:
             info |= {name: stored.get(name) for name in info}
-    return conclude(benchmark, rows, directory, ks, {**info, "samples": str(path), "made_by": "score"}, guess_filter)
+    return conclude(benchmark, rows, directory, ks, {**info, "samples": str(path), "made_by": "score"})
