@@ -306,7 +306,7 @@ GOOD = '{"task_id": "t/0", "sample": 0, "correct": true, "answer": "\\ud800"}\n'
     "line, why",
     [
         ("{", "line 2"),
-        ("[]", "expected an object"),
+        ("[]", "expected a JSON object"),
         ('{"task_id": "t/0", "sample": 1}', "'correct' is missing"),
         ('{"task_id": "t/0", "sample": true, "correct": true}', "'sample' is missing or no int"),
         ('{"task_id": "t/0", "sample": 1, "correct": true, "answer": 3}', "neither a text nor null"),
@@ -324,7 +324,7 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, why):
     (where / "graded.jsonl").write_bytes(b"\xff\xfe\n")
     assert command(where, where) == 2
     (where / "result.json").write_text("[]")
-    assert command(where, where) == 2 and "expected an object" in capsys.readouterr().err
+    assert command(where, where) == 2 and "expected a JSON object" in capsys.readouterr().err
 
 
 def test_the_crossing_is_interpolated_and_censored_at_the_ends():
@@ -335,7 +335,7 @@ def test_the_crossing_is_interpolated_and_censored_at_the_ends():
 
 def test_no_torch_and_no_matplotlib_until_it_is_needed():
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.evals.compare, azr.evals.compare_view
-print([name for name in ("torch", "matplotlib", "rich") if name in sys.modules])"""
+print([name for name in ("torch", "matplotlib") if name in sys.modules])"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 

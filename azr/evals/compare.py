@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -30,6 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from azr import passk
+from azr.console import warn
+from azr.jsonl import read_object, replacing, strict_lines
 
 LEVEL = 0.05
 GRID = 64  # points of the curve on which a crossing is looked for
@@ -91,48 +92,32 @@ def read(where: str | Path) -> Graded:
 
 
 def _read_info(where: Path) -> dict:
-    try:
-        info = json.loads((where / "result.json").read_text(encoding="utf-8"))
-    except OSError as error:
+    if not (where / "result.json").is_file():
         raise ValueError(
             f"{where}: no readable result.json; give a directory that `eval_passk.py run` or `score` wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where / 'result.json'}: not JSON ({error})") from error
-    if not isinstance(info, dict):
-        raise ValueError(f"{where / 'result.json'}: expected an object, found {type(info).__name__}")
-    return info
+        )
+    return read_object(where / "result.json")
 
 
 def _read_rows(path: Path) -> dict[str, dict[int, tuple]]:
     """{task_id: {sample: (correct, answer, truncated)}}; ValueError names the file and the line."""
     problems: dict[str, dict[int, tuple]] = {}
     seen: dict = {}  # one object for equal rows, of which there are many
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    task, sample, row = _row(json.loads(line), seen)
-                except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{path}, line {number}: {error}") from error
-                rows = problems.setdefault(task, {})
-                if sample in rows:
-                    raise ValueError(f"{path}, line {number}: sample {sample} of {ascii(task)} is there twice")
-                rows[sample] = row
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); is the run finished?") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text") from error
+    for where, line in strict_lines(path):
+        try:
+            task, sample, row = _row(line, seen)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        rows = problems.setdefault(task, {})
+        if sample in rows:
+            raise ValueError(f"{where}: sample {sample} of {ascii(task)} is there twice")
+        rows[sample] = row
     if not problems:
         raise ValueError(f"{path}: holds no samples")
     return problems
 
 
-def _row(row: object, seen: dict) -> tuple[str, int, tuple]:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {type(row).__name__}")
+def _row(row: dict, seen: dict) -> tuple[str, int, tuple]:
     for key, kind in (("task_id", str), ("sample", int), ("correct", bool)):
         if not isinstance(row.get(key), kind) or (kind is int and isinstance(row[key], bool)):
             raise ValueError(f"{key!r} is missing or no {kind.__name__}")
@@ -142,10 +127,6 @@ def _row(row: object, seen: dict) -> tuple[str, int, tuple]:
     finish = row.get("finish_reason")
     kept = (row["correct"], answer, None if finish is None else finish == "length")
     return row["task_id"], row["sample"], seen.setdefault(kept, kept)
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- like with like
@@ -566,6 +547,5 @@ def run(a, b, second=None, ks: list[int] | None = None, margin: float = 0.02) ->
 
 def write(path: Path, data: bytes) -> None:
     """Whole or not at all."""
-    aside = path.with_name(path.name + ".partial")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with replacing(path) as file:
+        file.write(data)
