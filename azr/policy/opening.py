@@ -67,7 +67,7 @@ def agree(
         where = adapter / "azr.json"
         record = read_record(adapter)
     settings = {"quantization": quantization, "dtype": dtype, "template": template}
-    chosen = {name: settled(name, asked, record, where) for name, asked in settings.items()}
+    chosen = {name: settle(name, asked, record, where) for name, asked in settings.items()}
     path = find_base(model, record, adapter)
     if chosen["quantization"] is None:
         if adapter is not None:
@@ -84,7 +84,7 @@ def agree(
     return Opening(path, adapter, record, **chosen, notes=tuple(notes), doubts=tuple(doubts))
 
 
-def settled(name: str, asked: str | None, record: dict, where: Path | None) -> str | None:
+def settle(name: str, asked: str | None, record: dict, where: Path | None) -> str | None:
     """A setting from its flag or from azr.json (`record`, at `where`). ModelError: they contradict each other, or
     azr.json names a quantization or dtype that does not exist."""
     stored = record.get(name)

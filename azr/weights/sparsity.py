@@ -29,7 +29,7 @@ import torch
 from azr import console
 from azr.jsonl import write_json_atomic
 from azr.models import model_path
-from azr.policy.opening import agree, check_base, checkpoints_of, read_record, settled
+from azr.policy.opening import agree, check_base, checkpoints_of, read_record, settle
 from azr.weights import sizes, spectra
 from azr.weights.path import cross_report, cross_run, path_along
 from azr.weights.reference import (
@@ -385,7 +385,7 @@ def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdat
         tuned = Checkpoint.open(what)
         notes = open_pair(base, tuned)
         record, where = read_record(tuned.directory), tuned.directory / "azr.json"
-        quantization = settled("quantization", args.quantization, record, where) or "none"
+        quantization = settle("quantization", args.quantization, record, where) or "none"
         reference, more = reference_of(quantization, record, where, False)
         update = PairUpdate(base, tuned, reference)
         if merged_from_4bit(update):
