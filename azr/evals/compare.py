@@ -34,9 +34,8 @@ from azr.jsonl import read_object, replacing, strict_lines
 
 LEVEL = 0.05
 GRID = 64  # points of the curve on which a crossing is looked for
-FIGURES = ("SRR", "NDR", "SDS", "NSCR")
+FIGURES = ("SRR", "NDR")
 SETS = ("both", "base_only", "tuned_only", "neither")
-TAUS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 # ---------------------------------------------------------------- reading
@@ -233,8 +232,6 @@ def compare(
         "crossing": crossing(base.c, tuned.c, n, ks, rows, draws),
         "solved_in_n": solved_in_n(base, tuned),
         "sets": set_figures(base, tuned, second, draws),
-        "summary": summary(base.c, tuned.c, n, ks[-1], draws),
-        "cover@tau": [cover_row(base.c, tuned.c, n, tau, draws) for tau in TAUS],
         "answers": answer_figures(base, tuned, draws),
         "histogram": histogram(base.c, tuned.c, n),
         "intervals": "95 %, over problems: about other problems like these, not about other training runs",
@@ -337,8 +334,9 @@ def solved_in_n(base: Graded, tuned: Graded) -> dict:
 
 
 def set_figures(base: Graded, tuned: Graded, second: Graded | None, draws: int) -> dict:
-    """Shares of problems solved by both, one, neither, and SRR, NDR, SDS, NSCR (arXiv 2507.14843, section 3), beside
-    the same figures for a second, equally large sample of the base: two samples of ONE model already differ.
+    """Shares of problems solved by both, one, neither, and the support retention and novel discovery rates SRR and NDR
+    (arXiv 2507.14843, section 3), beside the same figures for a second, equally large sample of the base: two samples
+    of ONE model already differ.
 
     With `second`, within n samples. Without, within h = n // 2: the base is set against itself as the mean over all
     ways to split its samples in halves (exact, no draw), and against h of the tuned model's samples, also averaged.
@@ -374,7 +372,7 @@ def _known(value: float) -> float | None:
 
 
 def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
-    """Tuned minus second base with its interval, (8,), from the sets of both, (problems, 8).
+    """Tuned minus second base with its interval, (6,), from the sets of both, (problems, 8).
 
     Often a handful of problems decide, which a bootstrap of the ratios does not survive (it then found a difference
     between two samples of one model in half of all cases). So each problem's influence is taken from leaving it out,
@@ -385,7 +383,7 @@ def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
     influence = (problems - 1) * (estimate - _figures(sums - columns)[2])
     known = np.isfinite(influence).all(axis=0)
     solved = min(sums[0] + sums[2], sums[4] + sums[6], sums[0] + sums[1]) / problems
-    unit = np.array([1, 1, 1, 1, *np.array([1, 1, 2, 1]) / max(solved, 1 / problems)])
+    unit = np.array([1, 1, 1, 1, *np.ones(2) / max(solved, 1 / problems)])
     around = passk.difference_interval(np.where(known, influence, 0) / unit, draws=draws)
     low, high = (np.where(known, estimate + unit * end, np.nan) for end in (around.low, around.high))
     return passk.Interval(estimate, low, high)
@@ -397,7 +395,7 @@ def _sets(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _figures(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The four shares and FIGURES of (..., 8) sums: of tuned, of the second base, tuned minus second base; (..., 8)."""
+    """The four shares and FIGURES of (..., 8) sums: of tuned, of the second base, tuned minus second base; (..., 6)."""
     parts = []
     for both, base_only, other_only, neither in (
         np.moveaxis(sums[..., :4], -1, 0),
@@ -405,11 +403,9 @@ def _figures(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ):
         with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing is solved
             srr, ndr = both / (both + base_only), other_only / (both + other_only)
-            nscr = (other_only - base_only) / (both + base_only + other_only)
-        sds = np.where(srr + ndr > 0, 2 * srr * ndr / np.where(srr + ndr > 0, srr + ndr, 1), srr + ndr)
         total = both + base_only + other_only + neither
         shares = [part / total for part in (both, base_only, other_only, neither)]
-        parts.append(np.stack([*shares, srr, ndr, sds, nscr], axis=-1))
+        parts.append(np.stack([*shares, srr, ndr], axis=-1))
     return parts[0], parts[1], parts[0] - parts[1]
 
 
@@ -421,32 +417,6 @@ def pair(a: np.ndarray, b: np.ndarray, draws: int, share: bool = True) -> dict:
     own, paired = (passk.share_interval, passk.difference_interval) if share else (passk.bootstrap_interval,) * 2
     values = {"base": own(a, draws=draws), "tuned": own(b, draws=draws), "difference": paired(b - a, draws=draws)}
     return {name: value.to_json() for name, value in values.items()}
-
-
-def summary(c_base, c_tuned, n: int, k: int, draws: int) -> dict:
-    """AUC over pass@1..K; Delta_SE = base pass@K - tuned pass@1 (arXiv 2504.13837); tax, base minus tuned, of
-    S(K) = sum_{i<K} (pass@K - pass@i) / ((K - 1)(1 - pass@1)) (arXiv 2610.01509), both undefined for K = 1."""
-    auc = pair(*(passk.auc_at_k(n, c, k) for c in (c_base, c_tuned)), draws)
-    if k == 1:
-        return {"k": k, "auc": auc, "delta_se": None, "tax": None}
-    columns, ends = [], []
-    for c in (c_base, c_tuned):
-        one, top = passk.pass_at_k(n, c, 1), passk.pass_at_k(n, c, k)
-        area = passk.auc_at_k(n, c, k) * (k - 1) + (one - top) / 2  # sum over 1..K-1, from the trapezoids
-        columns += [(k - 1) * top - area, 1 - one]
-        ends.append((one, top))
-
-    def tax(sums: np.ndarray) -> np.ndarray:
-        return (sums[..., 0] / sums[..., 1] - sums[..., 2] / sums[..., 3]) / (k - 1)
-
-    delta = passk.bootstrap_interval(ends[0][1] - ends[1][0], draws=draws)
-    taxed = passk.bootstrap_statistic(np.stack(columns, axis=1), tax, draws=draws)
-    return {"k": k, "auc": auc, "delta_se": delta.to_json(), "tax": taxed.to_json()}
-
-
-def cover_row(c_base, c_tuned, n: int, tau: float, draws: int) -> dict:
-    """Share of problems whose success rate among the n samples is at least tau."""
-    return {"tau": tau} | pair(passk.cover_at_tau(n, c_base, tau), passk.cover_at_tau(n, c_tuned, tau), draws)
 
 
 def answer_figures(base: Graded, tuned: Graded, draws: int) -> dict:

@@ -19,8 +19,6 @@ SET_NAMES = {
     "neither": "neither",
     "SRR": "SRR: kept, of what the base solves",
     "NDR": "NDR: new, of what tuned solves",
-    "SDS": "SDS: harmonic mean of the two",
-    "NSCR": "NSCR: net change, of all solved",
 }
 
 
@@ -83,20 +81,16 @@ def set_table(result: dict) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def summary_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Rows of base, tuned, difference for everything that is a pair."""
-    one, answers = result["summary"], result["answers"]
-    pairs = [(f"area under pass@1..{one['k']}", one["auc"])]
-    pairs += [(f"solved in >= {100 * row['tau']:.0f} % of samples (Cover@tau)", row) for row in result["cover@tau"]]
-    pairs.append(("distinct correct answers a problem", answers["distinct_correct"]))
-    pairs.append(("entropy of a problem's answers, nats", answers["entropy"]))
-    pairs.append(("answers cut by the length limit", answers["truncated"]))
-    header = ["", "base", "tuned", "tuned - base"]
+def answer_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Rows of base, tuned, difference for what the answers are like; no rows where nothing of it is recorded."""
+    answers = result["answers"]
+    pairs = [
+        ("distinct correct answers per problem", answers["distinct_correct"]),
+        ("entropy of a problem's answers, nats", answers["entropy"]),
+        ("answers cut by the length limit", answers["truncated"]),
+    ]
     rows = [[name, span(v["base"]), span(v["tuned"]), span(v["difference"], sign=True)] for name, v in pairs if v]
-    if one["delta_se"]:
-        rows.append([f"Delta_SE: base pass@{one['k']} - tuned pass@1", "", "", span(one["delta_se"], sign=True)])
-        rows.append(["sharpening tax, base - tuned", "", "", span(one["tax"], sign=True)])
-    return header, rows
+    return ["", "base", "tuned", "tuned - base"], rows
 
 
 def about(result: dict) -> str:
@@ -181,8 +175,8 @@ def markdown(result: dict) -> str:
         solved_line(result),
         _table(*set_table(result)),
         set_note(result),
-        "## Summaries",
-        _table(*summary_table(result)),
+        "## Answers" if answer_table(result)[1] else "",
+        _table(*answer_table(result)),
         "## Problems by the share of right answers",
         _table(*counts),
         *(f"Note: {note}." for note in result.get("notes", [])),
