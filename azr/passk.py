@@ -49,25 +49,6 @@ def pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) 
     return result if np.ndim(k) else result[:, 0]
 
 
-def cover_at_tau(n: int | Sequence[int], c: Sequence[int], tau: float) -> np.ndarray:
-    """Cover@tau: 1 where at least the share tau of the samples is right, else 0, (problems,) (arXiv 2510.08325).
-
-    Of the n samples at hand: the success rate itself is not known, so near tau this changes with n.
-    """
-    n, c, _ = _counts(n, c, 1)
-    return (c >= tau * n - 1e-9).astype(np.float64)
-
-
-def auc_at_k(n: int | Sequence[int], c: Sequence[int], k: int) -> np.ndarray:
-    """Area under pass@1..pass@k by the trapezoid rule over k - 1, (problems,); pass@1 for k = 1."""
-    if k == 1:
-        return pass_at_k(n, c, 1)
-    n, c, _ = _counts(n, c, 1)
-    pairs, back = np.unique(np.stack([n, c], axis=1), axis=0, return_inverse=True)  # few: memory stays small
-    values = pass_at_k(pairs[:, 0], pairs[:, 1], range(1, k + 1))
-    return ((values[:, :-1] + values[:, 1:]).sum(axis=1) / 2 / (k - 1))[back.reshape(-1)]
-
-
 def answer_entropy(answers: Sequence[str | None]) -> float:
     """Entropy, in nats, of ONE problem's answers as texts; those without an answer are left out; NaN if none is left.
 

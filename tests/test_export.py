@@ -1,7 +1,6 @@
 """Export: what is merged, what is written, what the verification sees, what is refused; on 4-bit models with LoRA."""
 
 import contextlib
-import http.server
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -237,9 +235,10 @@ def test_an_unquantized_base_merges_as_peft_does(small, tmp_path):
         assert torch.equal(tensor, merged[name].bfloat16()), name
 
 
-def test_shards_hold_the_same_tensors_as_one_file(small_checkpoint, tmp_path):
+def test_shards_hold_the_same_tensors_as_one_file(small_checkpoint, tmp_path, monkeypatch):
     assert command(small_checkpoint, "--out", tmp_path / "one", "--no-verify")[0] == 0
-    code, _, err = command(small_checkpoint, "--out", tmp_path / "many", "--shard-gb", 1e-4)
+    monkeypatch.setattr(export.write_weights, "__defaults__", (1e5,))
+    code, _, err = command(small_checkpoint, "--out", tmp_path / "many")
     assert code == 0, err  # verified: transformers reads the index
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -379,8 +378,6 @@ def test_bad_input_writes_nothing(tiny_run, small, tmp_path):
         ((moved, "--out", out), "--base"),
         ((tiny_run, "--base", small, "--out", out), "another base"),
         ((tiny_run,), "--out"),
-        ((tiny_run, "--out", out, "--public"), "--push-to-hub"),
-        ((tiny_run, "--out", out, "--push-to-hub", "x", "--no-verify"), "verified"),
     ]:
         code, _, err = command(*arguments)
         assert code == 2 and word in err and len(err.strip().splitlines()) == 1, (arguments, err)
@@ -427,7 +424,7 @@ def test_the_revision_of_a_cached_hub_model_is_the_one_in_azr_json(small, tmp_pa
         export.open_base(opened("c" * 40))
 
 
-# ---------------------------------------------------------------- card and hub
+# ---------------------------------------------------------------- the card
 
 
 def test_the_card_says_what_was_measured(tiny_run, tmp_path):
@@ -439,9 +436,9 @@ def test_the_card_says_what_was_measured(tiny_run, tmp_path):
     assert card.data.license == "mit" and card.data.library_name == "transformers" and "self-play" in card.data.tags
     assert "| all | 20 | 0.250 | 0.750 | +0.500 [+0.500, +0.500] |" in text
     assert "step 8 of 8, seed 5" in text and "2,000 response tokens" in text and "0.20 h" in text
-    assert "2505.03335" in text and "2510.27072" in text and "untrusted" in text and "</answer>" in text
-    assert "NOT compared" in text
-    code = text.split("```python\n", 1)[1].split("\n```\n\nQuant")[0]
+    assert "2505.03335" in text and "untrusted" in text and "</answer>" in text and "NOT compared" in text
+    assert text.count("\n") < 60  # one screen
+    code = text.split("```python\n", 1)[1].split("\n```\n\nThe model")[0]
     compile(code, "card", "exec")  # the example at least is Python
 
 
@@ -455,84 +452,3 @@ def test_licences_as_far_as_known(tmp_path):
     (tmp_path / "README.md").write_text("---\nlicense: llama3.2\ntags:\n- x\n---\n# A model\n")
     assert licence("some/model") == {"license": "llama3.2"}  # the base's own card comes first
     assert "base_model: some/model" in model_card.header("some/model", {"license": "unknown"})
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's interface as an upload of small files needs; keeps what it was asked."""
-
-    asked: list
-    public: bool
-
-    def answer(self, value, status=200):
-        data = json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def do_GET(self):
-        if self.path == "/api/whoami-v2":
-            self.answer({"name": "someone", "type": "user"})
-        elif self.public:
-            self.answer({"id": "someone/m", "private": False, "siblings": [], "tags": [], "downloads": 0, "likes": 0})
-        else:
-            self.answer({"error": "Repository not found"}, 404)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.asked.append((self.path, body))
-        if self.path.endswith("/preupload/main"):
-            files = [
-                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]
-            ]
-            self.answer({"files": files})
-        else:
-            address = f"http://127.0.0.1:{self.server.server_port}/someone/m"
-            self.answer({"url": address, "commitUrl": f"{address}/commit/{'0' * 40}", "commitOid": "0" * 40})
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub():
-    from huggingface_hub import HfApi
-
-    handler = type("OneHub", (Hub,), {"asked": [], "public": False})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield handler, HfApi(endpoint=f"http://127.0.0.1:{server.server_port}", token="hf_something")
-    server.shutdown()
-    server.server_close()
-
-
-def test_an_upload_is_private_unless_asked_otherwise(hub, tmp_path):
-    handler, api = hub
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    for public in (False, True):
-        handler.asked.clear()
-        _, name = export.open_hub("m", public, api)
-        assert name == "someone/m"
-        export.push(api, name, public, tmp_path)
-        created = next(json.loads(body) for path, body in handler.asked if path == "/api/repos/create")
-        assert created.get("private", created.get("visibility") == "private") is not public
-        assert any("/commit/" in path for path, _ in handler.asked)
-    handler.public = True
-    with pytest.raises(export.ExportError, match="is public"):
-        export.open_hub("m", False, api)
-
-
-def test_no_token_and_no_network_are_said_before_the_merge(tiny_run, tmp_path, monkeypatch):
-    from huggingface_hub import HfApi, constants
-
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    code, _, err = command(tiny_run, "--out", tmp_path / "m", "--push-to-hub", "m")
-    assert code == 2 and "HF_TOKEN" in err and len(err.strip().splitlines()) == 1
-    with pytest.raises(export.ExportError, match="does not answer"):
-        export.open_hub("m", False, HfApi(endpoint="http://127.0.0.1:9", token="hf_something"))
-    assert list(tmp_path.iterdir()) == []

@@ -44,14 +44,6 @@ def test_pass_at_k_takes_samples_per_problem_and_refuses_what_is_undefined():
             pass_at_k(n, c, k)
 
 
-def test_area_and_cover():
-    n, c = np.array([8, 8, 16]), np.array([1, 8, 3])
-    curve = pass_at_k(n, c, range(1, 5))
-    np.testing.assert_allclose(passk.auc_at_k(n, c, 4), np.trapezoid(curve, axis=1) / 3)
-    np.testing.assert_allclose(passk.auc_at_k(n, c, 1), c / n)
-    assert passk.cover_at_tau([10, 10, 10], [2, 3, 4], 0.3).tolist() == [0, 1, 1]
-
-
 def test_answer_entropy_and_distinct_correct_answers():
     assert passk.answer_entropy(["a", "b", "c", "d", None]) == pytest.approx(math.log(4))
     assert passk.answer_entropy(["a", "a"]) == 0 and math.isnan(passk.answer_entropy([None]))

@@ -2,20 +2,20 @@
 
     python train_azr.py export runs/qwen-3b-0 --out models/azr-3b                     the last checkpoint, verified
     python train_azr.py export runs/qwen-3b-0 --checkpoint best --out models/azr-3b   best by held-out accuracy
-    python train_azr.py export runs/a/checkpoints/step_50 --out models/a-50 --push-to-hub NAME      private
+    python train_azr.py export runs/a/checkpoints/step_50 --out models/a-50
+    hf upload NAME models/a-50 --private                                              and onto the hub, if you like
 
 Merge: the base's weights as the forward pass of the training used them (a 4-bit base dequantised, also where it has no
 adapter) + (alpha / r) B A in fp32, rounded once to bf16. One tensor at a time, so a 7B model needs no more memory than
 its largest matrices; the verification (export_check.py) loads the models. DIR is written aside and renamed: a kill
 leaves DIR.tmp-PID, which the next export of DIR removes. What fails its verification becomes DIR.unverified.
 
-Exit codes: 0 verified (or asked not to be), 1 verification or upload failed, 2 bad input, nothing written. Left out:
+Exit codes: 0 verified (or asked not to be), 1 verification failed, 2 bad input, nothing written. Left out:
 GGUF (llama.cpp's convert_hf_to_gguf.py reads DIR), 4-bit merges (they lose the update), adapters (PEFT reads them).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -40,7 +40,7 @@ from azr.tasks import MODES
 from azr.weights.sizes import Additive
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of
 
-SHARD_GB = 4.0
+SHARD_BYTES = 4e9  # of the largest file: one upload that fails costs no more than that
 WELL_STORED = 0.9  # share of the update along its own direction, below which a warning says that rounding lost it
 # of the base, as they are; base.json and tokenizer_check.json: of the embedded model, which this repository reads
 COPIED = (
@@ -62,10 +62,6 @@ FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"
 
 class ExportError(ValueError):
     """Nothing can be exported; one line that says why and what to do. Exit code 2."""
-
-
-class UploadError(RuntimeError):
-    """The model is there, its copy on the hub is not. Exit code 1."""
 
 
 # ---------------------------------------------------------------- what is exported
@@ -291,8 +287,8 @@ def plan_shards(base: Checkpoint, limit: float) -> list[list[str]]:
     return shards
 
 
-def write_weights(merge: Merge, directory: Path, limit: float) -> Rounding:
-    """model.safetensors, or shards and their index."""
+def write_weights(merge: Merge, directory: Path, limit: float = SHARD_BYTES) -> Rounding:
+    """model.safetensors, or shards of at most `limit` bytes and their index."""
     shards = plan_shards(merge.base, limit)
     count, total, where = len(shards), Rounding(), {}
     with bar(f"merging {len(merge.base.entries)} tensors") as advance:
@@ -386,60 +382,10 @@ def _alive(pid: str) -> bool:
     return True
 
 
-# ---------------------------------------------------------------- the hub
-
-
-def open_hub(name: str, public: bool, api=None):
-    """(api, OWNER/NAME), once token, network and the repository's visibility are known to be right. ExportError."""
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-
-    if api is None and huggingface_hub.get_token() is None:
-        raise ExportError("--push-to-hub needs a token of the hub: set HF_TOKEN, or log in with `hf auth login`")
-    api = api or huggingface_hub.HfApi()
-    try:
-        name = name if "/" in name else f"{api.whoami()['name']}/{name}"
-        huggingface_hub.utils.validate_repo_id(name)
-        api.whoami()
-        with contextlib.suppress(RepositoryNotFoundError):
-            if not public and not api.repo_info(name).private:
-                raise ExportError(f"{name} exists on the hub and is public: add --public, or choose another name")
-    except HFValidationError as error:
-        raise ExportError(f"--push-to-hub {name}: {str(error).splitlines()[0]}") from error
-    except http_errors() as error:
-        raise ExportError(f"--push-to-hub: the hub does not answer or refuses the token: {_line(error)}") from error
-    return api, name
-
-
-def push(api, name: str, public: bool, directory: Path) -> str:
-    """Uploads a directory, private unless asked otherwise; returns the address. UploadError."""
-    try:
-        address = api.create_repo(name, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=directory, commit_message="Merged by train_azr.py export")
-    except (*http_errors(), RuntimeError) as error:
-        raise UploadError(
-            f"the upload failed ({_line(error)}); {directory} is complete: repeat it with "
-            f"`hf upload {name} {directory}`{'' if public else ' --private'}"
-        ) from error
-    return str(address)
-
-
-def http_errors() -> tuple:
-    """What the hub's client raises without a connection or on a refusal: its error has the base class of the library
-    that it talks through (requests, httpx or httpx2, by version)."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return HfHubHTTPError.__bases__
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 # ---------------------------------------------------------------- the command
 
 
-def export(args, hub=None) -> int:
+def export(args) -> int:
     """Everything after the command line; returns the exit code."""
     out, source = Path(args.out).absolute(), find_source(Path(args.run), args.checkpoint)
     refuse_taken(out)
@@ -451,7 +397,7 @@ def export(args, hub=None) -> int:
             f"{source.checkpoint}: {len(merge.adapter.targets)} adapted matrices, onto {merge.base.directory}, "
             f"{describe(merge.reference)}, revision {merge.adapter.info.get('revision')}"
         )
-        cost = write_weights(merge, aside, 1e9 * args.shard_gb).report()
+        cost = write_weights(merge, aside).report()
         write_files(merge, aside)
         say(rounding_line(cost))
         if cost["updated_weights"] and cost["survival"] < WELL_STORED:
@@ -463,9 +409,7 @@ def export(args, hub=None) -> int:
         provenance = {"checkpoint": str(source.checkpoint), "step": source.step, "rounding": cost, **report}
         (aside / "azr.json").write_text(json.dumps({**merge.adapter.info, "merged": True}, indent=2) + "\n")
         write_json_atomic(aside / "export.json", provenance)
-        (aside / "README.md").write_text(
-            model_card.card(source, merge, provenance, args.push_to_hub), encoding="utf-8"
-        )
+        (aside / "README.md").write_text(model_card.card(source, merge, provenance), encoding="utf-8")
         place = out if not failures else out.with_name(out.name + ".unverified")
         os.rename(aside, place)
     finally:
@@ -475,8 +419,6 @@ def export(args, hub=None) -> int:
         return 1
     size = f"{need / 1e9:.1f} GB" if need > 1e9 else f"{need / 1e6:.1f} MB"
     say(f"{out}: {size}, {'NOT VERIFIED' if args.no_verify else 'verified'}")
-    if hub:
-        say(f"uploaded to {push(*hub, args.public, out)}, {'public' if args.public else 'private'}")
     return 0
 
 
@@ -508,39 +450,22 @@ def parse(arguments: list[str]):
     parser.add_argument("--out", metavar="DIR", required=True, help="must be absent or empty")
     parser.add_argument("--checkpoint", metavar="WHICH", help="step_N, best (by held-out accuracy) or last (default)")
     parser.add_argument("--base", help="where the base lies now, if not where azr.json says")
-    parser.add_argument("--shard-gb", type=float, default=SHARD_GB, help="largest file (default %(default)s)")
     parser.add_argument("--verify-samples", type=int, default=4, help="of each role and mode (default %(default)s)")
     parser.add_argument("--no-verify", action="store_true", help="when memory is too short to load the two models")
-    parser.add_argument(
-        "--push-to-hub", metavar="NAME", help="upload what was verified, private, as NAME or OWNER/NAME"
-    )
-    parser.add_argument("--public", action="store_true", help="make that repository public")
     args = parser.parse_args(arguments)
-    if args.shard_gb <= 0 or args.verify_samples < 1:
-        parser.error("--shard-gb must be above 0 and --verify-samples at least 1")
-    if args.public and not args.push_to_hub:
-        parser.error("--public says how to upload: it needs --push-to-hub NAME")
-    if args.push_to_hub and args.no_verify:
-        parser.error("--push-to-hub uploads verified models only: leave --no-verify away")
+    if args.verify_samples < 1:
+        parser.error("--verify-samples must be at least 1")
     return args
 
 
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
+    args = parse(arguments)
     try:
-        args = parse(arguments)
-        hub = open_hub(args.push_to_hub, args.public) if args.push_to_hub else None
-    except ExportError as error:
-        print(f"train_azr.py export: {error}", file=sys.stderr)
-        return 2
-    try:
-        return export(args, hub)
+        return export(args)
     except (ExportError, WeightsError, RunError, ModelError) as error:
         print(f"train_azr.py export: {error}", file=sys.stderr)
         return 2
-    except UploadError as error:
-        print(f"train_azr.py export: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("train_azr.py export: stopped, nothing written", file=sys.stderr)
         return 130
