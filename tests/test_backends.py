@@ -1,6 +1,5 @@
-"""The two backends of transformers against the engine, on the embedded model with a LoRA of random values."""
+"""`generate` of transformers against the engine, on the embedded model with a LoRA of random values."""
 
-import gc
 import random
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import pytest
 import torch
 
 from azr.models import model_path
-from azr.policy import hf_generate
-from azr.policy.hf_generate import HFGenerate, TransformersContinuousBatching, cut
+from azr.policy.hf_generate import HFGenerate, cut
 from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling, StopTable
 
@@ -30,15 +28,12 @@ def randomize(policy: Policy, seed: int = 0, scale: float = 0.03) -> None:
 def policy():
     policy = Policy.load(str(TINY), quantization="none", lora=LoraSettings(rank=8, alpha=16))
     randomize(policy)
-    gc.collect()
-    gc.freeze()  # continuous batching collects garbage at every stop: let it not look at all that was imported
-    yield policy
-    gc.unfreeze()
+    return policy
 
 
-def make(kind, policy, **options):
+def make(policy, **options):
     options = {"pad_id": policy.pad_id} | options
-    return kind(policy.model, policy.tokenizer, options.pop("eos_ids", policy.eos_ids), **options)
+    return HFGenerate(policy.model, policy.tokenizer, options.pop("eos_ids", policy.eos_ids), **options)
 
 
 def prompts_of(policy) -> list[list[int]]:
@@ -53,15 +48,10 @@ def seeds_for(prompts, n, base=0):
     return [[base + 1000 * i + j for j in range(n)] for i in range(len(prompts))]
 
 
-BOTH = pytest.mark.parametrize("kind", [HFGenerate, TransformersContinuousBatching])
-
-
-@BOTH
-def test_greedy_equals_the_engine(policy, kind):
+def test_greedy_equals_the_engine(policy):
     prompts, sampling = prompts_of(policy), Sampling(temperature=0, max_new_tokens=24, stop=("\n\n",))
     expected = policy.generate(prompts, 2, sampling, seeds_for(prompts, 2))
-    options = {"batch_size": 5} if kind is HFGenerate else {"max_batch": 5, "page_size": 16}
-    completions = make(kind, policy, **options).generate(prompts, 2, sampling, seeds_for(prompts, 2))
+    completions = make(policy, batch_size=5).generate(prompts, 2, sampling, seeds_for(prompts, 2))
     reasons = set()
     for row, expected_row in zip(completions, expected):
         for c, e in zip(row, expected_row, strict=True):
@@ -71,11 +61,10 @@ def test_greedy_equals_the_engine(policy, kind):
     assert len(reasons) >= 2  # responses that end by themselves and responses that are cut
 
 
-@BOTH
 @pytest.mark.parametrize("truncation", [{}, {"top_p": 0.8, "top_k": 30}], ids=["whole", "top-p and top-k"])
-def test_log_probs_are_those_of_the_untruncated_distribution(policy, kind, truncation):
+def test_log_probs_are_those_of_the_untruncated_distribution(policy, truncation):
     prompts, sampling = prompts_of(policy)[:6], Sampling(temperature=0.7, max_new_tokens=12, stop=(), **truncation)
-    completions = make(kind, policy).generate(prompts, 3, sampling, seeds_for(prompts, 3))
+    completions = make(policy).generate(prompts, 3, sampling, seeds_for(prompts, 3))
     flat = [c for row in completions for c in row]
     repeated = [p for p in prompts for _ in range(3)]
     expected, _ = policy.score_lists(repeated, [c.ids for c in flat], temperature=0.7)
@@ -83,13 +72,11 @@ def test_log_probs_are_those_of_the_untruncated_distribution(policy, kind, trunc
         assert c.log_probs == pytest.approx(e, abs=2e-5)  # the temperature divides the logits' rounding by 0.7
 
 
-@BOTH
-def test_sampled_first_tokens_follow_the_distribution(policy, kind):
+def test_sampled_first_tokens_follow_the_distribution(policy):
     """Chi-square over the likely tokens: 1,000 samples of one prompt at temperature 0.8, nothing truncated."""
     prompt, count = policy.encode("x = "), 1000
     sampling = Sampling(temperature=0.8, max_new_tokens=1, stop=())
-    options = {"batch_size": 500} if kind is HFGenerate else {"max_batch": 500}
-    backend = make(kind, policy, eos_ids=(), **options)
+    backend = make(policy, eos_ids=(), batch_size=500)
     drawn = [c.ids[0] for c in backend.generate([prompt], count, sampling, seeds_for([prompt], count))[0]]
     with torch.no_grad():
         logits = policy.model(input_ids=torch.tensor([prompt], device=policy.device)).logits[0, -1].float()
@@ -102,27 +89,25 @@ def test_sampled_first_tokens_follow_the_distribution(policy, kind):
     assert statistic < freedom + 4.5 * (2 * freedom) ** 0.5
 
 
-@BOTH
-def test_the_checkpoints_sampling_settings_are_not_used(policy, kind):
+def test_the_checkpoints_sampling_settings_are_not_used(policy):
     prompts, sampling = prompts_of(policy)[:4], Sampling(temperature=0, max_new_tokens=16, stop=())
     expected = policy.generate(prompts, 1, sampling, seeds_for(prompts, 1))
     config = policy.base.generation_config
     before = config.to_dict()
     config.update(temperature=0.1, top_k=3, top_p=0.5, repetition_penalty=2.0, do_sample=True, min_new_tokens=16)
     try:
-        found = make(kind, policy).generate(prompts, 1, sampling, seeds_for(prompts, 1))
+        found = make(policy).generate(prompts, 1, sampling, seeds_for(prompts, 1))
     finally:
         assert policy.base.generation_config is config and config.repetition_penalty == 2.0
         config.update(**before)
     assert [row[0].ids for row in found] == [row[0].ids for row in expected]
 
 
-@BOTH
-def test_after_an_update_it_samples_from_the_new_policy(policy, kind):
+def test_after_an_update_it_samples_from_the_new_policy(policy):
     """The same prompts again, of several pages, after the adapter has changed: cached keys would be the old ones."""
     prompts = [[7 + i, *range(1, 64)] for i in range(4)]
     sampling = Sampling(temperature=0, max_new_tokens=12, stop=())
-    backend = make(kind, policy, **({} if kind is HFGenerate else {"page_size": 16}))
+    backend = make(policy)
     first = backend.generate(prompts, 2, sampling, seeds_for(prompts, 2))
     randomize(policy, seed=1)
     try:
@@ -135,26 +120,23 @@ def test_after_an_update_it_samples_from_the_new_policy(policy, kind):
         assert c.log_probs == pytest.approx(e, abs=2e-5)
 
 
-@BOTH
-def test_the_model_is_left_as_it_was(policy, kind):
+def test_the_model_is_left_as_it_was(policy):
     prompts, sampling = prompts_of(policy)[:2], Sampling(max_new_tokens=3, stop=())
     policy.model.train()
     torch.manual_seed(5)
-    state, attention = torch.get_rng_state(), policy.base.config._attn_implementation
-    first = make(kind, policy).generate(prompts, 2, sampling, seeds_for(prompts, 2))
+    state = torch.get_rng_state()
+    first = make(policy).generate(prompts, 2, sampling, seeds_for(prompts, 2))
     assert torch.equal(torch.get_rng_state(), state)
-    assert policy.base.config._attn_implementation == attention
     assert all(module.training for module in policy.model.modules())
     policy.model.eval()
-    assert make(kind, policy).generate(prompts, 2, sampling, seeds_for(prompts, 2)) == first
+    assert make(policy).generate(prompts, 2, sampling, seeds_for(prompts, 2)) == first
     assert not policy.model.training
-    assert make(kind, policy).generate(prompts, 2, sampling, seeds_for(prompts, 2, base=7)) != first
+    assert make(policy).generate(prompts, 2, sampling, seeds_for(prompts, 2, base=7)) != first
 
 
-@BOTH
-def test_a_limit_for_each_prompt(policy, kind):
+def test_a_limit_for_each_prompt(policy):
     prompts = prompts_of(policy)[:4]
-    backend = make(kind, policy, eos_ids=())
+    backend = make(policy, eos_ids=())
     sampling = Sampling(max_new_tokens=9, stop=())
     completions = backend.generate(prompts, 2, sampling, seeds_for(prompts, 2), max_new_tokens=[1, 9, 3, 5])
     assert [[(len(c.ids), len(c.log_probs), c.finish_reason) for c in row] for row in completions] == [
@@ -162,9 +144,8 @@ def test_a_limit_for_each_prompt(policy, kind):
     ]
 
 
-@BOTH
-def test_bad_input_and_nothing_to_do(policy, kind):
-    backend, sampling = make(kind, policy), Sampling(max_new_tokens=8)
+def test_bad_input_and_nothing_to_do(policy):
+    backend, sampling = make(policy), Sampling(max_new_tokens=8)
     assert backend.generate([], 2, sampling, []) == []
     assert backend.generate([[1]], 0, sampling, [[]]) == [[]]
     for prompts, seeds, limits, message in (
@@ -177,10 +158,9 @@ def test_bad_input_and_nothing_to_do(policy, kind):
             backend.generate(prompts, 1, sampling, seeds, limits)
 
 
-@BOTH
-def test_a_prompt_that_does_not_fit_fails_alone(policy, kind, capsys):
+def test_a_prompt_that_does_not_fit_fails_alone(policy, capsys):
     prompts, sampling = [[1, 2], [1] * 1020, [3, 4]], Sampling(max_new_tokens=8, stop=())
-    first, second, third = make(kind, policy, eos_ids=()).generate(prompts, 2, sampling, seeds_for(prompts, 2))
+    first, second, third = make(policy, eos_ids=()).generate(prompts, 2, sampling, seeds_for(prompts, 2))
     assert [len(c.ids) for c in first + third] == [8] * 4
     assert [(c.ids, c.finish_reason) for c in second] == [([], "too_long")] * 2
     assert "prompt 1 is not sampled: it has 1020 tokens and asks for 8 more" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""azr/tasks/__init__.py: records, reading responses, validation, judging, buffers, audit."""
+"""azr/tasks/__init__.py: records, reading responses, validation, judging, buffers."""
 
 import json
 import random
@@ -10,12 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azr import tasks
-from azr.tasks.audit import audit_induction, fresh_inputs, wilson
 from azr.tasks.parse import fences, leaked_code
 from azr.tasks.program import read_program, skeleton
 from azr.tasks import (MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Proposal, Task, judge, parse_answer, parse_proposal,
                        validate)
-from sandbox import PROPOSAL, Outcome, Sandbox, literal
+from sandbox import PROPOSAL, Outcome, Sandbox
 
 DOUBLE = "def f(x):\n    return x * 2"
 
@@ -405,51 +404,6 @@ def test_judging_what_is_no_task_of_ours(sandbox):
     with pytest.raises(ValueError, match="no literal"):
         judge([(Task("deduction", DOUBLE, "1", "2 +"), "2")], sandbox)
     assert judge([], sandbox) == [] and validate([], sandbox) == []
-
-
-# --- audit -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_audit_finds_answers_that_fit_the_hidden_pairs_alone(sandbox):
-    def task_of(program, inputs):
-        outputs = validate([induction(program, inputs)], sandbox, exempt={program})
-        assert outputs[0].ok, outputs[0]
-        return outputs[0].task
-
-    absolute = task_of("def f(x):\n    return abs(x) * 2", map(str, range(10)))  # no negative input is shown
-    words = task_of("def f(s, n=1):\n    return s.upper() * n",
-                    [f"'{c}b{c}', {n}" for n, c in enumerate("qwertyuiop")])
-    answers = [(absolute, DOUBLE), (absolute, "def f(x):\n    return x * 2 if x >= 0 else -x * 2"),
-               (words, words.program)]
-    assert all(verdict.ok for verdict in judge(answers, sandbox))
-    found = audit_induction(answers, sandbox, random.Random(0))
-    assert (found["answers"], found["failing"], found["skipped"]) == (3, 1, 0) and found["fresh_inputs"] > 10
-    assert found["share"] == pytest.approx(1 / 3) and found["low"] < 1 / 3 < found["high"]
-    assert audit_induction([], sandbox, random.Random(0))["answers"] == 0
-
-
-def test_wilson_interval():
-    assert wilson(1, 10) == pytest.approx((0.01787, 0.40415), abs=1e-4)  # textbook values
-    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == pytest.approx(1.0)
-
-
-VALUES = st.recursive(st.none() | st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False,
-                                                                                   width=32) | st.text(max_size=4)
-                      | st.binary(max_size=3), lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
-                      | st.dictionaries(st.text(max_size=2), inner, max_size=2), max_leaves=6)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(VALUES, min_size=1, max_size=3), min_size=1, max_size=4), st.integers(0, 99))
-def test_fresh_inputs_are_new_literals_of_the_same_types(calls, seed):
-    known = [literal.canon_args(tuple(call), {}) for call in calls]
-    fresh = fresh_inputs(known, 5, random.Random(seed))
-    assert len(set(fresh)) == len(fresh) and not set(fresh) & set(known)
-    assert fresh == fresh_inputs(known, 5, random.Random(seed))
-    for text in fresh:
-        args, kwargs = literal.parse_args(text)
-        assert not kwargs and literal.canon_args(args, {}) == text
-        assert any([type(a) for a in args] == [type(b) for b in call] or len(args) == len(call) for call in calls)
 
 
 # --- buffers ---------------------------------------------------------------------------------------------------------

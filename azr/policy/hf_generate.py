@@ -1,18 +1,14 @@
-"""Two more ways to sample, both by transformers, behind the same `generate` as `azr.policy.engine.Engine`.
+"""`generate` of transformers, behind the same call as `azr.policy.engine.Engine`.
 
     HFGenerate(model, tokenizer, eos_ids, batch_size=64).generate(prompts, 8, Sampling(), seeds)
-    TransformersContinuousBatching(model, tokenizer, eos_ids, max_batch=64).generate(prompts, 8, Sampling(), seeds)
 
-`model` is a causal language model of transformers, PEFT around it or not; its live weights are used. They are what the
-engine is compared with, and what is left for an architecture that the engine does not know. Both give the engine's
+`model` is a causal language model of transformers, PEFT around it or not; its live weights are used. It is what the
+engine is compared with, and what is left for an architecture that the engine does not know. It gives the engine's
 Completions: EOS and stop strings end a response by the same rule, log-probs are those of the untruncated distribution.
 
-What they cannot do: a seed for every sample. Each call seeds one generator from all its seeds, so the same call gives
-the same samples, but with another batch size, or with another prompt added, every sample changes.
-
-What is kept away from the samples, and would get in unseen: sampling settings in the checkpoint's generation_config
-(`model.generate` fills in whatever is unset), and keys and values cached before an update (continuous batching finds
-cached pages by their tokens, not by the weights that made them): every call has its own manager and cache.
+What it cannot do: a seed for every sample. Each call seeds one generator from all its seeds, so the same call gives
+the same samples, but with another batch size, or with another prompt added, every sample changes. Sampling settings in
+the checkpoint's generation_config are kept away: `model.generate` would fill in whatever is unset.
 """
 
 import hashlib
@@ -20,16 +16,16 @@ import sys
 from contextlib import contextmanager
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from azr.policy.sampling import Completion, Sampling, StopTable
-from azr.policy.scoring import ChunkedLogProb, micro_batches
 
 
-class Backend:
-    """What both share: checks, seeds, the model's state around a call, and cutting a response where it ends."""
+class HFGenerate:
+    """`model.generate`, `batch_size` samples at a time, left-padded; a batch lasts as long as its longest sample."""
 
-    def __init__(self, model, tokenizer, eos_ids, pad_id: int = 0):
+    def __init__(self, model, tokenizer, eos_ids, *, batch_size: int = 64, pad_id: int = 0):
+        self.batch_size = batch_size
         self.model, self.tokenizer, self.eos_ids, self.pad_id = model, tokenizer, frozenset(eos_ids), pad_id
         # PEFT puts LoRA into the base model's own layers, so the base model is the policy
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -83,7 +79,6 @@ class Backend:
     def _sampling_state(self):
         """Evaluation mode, no checkpoint settings, the caller's random state: as before, whatever happens."""
         training, config = self.model.training, self.base.generation_config
-        attention = self.base.config._attn_implementation
         cuda = [self.base.device] if self.base.device.type == "cuda" else []
         self.model.eval()
         self.base.generation_config = GenerationConfig()
@@ -92,8 +87,6 @@ class Backend:
                 yield
         finally:
             self.base.generation_config = config
-            if self.base.config._attn_implementation != attention:
-                self.base.set_attn_implementation(attention)
             self.model.train(training)
 
     def _settings(self, sampling: Sampling) -> GenerationConfig:
@@ -105,26 +98,6 @@ class Backend:
             repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.eos_ids) or None, pad_token_id=self.pad_id,
         )  # fmt: skip
-
-
-def cut(ids: list[int], log_probs: list[float], table: StopTable, limit: int) -> Completion:
-    """The completion up to its first end: an EOS token, the token that completes a stop string, or the limit."""
-    for end in range(1, len(ids) + 1):
-        reason = table.reason(ids[max(0, end - 1 - table.tail) : end]) or ("length" if end == limit else None)
-        if reason:
-            return Completion(ids[:end], log_probs[:end], reason)
-    raise RuntimeError(f"transformers returned {len(ids)} tokens of {limit} and neither EOS nor a stop string")
-
-
-# ------------------------------------------------------------------------------------------------------- generate
-
-
-class HFGenerate(Backend):
-    """`model.generate`, `batch_size` samples at a time, left-padded; a batch lasts as long as its longest sample."""
-
-    def __init__(self, model, tokenizer, eos_ids, *, batch_size: int = 64, pad_id: int = 0):
-        super().__init__(model, tokenizer, eos_ids, pad_id)
-        self.batch_size = batch_size
 
     def _generate(self, prompts, n, sampling, limits, table, seed) -> list[Completion]:
         torch.manual_seed(seed)
@@ -148,6 +121,15 @@ class HFGenerate(Backend):
         )[:, width:]  # fmt: skip
         log_probs = record.finish(out)
         return [cut(row, p, table, limit) for row, p, limit in zip(out.tolist(), log_probs.tolist(), limits)]
+
+
+def cut(ids: list[int], log_probs: list[float], table: StopTable, limit: int) -> Completion:
+    """The completion up to its first end: an EOS token, the token that completes a stop string, or the limit."""
+    for end in range(1, len(ids) + 1):
+        reason = table.reason(ids[max(0, end - 1 - table.tail) : end]) or ("length" if end == limit else None)
+        if reason:
+            return Completion(ids[:end], log_probs[:end], reason)
+    raise RuntimeError(f"transformers returned {len(ids)} tokens of {limit} and neither EOS nor a stop string")
 
 
 class _LogProbs(LogitsProcessor):
@@ -184,93 +166,3 @@ class _RowEnds(StoppingCriteria):
         tails = input_ids[:, -min(time, max(1, self.table.tail)) :].tolist()
         ends = [time >= limit or self.table.reason(tail) is not None for tail, limit in zip(tails, self.limits)]
         return torch.tensor(ends, device=input_ids.device)
-
-
-# -------------------------------------------------------------------------------------------- continuous batching
-
-
-class TransformersContinuousBatching(Backend):
-    """transformers' continuous batching, `max_batch` samples at once; `options` go to its configuration.
-
-    It knows no stop strings: the samples are read token by token and cancelled, so a few tokens too many are computed.
-    Its log-probs are those of the truncated distribution; with top-p or top-k the samples are scored again. On a CPU
-    it would take 60 % of the memory for its cache, so there it gets what max_batch samples need.
-    """
-
-    def __init__(self, model, tokenizer, eos_ids, *, max_batch: int = 64, pad_id: int = 0, **options):
-        super().__init__(model, tokenizer, eos_ids, pad_id)
-        self.max_batch, self.options = max_batch, options
-
-    def _generate(self, prompts, n, sampling, limits, table, seed) -> list[Completion]:
-        # a sample's fork shares its prompt, but a one-token prompt that is forked fails, and all others with it
-        done: list = [None] * len(prompts)
-        for forked in (True, False):
-            chosen = [i for i, p in enumerate(prompts) if (n > 1 and len(p) > 1) == forked]
-            if not chosen:
-                continue
-            copies = [i for i in chosen for _ in range(1 if forked else n)]
-            tokens, most = [prompts[i] for i in copies], [limits[i] for i in copies]
-            outputs = self._run(tokens, n if forked else 1, sampling, most, table, seed)
-            for k, i in enumerate(chosen):
-                done[i] = outputs[k * n : (k + 1) * n]
-        done = [completion for row in done for completion in row]
-        if sampling.top_p < 1 or sampling.top_k:
-            self._rescore([p for p in prompts for _ in range(n)], done, sampling.temperature or 1.0)
-        return done
-
-    def _run(self, prompts, n, sampling, limits, table, seed) -> list[Completion]:
-        """n completions for each prompt from one manager, which lives for this call."""
-        settings = self._settings(sampling)
-        settings.num_return_sequences = n  # afterwards: the constructor refuses several greedy samples
-        if not self.eos_ids:
-            settings.eos_token_id = -1  # what it takes for "none"
-        waiting, done = {}, {}
-        with self.base.continuous_batching_context_manager(
-            generation_config=settings, continuous_batching_config=self._configuration(prompts, limits, seed)
-        ) as manager:
-            for i, (prompt, limit) in enumerate(zip(prompts, limits)):
-                name = f"{i}"
-                for sample in range(n):
-                    waiting[name if sample == n - 1 else f"{name}__child#{sample}"] = limit
-                manager.add_request(list(prompt), request_id=name, max_new_tokens=limit, streaming=bool(table.stop))
-            while waiting:
-                output = manager.get_result(timeout=1)
-                if output is None:
-                    if not manager.is_running():
-                        raise RuntimeError(f"continuous batching ended with {len(waiting)} samples unfinished")
-                elif output.error is not None:
-                    raise RuntimeError(f"continuous batching failed: {output.error}")
-                elif output.request_id in waiting and (output.is_finished() or self._stops(output, table)):
-                    limit = waiting.pop(output.request_id)
-                    done[output.request_id] = cut(output.generated_tokens, output.logprobs, table, limit)
-                    if not output.is_finished():
-                        manager.cancel_request(output.request_id)
-        names = [[f"{i}__child#{j}" for j in range(n - 1)] + [f"{i}"] for i in range(len(prompts))]
-        return [done[name] for row in names for name in row]
-
-    def _stops(self, output, table: StopTable) -> bool:
-        return bool(output.generated_tokens) and table.reason(output.generated_tokens) is not None
-
-    def _configuration(self, prompts, limits, seed: int) -> ContinuousBatchingConfig:
-        options = dict(max_requests_per_batch=self.max_batch, return_logprobs=True, seed=seed)
-        if self.base.device.type == "cpu":
-            page = self.options.get("page_size", 32)
-            pages = -(-max(len(p) + limit for p, limit in zip(prompts, limits)) // page) + 1
-            # tokens of a step: its mask, tokens x (tokens + cache), is made and filled whole
-            tokens = max(512, self.max_batch)
-            options |= dict(page_size=page, num_blocks=self.max_batch * pages, max_batch_tokens=tokens)
-        return ContinuousBatchingConfig(**options | self.options)
-
-    def _rescore(self, prompts, completions, temperature: float, token_budget: int = 8192) -> None:
-        """Replace log-probs by those of the untruncated distribution: one forward pass, right-padded, no mask."""
-        device, head = self.base.device, self.base.get_output_embeddings().weight
-        full = [list(p) + c.ids for p, c in zip(prompts, completions)]
-        for indices in micro_batches([len(f) for f in full], token_budget):
-            length = max(len(full[i]) for i in indices)
-            ids = torch.tensor([full[i] + [self.pad_id] * (length - len(full[i])) for i in indices], device=device)
-            hidden = self.base.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            for row, i in enumerate(indices):
-                response = slice(len(prompts[i]) - 1, len(full[i]) - 1)
-                target = torch.tensor(completions[i].ids, device=device)
-                log_prob, _ = ChunkedLogProb.apply(hidden[row, response], head, target, temperature, 128)
-                completions[i].log_probs = log_prob.tolist()
