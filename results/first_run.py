@@ -1,7 +1,7 @@
-"""The embedded model before and after its default run, over temperatures: first_run.json, the plot, README's tables.
+"""The embedded model before and after its default run, over temperatures: first_run.json, the plot, two pages.
 
     python results/first_run.py runs/tiny-0 runs/tiny-1 runs/tiny-2     finished runs of train_azr.py, a seed each
-    python results/first_run.py                                         plot and README again from first_run.json
+    python results/first_run.py                                         plot and pages again from first_run.json
 
 A_CELL held-out tasks of each mode and number of statements from 1 to 6; --samples answers a task (greedy: one) of the
 base and of each run's last checkpoint at every temperature. And the base made to think in full, as gate b does it:
@@ -45,7 +45,7 @@ TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THINKING = (1.0, 0.0)  # temperatures of the base made to think
 A_CELL = 10
 WINDOW = 10  # steps at both ends of a run whose means are compared
-SECTIONS = ("first-run", "first-run-tables")  # markers in README.md
+SECTIONS = {"first-run": "README.md", "first-run-tables": "docs/tiny.md"}  # markers, and the page that has them
 FORCED = "made to think"
 
 
@@ -286,7 +286,7 @@ def shown_example(f: Figures) -> str:
 
 
 def sections(f: Figures) -> dict[str, str]:
-    """What stands between the markers of README.md."""
+    """{marker: the Markdown that belongs there}: plot and sentence of README.md, tables of docs/tiny.md."""
     image = (f"![pass@1 and pass@{f.n} of the embedded model over temperatures, before and after self-play]"
              "(results/first_run.png)")  # fmt: skip
     tables = (
@@ -294,14 +294,15 @@ def sections(f: Figures) -> dict[str, str]:
         f"{frontier(f)}\n\n{changes(f)}\n\n{lengths(f)}\n\nMeans over the first and the last {WINDOW} steps "
         f"(deduction / abduction / induction):\n\n{ends(f)}{shown_example(f)}"
     )
-    return {SECTIONS[0]: f"{image}\n\n{sentence(f)}", SECTIONS[1]: tables}
+    return {"first-run": f"{image}\n\n{sentence(f)}", "first-run-tables": tables}
 
 
-def filled(page: str, f: Figures) -> str:
-    """The page with both sections made anew. ValueError without their markers."""
-    for name, text in sections(f).items():
-        page = fill(page, name, text)
-    return page
+def fill_pages(root: Path, texts: dict[str, str], write: bool = True) -> None:
+    """Puts each text between its markers. ValueError, before anything is written, where a page lacks them."""
+    pages = {root / SECTIONS[name]: fill((root / SECTIONS[name]).read_text(), name, text) for name, text in texts.items()}
+    for path, page in pages.items():
+        if write:
+            path.write_text(page)
 
 
 def plot(f: Figures, path: Path) -> None:
@@ -339,14 +340,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=64, help="answers a task and temperature (64)")
     parser.add_argument("--a-cell", type=int, default=A_CELL, help="tasks of each mode and number of statements (10)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of first_run.json and first_run.png")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="the page with the markers")
+    parser.add_argument("--pages", type=Path, default=ROOT, help="directory of README.md and docs/tiny.md")
     args = parser.parse_args(arguments)
     try:
         if min(args.samples, args.a_cell) < 1:
             raise ValueError("--samples and --a-cell must be at least 1")
-        page = args.readme.read_text()
-        for name in SECTIONS:
-            fill(page, name, "")  # refused before anything is measured
+        fill_pages(args.pages, dict.fromkeys(SECTIONS, ""), write=False)  # refused before anything is measured
         if args.runs:
             measure(args)
         path = args.out / "first_run.json"
@@ -360,7 +359,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped; the same command goes on from {args.out / 'first_run.json'}", file=sys.stderr)
         return 0
     plot(figures, args.out / "first_run.png")
-    args.readme.write_text(filled(page, figures))
+    fill_pages(args.pages, sections(figures))
     print(sentence(figures))
     return 0
 

@@ -17,7 +17,16 @@ from gate_numbers import BEYOND, level, stratified  # noqa: E402
 from azr.evals.held_out import load_tasks  # noqa: E402
 
 SAMPLES = 8
-PAGE = "a\n<!-- first-run -->\nold\n<!-- end -->\nb\n<!-- first-run-tables -->\n<!-- end -->\nc\n"
+README = "a\n<!-- first-run -->\nold\n<!-- end -->\nb\n"
+TINY = "a\n<!-- first-run-tables -->\n<!-- end -->\nc\n"
+
+
+def pages(tmp_path: Path) -> list[str]:
+    """The two pages with their markers, and the flags that name them."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "docs" / "tiny.md").write_text(TINY)
+    return ["--pages", str(tmp_path)]
 
 
 def made_up(tmp_path: Path, after: float, forced: float) -> dict:
@@ -69,27 +78,26 @@ def test_an_abduction_cannot_be_forced_and_counts_as_the_base_at_its_best(tmp_pa
     assert (forced[~is_abduction] == 1).all() and (forced[is_abduction] == base[is_abduction]).all()
 
 
-def test_the_page_is_filled_and_filled_again(tmp_path):
+def test_the_pages_are_filled_and_filled_again(tmp_path):
     data = made_up(tmp_path, 1.0, 0.5)
     data["parts"]["example"] = {"model": "seed 0", "before": "</think>1", "after": "p=1;</think>2",
                                 "task": {"program": "def f(x): ...", "input": "1", "output": "2"}}  # fmt: skip
-    out, page = tmp_path / "out", tmp_path / "page.md"
+    out = tmp_path / "out"
     out.mkdir()
     (out / "first_run.json").write_text(json.dumps(data))
-    page.write_text(PAGE)
-    command = ["--out", str(out), "--readme", str(page)]
+    command = ["--out", str(out), *pages(tmp_path)]
     assert first_run.main(command) == 0 and (out / "first_run.png").read_bytes().startswith(b"\x89PNG")
-    text = page.read_text()
-    assert text.startswith("a\n<!-- first-run -->\n![") and text.endswith("<!-- end -->\nc\n") and "old" not in text
+    readme, tiny = ((tmp_path / name).read_text() for name in first_run.SECTIONS.values())
+    assert readme.startswith("a\n<!-- first-run -->\n![") and readme.endswith("<!-- end -->\nb\n") and "old" not in readme
+    assert tiny.endswith("<!-- end -->\nc\n")
     for expected in ("| pass@8, base |  |", "| induction (6 tasks) |", "50 / 50 / - -> 75 / 75 / 75", "<think>p=1;"):
-        assert expected in text, expected
-    assert first_run.main(command) == 0 and page.read_text() == text
+        assert expected in tiny, expected
+    assert first_run.main(command) == 0
+    assert [(tmp_path / name).read_text() for name in first_run.SECTIONS.values()] == [readme, tiny]
 
 
 def test_what_is_refused(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text(PAGE)
-    command = ["--out", str(tmp_path), "--readme", str(page)]
+    command = ["--out", str(tmp_path), *pages(tmp_path)]
     run = tmp_path / "run"
     run.mkdir()
     for arguments, message in (
@@ -108,13 +116,13 @@ def test_what_is_refused(tmp_path, capsys):
     assert first_run.together([run]) == ({"seed 0": run / "checkpoints" / "step_2"}, "tiny", 8)
     with pytest.raises(ValueError, match="the same seed"):
         first_run.together([run, run])
-    page.write_text("no markers")
+    (tmp_path / "README.md").write_text("no markers")
     assert first_run.main(command) == 2 and "no <!-- first-run -->" in capsys.readouterr().err
 
 
-def test_the_readme_has_the_markers():
-    text = (ROOT / "README.md").read_text()
-    assert all(text.count(f"<!-- {name} -->") == 1 for name in first_run.SECTIONS)
+def test_the_pages_have_the_markers():
+    for name, page in first_run.SECTIONS.items():
+        assert (ROOT / page).read_text().count(f"<!-- {name} -->") == 1, page
 
 
 def test_the_embedded_models_tasks_have_every_cell():
