@@ -91,7 +91,7 @@ class Checks:
     model: str
     scratch: Path
     texts: list[str] = dataclasses.field(default_factory=lambda: [
-        (ROOT / "README.md").read_text()[:1500], (ROOT / "azr" / "rewards.py").read_text()[:1500],
+        (ROOT / "README.md").read_text()[:1500], (ROOT / "azr" / "train" / "rewards.py").read_text()[:1500],
     ])  # fmt: skip
 
     def load(self) -> dict:
