@@ -299,7 +299,8 @@ def sections(f: Figures) -> dict[str, str]:
 
 def fill_pages(root: Path, texts: dict[str, str], write: bool = True) -> None:
     """Puts each text between its markers. ValueError, before anything is written, where a page lacks them."""
-    pages = {root / SECTIONS[name]: fill((root / SECTIONS[name]).read_text(), name, text) for name, text in texts.items()}
+    paths = {name: root / SECTIONS[name] for name in texts}
+    pages = {paths[name]: fill(paths[name].read_text(), name, text) for name, text in texts.items()}
     for path, page in pages.items():
         if write:
             path.write_text(page)

@@ -88,8 +88,8 @@ def test_the_pages_are_filled_and_filled_again(tmp_path):
     command = ["--out", str(out), *pages(tmp_path)]
     assert first_run.main(command) == 0 and (out / "first_run.png").read_bytes().startswith(b"\x89PNG")
     readme, tiny = ((tmp_path / name).read_text() for name in first_run.SECTIONS.values())
-    assert readme.startswith("a\n<!-- first-run -->\n![") and readme.endswith("<!-- end -->\nb\n") and "old" not in readme
-    assert tiny.endswith("<!-- end -->\nc\n")
+    assert readme.startswith("a\n<!-- first-run -->\n![") and readme.endswith("<!-- end -->\nb\n")
+    assert "old" not in readme and tiny.endswith("<!-- end -->\nc\n")
     for expected in ("| pass@8, base |  |", "| induction (6 tasks) |", "50 / 50 / - -> 75 / 75 / 75", "<think>p=1;"):
         assert expected in tiny, expected
     assert first_run.main(command) == 0
