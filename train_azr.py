@@ -8,12 +8,18 @@
     python train_azr.py --algorithm rlvr --data tasks.jsonl     the same loop on fixed tasks; sft: on given solutions
     python train_azr.py export runs/a --out DIR        base and adapter merged, verified, as a plain bf16 model
 
-A step has five phases: propose, validate, solve, reward and update, record. Ctrl-C, SIGTERM or a closed terminal saves
-and exits 0, a second one quits (130); SIGUSR1 saves and goes on. Exit codes: 0 done or stopped with a checkpoint; 1
-gave up (three non-finite losses in a row, no memory, no sandbox: complete steps are saved; a full disk: the last
-checkpoint is whole); 2 bad input, nothing done.
+This file is the method: `train_step` has the five phases in their order, `ppo_update` and `ppo_loss` the update. What
+stands around the steps (seed stage, checkpoints, screen) is in azr/train/loop.py, micro-batches and what to do when
+memory runs out in azr/train/update.py, and whatever differs from plain self-play in azr/train/arms, one file each:
+every `s.arms...` below does nothing in the default run.
 
-Left out of the textbook PPO: critic, KL penalty, reference model, learning-rate schedule; as in the published recipe.
+Left out of the textbook PPO: critic and GAE (a reward belongs to a whole response and gamma is 1, so each token's
+return is that reward), KL penalty, reference model, learning-rate schedule; as in the published recipe. With one
+optimizer step per training step (the default) the ratio is 1 and the clip does nothing: REINFORCE with a baseline.
+
+Ctrl-C, SIGTERM or a closed terminal saves and exits 0, a second one quits (130); SIGUSR1 saves and goes on. Exit codes:
+0 done or stopped with a checkpoint; 1 gave up (three non-finite losses in a row, no memory, no sandbox: complete steps
+are saved; a full disk: the last checkpoint is whole); 2 bad input, nothing done.
 """
 
 from __future__ import annotations
@@ -22,12 +28,11 @@ import dataclasses
 import math
 import random
 import sys
-import time
 import warnings
-from contextlib import nullcontext
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from azr.models import base_description, model_path
 from azr.machine import doctor
 
 
@@ -41,506 +46,371 @@ def settings_of(arguments: list[str]):
 if __name__ == "__main__" and "--doctor" in sys.argv:
     sys.exit(doctor.main(sys.argv[1:], settings_of))
 
-from azr.evals import math_answers
+import torch
+
 from azr import console
-from azr.train import screen, memory_probe, arms, entropy_control, off_policy, trackers, update
-from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
-from azr.train.config import Config, completed, dry_run, parse, resolve, template_of
-from azr.console import warn
-from azr.train.evaluation import Evaluation
 from azr.analysis.health import Watch
-from azr.evals.held_out import load_tasks, plot_pass_at_k, sample_seed
+from azr.evals.held_out import sample_seed
+from azr.evals.math_answers import MathGrader
+from azr.policy.backoff import Sizes
+from azr.policy.policy import Policy, Sampling
+from azr.runs import Run
+from azr.stop import StopRequest
+from azr.tasks import MODES, STOP, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
+from azr.train import loop, ppo, rollouts, start, trackers, update
+from azr.train.arms import Arms
+from azr.train.config import Config, as_json, dry_run, parse, resolve, template_of
+from azr.train.data import fits
+from azr.train.evaluation import Evaluation
 from azr.train.loss_scale import LossScale
-from azr.train.metrics import Clock, memory, sample_row, step_metrics
-from azr.passk import powers_of_two
-from azr.tasks.prompts import STOP, propose_prompt, solve_prompt
-from azr.train.rewards import proposer_reward, solver_reward
-from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
-from azr.runs import DiskError, Run, RunError, read_lines, write_jsonl_atomic
-from azr.train.checkpoint import GaveUp, Saved
-from azr.stop import StopNow, StopRequest
-from azr.tasks import (
-    MODES,
-    SEED_PROGRAM,
-    SEED_TASKS,
-    Buffers,
-    Parsed,
-    Sample,
-    Task,
-    judge,
-    parse_answer,
-    parse_proposal,
-    validate,
-)
-from sandbox import Sandbox, SandboxError
+from azr.train.metrics import Clock, sample_row, step_metrics
+from azr.train.update import CLIP, GAP_CAP, Batch
+from sandbox import Sandbox
 
-SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
-SEED_ROUNDS = 20
-SILENCE = 30  # seconds after which the seed stage says how far it is
-PROBE = 64  # prompts and answers a role and mode, frozen at step 0, for entropy on fixed data
-NON_FINITE_LIMIT = 3
-# train/ metrics that sft has not
-UNSAMPLED = ("log_prob_gap", "log_prob_gap_max", "gap_p99", "gap_outside_10", "gap_k3", "gap_capped", "clip_fraction")
+GRAD_CLIP = 1.0  # largest norm of the gradient of an optimizer step, as published
+PROPOSER, SOLVER = "proposer", "solver"
 
 
-class SelfPlay(Saved):
-    """The state of a run: policy, optimizer, buffers. Parameters and buffers change in phases 4 and 5 only."""
+@dataclass
+class State:
+    """All that a run holds. Parameters and buffers change in phases 4 and 5 only, so a stop can drop a step."""
 
-    tracker = trackers.NONE  # until the run is open
+    config: Config
+    policy: Policy  # 4-bit base + LoRA: samples and is trained, the same modules
+    optimizer: torch.optim.Optimizer
+    sandbox: Sandbox | None = None  # runs proposed programs and answers
+    buffers: Buffers = field(default_factory=Buffers)  # valid tasks by mode, with the step each came in
+    arms: Arms = field(default_factory=Arms)  # what this run does differently; nothing by default
+    sizes: Sizes | None = None  # tokens of a micro-batch; lowered when memory runs out
+    loss_scale: LossScale = field(default_factory=LossScale)  # of fp16
+    template: str = "azr"  # the wording of the prompts
+    sampling: Sampling | None = None
+    evaluation: Evaluation | None = None  # the held-out tasks
+    grader: MathGrader | None = None  # where a file has mathematics
+    run: Run | None = None  # the run directory
+    stop: StopRequest | None = None
+    tracker: trackers.Tracker = trackers.NONE
+    clock: Clock = field(default_factory=Clock)
+    exempt: set[str] = field(default_factory=set)  # programs that may be trivial: the identity, in the seed stage
+    non_finite: int = 0  # skipped updates in a row
+    completed: int = 0  # steps
+    elapsed: float = 0.0  # seconds of training
+    snapshot: tuple | None = None  # of the last complete step; None: there is nothing whole to save
+    saved: float = math.inf  # when, on the monotonic clock
 
-    def __init__(
-        self, config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, data=(), given=(), grader=None
-    ):
-        """data: the tasks of rlvr, the solutions of sft; given: off-policy solutions; grader: if math is among them."""
-        self.config, self.policy, self.sandbox, self.grader = config, policy, sandbox, grader
-        self.template = template_of(config)
-        self.optimizer = update.make_optimizer(policy, config.learning_rate)
-        self.sizes, self.buffers = Sizes(config.token_budget), Buffers()
-        self.sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
-        held_out = dataclasses.replace(self.sampling, temperature=config.eval_temperature)
-        self.evaluation = Evaluation(config, policy, sandbox, self.template, held_out, run_dir)
-        self.adaptive: dict = {}  # the state of --entropy-control adaptive
-        self.loss_scale = LossScale.of(policy.info["dtype"])
-        self.non_finite, self.elapsed, self.completed = 0, 0.0, 0
-        self.clock = Clock()
-        self.exempt: set[str] = set()  # programs that may be trivial: the identity, while there is nothing else
-        self.data, given = arms.fitting(data, self.fits), arms.fitting(given, self.fits)
-        self.foreign = off_policy.Foreign(
-            config, policy, self.template, given, self.solve, self.judge, self.score
-        )  # fmt: skip
 
-    # ---------------------------------------------------------------- phase 1: propose
+def train_step(s: State, step: int) -> tuple[dict, list[Sample], list[Sample]]:
+    """One step: (metrics, proposals, answers). Until it is recorded a stop drops it."""
+    c, s.clock = s.config, Clock()
 
-    def propose(self, step: int | str, modes: tuple = MODES, count: int | None = None) -> list[Sample]:
-        """One proposal for each of `count` (prompts_per_mode) prompts a mode, with references from the buffers."""
-        # Nothing random outlives a step, so a resume is exact.
-        rng, asked = random.Random(f"{self.config.seed}/{step}/propose"), []
-        for mode in modes:
-            for _ in range(count or self.config.prompts_per_mode):
-                if mode == "induction":
-                    references = [self.buffers.sample_program(rng)]
-                else:
-                    references = self.buffers.sample(mode, self.config.references, rng)
-                asked.append((mode, references))
-        prompts = [self.fitting_prompt(mode, references) for mode, references in asked]
-        base = self.config.proposer == "frozen-base"
-        with self.policy.disable_adapter() if base else nullcontext():
-            samples = self.sample("proposer", [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
-        for sample, (mode, references) in zip(samples, asked):
-            sample.update, sample.from_base = self.config.proposer == "joint", base
-            program = references[0].program if mode == "induction" else None
-            sample.parsed = read(sample, parse_proposal(mode, sample.response, program))
-        return samples
+    # 1. Propose: per mode, programs with inputs (induction: inputs and a message), shown earlier tasks as references.
+    proposals = propose(s, step) if s.arms.proposes else []
+    s.clock.lap("propose")
 
-    def fitting_prompt(self, mode: str, references: list[Task]) -> str:
-        """The proposer's prompt, without the last references if it would be longer than prompt_tokens with them."""
-        prompt = propose_prompt(mode, references, self.template)
-        while mode != "induction" and references and len(self.policy.encode(prompt)) > self.config.prompt_tokens:
-            references = references[:-1]
-            prompt = propose_prompt(mode, references, self.template)
-        return prompt
+    # 2. Validate: what is not deterministic, terminating, literal-valued and new is refused with its reason.
+    validate_all(s, proposals)
+    s.clock.lap("validate")
 
-    def sample(self, role: str, modes: list[str], prompts: list[str], n: int, key: str) -> list[Sample]:
-        """n responses to each prompt as Samples, in order; `key` makes their seeds."""
-        ids = [self.policy.encode(prompt) for prompt in prompts]
-        seeds = [[sample_seed(self.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
-        completions = self.policy.generate(ids, n, self.sampling, seeds)
-        return [
-            Sample(role, modes[i], prompts[i], ids[i], completion, self.policy.decode(completion.ids), f"{key}/{i}")
-            for i, row in enumerate(completions)
-            for completion in row
-        ]
+    # 3. Solve: c.answers answers to each valid task; the share that is correct is its solve rate r.
+    tasks = [sample.task for sample in proposals if sample.task] + backfill(s, step, proposals) + s.arms.tasks(s, step)
+    answers = solve(s, step, tasks, c.answers) if tasks else []
+    answers += s.arms.answers(s, step, solve)
+    more = s.arms.samples(s, step, proposals, answers, solve)
 
-    # ---------------------------------------------------------------- phase 2: validate
+    # 4. Reward and update. Recipe lean trains the very answers that measured r, so no token is thrown away; the
+    #    published one discards them and samples single answers to tasks of the buffer.
+    trained = answers if c.recipe == "lean" else published_solver_samples(s, step, proposals)
+    set_rewards(s, proposals, answers, trained + more)
+    samples = [sample for sample in proposals if sample.reward is not None] + trained + more
+    set_advantages(samples, c.recipe)
+    given = s.arms.given(s, step)
+    s.clock.lap("reward")
+    losses = ppo_update(s, step, samples + given)
+    s.clock.lap("update")
 
-    def validate(self, samples: list[Sample]) -> list[Sample]:
-        """Runs every proposal in the sandbox; each sample gets a verdict, a valid one its task. Returns the valid."""
-        parsed = [sample for sample in samples if sample.parsed.value is not None]
-        proposals, refused = [sample.parsed.value for sample in parsed], self.evaluation.refused
-        verdicts = validate(proposals, self.sandbox, self.buffers.keys(), exempt=self.exempt, held_out=refused)
-        for sample in samples:
-            sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
-        for sample, verdict in zip(parsed, verdicts):
-            sample.reason, sample.detail = verdict.reason, verdict.detail
-            if verdict.ok and not self.fits(verdict.task):
-                sample.reason, sample.detail = "too_large", "its solver's prompt would exceed the model's context"
+    # 5. Record: buffers, metrics, samples, checkpoint.
+    metrics = record(s, step, proposals, answers, more + given, samples + given, losses)
+    return metrics, proposals, answers
+
+
+# ------------------------------------------------------------------------------------------------- phase 1: propose
+
+
+def propose(s: State, step: int | str, modes: tuple = MODES, count: int | None = None) -> list[Sample]:
+    """One proposal for each of `count` (prompts_per_mode) prompts per mode, with references from the buffers."""
+    c, asked = s.config, []
+    rng = random.Random(f"{c.seed}/{step}/propose")  # nothing random outlives a step, so a resume is exact
+    for mode in modes:
+        for _ in range(count or c.prompts_per_mode):
+            if mode == "induction":  # its program is given: the proposer adds inputs and a message
+                asked.append((mode, [s.buffers.sample_program(rng)]))
             else:
-                sample.task = verdict.task
-        return [sample for sample in samples if sample.task is not None]
-
-    def fits(self, task: Task) -> bool:
-        """Whether a solver's prompt and its longest (or given) response fit the model's context."""
-        context = getattr(self.policy.base.config, "max_position_embeddings", None) or math.inf
-        longest = max(self.config.max_new_tokens, len(self.policy.encode(task.response or "")))
-        return len(self.policy.encode(solve_prompt(task, self.template))) + longest <= context
-
-    # ---------------------------------------------------------------- phase 3: solve
-
-    def solve(self, step: int, tasks: list[Task], n: int, key: str = "solve") -> list[Sample]:
-        """n judged answers to each task. An answer that no verdict could be had for (reason infra) is left out."""
-        prompts = [solve_prompt(task, self.template) for task in tasks]
-        samples = self.sample("solver", [task.mode for task in tasks], prompts, n, f"{step}/{key}")
-        for i, sample in enumerate(samples):
-            sample.task = tasks[i // n]
-            sample.parsed = read(sample, parse_answer(sample.mode, sample.response))
-        self.clock.lap("solve")
-        return self.judge(samples)
-
-    def judge(self, samples: list[Sample]) -> list[Sample]:
-        """Verdicts of the sandbox, and of math-verify on mathematical answers."""
-        code = [sample for sample in samples if sample.mode != "math"]
-        math_ = [sample for sample in samples if sample.mode == "math"]
-        verdicts = judge([(sample.task, sample.parsed.value) for sample in code], self.sandbox)
-        for sample, verdict in zip(code, verdicts):
-            sample.correct, sample.detail = verdict.ok, verdict.detail
-            sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
-        pairs = [(sample.task.answer, math_answers.extract(sample.response)) for sample in math_]
-        for sample, verdict in zip(math_, self.grader.grade(pairs) if pairs else []):
-            sample.correct = verdict.ok
-            sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
-        self.clock.lap("judge")
-        judged = [sample for sample in samples if sample.reason != "infra"]
-        self.clock.count("unjudged", len(samples) - len(judged))
-        return judged
-
-    def backfill(self, step: int, valid: list[Sample]) -> list[Task]:
-        """Buffer tasks for modes in which less than half of the proposals are valid, up to that half."""
-        if self.config.solver_tasks == "fresh" or self.config.recipe == "azr":
-            return []
-        rng, wanted = random.Random(f"{self.config.seed}/{step}/backfill"), self.config.prompts_per_mode // 2
-        counts = {mode: sum(sample.mode == mode for sample in valid) for mode in MODES}
-        return [task for mode in MODES for task in self.buffers.sample(mode, max(0, wanted - counts[mode]), rng)]
-
-    def matched(self, step: int, proposals: list[Sample]) -> list[Sample]:
-        """--proposer no-update-matched: answers to buffer tasks that have as many tokens as the proposals."""
-        if self.config.proposer != "no-update-matched":
-            return []
-
-        n = self.config.answers if self.config.recipe == "lean" else 1
-        draw = lambda *wave: arms.from_buffers(self.buffers, self.config.seed, step, *wave)  # noqa: E731
-        return arms.fill(arms.tokens(proposals), n, draw, lambda tasks, key: self.solve(step, tasks, n, key))
-
-    # ---------------------------------------------------------------- phase 4: reward and update
-
-    def reward(self, step: int, proposals: list[Sample], answers: list[Sample], extra: list[Sample]) -> list[Sample]:
-        """Rewards and advantages; returns what is trained on (recipe azr: with solver samples of their own).
-
-        extra: solver samples that measure no solve rate, and foreign solutions.
-        """
-        rates = solve_rates(answers)
-        for sample in proposals:
-            sample.solve_rate = rates.get(sample.task.hash) if sample.task else None
-            if sample.reason == "infra" or (sample.task and sample.solve_rate is None):
-                sample.reward = None  # the machine failed, not the model: no reward, no training
-                continue
-            sample.reward = proposer_reward(
-                sample.task is not None, sample.parsed.well_formed, sample.solve_rate, self.config.proposer_reward,
-                self.config.ends_penalty, sample.task.hash if sample.task else "",
-            )  # fmt: skip
-        trained = (answers if self.config.recipe == "lean" else self.solver_samples(step, proposals)) + extra
-        for sample in [*answers, *trained]:
-            sample.solve_rate = rates.get(sample.task.hash)
-            sample.reward = solver_reward(sample.correct, sample.parsed.well_formed, self.config.solver_reward)
-        samples = [sample for sample in proposals if sample.reward is not None] + trained
-        update.advantages(samples, self.config.recipe, self.config.off_policy_baseline)
-        return samples
-
-    def solver_samples(self, step: int, proposals: list[Sample]) -> list[Sample]:
-        """Recipe azr: one answer to prompts_per_mode tasks a mode, this step's first, then of the buffer."""
-        rng, tasks = random.Random(f"{self.config.seed}/{step}/solver"), []
-        for mode in MODES:
-            new = [sample.task for sample in proposals if sample.task and sample.mode == mode]
-            tasks += new + self.buffers.sample(mode, self.config.prompts_per_mode - len(new), rng)
-        return self.solve(step, tasks, 1, "train")
-
-    def update(self, step: int, samples: list[Sample]) -> dict[str, float]:
-        """One optimizer step a minibatch; fills in each sample's entropy and log-probs; returns the train/ metrics."""
-        config = self.settings_now(step)
-        more = update.prepare(self.policy, samples, config, self.sizes) | self.foreign.metrics(step, samples)
-        order = list(range(len(samples)))
-        random.Random(f"{self.config.seed}/{step}/minibatches").shuffle(order)
-        parts = [sorted(order[i :: self.config.minibatches]) for i in range(self.config.minibatches)]
-        if self.config.minibatches > 1:  # several updates: the ratio of PPO needs the log-probs before the first
-            mine = [sample for sample in samples if not sample.from_base and sample.objective != "sft"]
-            update.old_log_probs(self.policy, mine, config, self.sizes)
-        done = []
-        for number, part in enumerate(parts):
-            batch = [samples[i] for i in part]
-            entropy_control.mark(batch, config, sample_seed(config.seed, f"{step}/control", number))
-            done.append(
-                update.optimizer_step(self.policy, self.optimizer, batch, config, self.sizes, self.loss_scale)
-            )
-            self.check_finite(step, done[-1], batch)
-        if config.entropy_control == "adaptive":
-            own = [s for s in samples if s.update and not s.objective]
-            entropy = math.fsum(x for s in own for x in s.entropy) / max(1, arms.tokens(own))
-            self.adaptive = entropy_control.adapt(self.adaptive, entropy, self.config)
-        return update.of_step(done) | more
-
-    def settings_now(self, step: int) -> Config:
-        """The settings with what a schedule or a controller changes from step to step."""
-        control, gamma = self.config.entropy_control, self.foreign.gamma(step)
-        now = entropy_control.coefficient(control, self.config.entropy_coefficient, self.adaptive)
-        bonus = {"entropy_coefficient": now} if control in entropy_control.BONUS else {}
-        return dataclasses.replace(self.config, off_policy_gamma=gamma, **bonus)
-
-    def score(self, samples: list[Sample], base: bool = False) -> list[Sample]:
-        """Copies of the samples with log-probs and entropies of the present weights, or of the base, adapter off."""
-        return update.scored(self.policy, samples, self.config, self.sizes, base)
-
-    def check_finite(self, step: int, metrics: dict[str, float], batch: list[Sample]) -> None:
-        """Counts skipped updates in a row and saves the batch of each."""
-        self.non_finite = self.non_finite + 1 if metrics["skipped"] else 0
-        if metrics["skipped"]:
-            path = self.run.dir / f"non_finite_step_{step}.jsonl"
-            write_jsonl_atomic(path, [sample_row(step, sample) for sample in batch])
-            loss, norm = metrics["loss"], metrics["grad_norm"]
-            warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped, batch saved to {path}")
-
-    # ---------------------------------------------------------------- phase 5: record
-
-    def record(self, step: int, proposals: list, answers: list, extra: list, trained: list, more: dict) -> dict:
-        """Valid tasks enter the buffers; metrics.jsonl and samples.jsonl get the step. Returns the metrics."""
-        for sample in proposals:
-            if sample.task is not None:
-                self.buffers.add(sample.task, step)
-        metrics = {"step": step, **step_metrics(proposals, answers, trained, self.config.answers), **more}
-        metrics |= {f"buffer/{mode}/size": self.buffers.size(mode) for mode in MODES}
-        self.run.log(metrics)
-        self.tracker.log(metrics)
-        self.run.log_samples([sample_row(step, sample) for sample in [*proposals, *answers, *extra]])
-        return metrics
-
-    # ---------------------------------------------------------------- one step
-
-    def step(self, step: int, stop: StopRequest) -> tuple[dict, list[Sample], list[Sample]]:
-        """The five phases. Until the shield, a stop drops the step: `snapshot` is what to go back to."""
-        clock = self.clock = Clock()
-        proposals, answers, extra = self.collect(step)
-        extra = extra + self.foreign.solutions(step, answers)
-        samples = self.reward(step, proposals, answers, extra)
-        clock.lap("reward")
-        train = {f"train/{name}": value for name, value in self.update(step, samples).items()}
-        clock.lap("update")
-        evaluated = bool(self.config.eval_every) and step % self.config.eval_every == 0
-        held_out = self.evaluation.greedy() if evaluated else {}
-        clock.lap("evaluate")
-        with stop.shield():
-            self.snapshot = None  # an error in between leaves buffers that belong to no step
-            self.elapsed += clock.total()
-            times = {**clock.metrics(), "time/elapsed": round(self.elapsed, 2), **memory(self.computed_at_once())}
-            times["time/lanes_lost"] = self.sandbox.state["lanes_lost"]
-            metrics = self.record(step, proposals, answers, extra, samples, {**train, **held_out, **times})
-            last = step == self.config.steps
-            self.completed, self.snapshot = step, self.changing()
-            if evaluated or last or stop.save_requested or self.due(step):
-                self.save(keep=evaluated or last)
-                stop.save_requested = False
-            if evaluated:
-                self.evaluation.mark_best()
-        if self.non_finite >= NON_FINITE_LIMIT:
-            wider = ", or take --dtype bf16 or fp32, whose range is wider" if self.loss_scale.active else ""
-            raise GaveUp(
-                f"step {step}: {self.non_finite} updates in a row were not finite; lower --learning-rate{wider}"
-            )
-        return metrics, proposals, answers
-
-    def collect(self, step: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
-        """Phases 1 to 3: proposals, the answers that measure their solve rates, more samples to train on."""
-        proposals = self.propose(step)
-        self.clock.lap("propose")
-        valid = self.validate(proposals)
-        self.clock.lap("validate")
-        tasks = [sample.task for sample in valid] + self.backfill(step, valid) + self.foreign.tasks(step)
-        answers = self.solve(step, tasks, self.config.answers)
-        return proposals, answers, self.matched(step, proposals)
-
-    # ---------------------------------------------------------------- before the first step
-
-    def seed_stage(self) -> None:
-        """Fills the buffers from nothing but the identity program, with the untrained model and no weight update."""
-        for task in SEED_TASKS.values():
-            self.buffers.add(task, 0)
-        self.exempt = {SEED_PROGRAM}
-        target, said = min(SEED_TASKS_PER_MODE, 4 * self.config.prompts_per_mode), time.monotonic()
-        for turn in range(SEED_ROUNDS):
-            modes = tuple(mode for mode in MODES if self.buffers.size(mode) < target)
-            if not modes:
-                break
-            for sample in self.validate(self.propose(f"seed-{turn}", modes)):
-                if sample.parsed.well_formed and self.buffers.size(sample.mode) < target:
-                    self.buffers.add(sample.task, 0)
-            if time.monotonic() - said > SILENCE:  # a model that proposes nothing valid needs every round
-                said = time.monotonic()
-                console.say(
-                    f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {self.buffer_sizes()}, of {target} each"
-                )
-        self.exempt, sizes = set(), self.buffer_sizes()
-        console.say(f"seed stage, from the identity program alone: {sizes} tasks")
-        if min(self.buffers.size(mode) for mode in MODES) < target:
-            warn(
-                f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these"
-            )
-
-    def buffer_sizes(self) -> str:
-        return ", ".join(f"{mode} {self.buffers.size(mode)}" for mode in MODES)
-
-    def freeze_probe(self) -> None:
-        """probe.jsonl: prompts and answers of every role and mode by the untrained model, for entropy on fixed data."""
-        if (self.run.dir / "probe.jsonl").exists():
-            return
-        rng, rows = random.Random(f"{self.config.seed}/probe"), []
-        proposals = self.propose("probe", count=PROBE)
-        tasks = [task for mode in MODES for task in self.buffers.sample(mode, PROBE, rng)]
-        for sample in proposals + self.solve("probe", tasks, 1):
-            rows.append(
-                {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
-            )
-        write_jsonl_atomic(self.run.dir / "probe.jsonl", rows)
+                asked.append((mode, s.buffers.sample(mode, c.references, rng)))
+    prompts = [rollouts.fitting_prompt(s, mode, references) for mode, references in asked]
+    with s.arms.proposing(s):
+        samples = rollouts.generate(s, PROPOSER, [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
+    for sample, (mode, references) in zip(samples, asked):
+        program = references[0].program if mode == "induction" else None
+        sample.parsed = rollouts.read(sample, parse_proposal(mode, sample.response, program))
+    return samples
 
 
-class Rlvr(SelfPlay):
-    """Answers to the tasks of --data, rewarded and trained as in self-play; nothing is proposed.
-
-    The seed stage and the probe are those of self-play, so what is held out or probed is the same.
-    """
-
-    def collect(self, step: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
-        return [], self.from_data(step, lambda tasks, key: self.solve(step, tasks, self.config.answers, key)), []
-
-    def from_data(self, step: int, answer, n: int | None = None) -> list[Sample]:
-        """answer(tasks, key) to as many tasks as self-play proposes, or as make --step-tokens with n samples a task."""
-
-        def draw(wave: int | None, count: int) -> list[Task]:
-            return arms.draw(self.data, step, count, self.config.seed, wave)
-
-        if tokens := self.config.step_tokens:
-            return arms.fill(tokens, n or self.config.answers, draw, answer)
-        a_task = self.config.answers // (n or self.config.answers)  # tasks that stand for one of self-play
-        return answer(draw(None, 3 * self.config.prompts_per_mode * a_task), "solve")
+# ------------------------------------------------------------------------------------------------ phase 2: validate
 
 
-class Sft(Rlvr):
-    """Cross-entropy on the responses of --data, through the same update; nothing is sampled or rewarded."""
-
-    def collect(self, step: int) -> tuple[list[Sample], list[Sample], list[Sample]]:
-        given = lambda tasks, _: off_policy.supervised(self.policy, tasks, self.template)  # noqa: E731
-        return [], [], self.from_data(step, given, 1)
-
-    def reward(self, step: int, proposals: list[Sample], answers: list[Sample], extra: list[Sample]) -> list[Sample]:
-        return extra
-
-    def update(self, step: int, samples: list[Sample]) -> dict[str, float]:
-        return super().update(step, samples) | dict.fromkeys(UNSAMPLED, math.nan)
-
-
-LOOPS = {"selfplay": SelfPlay, "rlvr": Rlvr, "sft": Sft}
-NAMES = {"selfplay": "self-play", "rlvr": "RLVR", "sft": "SFT"}
+def validate_all(s: State, proposals: list[Sample]) -> None:
+    """Runs every proposal in the sandbox; each sample gets its reason, a valid one its task."""
+    parsed = [sample for sample in proposals if sample.parsed.value is not None]
+    values, held_out = [sample.parsed.value for sample in parsed], s.evaluation.refused
+    verdicts = validate(values, s.sandbox, s.buffers.keys(), exempt=s.exempt, held_out=held_out)
+    for sample in proposals:
+        sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
+    for sample, verdict in zip(parsed, verdicts):
+        sample.reason, sample.detail = verdict.reason, verdict.detail
+        if verdict.ok and not fits(s, verdict.task):
+            sample.reason, sample.detail = "too_large", "its solver's prompt would exceed the model's context"
+        else:
+            sample.task = verdict.task
 
 
-def read(sample: Sample, parsed: Parsed) -> Parsed:
-    """`parsed`, or why there was nothing to parse: a request too long for the KV cache comes back without a token."""
-    if sample.completion.finish_reason != "too_long":
-        return parsed
-    return Parsed(False, None, "too_long", "its prompt and longest response do not fit the KV cache")
+# --------------------------------------------------------------------------------------------------- phase 3: solve
 
 
-def solve_rates(answers: list[Sample]) -> dict[str, float]:
-    """Share of correct answers a task, format aside; tasks without a single verdict are missing."""
+def solve(s: State, step: int | str, tasks: list[Task], n: int, key: str = "solve") -> list[Sample]:
+    """n judged answers to each task. An answer that no verdict could be had for (reason infra) is left out."""
+    prompts = [solve_prompt(task, s.template) for task in tasks]
+    samples = rollouts.generate(s, SOLVER, [task.mode for task in tasks], prompts, n, f"{step}/{key}")
+    for i, sample in enumerate(samples):
+        sample.task = tasks[i // n]
+        sample.parsed = rollouts.read(sample, parse_answer(sample.mode, sample.response))
+    s.clock.lap("solve")
+    return rollouts.judged(s, samples)
+
+
+def backfill(s: State, step: int, proposals: list[Sample]) -> list[Task]:
+    """Tasks of the buffer for modes in which less than half of the proposals are valid, up to that half."""
+    if s.config.solver_tasks == "fresh" or s.config.recipe == "azr" or not s.arms.proposes:
+        return []
+    rng, half = random.Random(f"{s.config.seed}/{step}/backfill"), s.config.prompts_per_mode // 2
+    valid = Counter(sample.mode for sample in proposals if sample.task)
+    return [task for mode in MODES for task in s.buffers.sample(mode, max(0, half - valid[mode]), rng)]
+
+
+def published_solver_samples(s: State, step: int, proposals: list[Sample]) -> list[Sample]:
+    """Recipe azr: one answer to prompts_per_mode tasks per mode, this step's first, then of the buffer."""
+    rng, tasks = random.Random(f"{s.config.seed}/{step}/solver"), []
+    for mode in MODES:
+        new = [sample.task for sample in proposals if sample.task and sample.mode == mode]
+        tasks += new + s.buffers.sample(mode, s.config.prompts_per_mode - len(new), rng)
+    return solve(s, step, tasks, 1, "train")
+
+
+# ----------------------------------------------------------------------------------------- phase 4: reward and update
+
+
+def set_rewards(s: State, proposals: list[Sample], answers: list[Sample], trained: list[Sample]) -> None:
+    """Solve rates r from the answers; rewards of the proposals, and of all solver samples."""
     judged: dict[str, list[bool]] = {}
     for sample in answers:
         judged.setdefault(sample.task.hash, []).append(sample.correct)
-    return {task: sum(correct) / len(correct) for task, correct in judged.items()}
+    rates = {task: sum(correct) / len(correct) for task, correct in judged.items()}
+    for sample in proposals:
+        sample.solve_rate = rates.get(sample.task.hash) if sample.task else None
+        failed = sample.reason == "infra" or (sample.task and sample.solve_rate is None)
+        # None: the machine failed, not the model; no reward, no training
+        sample.reward = None if failed else proposer_reward(s, sample)
+    for sample in [*answers, *trained]:
+        sample.solve_rate = rates.get(sample.task.hash)
+        sample.reward = solver_reward(sample, s.config.solver_reward)
 
 
-# -------------------------------------------------------------------- the script
+def proposer_reward(s: State, sample: Sample) -> float:
+    """-1 for what is refused or malformed; else 1 - r, but 0 for a task that is never or always solved (eq. 4): the
+    harder the better, as long as it is solved at all. --ends-penalty 0.5: what the published code has at both ends."""
+    if sample.task is None or not sample.parsed.well_formed:
+        return -1.0
+    never_or_always = sample.solve_rate in (0.0, 1.0)
+    reward = 0.0 if never_or_always else 1.0 - sample.solve_rate
+    return s.arms.reward(sample, reward) - (s.config.ends_penalty if never_or_always else 0.0)
 
 
-def train(loop: SelfPlay, stop: StopRequest) -> None:
+def solver_reward(sample: Sample, kind: str) -> float:
+    """graded: 1 correct, -0.5 wrong, -1 malformed (eq. 6); binary: 1 correct and well-formed, else 0."""
+    if kind == "binary":
+        return float(sample.correct and sample.parsed.well_formed)
+    if not sample.parsed.well_formed:
+        return -1.0
+    return 1.0 if sample.correct else -0.5
+
+
+def set_advantages(samples: list[Sample], recipe: str) -> None:
+    """How much better than expected each response is, (samples,) fp32 computed in fp64.
+
+    lean, solver: (R - mean of its task's answers) / std of its mode: centred as in GRPO (arXiv 2402.03300), one scale
+    per mode so that nearly solved tasks are not blown up (arXiv 2503.20783). lean, proposer: (R - mean) / std of its
+    mode. azr: TRR++, (R - mean) / std over the TOKENS of its (role, mode): long responses count more.
+    """
+    for (role, _), rows in grouped(samples, lambda sample: (sample.role, sample.mode)):
+        reward = torch.tensor([sample.reward for sample in rows]).double()
+        if recipe == "azr":
+            advantage = whitened_over_tokens(reward, torch.tensor([len(x.completion.ids) for x in rows]).double())
+        elif role == PROPOSER:
+            advantage = centred(reward) / spread(reward)
+        else:
+            advantage = torch.zeros_like(reward)
+            place = {id(sample): i for i, sample in enumerate(rows)}
+            for _, of_task in grouped(rows, lambda sample: sample.group):
+                index = torch.tensor([place[id(sample)] for sample in of_task])
+                advantage[index] = centred(reward[index])
+            advantage /= spread(reward)
+        for sample, value in zip(rows, advantage.float().tolist()):
+            sample.advantage = value
+
+
+def grouped(samples: list[Sample], key) -> list[tuple]:
+    """(key, samples of that key in their order)."""
+    groups: dict = {}
+    for sample in samples:
+        groups.setdefault(key(sample), []).append(sample)
+    return list(groups.items())
+
+
+def centred(reward: torch.Tensor) -> torch.Tensor:
+    """R - mean. Exactly 0 without variance: a rounding error over a small std must not become an advantage."""
+    return torch.zeros_like(reward) if reward.max() == reward.min() else reward - reward.mean()
+
+
+def spread(reward: torch.Tensor) -> torch.Tensor:
+    """The unbiased standard deviation; 1 without variance."""
+    return torch.ones_like(reward[0]) if reward.max() == reward.min() else (reward.var() + 1e-8).sqrt()
+
+
+def whitened_over_tokens(reward: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """(R - mu) / sqrt(var + 1e-8), mu = sum n R / sum n, var = sum n (R - mu)^2 / (sum n - 1), n response lengths."""
+    total = tokens.sum()
+    if total < 2 or reward.max() == reward.min():
+        return torch.zeros_like(reward)
+    mu = (tokens * reward).sum() / total
+    return (reward - mu) / ((tokens * (reward - mu) ** 2).sum() / (total - 1) + 1e-8).sqrt()
+
+
+def ppo_update(s: State, step: int, samples: list[Sample]) -> dict[str, float]:
+    """c.minibatches optimizer steps; fills in each sample's entropy and log-probs; returns the train/ metrics."""
+    c, done = s.config, []
+    more = s.arms.prepare(s, step, samples)
+    order = list(range(len(samples)))
+    random.Random(f"{c.seed}/{step}/minibatches").shuffle(order)
+    if c.minibatches > 1:  # the ratio of PPO needs the log-probs before the first of several optimizer steps
+        update.old_log_probs(s, [sample for sample in samples if update.has_ratio(sample)])
+    for number in range(c.minibatches):
+        batch = [samples[i] for i in sorted(order[number :: c.minibatches])]
+        s.arms.mark(s, batch, sample_seed(c.seed, f"{step}/control", number))
+        done.append(optimizer_step(s, batch))
+        loop.check_finite(s, step, done[-1], batch)
+    metrics = update.of_step(done) | more | s.arms.after(s, samples)
+    return {f"train/{name}": value for name, value in metrics.items()}
+
+
+def optimizer_step(s: State, samples: list[Sample]) -> dict[str, float]:
+    """One AdamW step on the gradient of the loss over all samples, skipped if it is not finite; returns its metrics."""
+    overflows, weights = s.loss_scale.overflows, s.arms.weights(samples, token_weights(samples))
+    while True:  # once; in fp16 again at half the loss scale when the gradient overflowed
+        loss, columns = update.gradient(s, samples, weights, lambda batch: ppo_loss(s, batch))
+        scale, norm = s.loss_scale.value, apply_gradient(s, loss)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not s.loss_scale.again(loss, skipped):
+            break
+    metrics = {"loss": loss, "grad_norm": norm, "skipped": float(skipped)}
+    if s.loss_scale.active:
+        metrics |= {"loss_scale": scale, "overflows": s.loss_scale.overflows - overflows}
+    return metrics | update.statistics(columns, samples) | s.arms.metrics(columns)
+
+
+def apply_gradient(s: State, loss: float) -> float:
+    """Clips the gradient's norm and steps, unless loss or norm is not finite. Returns the norm."""
+    norm = torch.nn.utils.clip_grad_norm_(s.policy.trainable_parameters(), GRAD_CLIP).item()
+    if math.isfinite(loss) and math.isfinite(norm):
+        update.take_step(s.policy, s.optimizer)  # AdamW; from a copy again if memory runs out half-way
+    s.optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def token_weights(samples: list[Sample]) -> list[float]:
+    """What every token of a sample weighs: w_g / (tokens of its (role, mode) group g in the whole optimizer step).
+
+    w_g is 1/6, so six groups count the same however long their responses are; an empty group leaves the others alone.
+    """
+    tokens, w = Counter(), ppo.group_share(samples)
+    for sample in samples:
+        tokens[sample.role, sample.mode] += len(sample.completion.ids)
+    return [w / max(1, tokens[sample.role, sample.mode]) for sample in samples]
+
+
+def ppo_loss(s: State, batch: Batch) -> torch.Tensor:
+    """A micro-batch's part of the loss: the sum over its response tokens of weight x PPO's clipped surrogate.
+
+    -min(r A, clip(r, 1 - 0.2, 1 + 0.2) A), r = p_now / p_old (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
+    """
+    low, high = s.arms.clip(CLIP, CLIP)
+    ratio = (batch.log_prob - batch.old_log_prob).exp()  # (batch, time), as all that follows
+    clipped = ratio.clamp(1 - low, 1 + high)
+    token_loss = -torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
+    # Sampler and trainer share their modules, yet not every rounding: an importance weight near 1, at most 2 (TIS, Yao
+    # et al. 2025), both log-probs of the weights that sampled.
+    gap = (batch.old_log_prob - batch.sampler_log_prob).exp().clamp(max=GAP_CAP).detach()
+    token_loss = s.arms.token_loss(batch, gap * token_loss)
+    return ppo.weighted_sum(token_loss, batch.weight, batch.mask) + s.arms.term(batch)
+
+
+# --------------------------------------------------------------------------------------------------- phase 5: record
+
+
+def record(s: State, step: int, proposals, answers, more, trained: list[Sample], losses: dict[str, float]) -> dict:
+    """Valid tasks enter the buffers; metrics.jsonl, samples.jsonl and a due checkpoint get the step. The metrics."""
+    held_out = s.evaluation.greedy() if loop.evaluates(s, step) else {}
+    s.clock.lap("evaluate")
+    with s.stop.shield():  # a stop comes before or after this, never between
+        s.snapshot = None  # an error in between leaves buffers that belong to no step
+        machine = loop.not_reproducible(s)
+        for sample in proposals:
+            if sample.task is not None:
+                s.buffers.add(sample.task, step)
+        metrics = {"step": step, **step_metrics(proposals, answers, trained, s.config.answers)}
+        metrics |= {**losses, **held_out, **machine}
+        metrics |= {f"buffer/{mode}/size": s.buffers.size(mode) for mode in MODES}
+        s.run.log(metrics)
+        s.tracker.log(metrics)
+        s.run.log_samples([sample_row(step, sample) for sample in [*proposals, *answers, *more]])
+        loop.complete(s, step)
+    loop.give_up_if_not_finite(s, step)
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------ the script
+
+
+def train(s: State) -> None:
     """Seed stage and base measurement (or what a checkpoint says), the steps, the final measurement."""
-    config, start = loop.config, time.monotonic()
-    if loop.run.resumed:
-        loop.load()
-    # the cache of sampling takes what is free; Adam makes its moments later, at the first update
-    loop.policy.engine.reserve = update.moments_to_come(loop.policy, loop.optimizer)
-    memory_probe.at_start(loop.policy, loop.optimizer, config, loop.sizes)
-    if not loop.run.resumed:
-        loop.seed_stage()
-    loop.snapshot = loop.changing()
-    if not loop.run.resumed:
-        loop.save(keep=True)
-    if not loop.completed:  # each is made once, so what a stop has left out is made up for
-        loop.freeze_probe()
-        loop.evaluation.freeze(loop.buffers)
-        loop.evaluation.pass_at_k_samples("base")
-    lines = screen.StepLines(config.steps, config.price_per_hour)
-    lines.header()
-    watch = Watch(dataclasses.asdict(config), loop.run.dir, console.warn)
-    for step in range(loop.completed + 1, config.steps + 1):
-        metrics, proposals, answers = loop.step(step, stop)
-        lines.show(metrics)
-        watch.add(metrics)
-        if proposals and (step % 25 == 1 or step == config.steps):
-            screen.sample_table(step, proposals, answers)
-        if config.max_hours and time.monotonic() - start > 3600 * config.max_hours and step < config.steps:
-            console.say(f"--max-hours {config.max_hours} reached; {loop.stopped()}")
+    loop.begin(s, propose, validate_all, solve)
+    watch = Watch(dataclasses.asdict(s.config), s.run.dir, console.warn)
+    watcher = loop.Watcher(s, watch)
+    for step in range(s.completed + 1, s.config.steps + 1):
+        if not watcher.goes_on(*train_step(s, step)):
             return
-    conclude(loop)
-    screen.summary(watch.health.summary())
-    screen.where(loop.run.dir)
+    loop.conclude(s, watch)
 
 
-def conclude(loop: SelfPlay) -> None:
-    """Trained against base: the table and the pass@k plot."""
-    rows = [row for row in read_lines(loop.run.dir / "metrics.jsonl") if row["step"] > 0]
-    count = min(10, max(1, len(rows) // 2))
-    screen.training_table(rows[:count], rows[-count:])
-    base, trained = (loop.evaluation.pass_at_k_samples(name) for name in ("base", f"step_{loop.completed}"))
-    if base and trained:
-        ks = powers_of_two(loop.config.eval_samples)
-        screen.before_after(base, trained, ks)
-        plot = loop.run.dir / "plots" / "pass_at_k.png"
-        plot.parent.mkdir(exist_ok=True)
-        plot_pass_at_k({"base": base, NAMES[loop.config.algorithm]: trained}, plot, ks)
-        console.say(f"pass@k, base against trained: {plot}")
-    if best := loop.evaluation.mark_best():
-        console.say(best)
-
-
-def start(config: Config, why: str, stop: StopRequest) -> None:
-    """Opens the run directory, loads the model, trains."""
-    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
-    # Everything that can be refused is refused before the run directory is made.
-    Run.check(Path(config.out), config.resume)
-    template_of(config)
-    trackers.check(config.tracker)
-    if config.eval_data and any(task.mode == "math" for task in load_tasks(config.eval_data)):
-        raise ValueError(f"{config.eval_data}: has math tasks; measure them with eval_passk.py, before and after")
-    data, given, math_ = arms.read_files(config)
-    grader = math_answers.MathGrader() if math_ else nullcontext()
-    policy = Policy.load(
-        model_path(config.model), config.quantization, lora, seed=config.seed, max_batch=config.max_batch,
-        dtype=config.dtype, attn=config.attn, rollout_weights=config.rollout_weights,
-        need_gpu=not config.allow_cpu and base_description(config.model) is None,
+def make_state(config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, arms: Arms, grader=None) -> State:
+    """The state of a run before its first step; the arms look at their files. ValueError: one of these is of no use."""
+    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
+    template, held_out = template_of(config), dataclasses.replace(sampling, temperature=1.0)
+    s = State(
+        config, policy, update.make_optimizer(policy, config.learning_rate), sandbox, arms=arms, grader=grader,
+        sizes=Sizes(config.token_budget), loss_scale=LossScale.of(policy.info["dtype"]), template=template,
+        sampling=sampling, evaluation=Evaluation(config, policy, sandbox, template, held_out, run_dir),
     )  # fmt: skip
-    if policy.device.type == "cuda":
-        policy.checkpoint_activations()
-    run_dir = Path(config.out if config.resume in ("auto", "none") else config.resume)
-    with Sandbox() as sandbox, grader as grader:
-        loop = LOOPS[config.algorithm](config, policy, sandbox, run_dir, data, given, grader)
-        with Run.open(Path(config.out), dataclasses.asdict(config), config.resume, completed) as loop.run:
-            screen.header(config, why, policy, loop.run.environment(sandbox=sandbox.state))
-            loop.tracker = trackers.open_tracker(config.tracker, loop.run)
-            try:
-                train(loop, stop)
-            except StopNow:
-                with stop.shield():
-                    console.say(loop.stopped())
-            except Exception as error:
-                with stop.shield():
-                    loop.failed(error)
-            finally:
-                loop.tracker.close()
+    arms.start(s, rollouts.judged)
+    return s
 
 
 def main(arguments: list[str]) -> int:
@@ -551,28 +421,20 @@ def main(arguments: list[str]) -> int:
         return export(arguments[1:])
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
-    try:
-        if "--doctor" in arguments:
-            return doctor.main(arguments, settings_of)
-        config, why = resolve(parse(arguments, __doc__))
-        if config.dry_run:
-            return dry_run(config, why)
-        with StopRequest() as stop:
-            start(config, why, stop)
-    except (GaveUp, DoesNotFit, DiskError) as error:
-        print(f"train_azr.py: {error}", file=sys.stderr)
-        return 1
-    except (ModelError, RunError, SandboxError, ValueError) as error:
-        print(f"train_azr.py: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"train_azr.py: {str(error).splitlines()[0]}; take a smaller --preset", file=sys.stderr)
-        return 1
-    except StopNow:
-        pass  # before the run began: nothing to save
-    return 0
+    return start.exit_code(lambda: run(arguments))
+
+
+def run(arguments: list[str]) -> int | None:
+    """Trains, or prints what was asked for instead; the exit code, None for 0."""
+    if "--doctor" in arguments:
+        return doctor.main(arguments, settings_of)
+    config, why = resolve(parse(arguments, __doc__))
+    if config.print_config:
+        return print(as_json(config))
+    if config.dry_run:
+        return dry_run(config, why)
+    with StopRequest() as stop:
+        start.start(config, why, stop, make_state, train)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from azr.train import arms
+from azr.train import checkpoint, loop
+from azr.train.arms import Arms
 from azr.train.config import Config, resolve
 from azr.evals.math_answers import MathGrader
 from azr.models import model_path
@@ -40,24 +41,26 @@ class World:
         self.sandbox.__enter__()
         self.buffers = None
 
-    def loop(self, run: Run, grader=None, **settings):
+    def state(self, run: Run, stop: StopRequest, grader=None, **settings):
+        """The State of a run before its first step, its buffers those of the one seed stage."""
         import train_azr
 
         config = resolve(Config(**{**SMALL, **settings}))[0]
-        data, given, _ = arms.read_files(config)
         self.policy.load_adapter_state(self.start)
-        loop = train_azr.LOOPS[config.algorithm](config, self.policy, self.sandbox, run.dir, data, given, grader)
-        loop.run = run
+        s = train_azr.make_state(config, self.policy, self.sandbox, run.dir, Arms.of(config), grader)
+        s.run, s.stop = run, stop
         if self.buffers is None:
-            with patch.object(train_azr, "SEED_ROUNDS", 4):
-                loop.seed_stage()
-            self.buffers = loop.buffers.state_dict()
-        loop.buffers.load_state_dict(self.buffers)
-        return loop
+            with patch.object(loop, "SEED_ROUNDS", 4):
+                loop.seed_stage(s, train_azr.propose, train_azr.validate_all)
+            self.buffers = s.buffers.state_dict()
+        s.buffers.load_state_dict(self.buffers)
+        return s
 
     def run(self, steps: int = 5, **settings) -> SimpleNamespace:
         """rows: metrics without times; samples: what was logged; trained: the samples of each update; adapters: after
-        each step; loop: as it ended."""
+        each step; state: as it ended."""
+        import train_azr
+
         key = json.dumps([steps, settings], sort_keys=True)
         if key not in self.found:
             with contextlib.ExitStack() as stack:
@@ -65,37 +68,39 @@ class World:
                 grader = stack.enter_context(MathGrader(1)) if settings.get("algorithm") == "rlvr" else None
                 out = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
                 run = stack.enter_context(Run.open(out, {"steps": 0}, "none"))
-                loop = self.loop(run, grader, **settings)
-                trained, adapters, update = [], [], loop.update
+                s = self.state(run, stop, grader, **settings)
+                trained, adapters, honest = [], [], s.arms.prepare
 
-                def watched(step, samples):
+                def watched(s, step, samples):  # what the update sees: after the arms have prepared it
+                    metrics = honest(s, step, samples)
                     trained.append([dataclasses.replace(sample) for sample in samples])
-                    metrics = update(step, samples)
-                    adapters.append(self.policy.adapter_state())
                     return metrics
 
-                loop.update = watched
+                s.arms.prepare = watched
                 for step in range(1, steps + 1):
-                    loop.step(step, stop)
+                    train_azr.train_step(s, step)
+                    adapters.append(self.policy.adapter_state())
             rows = reproducible(out)
             samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
             self.found[key] = SimpleNamespace(
-                rows=rows, samples=samples, trained=trained, adapters=adapters, loop=loop, out=out
+                rows=rows, samples=samples, trained=trained, adapters=adapters, state=s, out=out
             )
         return self.found[key]
 
     def run_in_two(self, first: int, steps: int, **settings) -> list[dict]:
         """The metrics of `steps` steps whose process ended after the first ones and a checkpoint."""
+        import train_azr
+
         out = Path(tempfile.mkdtemp(prefix="halves-", dir=self.directory))
         with StopRequest() as stop:
             for begin, end, resume in ((1, first, "none"), (first + 1, steps, str(out))):
                 with Run.open(out, {"steps": 0}, resume) as run:
-                    loop = self.loop(run, **settings)
+                    s = self.state(run, stop, **settings)
                     if run.resumed:
-                        loop.load()
+                        checkpoint.load(s)
                     for step in range(begin, end + 1):
-                        loop.step(step, stop)
-                    loop.save(keep=True)
+                        train_azr.train_step(s, step)
+                    checkpoint.save(s, keep=True)
         return reproducible(out)
 
     def close(self) -> None:

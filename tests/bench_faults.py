@@ -161,11 +161,11 @@ def summary(hits: list[dict], drill: Drill, alone: Drill, different: list[str]) 
 def measure(directory: Path, steps: int, kills: int, stops: int, quick: bool, seed: int) -> dict:
     import torch
 
-    import train_azr
+    from azr.train import loop
 
     torch.set_num_threads(1)  # no pool of threads in this process, which forks
     if quick:
-        train_azr.PROBE, train_azr.SEED_ROUNDS = 1, 2
+        loop.PROBE, loop.SEED_ROUNDS = 1, 2
     held_out = directory / "held_out.jsonl"
     lines = (Path(model_path("tiny")) / "held_out.jsonl").read_text().splitlines()
     tasks = 2 if quick else 8  # a mode

@@ -163,7 +163,8 @@ def step_case(case: dict) -> dict:
     from azr.tasks.prompts import propose_prompt, solve_prompt
     from azr.policy.policy import Sampling
     from azr.tasks import MODES, SEED_TASKS, Sample
-    from azr.train.update import make_optimizer, optimizer_step
+    from azr.train.update import make_optimizer
+    import train_azr
 
     preset = resolve(Config(model="qwen-3b", preset="24gb", quantization="nf4"))[0]
     preset = dataclasses.replace(preset, **case.get("sizes", {}))
@@ -186,7 +187,7 @@ def step_case(case: dict) -> dict:
         for i, ((mode, ids, _), row) in enumerate(zip(mine, rows)):
             samples += [Sample(role, mode, "", ids, c, "", str(i), advantage=(-1.0) ** k) for k, c in enumerate(row)]
         seconds[role] = time.perf_counter() - start
-    metrics = optimizer_step(policy, optimizer, samples, preset, sizes)
+    metrics = train_azr.optimizer_step(train_azr.State(preset, policy, optimizer, sizes=sizes), samples)
     seconds["update"] = time.perf_counter() - start - sum(seconds.values())
     sampled = sum(len(s.completion.ids) for s in samples)
     return {"peak": _used(case), "seconds": seconds, "samples": len(samples), "sampled_tokens": sampled,

@@ -96,6 +96,7 @@ def case(given: dict) -> dict:
     """Peaks of load, rollout and training for the sizes of a preset."""
     import torch
 
+    import train_azr
     from azr.train.config import Config
     from azr.policy.policy import LoraSettings, Policy, Sampling
     from azr.tasks import MODES, Sample
@@ -142,7 +143,7 @@ def case(given: dict) -> dict:
             ]
     meter.stop("rollout")
     seconds["rollout"], clock = time.process_time() - clock, time.process_time()
-    update.optimizer_step(policy, optimizer, samples, Config(), sizes)
+    train_azr.optimizer_step(train_azr.State(Config(), policy, optimizer, sizes=sizes), samples)
     now = update.state_tensors(policy, optimizer)  # the copies of the step before are held until these are made
     kept = now if kept else kept
     meter.stop("training")

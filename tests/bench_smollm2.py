@@ -51,7 +51,7 @@ from azr.policy.policy import Policy  # noqa: E402
 MATRIX = "model.layers.7.mlp.down_proj.weight"  # the one that is measured here again
 # train_azr.py with fewer rounds of the seed stage and a smaller probe: this model proposes next to nothing valid, so
 # that all 20 rounds would be needed, which is minutes on a CPU
-TRAIN = "import sys, train_azr as t; t.SEED_ROUNDS = t.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
+TRAIN = "import sys, train_azr as t; t.loop.SEED_ROUNDS = t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
 FLAGS = ("--allow-cpu --steps 1 --prompts-per-mode 1 --answers 2 --max-new-tokens 32 --eval-every 0 --eval-samples 0 "
          "--references 1 --prompt-tokens 512 --lora-rank 16 --quantization nf4 --token-budget 1024").split()
 

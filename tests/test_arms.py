@@ -9,14 +9,31 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_azr
+
 from azr.analysis import rewards as rewards_plot
-from azr.train import make_data, arms, entropy_control, off_policy, ppo, rewards
+from azr.train import arms, make_data, rewards, rules, update
+from azr.train.arms import entropy_control, off_policy, sft
 from azr.train.config import Config, resolve
-from azr.tasks.task import Sample
+from azr.train.data import draw, fill, read_data, tokens, trimmed
+from azr.tasks.task import Parsed, Sample
 from azr.policy.sampling import Completion
 from azr.tasks import Task, judge, parse_answer
 
+def made(length: int) -> Sample:
+    return Sample("solver", "math", "", [1], Completion([0] * length, [], "stop"), "", "g")
+
+
 # ------------------------------------------------------------------------------------------------------------ rewards
+
+
+def earned(shape: str, rate: float | None, penalty: float = 0.0, valid: bool = True, well_formed: bool = True) -> float:
+    """What a proposal earns in the loop whose task was solved at this rate."""
+    config = Config(proposer_reward=shape, ends_penalty=penalty)
+    task = Task("deduction", "def f(x):\n    return x", "1", "1") if valid else None
+    parsed = Parsed(well_formed, None, "ok")
+    sample = Sample("proposer", "deduction", "", [], None, "", "g", parsed=parsed, task=task, solve_rate=rate)
+    return train_azr.proposer_reward(train_azr.State(config, None, None, arms=arms.Arms.of(config)), sample)
 
 
 def test_proposer_rewards_by_hand():
@@ -31,11 +48,11 @@ def test_proposer_rewards_by_hand():
     for shape, values in expected.items():
         rates = (0.0, 0.25, 0.5, 1.0)
         assert [rewards.task_reward(shape, r) for r in rates] == pytest.approx(values)
+        assert [earned(shape, r) for r in rates] == pytest.approx(values)
         penalised = [values[0] - 0.5, values[1], values[2], values[3] - 0.5]
-        assert [rewards.proposer_reward(True, True, r, shape, 0.5) for r in rates] == pytest.approx(penalised)
-        assert rewards.proposer_reward(False, True, None, shape, 0.5) == -1
-        assert rewards.proposer_reward(True, False, 0.5, shape) == -1
-    assert rewards.proposer_reward(True, True, 0.25) == 0.75  # the default is the published one
+        assert [earned(shape, r, 0.5) for r in rates] == pytest.approx(penalised)
+        assert earned(shape, None, 0.5, valid=False) == -1 == earned(shape, 0.5, well_formed=False)
+    assert Config().proposer_reward == "learnability"  # the default is the published one
     assert set(expected) | {"random"} == set(rewards.SHAPES)
 
 
@@ -85,8 +102,8 @@ def test_which_tokens_each_control_takes():
     generator = torch.Generator().manual_seed(0)
     assert entropy_control.clip_cov(cov, 0.9, generator).tolist() == [True] + [False] * 4  # 12.8 is above the band
     assert not entropy_control.clip_cov(cov - 20, 0.9, generator).any()
-    assert entropy_control.kl_cov(cov, 0.4).tolist() == [True, False, False, False, True]
-    assert entropy_control.kl_cov(cov, 1e-9).sum() == 1
+    assert entropy_control.largest(cov, 0.4).tolist() == [True, False, False, False, True]  # kl-cov
+    assert entropy_control.largest(cov, 1e-9).sum() == 1
     assert entropy_control.below_top_entropy(torch.tensor([0.1, 3, 0.2, 2, 0.3]), 0.4).tolist() == [1, 0, 1, 0, 1]
     advantage = torch.tensor([1.0] * 8 + [3.0, 3.0])
     chosen = entropy_control.high_advantage(advantage, torch.tensor([-0.01] * 9 + [-0.5]), 0.2)
@@ -105,42 +122,47 @@ def test_clip_cov_draws_its_fraction_uniformly_from_the_band():
     assert counts[band].min() > 25 and counts[band].max() < 85  # 50 expected, six standard deviations
 
 
-def control_config(control: str, **settings) -> Config:
-    minibatches = 4 if control in arms.NEED_RATIO else 1
-    return resolve(Config(entropy_control=control, minibatches=minibatches, **settings))[0]
+def control(name: str, **settings):
+    """The arm of an entropy control, with =VALUE or the default strength of the embedded model."""
+    minibatches = 4 if name.split("=")[0] in rules.NEED_RATIO else 1
+    [arm] = arms.Arms.of(resolve(Config(entropy_control=name, minibatches=minibatches, **settings))[0]).arms
+    return arm
 
 
 def test_marked_tokens_lose_their_gradient_and_kl_cov_adds_its_own():
-    old = torch.tensor([[-1.0, -1.0, -1.0]])
+    old, marked = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[True, True, False]])
     log_prob = torch.tensor([[-1.1, -0.9, -1.1]], requires_grad=True)
-    marks, loss = torch.tensor([[1.0, 1.0, 0.0]]), lambda x: 3 * x  # noqa: E731
-    total = entropy_control.controlled(loss(log_prob), marks, log_prob, old, control_config("clip-cov")).sum()
-    total.backward()
+
+    def loss(name: str, x: torch.Tensor, old: torch.Tensor = old) -> torch.Tensor:
+        return control(name).controlled(SimpleNamespace(log_prob=x, old_log_prob=old), 3 * x, marked).sum()
+
+    loss("clip-cov", log_prob).backward()
     assert log_prob.grad.tolist() == [[0, 0, 3]]
     log_prob.grad = None
-    config = control_config("kl-cov", kl_coefficient=2.0)
-    entropy_control.controlled(loss(log_prob), marks, log_prob, old, config).sum().backward()
-    assert log_prob.grad.tolist() == [[3 - 2, 3 + 2, 3]]  # beta |d|: towards the old policy
-    d, at = 1e-3, lambda x: entropy_control.controlled(3 * x, marks, x, old, config).sum().item()  # noqa: E731
-    step = torch.tensor([[d, 0, 0]])
-    difference = (at(log_prob.detach() + step) - at(log_prob.detach() - step)) / (2 * d)
-    assert log_prob.grad[0, 0].item() == pytest.approx(difference, abs=1e-2)
+    loss("kl-cov", log_prob).backward()
+    assert log_prob.grad.tolist() == [[3 - 1, 3 + 1, 3]]  # beta |d|: towards the old policy
+    step = torch.tensor([[1e-3, 0, 0]])
+    ends = [loss("kl-cov", log_prob.detach() + sign * step).item() for sign in (1, -1)]
+    assert log_prob.grad[0, 0].item() == pytest.approx((ends[0] - ends[1]) / 2e-3, abs=1e-2)
     log_prob.grad = None  # while nothing has moved, kl-cov changes nothing
-    entropy_control.controlled(loss(log_prob), marks, log_prob, log_prob.detach(), config).sum().backward()
+    loss("kl-cov", log_prob, log_prob.detach()).backward()
     assert log_prob.grad.tolist() == [[3, 3, 3]]
 
 
 def test_clip_bounds_and_what_counts_as_touched():
-    assert entropy_control.clip_bounds("clip-higher", 0.2, 0.2) == (0.2, 0.28)
-    assert entropy_control.clip_bounds("clip-cov", 0.2, 0.2) == (1, 1)
-    assert entropy_control.clip_bounds("bonus", 0.2, 0.2) == (0.2, 0.2)
-    old = torch.zeros(5)
+    assert control("clip-higher").clip(0.2, 0.2) == (0.2, 0.28)
+    assert control("clip-higher=0.5").clip(0.2, 0.2) == (0.2, 0.5)
+    assert control("clip-cov").clip(0.2, 0.2) == (1, 1)
+    assert control("bonus").clip(0.2, 0.2) == (0.2, 0.2) == arms.Arms().clip(0.2, 0.2)
+    old, sample = torch.zeros(5), made(5)
     log_prob = torch.tensor([1.1, 1.25, 1.25, 1.35, 0.7]).log()
-    advantage, marks = torch.tensor([1.0, 1, -1, 1, -1]), torch.tensor([1.0, 1, 0, 0, 0])
+    advantage = torch.tensor([1.0, 1, -1, 1, -1])
 
-    def share(control, log_prob=log_prob, **settings):
-        config = control_config(control, **settings)
-        return entropy_control.touched_share(config, log_prob, old, advantage, marks, 0.2, 0.2)
+    def share(name, log_prob=log_prob):
+        arm = control(name)
+        arm.marks = {id(sample): [1.0, 1.0, 0.0, 0.0, 0.0]}
+        columns = update.Columns([sample], log_prob, old, old, advantage, arm.clip(0.2, 0.2))
+        return arm.metrics(columns)["control_share"]
 
     assert share("clip-higher") == pytest.approx(1 / 5)  # 1.25 with A > 0; 1.35 stays clipped
     assert share("high-advantage-clip") == pytest.approx(2 / 5)
@@ -149,18 +171,17 @@ def test_clip_bounds_and_what_counts_as_touched():
 
 
 def test_the_adaptive_coefficient_by_hand():
-    config = control_config("adaptive", entropy_target=0.5, entropy_coefficient=0.05)
-    state, found = {}, []
-    for entropy in (0.8, 0.39, 0.4, 0.41, 0.9, 0.9):
-        state = entropy_control.adapt(state, entropy, config)
-        found.append(entropy_control.coefficient("adaptive", None, state))
-    assert state["target"] == pytest.approx(0.4)
+    arm, found = control("adaptive=0.05"), []
+    for entropy in (0.8, 0.71, 0.72, 0.73, 0.9, 0.9):
+        arm.state = entropy_control.adapt(arm.state, entropy, arm.strength)
+        found.append(arm.coefficient)
+    assert arm.state["target"] == pytest.approx(0.72)
     assert found == pytest.approx([0, 0.001, 0.002, 0, 0, 0])  # active at or below the target only
-    assert state["coefficient"] == 0
+    assert arm.state["coefficient"] == 0 and not arm.every_token
     for _ in range(80):
-        state = entropy_control.adapt(state, 0.1, config)
-    assert entropy_control.coefficient("adaptive", None, state) == pytest.approx(0.05)  # the cap
-    assert entropy_control.coefficient("bonus", 0.3, {}) == 0.3 and entropy_control.coefficient("none", None, {}) == 0
+        arm.state = entropy_control.adapt(arm.state, 0.1, arm.strength)
+    assert arm.coefficient == pytest.approx(0.05) and arm.every_token  # the cap
+    assert control("bonus=0.3").coefficient == 0.3
 
 
 # --------------------------------------------------------------------------------------------------------- off-policy
@@ -178,27 +199,31 @@ def test_luffy_shaping_has_its_closed_form_gradient():
 
 def test_sft_is_cross_entropy():
     log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = off_policy.sft_token_loss(log_prob, torch.tensor(1.0)).sum()
+    loss = sft.sft_token_loss(log_prob, torch.tensor(1.0)).sum()
     loss.backward()
     assert loss.item() == 3 and log_prob.grad.tolist() == [-1, -1]
 
 
-def test_gamma_schedules():
-    assert [off_policy.gamma_at(0.4, "constant", step, 4) for step in (1, 4)] == [0.4, 0.4]
-    assert [off_policy.gamma_at(0.4, "linear", s, 4) for s in (1, 2, 3, 4)] == pytest.approx([0.4, 0.3, 0.2, 0.1])
+def weighed(groups: list[tuple[str, str, str]], lengths: list[int]) -> list[Sample]:
+    """Samples of (role, mode, objective) with so many tokens."""
+    return [
+        Sample(role, mode, "", [1], Completion([0] * n, [], "stop"), "", "g", objective=objective)
+        for (role, mode, objective), n in zip(groups, lengths)
+    ]
 
 
 def test_mixing_gives_gamma_of_each_group_that_has_both():
-    group, lengths = torch.tensor([3, 3, 3, 4, 5, 0]), torch.tensor([2, 3, 4, 5, 7, 6])
-    foreign = torch.tensor([False, True, True, False, True, False])
-    weight = off_policy.mixed_token_weights(group, lengths, foreign, 0.3)
-    assert weight.tolist() == pytest.approx([0.7 / 12, 0.3 / 42, 0.3 / 42, 1 / 30, 1 / 42, 1 / 36])
-    none = off_policy.mixed_token_weights(group, lengths, foreign & False, 0.3)
-    assert none.tolist() == ppo.token_weights(group, lengths).tolist()
-    token = off_policy.mixed_token_weights(group, lengths, foreign, 0.3, "token")
-    assert token.tolist() == pytest.approx([0.7 / 13, 0.3 / 14, 0.3 / 14, 0.7 / 13, 0.3 / 14, 0.7 / 13])
-    zero = off_policy.mixed_token_weights(group, lengths, foreign, 0.0)
-    assert zero[~foreign].tolist() == pytest.approx(ppo.token_weights(group[~foreign], lengths[~foreign]).tolist())
+    both, solver = ("solver", "deduction"), "solver"
+    groups = [(*both, ""), (*both, "luffy"), (*both, "luffy")]
+    groups += [(solver, "abduction", ""), (solver, "induction", "luffy")]
+    samples = weighed([*groups, ("proposer", "deduction", "")], [2, 3, 4, 5, 7, 6])
+    plain = train_azr.token_weights(samples)
+    mixed = off_policy.mixed_token_weights(samples, plain, 0.3)
+    assert mixed == pytest.approx([0.7 / 12, 0.3 / 42, 0.3 / 42, 1 / 30, 1 / 42, 1 / 36])
+    own = [sample for sample in samples if not sample.objective]
+    assert off_policy.mixed_token_weights(own, train_azr.token_weights(own), 0.3) == train_azr.token_weights(own)
+    zero = off_policy.mixed_token_weights(samples, plain, 0.0)
+    assert [w for w, s in zip(zero, samples) if not s.objective] == pytest.approx(train_azr.token_weights(own))
 
 
 def test_effective_sample_size_and_truncation():
@@ -207,18 +232,6 @@ def test_effective_sample_size_and_truncation():
     assert stats["ess"] == pytest.approx(36 / (4 * 12)) and stats["truncated"] == 0.25
     assert off_policy.ratio_statistics(behaviour, behaviour) == {"ess": 1.0, "truncated": 0.0}
     assert math.isnan(off_policy.ratio_statistics(torch.zeros(0), torch.zeros(0))["ess"])
-
-
-def test_the_two_baselines():
-    rewards_, foreign = torch.tensor([-0.5, -0.5, 1.0, 1.0, -0.5]), torch.tensor([0, 0, 1, 0, 0], dtype=torch.bool)
-    group, mode = torch.tensor([0, 0, 0, 1, 1]), torch.zeros(5, dtype=torch.int64)
-    std = torch.tensor([-0.5, -0.5, 1.0, -0.5]).double().var().add(1e-8).sqrt().item()
-    alone = off_policy.on_policy_baseline(rewards_, foreign, group, mode)
-    assert alone.tolist() == pytest.approx([0, 0, 1.5 / std, 0.75 / std, -0.75 / std])
-    own = ppo.lean_advantages(rewards_[~foreign], group[~foreign], mode[~foreign])
-    assert alone[~foreign].tolist() == own.tolist()  # the policy's own answers earn what they do without
-    union = ppo.lean_advantages(rewards_, group, mode)
-    assert union[0] < 0 < union[2]
 
 
 def answer(task: int, mode: str = "deduction") -> Sample:
@@ -244,31 +257,27 @@ def test_shuffled_solutions_are_those_of_other_tasks_of_the_mode():
 
 def test_an_epoch_shows_every_task_once_and_depends_on_nothing_but_the_step():
     data = [Task("deduction", "p", str(i)) for i in range(10)] + [Task("abduction", "p", str(i)) for i in range(5)]
-    steps = [arms.draw(data, step, 10, seed=1) for step in range(1, 5)]
+    steps = [draw(data, step, 10, seed=1) for step in range(1, 5)]
     assert all(sum(task.mode == "abduction" for task in tasks) == 5 for tasks in steps)
     first = [task.input for tasks in steps[:2] for task in tasks if task.mode == "deduction"]
     assert sorted(first) == sorted(str(i) for i in range(10)) and first != sorted(first)
-    assert arms.draw(data, 3, 10, seed=1) == steps[2] != arms.draw(data, 3, 10, seed=2)
-    assert len(arms.draw(data, 1, 7, seed=1)) == 7
-    assert arms.draw(data, 1, 6, 1, wave=0) != arms.draw(data, 1, 6, 1, wave=1)
-
-
-def made(length: int) -> Sample:
-    return Sample("solver", "math", "", [1], Completion([0] * length, [], "stop"), "", "g")
+    assert draw(data, 3, 10, seed=1) == steps[2] != draw(data, 3, 10, seed=2)
+    assert len(draw(data, 1, 7, seed=1)) == 7
+    assert draw(data, 1, 6, 1, wave=0) != draw(data, 1, 6, 1, wave=1)
 
 
 def test_filling_a_step_comes_within_a_sample_of_its_tokens(capsys):
-    assert len(arms.trimmed([made(5)] * 10, 23)) == 5 and len(arms.trimmed([made(5)] * 10, 22)) == 4
-    assert arms.trimmed([made(9)], 4) == []
+    assert len(trimmed([made(5)] * 10, 23)) == 5 and len(trimmed([made(5)] * 10, 22)) == 4
+    assert trimmed([made(9)], 4) == []
     rng, keys = random.Random(0), []
 
     def solve(tasks, key):
         keys.append(key)
         return [made(rng.randint(3, 20)) for _ in range(4 * tasks)]
 
-    samples = arms.fill(500, 4, lambda wave, count: count, solve)
-    assert abs(arms.tokens(samples) - 500) <= 10 and keys == [f"fill-{i}" for i in range(len(keys))]
-    assert arms.fill(50, 4, lambda wave, count: 0, lambda tasks, key: []) == []
+    samples = fill(500, 4, lambda wave, count: count, solve)
+    assert abs(tokens(samples) - 500) <= 10 and keys == [f"fill-{i}" for i in range(len(keys))]
+    assert fill(50, 4, lambda wave, count: 0, lambda tasks, key: []) == []
     assert "warning: 0 of 50 tokens" in capsys.readouterr().err
 
 
@@ -276,7 +285,7 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     path, modes = tmp_path / "gold.jsonl", "deduction,abduction,induction,math"
     assert make_data.main(["tiny", str(path), "--count", "12", "--modes", modes, "--solutions"]) == 0
     assert "48 solutions (deduction 12, abduction 12, induction 12, math 12)" in capsys.readouterr().out
-    solutions = arms.read_data(path, solutions=True)
+    solutions = read_data(path, solutions=True)
     parsed = [parse_answer(task.mode, task.response) for task in solutions]
     assert all(p.well_formed for p in parsed)
     from sandbox import Sandbox
@@ -287,9 +296,9 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     assert all(p.value == task.answer for task, p in zip(solutions, parsed) if task.mode == "math")
     again = tmp_path / "tasks.jsonl"
     assert make_data.main(["tiny", str(again), "--count", "12", "--modes", modes]) == 0
-    assert {t.hash for t in arms.read_data(again, False)} == {t.hash for t in solutions}
+    assert {t.hash for t in read_data(again, False)} == {t.hash for t in solutions}
     with pytest.raises(ValueError, match="line 1: has no .response."):
-        arms.read_data(again, solutions=True)
+        read_data(again, solutions=True)
     assert make_data.main(["run", str(tmp_path), str(again)]) == 2
     capsys.readouterr()
     for flags, words in ((["--modes", "poetry"], "poetry: there are"), (["--statements", "0"], "from 1 to 8"),
@@ -307,7 +316,7 @@ def test_task_files_of_one_difficulty_and_style(tmp_path):
 
     def written(*flags):
         assert make_data.main(["tiny", str(tmp_path / "made.jsonl"), "--count", "30", *flags]) == 0
-        return arms.read_data(tmp_path / "made.jsonl", "--solutions" in flags)
+        return read_data(tmp_path / "made.jsonl", "--solutions" in flags)
 
     for sizes in ("1", "3,6", "8"):
         assert {statements(task.program) for task in written("--statements", sizes)} == set(map(int, sizes.split(",")))
@@ -332,9 +341,9 @@ def test_a_bad_line_is_named(tmp_path):
                         ('{"mode": "math"}', "'question' is missing")):  # fmt: skip
         path.write_text(text + "\n")
         with pytest.raises(ValueError, match=words):
-            arms.read_data(path, False)
+            read_data(path, False)
     with pytest.raises(ValueError, match="cannot be read"):
-        arms.read_data(tmp_path / "none", False)
+        read_data(tmp_path / "none", False)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -359,17 +368,17 @@ def test_a_bad_line_is_named(tmp_path):
         ({"proposer": "frozen-base", "proposer_reward": "gate"}, "are not trained"),
         ({"entropy_control": "clip-higher"}, "--minibatches 4"),
         ({"entropy_control": "kl-cov"}, "--minibatches 4"),
-        ({"control_fraction": 0.1}, "does nothing with --entropy-control none"),
-        ({"entropy_control": "bonus", "kl_coefficient": 0.1}, "it is for kl-cov"),
-        ({"entropy_control": "top-entropy", "control_fraction": 2.0}, "between 0 and 1"),
-        ({"entropy_control": "bonus", "entropy_coefficient": 0.0}, "above 0"),
+        ({"entropy_control": "none=1"}, "has no strength"),
+        ({"entropy_control": "bonus=x"}, "not a number"),
+        ({"entropy_control": "boost"}, "must be one of"),
+        ({"entropy_control": "top-entropy=2"}, "below 1"),
+        ({"entropy_control": "bonus=0"}, "above 0"),
         ({"off_policy_gamma": 0.1}, "needs --off-policy-source"),
         ({"off_policy_source": "base"}, "without --off-policy-gamma"),
-        ({"off_policy_schedule": "linear"}, "without --off-policy-gamma"),
+        ({"off_policy_weight": "luffy"}, "without --off-policy-gamma"),
         ({"off_policy_gamma": 1.0, "off_policy_source": "base"}, "below 1"),
         ({"off_policy_gamma": 0.1, "off_policy_source": "base", "recipe": "azr"}, "--recipe lean"),
         ({"off_policy_gamma": 0.1, "off_policy_source": "f", "off_policy_control": "on-policy"}, "a file costs none"),
-        ({"off_policy_gamma": 0.1, "off_policy_source": "f", "off_policy_samples": 3}, "a file's solutions"),
     ],
 )
 def test_what_contradicts_itself_or_does_nothing_is_refused_with_the_reason(settings, words):
@@ -378,12 +387,11 @@ def test_what_contradicts_itself_or_does_nothing_is_refused_with_the_reason(sett
     assert "\n" not in str(caught.value)
 
 
-def test_defaults_of_a_control_are_filled_in_and_can_be_passed_back():
-    config = control_config("kl-cov")
-    assert (config.control_fraction, config.kl_coefficient, config.entropy_coefficient) == (2e-2, 1.0, None)
+def test_the_strength_of_a_control_is_filled_in_and_can_be_passed_back():
+    config = resolve(Config(entropy_control="kl-cov", minibatches=4))[0]
+    assert config.entropy_control == "kl-cov=0.02" and (config.control, config.control_strength) == ("kl-cov", 0.02)
     assert resolve(config)[0] == config
-    assert arms.control_defaults("kl-cov", tiny=False)["control_fraction"] == 2e-3
-    assert arms.control_defaults("none", tiny=True) == {}
-    assert arms.describe(config).startswith("--minibatches 4 --entropy-control kl-cov")
+    assert rules.with_strength("kl-cov", tiny=False) == "kl-cov=0.002" and rules.with_strength("none", True) == "none"
+    assert rules.describe(config) == "--minibatches 4 --entropy-control kl-cov=0.02"
     plain = resolve(Config())[0]
-    assert arms.describe(plain) == "" and json.dumps(plain.__dict__)
+    assert rules.describe(plain) == "" and json.dumps(plain.__dict__) and not arms.Arms.of(plain).arms

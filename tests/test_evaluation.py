@@ -11,6 +11,8 @@ import pytest
 import train_azr
 from azr.evals import benchmarks
 from azr.train import evaluation
+from azr.train.arms import Arms
+from azr.train.rollouts import judged
 from azr.train.config import Config, resolve
 from azr.train.evaluation import Evaluation, evenly, statements
 from azr.evals.held_out import load_tasks
@@ -137,16 +139,16 @@ def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_
         sample.parsed, sample.entropy = parse_proposal(mode, response, program), [0.1] * len(ids)
         samples.append(sample)
     with Sandbox(1) as sandbox:
-        loop = train_azr.SelfPlay(config, policy, sandbox, tmp_path)
-        valid = loop.validate(samples)
-        assert [s.reason for s in samples] == ["held_out"] * 3 + ["ok"] and valid == samples[3:]
-        answers = loop.judge([answer(samples[3].task, text) for text in ("[3, 5, 2]", "0")])
-        loop.reward(1, samples, answers, [])
+        state = train_azr.make_state(config, policy, sandbox, tmp_path, Arms())
+        train_azr.validate_all(state, samples)
+        assert [s.reason for s in samples] == ["held_out"] * 3 + ["ok"] and [s for s in samples if s.task] == samples[3:]
+        answers = judged(state, [answer(samples[3].task, text) for text in ("[3, 5, 2]", "0")])
+        train_azr.set_rewards(state, samples, answers, answers)
     assert [s.reward for s in samples[:3]] == [-1] * 3 and samples[3].reward == 0.5
     shown = step_metrics(samples, answers, samples + answers, 2)
     assert shown["proposer/deduction/held_out_rate"] == 0.5 and shown["proposer/induction/held_out_rate"] == 1
     assert shown["proposer/abduction/refused/held_out"] == 1 and not math.isnan(shown["proposer/deduction/reward"])
-    assert all(skeleton(task.program) not in loop.evaluation.refused for task in SEED_TASKS.values())
+    assert all(skeleton(task.program) not in state.evaluation.refused for task in SEED_TASKS.values())
 
 
 def answer(task, text):

@@ -22,7 +22,7 @@ import torch
 import train_azr
 from azr import runs
 from azr.policy import backoff
-from azr.train import update
+from azr.train import checkpoint, loop, rollouts, update
 from azr.train.config import Config, completed, resolve
 from azr.policy.engine import Engine
 from azr.train.evaluation import Evaluation
@@ -44,10 +44,16 @@ def held_out(tmp_path_factory):
     return path
 
 
+def small_start(patch) -> None:
+    """A short seed stage and probe, and every checkpoint of a short run can be resumed."""
+    patch.setattr(loop, "PROBE", 1)
+    patch.setattr(loop, "SEED_ROUNDS", 2)
+    patch.setattr(runs, "KEEP_STATES", 4)
+
+
 @pytest.fixture(autouse=True)
 def few_seed_tasks(monkeypatch):
-    monkeypatch.setattr(train_azr, "PROBE", 1)
-    monkeypatch.setattr(train_azr, "SEED_ROUNDS", 2)
+    small_start(monkeypatch)
 
 
 def train(out, held_out, *flags) -> int:
@@ -59,23 +65,22 @@ def train(out, held_out, *flags) -> int:
 def whole(held_out, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_azr, "PROBE", 1)
-        patch.setattr(train_azr, "SEED_ROUNDS", 2)
+        small_start(patch)
         gradients = watch_gradients(patch)
-        assert train(out, held_out, "--steps", 3, "--keep-states", 4) == 0
+        assert train(out, held_out, "--steps", 3) == 0
     return out, gradients
 
 
 def watch_gradients(patch) -> list[torch.Tensor]:
     """The gradient of every update, before it is clipped."""
-    honest, seen = update.apply_gradient, []
+    honest, seen = train_azr.apply_gradient, []
 
-    def watched(policy, optimizer, loss):
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.trainable_parameters()]
+    def watched(s, loss):
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in s.policy.trainable_parameters()]
         seen.append(torch.cat([part.flatten() for part in parts]).clone())
-        return honest(policy, optimizer, loss)
+        return honest(s, loss)
 
-    patch.setattr(update, "apply_gradient", watched)
+    patch.setattr(train_azr, "apply_gradient", watched)
     return seen
 
 
@@ -154,8 +159,8 @@ class Stopper:
     "owner, name",
     [
         (Policy, "generate"),
-        (train_azr, "judge"),
-        (update, "batch_loss"),
+        (rollouts, "judge"),
+        (train_azr, "ppo_loss"),
         (Evaluation, "greedy"),
     ],
     ids=["sampling", "sandbox", "update", "evaluation"],
@@ -165,24 +170,24 @@ def test_sigterm_in_the_middle_of_a_phase_saves_at_once(owner, name, whole, held
     (out / "checkpoints" / "step_2" / "state" / "checksums.json").unlink()  # as if steps 1 and 2 had been saved last
     shutil.rmtree(out / "checkpoints" / "step_2")
     with monkeypatch.context() as patch:
-        stopper, honest = None, train_azr.SelfPlay.step
+        stopper, honest = None, train_azr.train_step
 
-        def second(self, step, stop):
+        def second(s, step):
             nonlocal stopper
             if step == 3:
                 stopper = Stopper(patch, owner, name)
-            return honest(self, step, stop)
+            return honest(s, step)
 
-        patch.setattr(train_azr.SelfPlay, "step", second)
-        assert train(out, held_out, "--steps", 3, "--keep-states", 4, "--save-every", 99, "--resume", "auto") == 0
+        patch.setattr(train_azr, "train_step", second)
+        assert train(out, held_out, "--steps", 3, "--save-every", 99, "--resume", "auto") == 0
         seconds = time.process_time() - stopper.at
         stopper.thread.join()
     said = capfd.readouterr()
     assert seconds < 5 and "SIGTERM: stopping" in said.err
     assert f"saved {out}/checkpoints/step_2; go on with: python train_azr.py --config {out}/config.json" in said.out
     assert newest_intact(out)[0].name == "step_2" and metrics(out) == metrics(whole[0])[:2]
-    if name == "batch_loss":  # stopped with half a gradient
-        assert train(out, held_out, "--steps", 3, "--keep-states", 4, "--resume", out) == 0
+    if name == "ppo_loss":  # stopped with half a gradient
+        assert train(out, held_out, "--steps", 3, "--resume", out) == 0
         assert_same(out, whole)
 
 
@@ -203,7 +208,7 @@ def test_sigterm_in_the_seed_stage_and_in_a_checkpoint(whole, held_out, tmp_path
 
     for _ in range(2):  # in the checkpoint of step 0: it is written anew; at the next start in nothing
         monkeypatch.setattr(runs, "_write_state", stopped)
-        assert train(out, held_out, "--steps", 3, "--keep-states", 4, "--resume", "auto") == 0
+        assert train(out, held_out, "--steps", 3, "--resume", "auto") == 0
     assert capfd.readouterr().out.count(f"saved {out}/checkpoints/step_0; go on") == 1
     assert_same(out, whole)
 
@@ -222,29 +227,29 @@ class Memory:
     def __init__(self, patch):
         self.phase, self.calls, self.failed = None, Counter(), []
         for owner, name in (
-            (train_azr.SelfPlay, "seed_stage"),
-            (train_azr.SelfPlay, "propose"),
-            (train_azr.SelfPlay, "solve"),
-            (train_azr.SelfPlay, "update"),
+            (loop, "seed_stage"),
+            (train_azr, "propose"),
+            (train_azr, "solve"),
+            (train_azr, "ppo_update"),
             (Evaluation, "greedy"),
         ):
             self.watch(patch, owner, name)
-        load, score, loss, optimizer = Policy.load, Policy._score_batch, update.batch_loss, update.make_optimizer
+        load, score, loss, optimizer = Policy.load, Policy._score_batch, train_azr.ppo_loss, update.make_optimizer
 
         def loaded(*arguments, **options):
             policy = load(*arguments, **options)
             head = policy.engine.head
-            policy.engine.head = lambda hidden: self.once(self.phase, "update") or head(hidden)
+            policy.engine.head = lambda hidden: self.once(self.phase, "ppo_update") or head(hidden)
             return policy
 
         def scored(policy, *rest):
-            self.once("forward") if self.phase == "update" else None
+            self.once("forward") if self.phase == "ppo_update" else None
             return score(policy, *rest)
 
-        def lost(batch, log_prob, *rest):
-            if self.phase == "update" and log_prob.requires_grad:
-                log_prob.register_hook(lambda gradient: self.once("backward"))
-            return loss(batch, log_prob, *rest)
+        def lost(s, batch):
+            if self.phase == "ppo_update" and batch.log_prob.requires_grad:
+                batch.log_prob.register_hook(lambda gradient: self.once("backward"))
+            return loss(s, batch)
 
         def made(*arguments):
             adam = optimizer(*arguments)
@@ -253,7 +258,7 @@ class Memory:
 
         patch.setattr(Policy, "load", loaded)
         patch.setattr(Policy, "_score_batch", scored)
-        patch.setattr(update, "batch_loss", lost)
+        patch.setattr(train_azr, "ppo_loss", lost)
         patch.setattr(update, "make_optimizer", made)
 
     def watch(self, patch, owner, name):
@@ -303,7 +308,7 @@ def test_out_of_memory_that_stays_saves_what_is_complete(whole, held_out, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "generate", tight)
-        assert train(out, held_out, "--steps", 3, "--keep-states", 4, "--resume", "auto") == 1
+        assert train(out, held_out, "--steps", 3, "--resume", "auto") == 1
     said = capfd.readouterr().err
     assert f"saved {out}/checkpoints/step_2; go on with" in said
     assert len(lines_of(said, "train_azr.py: out of memory sampling a single sequence")) == 1
@@ -317,19 +322,19 @@ def test_out_of_memory_that_stays_saves_what_is_complete(whole, held_out, tmp_pa
 
 
 def test_one_nan_gradient_is_one_skipped_step(held_out, tmp_path, monkeypatch, capfd):
-    out, honest = tmp_path / "run", train_azr.SelfPlay.update
+    out, honest = tmp_path / "run", train_azr.ppo_update
 
-    def poisoned(loop, step, samples):
-        parameter = loop.policy.trainable_parameters()[3]
+    def poisoned(s, step, samples):
+        parameter = s.policy.trainable_parameters()[3]
         hook = parameter.register_hook(lambda gradient: gradient * float("nan")) if step == 2 else None
         try:
-            return honest(loop, step, samples)
+            return honest(s, step, samples)
         finally:
             if hook:
                 hook.remove()
 
-    monkeypatch.setattr(train_azr.SelfPlay, "update", poisoned)
-    assert train(out, held_out, "--steps", 3, "--keep-states", 4) == 0
+    monkeypatch.setattr(train_azr, "ppo_update", poisoned)
+    assert train(out, held_out, "--steps", 3) == 0
     assert [row["train/skipped"] for row in metrics(out)] == [0, 1, 0]
     assert [path.name for path in out.glob("non_finite*")] == ["non_finite_step_2.jsonl"]
     assert len(lines_of(capfd.readouterr().err, "update skipped")) == 1
@@ -345,14 +350,14 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, h
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # a checkpoint's tensors have 2.3 MB
-        code = train(out, held_out, "--steps", 3, "--keep-states", 4, "--resume", "auto")
+        code = train(out, held_out, "--steps", 3, "--resume", "auto")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = lines_of(capfd.readouterr().err, "train_azr.py: ")
     assert code == 1 and len(said) == 1
     assert "writing checkpoint 3 failed" in said[0] and f"{out}/checkpoints/step_2, go on with: python" in said[0]
     assert not list(out.glob("**/*.tmp-*")) and newest_intact(out)[0].name == "step_2"
-    assert train(out, held_out, "--steps", 3, "--keep-states", 4, "--resume", "auto") == 0
+    assert train(out, held_out, "--steps", 3, "--resume", "auto") == 0
     assert_same(out, whole)
 
 
@@ -409,7 +414,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_out_of_memor
             run_out()
 
     monkeypatch.setattr(update, "restore_tensors", tight)
-    flags = ("--steps", 9, "--keep-states", 4, "--save-every", 99, "--save-minutes", 1e-6, "--eval-every", 1)
+    monkeypatch.setattr(checkpoint, "SAVE_MINUTES", 1e-6)
+    flags = ("--steps", 9, "--save-every", 99, "--eval-every", 1)
     assert train(out, held_out, *flags, "--max-hours", 1e-9, "--resume", "auto") == 0
     said = capfd.readouterr()
     assert "out of memory in loading the checkpoint" in said.err and len(calls) == 2
@@ -436,7 +442,7 @@ def test_a_log_that_is_damaged_inside_is_refused_with_the_command_to_go_on(whole
 def test_settings_that_came_later_count_as_their_defaults(whole, tmp_path, capfd):
     out = before_step_3(whole, tmp_path)
     config = json.loads((out / "config.json").read_text())
-    old = {k: v for k, v in config.items() if k not in ("temperature", "prompt_tokens", "save_minutes")}
+    old = {k: v for k, v in config.items() if k not in ("temperature", "prompt_tokens", "save_every")}
     (out / "config.json").write_text(json.dumps(old))
     other = resolve(Config(**{**config, "temperature": 0.5, "resume": "auto"}))[0]
     with pytest.raises(runs.RunError, match=r"temperature: 1.0 -> 0.5.*go|temperature: 1.0 -> 0.5.*repeat"):
@@ -444,7 +450,7 @@ def test_settings_that_came_later_count_as_their_defaults(whole, tmp_path, capfd
     same = resolve(Config(**{**old, "resume": "auto"}))[0]
     with Run.open(out, same.__dict__, "auto", completed) as run:
         assert run.step == 2
-    assert "save_minutes 10.0" in capfd.readouterr().err
+    assert "save_every 10" in capfd.readouterr().err
     assert json.loads((out / "config.json").read_text())["prompt_tokens"] == config["prompt_tokens"]
 
 
@@ -461,7 +467,7 @@ def test_lanes_that_are_killed_while_they_judge_change_no_verdict(whole, held_ou
             os.kill(lane.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Sandbox, "_give", killed)
-    assert train(out, held_out, "--steps", 3, "--keep-states", 4, "--resume", "auto") == 0
+    assert train(out, held_out, "--steps", 3, "--resume", "auto") == 0
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["time/lanes_lost"] >= 2 and row["time/unjudged"] == 0
     assert_same(out, whole)

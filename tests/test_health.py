@@ -361,9 +361,10 @@ SMALL = "--prompts-per-mode 3 --answers 3 --eval-every 0 --eval-samples 0 --save
 def test_real_runs(tmp_path, capfd, monkeypatch, flags, checks, words):
     """On the terminal while it runs, at its end, and the same when asked afterwards."""
     import train_azr
+    from azr.train import loop
 
-    monkeypatch.setattr(train_azr, "SEED_ROUNDS", 1)  # the embedded model cannot fill its buffers in 8 tokens
-    monkeypatch.setattr(train_azr, "PROBE", 2)
+    monkeypatch.setattr(loop, "SEED_ROUNDS", 1)  # the embedded model cannot fill its buffers in 8 tokens
+    monkeypatch.setattr(loop, "PROBE", 2)
     out = tmp_path / "run"
     assert train_azr.main([*SMALL, *flags.split(), "--out", str(out)]) == 0
     shown = capfd.readouterr()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import train_azr
-from azr.train import loss_scale, update
+from azr.train import loop, loss_scale
 from azr.policy.backoff import Sizes
 from azr.train.config import Config, resolve
 from azr.train.loss_scale import FIRST, GROW_AFTER, MOST, LossScale
@@ -52,15 +52,16 @@ def step(policy, samples, scale, times=1.0) -> tuple[torch.Tensor, dict]:
     """(the last gradient that reached the clipping, the metrics) of an optimizer step that moves nothing; the
     advantages are taken `times` theirs."""
     samples = [dataclasses.replace(sample, advantage=times * sample.advantage) for sample in samples]
-    optimizer, honest, seen = torch.optim.SGD(policy.trainable_parameters(), lr=0.0), update.apply_gradient, []
+    optimizer, honest, seen = torch.optim.SGD(policy.trainable_parameters(), lr=0.0), train_azr.apply_gradient, []
+    s = train_azr.State(resolve(Config())[0], policy, optimizer, sizes=Sizes(512), loss_scale=scale or LossScale())
 
     def watched(*arguments):
         seen.append(torch.cat([p.grad.flatten().clone() for p in policy.trainable_parameters()]))
         return honest(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "apply_gradient", watched)
-        metrics = update.optimizer_step(policy, optimizer, samples, resolve(Config())[0], Sizes(512), scale)
+        patch.setattr(train_azr, "apply_gradient", watched)
+        metrics = train_azr.optimizer_step(s, samples)
     return seen[-1], metrics
 
 
@@ -150,8 +151,8 @@ def train(out, *flags) -> list[dict]:
 
 def test_a_run_in_fp16_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
     """With overflows in the first step and a scale that grows in the second."""
-    monkeypatch.setattr(train_azr, "PROBE", 1)
-    monkeypatch.setattr(train_azr, "SEED_ROUNDS", 1)
+    monkeypatch.setattr(loop, "PROBE", 1)
+    monkeypatch.setattr(loop, "SEED_ROUNDS", 1)
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**26)
     monkeypatch.setattr(loss_scale, "MOST", 2.0**27)
     monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
@@ -173,12 +174,10 @@ def test_a_run_in_fp16_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_whose_forward_pass_is_no_number_gives_up_and_says_what_to_take(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_azr, "PROBE", 1)
-    monkeypatch.setattr(train_azr, "SEED_ROUNDS", 1)
-    honest = update.batch_loss
-    monkeypatch.setattr(
-        update, "batch_loss", lambda *a: (lambda loss, columns: (loss * math.inf, columns))(*honest(*a))
-    )
+    monkeypatch.setattr(loop, "PROBE", 1)
+    monkeypatch.setattr(loop, "SEED_ROUNDS", 1)
+    honest = train_azr.ppo_loss
+    monkeypatch.setattr(train_azr, "ppo_loss", lambda s, batch: honest(s, batch) * math.inf)
     assert train_azr.main(["--out", str(tmp_path / "run"), *SMALL.split(), "--steps", "5"]) == 1
     said = capsys.readouterr().err
     assert "3 updates in a row were not finite; lower --learning-rate, or take --dtype bf16 or fp32" in said

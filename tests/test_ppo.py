@@ -1,5 +1,6 @@
 """Advantages, loss weights and diagnostics against hand-computed values and their defining properties."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,36 +8,50 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_azr
+from azr.policy.sampling import Completion
+from azr.tasks import Sample
 from azr.train import ppo
+from azr.train.arms import Arm, Arms
+from azr.train.update import Batch
 
 
 def tensor(*values):
     return torch.tensor(values, dtype=torch.float32)
 
 
-def test_lean_advantages_by_hand():
-    rewards = tensor(1, -0.5, 1, 1, -1, -0.5)
-    tasks = torch.tensor([0, 0, 1, 1, 2, 2])
-    modes = torch.tensor([0, 0, 0, 0, 1, 1])
+def sample(role: str, mode: str, reward: float, group: str = "", tokens: int = 1) -> Sample:
+    return Sample(role, mode, "", [1], Completion([0] * tokens, [], "stop"), "", group, reward=reward)
+
+
+def advantages(samples: list[Sample], recipe: str = "lean") -> list[float]:
+    train_azr.set_advantages(samples, recipe)
+    return [x.advantage for x in samples]
+
+
+def test_solver_advantages_by_hand():
+    rewards, tasks = tensor(1, -0.5, 1, 1, -1, -0.5), "aabbcc"
+    modes = ["deduction"] * 4 + ["abduction"] * 2
     std_0, std_1 = rewards[:4].std().item(), rewards[4:].std().item()
     expected = [0.75 / std_0, -0.75 / std_0, 0, 0, -0.25 / std_1, 0.25 / std_1]
-    assert ppo.lean_advantages(rewards, tasks, modes).tolist() == pytest.approx(expected, rel=1e-6)
+    samples = [sample("solver", mode, r, task) for mode, r, task in zip(modes, rewards.tolist(), tasks)]
+    assert advantages(samples) == pytest.approx(expected, rel=1e-6)
 
 
 def test_proposer_advantages_by_hand():
     rewards = tensor(-1, 0.5, 0.25, 0.7, 0.7, -1)
-    modes = torch.tensor([2, 2, 2, 0, 0, 1])
-    a = ppo.proposer_advantages(rewards, modes)
-    assert a[:3].tolist() == pytest.approx(((rewards[:3] - rewards[:3].mean()) / rewards[:3].std()).tolist(), rel=1e-5)
-    assert a[3:].tolist() == [0, 0, 0]  # no variance; a single proposal
+    modes = ["induction"] * 3 + ["deduction"] * 2 + ["abduction"]
+    a = advantages([sample("proposer", mode, r, str(i)) for i, (mode, r) in enumerate(zip(modes, rewards.tolist()))])
+    assert a[:3] == pytest.approx(((rewards[:3] - rewards[:3].mean()) / rewards[:3].std()).tolist(), rel=1e-5)
+    assert a[3:] == [0, 0, 0]  # no variance; a single proposal
 
 
-def test_trr_is_whitening_over_tokens():
+def test_the_published_advantages_are_whitened_over_tokens():
     rewards, lengths = tensor(1, -0.5, -1, 0.25, -1), torch.tensor([3, 10, 1, 7, 5])
-    group = torch.tensor([4, 4, 4, 1, 1])
-    a = ppo.trr_advantages(rewards, lengths, group)
-    for g in (4, 1):
-        rows = group == g
+    roles = ["solver"] * 3 + ["proposer"] * 2
+    a = torch.tensor(advantages([sample(role, "deduction", r, "", n) for role, r, n in
+                                 zip(roles, rewards.tolist(), lengths.tolist())], "azr"))  # fmt: skip
+    for rows in (slice(0, 3), slice(3, 5)):
         tokens = rewards[rows].repeat_interleave(lengths[rows])  # the reward written on every token
         expected = (tokens - tokens.mean()) / (tokens.var() + 1e-8).sqrt()
         assert torch.allclose(a[rows].repeat_interleave(lengths[rows]), expected, atol=1e-5)
@@ -46,56 +61,76 @@ def test_trr_is_whitening_over_tokens():
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-2, 2, allow_nan=False), st.integers(1, 9))
 def test_groups_without_variance_give_exactly_zero(reward, count):
-    rewards, ids = torch.full((count,), reward), torch.zeros(count, dtype=torch.int64)
-    lengths = torch.arange(count) * 3
-    assert not ppo.lean_advantages(rewards, ids, ids).any()
-    assert not ppo.proposer_advantages(rewards, ids).any()
-    assert not ppo.trr_advantages(rewards, lengths, ids).any()
+    for role, recipe in (("solver", "lean"), ("proposer", "lean"), ("solver", "azr")):
+        assert not any(advantages([sample(role, "deduction", reward, "g", 3 * i) for i in range(count)], recipe))
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([1.0, -0.5, -1.0]), st.integers(0, 5)), min_size=1), st.randoms())
-def test_advantages_do_not_depend_on_the_order(samples, rng):
-    rewards, tasks = torch.tensor([s[0] for s in samples]), torch.tensor([s[1] for s in samples])
-    modes, lengths = tasks % 3, torch.tensor([rng.randint(1, 30) for _ in samples])
-    order = torch.tensor(rng.sample(range(len(samples)), len(samples)))
-    for f in (lambda o: ppo.lean_advantages(rewards[o], tasks[o], modes[o]),
-              lambda o: ppo.proposer_advantages(rewards[o], modes[o]),
-              lambda o: ppo.trr_advantages(rewards[o], lengths[o], modes[o])):
-        assert torch.allclose(f(torch.arange(len(samples)))[order], f(order), atol=1e-5)
-    lean = ppo.lean_advantages(rewards, tasks, modes)
-    for task in tasks.unique():
-        assert lean[tasks == task].sum().item() == pytest.approx(0, abs=1e-4)
+def test_advantages_do_not_depend_on_the_order(rows, rng):
+    modes = ("deduction", "abduction", "induction")
+    order = rng.sample(range(len(rows)), len(rows))
+    for role, recipe in (("solver", "lean"), ("proposer", "lean"), ("solver", "azr")):
+        samples = [sample(role, modes[task % 3], reward, str(task), task + 1) for reward, task in rows]
+        straight = advantages(samples, recipe)
+        shuffled = advantages([samples[i] for i in order], recipe)
+        assert [straight[i] for i in order] == pytest.approx(shuffled, abs=1e-5)
+        if (role, recipe) == ("solver", "lean"):
+            for task in {task for _, task in rows}:
+                mine = [value for value, (_, other) in zip(straight, rows) if other == task]
+                assert sum(mine) == pytest.approx(0, abs=1e-4)
+
+
+def batch(log_prob, old, advantage, sampler=None, weight=None, mask=None) -> Batch:
+    """A micro-batch of one token per sample unless the tensors are (batch, time)."""
+    log_prob, old = (x if x.dim() == 2 else x[:, None] for x in (log_prob, old))
+    mask = torch.ones_like(old, dtype=torch.bool) if mask is None else mask
+    weight = torch.ones(len(old)) if weight is None else weight
+    sampler = old if sampler is None else sampler.reshape(old.shape)
+    own = torch.ones(len(old), 1, dtype=torch.bool)
+    return Batch([], log_prob, torch.zeros_like(old), mask, old, sampler, advantage[:, None], weight, own)
+
+
+class WiderClip(Arm):
+    def __init__(self, low, high):
+        self.bounds = low, high
+
+    def clip(self, low, high):
+        return self.bounds
+
+
+def losses(part: Batch, *arms) -> list[float]:
+    """The loss of each sample, by giving all others no weight."""
+    s = train_azr.State(None, None, None, arms=Arms(arms))
+    rows = torch.eye(len(part.weight)) * part.weight
+    return [train_azr.ppo_loss(s, dataclasses.replace(part, weight=row)).item() for row in rows]
 
 
 def test_ppo_loss_and_its_gradient():
     old = torch.zeros(6)
     log_prob = tensor(1.0, 1.3, 0.7, 1.3, 0.7, 1.0).log().requires_grad_()
     advantage = tensor(2, 2, 2, -2, -2, -2)
-    loss = ppo.ppo_token_loss(log_prob, old, advantage, 0.2, 0.2)
-    assert loss.tolist() == pytest.approx([-2, -2.4, -1.4, 2.6, 1.6, 2], rel=1e-5)
-    loss.sum().backward()
+    part = batch(log_prob, old, advantage)
+    assert losses(part) == pytest.approx([-2, -2.4, -1.4, 2.6, 1.6, 2], rel=1e-5)
+    train_azr.ppo_loss(train_azr.State(None, None, None), part).backward()
     assert log_prob.grad.tolist() == pytest.approx([-2, 0, -1.4, 2.6, 0, 2], rel=1e-5)  # 0 where the clip holds
     assert ppo.clipped(log_prob, old, advantage).tolist() == [False, True, False, False, True, False]
-    assert ppo.ppo_token_loss(log_prob, old, advantage, 0.2, 0.28)[1].item() == pytest.approx(-2.56, rel=1e-5)
+    assert losses(part, WiderClip(0.2, 0.28))[1] == pytest.approx(-2.56, rel=1e-5)
     mask = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool)
     assert ppo.clip_fraction(log_prob, old, advantage, mask) == 0.25
     assert ppo.clip_fraction(log_prob, old, advantage, mask & False) == 0
 
 
 def test_group_weights_leave_the_others_alone():
-    group, lengths = torch.tensor([0, 0, 3, 5]), torch.tensor([2, 6, 5, 20])
-    weight = ppo.token_weights(group, lengths)
-    assert weight.tolist() == pytest.approx([1 / 48, 1 / 48, 1 / 30, 1 / 120])
-    assert (weight * lengths).sum().item() == pytest.approx(3 / 6)  # three of six groups have tokens
-    without = ppo.token_weights(group[:3], lengths[:3])
-    assert without.tolist() == weight[:3].tolist()
-    dropped = ppo.token_weights(group, lengths, group_weight=torch.tensor([1, 1, 1, 0, 1, 1]) / 6)
-    assert dropped.tolist() == pytest.approx([1 / 48, 1 / 48, 0, 1 / 120])
-    assert ppo.group_token_counts(group, lengths).tolist() == [8, 0, 0, 5, 0, 20]
-    assert ppo.token_weights(group, lengths, "token").tolist() == pytest.approx([1 / 33] * 4)
-    with pytest.raises(ValueError, match="group or token"):
-        ppo.token_weights(group, lengths, "sample")
+    groups = [("proposer", "deduction", 2), ("proposer", "deduction", 6), ("solver", "deduction", 5)]
+    samples = [sample(role, mode, 0.0, "", n) for role, mode, n in [*groups, ("solver", "induction", 20)]]
+    weight = train_azr.token_weights(samples)
+    assert weight == pytest.approx([1 / 48, 1 / 48, 1 / 30, 1 / 120])
+    shares = [w * len(x.completion.ids) for w, x in zip(weight, samples)]
+    assert sum(shares) == pytest.approx(3 / 6)  # three of six groups have tokens
+    assert train_azr.token_weights(samples[:3]) == weight[:3]
+    maths = [*samples, sample("solver", "math", 0.0, "", 10)]  # a seventh group of the same weight
+    assert train_azr.token_weights(maths)[-1] == pytest.approx(1 / 70)
 
 
 def test_weighted_sum_ignores_padding_and_its_gradient():
@@ -107,11 +142,15 @@ def test_weighted_sum_ignores_padding_and_its_gradient():
     assert values.grad.tolist() == [[0.5, 0.5, 0], [2, 0, 0]]
 
 
-def test_importance_weight_is_truncated_and_detached():
-    old = tensor(0, -1, -1, -3).requires_grad_()
-    weight = ppo.importance_weight(old, tensor(0, -1.2, -9, -1), cap=2.0)
-    assert weight.tolist() == pytest.approx([1, math.exp(0.2), 2, math.exp(-2)], rel=1e-5)
-    assert not weight.requires_grad
+def test_the_gap_between_sampler_and_trainer_is_a_truncated_weight():
+    """The old log-probs are the trainer's: the weight is exp(old - sampler), at most 2, and has no gradient."""
+    old, sampler = tensor(0, -1, -1, -3), tensor(0, -1.2, -9, -1)
+    log_prob = old.clone().requires_grad_()
+    part = batch(log_prob, old, tensor(1, 1, 1, 1), sampler)
+    expected = [1, math.exp(0.2), 2, math.exp(-2)]
+    assert losses(part) == pytest.approx([-w for w in expected], rel=1e-5)
+    train_azr.ppo_loss(train_azr.State(None, None, None), part).backward()
+    assert log_prob.grad.tolist() == pytest.approx([-w for w in expected], rel=1e-5)
 
 
 def test_k3_estimates_the_kl_divergence():

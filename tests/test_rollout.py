@@ -149,12 +149,11 @@ def test_scores_do_not_depend_on_micro_batches_and_equal_the_naive_form(policy):
 
 
 def gradient(policy, prompts, responses, advantage, budget):
-    group = torch.arange(len(prompts)) % ppo.GROUPS
-    weight = ppo.token_weights(group, torch.tensor([len(r) for r in responses]))
+    weight = torch.tensor([1 / len(r) for r in responses])
     for p in policy.trainable_parameters():
         p.grad = None
     for indices, log_prob, entropy, mask in policy.score(prompts, responses, token_budget=budget, with_grad=True):
-        loss = ppo.ppo_token_loss(log_prob, log_prob.detach(), advantage[indices, None]) - 0.1 * entropy
+        loss = -(log_prob - log_prob.detach()).exp() * advantage[indices, None] - 0.1 * entropy
         ppo.weighted_sum(loss, weight[indices], mask).backward()
     return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
 
@@ -173,7 +172,7 @@ def test_micro_batches_and_checkpointing_do_not_change_the_gradient(policy):
     # and it is the gradient of the naive form
     for p in policy.trainable_parameters():
         p.grad = None
-    weight = ppo.token_weights(torch.arange(16) % ppo.GROUPS, torch.tensor([len(r) for r in responses]))
+    weight = torch.tensor([1 / len(r) for r in responses])
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         log_prob, entropy = naive(policy.model, prompt, response)
         (weight[i] * (-advantage[i] * log_prob - 0.1 * entropy).sum()).backward()
@@ -222,16 +221,14 @@ def test_nf4_hand_made_rewards_move_the_policy_the_right_way(real):
     policy.generate(prompts[:2], 1, Sampling(max_new_tokens=4), seeds_of(2, 1))  # evaluation first: it must not repack
     frozen, before = packed(policy), policy.adapter_state()
     start, _ = policy.score_lists(prompts, responses)
-    advantage = ppo.lean_advantages(rewards, torch.arange(8) // 2, torch.zeros(8, dtype=torch.int64))
-    assert advantage.sign().tolist() == rewards.tolist()
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-2, weight_decay=0.0)
-    weight = ppo.token_weights(torch.full((8,), 3), torch.tensor([len(r) for r in responses]))
+    weight = torch.tensor([1 / (8 * len(r)) for r in responses])
     for update in range(2):
         for indices, log_prob, _, mask in policy.score(prompts, responses, with_grad=True):
             for row, i in enumerate(indices):  # training and evaluation agree bit for bit at the first step
                 if update == 0:
                     assert log_prob[row, : len(responses[i])].tolist() == start[i]
-            loss = ppo.ppo_token_loss(log_prob, log_prob.detach(), advantage[indices, None])
+            loss = -(log_prob - log_prob.detach()).exp() * rewards[indices, None]
             ppo.weighted_sum(loss, weight[indices], mask).backward()
         optimizer.step()
         optimizer.zero_grad()

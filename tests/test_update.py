@@ -10,7 +10,8 @@ import math
 import pytest
 import torch
 
-from azr.train import update
+import train_azr
+from azr.train import loop, update
 from azr.policy.backoff import DoesNotFit, Sizes, halve_rollout, is_out_of_memory, retry, rollout_sizes, set_rollout_sizes
 from azr.train.config import Config, completed, resolve
 from azr.models import model_path
@@ -19,6 +20,7 @@ from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
 
 TOO_MUCH = 1 << 50  # elements
+GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]
 
 
 def run_out() -> None:
@@ -38,7 +40,7 @@ def config():
 def sampled(policy, n=3) -> list[Sample]:
     """n answers to a prompt of each mode and role, with made-up advantages."""
     samples, generator = [], torch.Generator().manual_seed(0)
-    for i, (role, mode) in enumerate(update.GROUPS):
+    for i, (role, mode) in enumerate(GROUPS):
         prompt = solve_prompt(SEED_TASKS[mode], "tiny") + " " * i
         ids = policy.encode(prompt)
         for completion in policy.generate([ids], n, Sampling(max_new_tokens=24), [range(10 * i, 10 * i + n)])[0]:
@@ -47,13 +49,17 @@ def sampled(policy, n=3) -> list[Sample]:
     return samples
 
 
+def state(policy, optimizer, config, sizes) -> train_azr.State:
+    return train_azr.State(config, policy, optimizer, sizes=sizes)
+
+
 def gradient(policy, samples, config, sizes) -> tuple[torch.Tensor, dict]:
     """(the gradient before clipping, the metrics) of one optimizer step that moves nothing."""
     optimizer, seen = torch.optim.SGD(policy.trainable_parameters(), lr=0.0), []
     optimizer.register_step_pre_hook(lambda *_: seen.append([p.grad.clone() for p in policy.trainable_parameters()]))
-    metrics = update.optimizer_step(policy, optimizer, samples, config, sizes)
+    metrics = train_azr.optimizer_step(state(policy, optimizer, config, sizes), samples)
     flat = torch.cat([g.flatten() for g in seen[0]])
-    return flat * max(1.0, metrics["grad_norm"] / update.GRAD_CLIP), metrics
+    return flat * max(1.0, metrics["grad_norm"] / train_azr.GRAD_CLIP), metrics
 
 
 def test_the_gradient_is_that_of_the_written_loss(policy, config):
@@ -61,7 +67,7 @@ def test_the_gradient_is_that_of_the_written_loss(policy, config):
     samples = sampled(policy)
     ours, metrics = gradient(policy, samples, config, Sizes(200))
     total = 0.0
-    for group in update.GROUPS:
+    for group in GROUPS:
         mine = [s for s in samples if (s.role, s.mode) == group]
         tokens = sum(len(s.completion.ids) for s in mine)
         for s in mine:
@@ -116,15 +122,15 @@ def test_out_of_memory_in_the_backward_pass_counts_no_gradient_twice(policy, con
     was left behind is freed. Twice, and micro-batches are halved."""
     samples = sampled(policy)
     whole, _ = gradient(policy, samples, config, Sizes(300))
-    honest, calls = update.batch_loss, []
+    honest, calls = train_azr.ppo_loss, []
 
-    def tight(batch, log_prob, mask, weight, *rest):
-        calls.append(len(batch))
-        if len(calls) in failing and log_prob.requires_grad:
-            log_prob.register_hook(lambda gradient: run_out())
-        return honest(batch, log_prob, mask, weight, *rest)
+    def tight(s, batch):
+        calls.append(len(batch.samples))
+        if len(calls) in failing and batch.log_prob.requires_grad:
+            batch.log_prob.register_hook(lambda gradient: run_out())
+        return honest(s, batch)
 
-    monkeypatch.setattr(update, "batch_loss", tight)
+    monkeypatch.setattr(train_azr, "ppo_loss", tight)
     for failing, budget, most in (((3,), 300, 1e-9), ((3, 6), 150, 1e-5)):
         calls.clear()
         sizes = Sizes(300)
@@ -135,7 +141,7 @@ def test_out_of_memory_in_the_backward_pass_counts_no_gradient_twice(policy, con
 
 def test_out_of_memory_in_the_old_log_probs(policy, config, monkeypatch):
     samples, honest = sampled(policy), Policy._score_batch
-    update.old_log_probs(policy, samples, config, Sizes(4096))
+    update.old_log_probs(state(policy, None, config, Sizes(4096)), samples)
     expected = [s.old_log_prob for s in samples]
 
     def tight(self, indices, prompts, responses, *rest):
@@ -144,7 +150,7 @@ def test_out_of_memory_in_the_old_log_probs(policy, config, monkeypatch):
         return honest(self, indices, prompts, responses, *rest)
 
     monkeypatch.setattr(Policy, "_score_batch", tight)
-    update.old_log_probs(policy, samples, config, sizes := Sizes(4096))
+    update.old_log_probs(state(policy, None, config, sizes := Sizes(4096)), samples)
     assert sizes.token_budget <= 512
     assert all(s.old_log_prob == pytest.approx(e, abs=1e-5) for s, e in zip(samples, expected))
 
@@ -206,7 +212,7 @@ def test_a_response_without_tokens_is_left_out_of_the_gradient(policy, config):
 
 def gradient_of_nothing(policy, samples, config):
     optimizer = update.make_optimizer(policy, 1e-3)
-    return optimizer, update.optimizer_step(policy, optimizer, samples, config, Sizes(400))
+    return optimizer, train_azr.optimizer_step(state(policy, optimizer, config, Sizes(400)), samples)
 
 
 # ------------------------------------------------------------------------------------------------- in a training run
@@ -218,8 +224,6 @@ SMALL = ["--prompts-per-mode", "2", "--answers", "2", "--eval-samples", "0", "--
 
 def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
     """A run of train_azr.py with memory for `tokens` a micro-batch and `rows` sequences; its reproducible metrics."""
-    import train_azr
-
     load, honest = Policy.load, Policy._score_batch
 
     def tight_score(self, indices, prompts, responses, *rest):
@@ -236,8 +240,8 @@ def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "_score_batch", tight_score)
         patch.setattr(Policy, "load", tight_load)
-        patch.setattr(train_azr, "PROBE", 2)
-        patch.setattr(train_azr, "SEED_ROUNDS", 1)
+        patch.setattr(loop, "PROBE", 2)
+        patch.setattr(loop, "SEED_ROUNDS", 1)
         assert train_azr.main(["--out", str(out), *SMALL, *map(str, flags)]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
@@ -282,7 +286,7 @@ def test_the_dtype_is_resolved_and_kept(tmp_path):
     assert resolve(Config(dtype="fp16"))[0].dtype == "fp16"
     large = Config(model="qwen-3b", preset="24gb", dry_run=True)
     assert resolve(large)[0].dtype == "bf16"  # a plan for a card that is not here
-    old_card, why = resolve(Config(model="qwen-3b", card="t4", dry_run=True))
+    old_card, why = resolve(Config(model="qwen-3b", preset="t4", dry_run=True))
     assert old_card.dtype == "fp16" and "no bf16 in hardware" in why
     run = resolve(Config(out=str(tmp_path), dtype="fp16"))[0]
     (tmp_path / "config.json").write_text(json.dumps(run.__dict__))

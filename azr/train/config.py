@@ -10,228 +10,310 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from azr.command import Parser
+from azr.machine import cost, plan
 from azr.models import base_description, model_path
 from azr.tasks.prompts import template_hash
+from azr.train import rules
 from azr.train.rewards import SHAPES
 from azr.train.trackers import TRACKERS
 
-from azr.machine import cost, plan
-from azr.train import arms
-
-
 NO_BF16 = ("t4",)  # of cost.CARDS: older than Ampere
+# --preset smoke: the smallest sizes, lowered until a run of any model is over in a minute or two. It learns nothing.
+SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}
+# Settings that earlier versions had, with what is done now whatever they say.
+GONE = {
+    "loss_weighting": "group", "off_policy_schedule": "constant", "off_policy_baseline": "union",
+    "off_policy_samples": 8, "eval_temperature": 1.0, "save_minutes": 10.0, "keep_states": 2, "probe": "auto",
+    "card": None, "control_fraction": None, "entropy_coefficient": None, "entropy_target": None,
+    "kl_coefficient": 1.0,
+}  # fmt: skip
 
 
-def setting(default, text: str, choices: tuple = ()):
-    """A field with its help text; a default of None is filled in by the model or the preset."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def setting(default, text: str, choices: tuple = (), group: str = ""):
+    """A field with its help text; a default of None is filled in by the model or the preset.
+
+    group: the title of --help that this field and those after it stand under.
+    """
+    return field(default=default, metadata={"help": text, "choices": choices, "group": group})
 
 
 @dataclass(frozen=True)
 class Config:
     """What `python train_azr.py` takes. None: chosen from the model and the memory at hand, printed, and saved."""
 
-    model: str = setting("tiny", "tiny (embedded), qwen-3b, qwen-7b, a hub id, or a directory")
-    out: str | None = setting(None, "run directory (default runs/MODEL-SEED)")
-    steps: int | None = setting(None, "training steps (500; tiny: what fits 15 minutes on two CPU cores)")
-    seed: int = setting(0, "every draw of the run follows from it")
-    resume: str = setting("none", "auto: go on from the last checkpoint of --out; DIR: of that run; none: a new run")
+    model: str = setting(
+        "tiny",
+        "The model to train: tiny (the embedded one), qwen-3b, qwen-7b, a hub id, or a directory.",
+        group="the run",
+    )
+    adapter: str | None = setting(
+        None, "Training starts from this PEFT adapter of the same base, rank and targets (a warm start)."
+    )
+    out: str | None = setting(None, "The run directory; it is runs/MODEL-SEED unless given.")
+    steps: int | None = setting(None, "The number of training steps (500; tiny: what fits 15 CPU minutes).")
+    seed: int = setting(0, "Every random draw of the run follows from this number.")
+    resume: str = setting(
+        "none",
+        "With auto the run in --out goes on from its last checkpoint, with DIR the run in that directory; with none "
+        "a new run begins.",
+    )
+    preset: str = setting(
+        "auto",
+        f"The sizes of the run: auto takes what the free GPU memory allows; smoke is a run of minutes that only shows "
+        f"whether everything works; {', '.join(plan.PRESETS)} are for that much memory; a card's name, such as 4090, "
+        "is for that card, whatever is in this machine.",
+    )
+    max_hours: float | None = setting(
+        None, "The run stops with a checkpoint after the step in which so many hours are full; a resume counts anew."
+    )
+    price_per_hour: float | None = setting(None, "The machine's price in dollars: what the run costs is printed.")
     algorithm: str = setting(
         "selfplay",
-        "selfplay; rlvr: answers to the fixed tasks of --data; sft: cross-entropy on the responses of --data",
+        "In selfplay the model makes its own tasks; rlvr answers the fixed tasks of --data; sft is cross-entropy on "
+        "the responses of --data.",
         ("selfplay", "rlvr", "sft"),
+        group="the method",
     )
     data: str | None = setting(
-        None, "rlvr: a file of tasks, sft: of tasks with responses (python -m azr.tasks make writes both)"
+        None, "The tasks of rlvr, the tasks with responses of sft (python -m azr.tasks make writes both)."
     )
     step_tokens: int | None = setting(
-        None, "rlvr, sft: response tokens a step; a run of selfplay logs its own as train/tokens"
+        None, "rlvr and sft train on so many response tokens per step; a run of selfplay logs its own as train/tokens."
     )
     recipe: str = setting(
-        "lean", "lean: the answers that measure the solve rate are trained on; azr: as published", ("lean", "azr")
+        "lean",
+        "lean trains on the answers that measure the solve rate; azr is the method as published.",
+        ("lean", "azr"),
     )
-    preset: str = setting("auto", "sizes for a GPU memory", ("auto", *plan.PRESETS))
-    learning_rate: float | None = setting(None, "of AdamW, constant (tiny 1e-3, else 2e-5)")
-    prompts_per_mode: int | None = setting(None, "proposals a mode and step; lower if a step takes too long")
-    answers: int = setting(8, "answers that measure a task's solve rate; more: finer rewards, slower steps")
-    references: int | None = setting(None, "earlier tasks shown to the proposer (6; tiny 2)")
-    max_new_tokens: int | None = setting(None, "longest response in tokens; raise if many are cut off ('truncated')")
-    prompt_tokens: int | None = setting(None, "longest proposer prompt; references that do not fit are left out")
-    temperature: float = setting(1.0, "of sampling and of the trained log-probs")
-    minibatches: int = setting(1, "optimizer steps a training step; above 1 the PPO clip becomes active")
-    loss_weighting: str = setting(
-        "group", "group: the six (role, mode) groups weigh the same; token: all tokens do", ("group", "token")
+    learning_rate: float | None = setting(None, "The constant learning rate of AdamW (tiny 1e-3, else 2e-5).")
+    prompts_per_mode: int | None = setting(
+        None, "How many proposals each step has per mode; lower it if a step takes too long."
     )
+    answers: int = setting(8, "How many answers measure a task's solve rate; more give finer rewards and slower steps.")
+    references: int | None = setting(None, "How many earlier tasks the proposer is shown (6; tiny 2).")
+    max_new_tokens: int | None = setting(
+        None, "The longest response in tokens; raise it if many are cut off ('truncated')."
+    )
+    prompt_tokens: int | None = setting(
+        None, "The longest prompt of the proposer in tokens; references that do not fit are left out."
+    )
+    temperature: float = setting(1.0, "The temperature of sampling and of the log-probs that are trained.")
+    minibatches: int = setting(1, "How many optimizer steps each training step has; PPO's clip becomes active above 1.")
     solver_tasks: str = setting(
         "backfill",
-        "fresh: only this step's tasks; backfill: topped up from the buffer when few are valid",
+        "fresh solves this step's tasks only; backfill adds some of the buffer when few proposals are valid.",
         ("fresh", "backfill"),
     )
     solver_reward: str = setting(
-        "graded", "graded: 1 / -0.5 / -1 for correct / wrong / malformed; binary: 1 / 0", ("graded", "binary")
+        "graded",
+        "graded pays 1 / -0.5 / -1 for a correct / wrong / malformed answer, binary 1 / 0.",
+        ("graded", "binary"),
     )
     proposer: str = setting(
         "joint",
-        "no-update: proposals get no gradient; frozen-base: and are the base's, adapter off; no-update-matched: as "
-        "no-update, with solver rows of buffer tasks for the proposals' tokens",
+        "joint trains both roles; no-update gives proposals no gradient; frozen-base also takes them from the base, "
+        "adapter off; no-update-matched has solver rows of buffer tasks in place of the proposals' tokens.",
         ("joint", "no-update", "frozen-base", "no-update-matched"),
+        group="the arms of the comparison",
     )
     proposer_reward: str = setting(
         "learnability",
-        "of a valid task at solve rate r; invalid is -1 (python analyze.py rewards plots them)",
+        "The reward of a valid task as a function of its solve rate; an invalid one gets -1 (python analyze.py rewards "
+        "plots them).",
         tuple(SHAPES),
     )
-    ends_penalty: float = setting(0.0, "taken off a valid task's reward where r is 0 or 1 (0.5 as in AZR's code)")
-    entropy_control: str = setting("none", "what acts on the entropy of the update", arms.CONTROLS)
-    control_fraction: float | None = setting(
-        None, "of tokens: clip-cov 2e-4, kl-cov 2e-3 (tiny 2e-2 both), top-entropy and high-advantage-clip 0.2"
+    ends_penalty: float = setting(
+        0.0, "This is taken off a valid task's reward where its solve rate is 0 or 1 (0.5 in the published code)."
     )
-    entropy_coefficient: float | None = setting(None, "of the entropy bonus (1e-3), or the cap of adaptive (5e-3)")
-    entropy_target: float | None = setting(None, "adaptive: this fraction of the first step's entropy is held (0.8)")
-    kl_coefficient: float | None = setting(None, "kl-cov: of |log p - log p_old| on the chosen tokens (1)")
-    off_policy_gamma: float = setting(0.0, "weight of solutions the policy did not sample, in each solver group")
+    entropy_control: str = setting(
+        "none",
+        f"What acts on the entropy of the update: {', '.join(rules.CONTROLS)}. NAME=VALUE sets its strength: the "
+        "coefficient of bonus (1e-3), the highest one of adaptive (5e-3), the upper clip bound of clip-higher (0.28), "
+        "the share of tokens of clip-cov (2e-4), kl-cov (2e-3; tiny 2e-2 for both), top-entropy and "
+        "high-advantage-clip (0.2).",
+    )
+    off_policy_gamma: float = setting(
+        0.0, "Solutions that the policy did not sample have this share of the weight of each solver group."
+    )
     off_policy_source: str | None = setting(
-        None, "base: its solutions, adapter off, of tasks solved at most half the time; or a FILE of solutions"
+        None,
+        "Whose solutions: base takes right answers of the base, adapter off, to tasks that are solved at most half the "
+        "time; FILE holds tasks with responses.",
     )
-    off_policy_schedule: str = setting("constant", "of gamma; linear: down to 0", ("constant", "linear"))
     off_policy_weight: str = setting(
         "truncated",
-        "truncated: importance ratio to the recorded log-probs, at most 2; luffy: p / (p + 0.1)",
+        "truncated weights their tokens by the importance ratio to the recorded log-probs, at most 2; luffy by its "
+        "shaping p / (p + 0.1).",
         ("truncated", "luffy"),
-    )
-    off_policy_samples: int | None = setting(None, "answers the base draws to a task; the right ones are used (8)")
-    off_policy_baseline: str = setting(
-        "union", "answers that a group's mean is over: all, or the policy's own", ("union", "on-policy")
     )
     off_policy_control: str = setting(
         "none",
-        "on-policy: the policy's own answers instead, as many; shuffled: the solutions of other tasks",
+        "The control experiments: on-policy takes as many of the policy's own answers instead, shuffled the solutions "
+        "of other tasks.",
         ("none", "on-policy", "shuffled"),
     )
-    quantization: str | None = setting(None, "of the frozen base (nf4; tiny none)", ("nf4", "none"))
+    quantization: str | None = setting(
+        None,
+        "The frozen base is held in 4 bits (nf4) or as it is (none; so is tiny).",
+        ("nf4", "none"),
+        group="the model and the memory",
+    )
     dtype: str | None = setting(
         None,
-        "of computation and of what is not quantized; auto (default): bf16 on a GPU that has it, fp16 with a scaled "
-        "loss on an older one (T4, V100), fp32 on a CPU. fp16 keeps sampler and trainer ten times closer than bf16",
+        "The dtype of computation and of what is not quantized. auto is bf16 on a GPU that has it, fp16 with a scaled "
+        "loss on an older one (T4, V100), fp32 on a CPU. fp16 keeps sampler and trainer ten times closer than bf16.",
         ("auto", "bf16", "fp16", "fp32"),
     )
-    lora_rank: int | None = setting(None, "rank of the adapter (32; tiny 16)")
-    lora_alpha: float | None = setting(None, "the update is alpha / rank x B A (default 2 x rank; tiny 4 x rank)")
-    lora_targets: str = setting("all-linear", "which matrices get an adapter", ("all-linear", "attention"))
+    lora_rank: int | None = setting(None, "The rank of the adapter (32; tiny 16).")
+    lora_alpha: float | None = setting(
+        None, "The adapter adds alpha / rank x B A to a matrix (alpha is 2 x rank; tiny 4 x rank)."
+    )
+    lora_targets: str = setting("all-linear", "Which matrices get an adapter.", ("all-linear", "attention"))
     attn: str = setting(
-        "auto", "attention of sampling; auto: the fastest that runs here", ("auto", "flash", "triton", "sdpa")
+        "auto",
+        "The attention of sampling; auto takes the fastest that runs here.",
+        ("auto", "flash", "triton", "sdpa"),
     )
     rollout_weights: str = setting(
         "auto",
-        "of a 4-bit base while sampling; bf16: an unpacked copy, faster, which needs its memory; stored: as they are; "
-        "auto: copies if a quarter of the cache that all slots could use still fits beside them",
+        "What a 4-bit base computes with while sampling: bf16 is an unpacked copy, faster, which needs its memory; "
+        "stored takes the weights as they are; auto copies if a quarter of the cache that all slots could use still "
+        "fits beside the copy.",
         ("auto", "stored", "bf16"),
     )
     token_budget: int | None = setting(
-        None, "tokens of a training micro-batch; lower when memory is short, the gradient stays"
+        None, "The tokens of a training micro-batch; lower it when memory is short, the gradient stays the same."
     )
-    eval_every: int = setting(25, "steps between held-out evaluations; 0: only before and after")
-    eval_data: str | None = setting(None, "held-out tasks, a JSON-lines file (tiny: its own)")
+    max_batch: int | None = setting(
+        None, "How many sequences are decoded at once; what is learned does not depend on it."
+    )
+    allow_cpu: bool = setting(
+        False, "A model other than tiny is trained on the CPU if no GPU can be used; that takes days for 3B."
+    )
+    eval_every: int = setting(
+        25,
+        "Steps between held-out evaluations; 0 evaluates only before and after training.",
+        group="measuring and saving",
+    )
     eval_samples: int | None = setting(
-        None, "answers a held-out task before and after training, for pass@k (tiny 64, else 0)"
+        None, "How many answers each held-out task gets before and after training, for pass@k (tiny 64, else 0)."
     )
-    eval_temperature: float = setting(1.0, "of those answers, whatever --temperature the training has")
-    save_every: int = setting(10, "steps between checkpoints")
-    save_minutes: float = setting(10.0, "minutes between checkpoints, if that is sooner; 0: by steps only")
-    keep_states: int = setting(2, "newest checkpoints that can be resumed; the adapters of evaluated steps all stay")
-    max_hours: float | None = setting(
-        None, "stop with a checkpoint after the step in which this many hours are full; a resume counts anew"
+    eval_data: str | None = setting(
+        None,
+        "The held-out tasks, a JSON-lines file (200 each of CRUXEval-O and -I and 64 induction tasks of the seed "
+        "stage; tiny: its own).",
     )
-    price_per_hour: float | None = setting(None, "of the machine, in dollars: prints what the run costs")
-    tracker: str = setting("none", "send each step's numbers there too; its package is yours to install", TRACKERS)
-    card: str | None = setting(None, "--dry-run: plan for this card, such as 4090, whatever is in this machine")
-    probe: str = setting(
-        "auto",
-        "before training, the longest allowed sequences once forward and backward, so that memory runs out now or not "
-        "at all; auto: on a GPU",
-        ("auto", "always", "never"),
-    )
-    max_batch: int | None = setting(None, "sequences decoded at once; what is learned does not depend on it")
-    allow_cpu: bool = setting(False, "train a model other than tiny on the CPU, if no GPU can be used; days for 3B")
+    save_every: int = setting(10, "Steps between checkpoints; one is also written every ten minutes.")
+    tracker: str = setting("none", "Each step's numbers are sent there too; its package is yours to install.", TRACKERS)
     dry_run: bool = setting(
-        False, "print the resolved settings and the memory plan, train nothing; exit 1 if it does not fit"
+        False,
+        "The resolved settings and the memory plan are printed and nothing is trained; the exit code is 1 if it does "
+        "not fit.",
+        group="instead of training",
     )
+    print_config: bool = setting(False, "The resolved settings are printed as JSON and nothing is trained.")
     doctor: bool = setting(
-        False, "try what training needs on this machine, say what works, train nothing; exit 1 if it cannot run here"
+        False,
+        "What training needs on this machine is tried and reported, nothing is trained; the exit code is 1 if it "
+        "cannot run here.",
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "prompts_per_mode",
-            "answers",
-            "max_new_tokens",
-            "minibatches",
-            "lora_rank",
-            "token_budget",
-            "save_every",
-            "keep_states",
-            "step_tokens",
-        ):
+        for name in ("steps", "prompts_per_mode", "answers", "max_new_tokens", "minibatches", "lora_rank",
+                     "token_budget", "save_every", "step_tokens"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.card and not self.dry_run:
-            raise ValueError("--card is for --dry-run: a run takes the card it finds")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0 to train, not {self.temperature}")
-        if self.eval_temperature <= 0:
-            raise ValueError(f"--eval-temperature must be above 0, not {self.eval_temperature}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning-rate must be between 0 and 1, not {self.learning_rate}")
+        rules.control_of(self.entropy_control)
         for f in dataclasses.fields(self):
             choices, value = f.metadata["choices"], getattr(self, f.name)
             if choices and value is not None and value not in choices:
                 raise ValueError(f"--{f.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
+
+    @property
+    def control(self) -> str:
+        """The name of the entropy control."""
+        return rules.control_of(self.entropy_control)[0]
+
+    @property
+    def control_strength(self) -> float | None:
+        """The strength of the entropy control; None: it has none, or the settings are not resolved."""
+        return rules.control_of(self.entropy_control)[1]
 
 
 def _type(f: dataclasses.Field):
     return {"int": int, "float": float}.get(str(f.type).removesuffix(" | None"), str)
 
 
-def parse(arguments: list[str], description: str) -> Config:
-    """The settings of a command line; those of --config FILE lie under those that are typed. Exits 2 on a bad flag."""
+def make_parser(description: str) -> Parser:
+    """The command line: --config and every field of Config, under its title."""
     parser = Parser(
         prog="train_azr.py",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="settings saved by an earlier run (its config.json)")
+    titled = parser
     for f in dataclasses.fields(Config):
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
-        if f.default is not None and f.default is not False:
-            text += f" (default {f.default})"
-        if f.default is False:
-            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
-        else:
-            parser.add_argument(
-                name,
-                type=_type(f),
-                choices=f.metadata["choices"] or None,
-                default=argparse.SUPPRESS,
-                metavar=None if f.metadata["choices"] else _type(f).__name__.upper(),
-                help=text,
+        if f.metadata["group"]:
+            titled = parser.add_argument_group(f.metadata["group"])
+        if f.name == "resume":
+            titled.add_argument(
+                "--config",
+                metavar="FILE",
+                help="The settings of an earlier run (its config.json) are taken where none is typed.",
             )
+        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        if f.default is False:
+            titled.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        titled.add_argument(
+            name,
+            type=_type(f),
+            choices=f.metadata["choices"] or None,
+            default=argparse.SUPPRESS,
+            metavar=None if f.metadata["choices"] else METAVARS.get(f.name, _type(f).__name__.upper()),
+            help=text if f.default is None else f"{text} The default is {f.default}.",
+        )
+    return parser
+
+
+METAVARS = {"model": "MODEL", "adapter": "DIR", "out": "DIR", "resume": "auto|none|DIR", "preset": "PRESET",
+            "data": "FILE", "entropy_control": "NAME[=VALUE]", "off_policy_source": "base|FILE",
+            "eval_data": "FILE", "steps": "N", "seed": "N"}  # fmt: skip
+
+
+def parse(arguments: list[str], description: str) -> Config:
+    """The settings of a command line; those of --config FILE lie under those that are typed. Exits 2 on a bad flag."""
+    parser = make_parser(description)
     typed = vars(parser.parse_args(arguments))
-    stored = read_config(typed.pop("config")) if typed.get("config") else typed.pop("config", None) or {}
+    path = typed.pop("config", None)
+    stored = read_config(path) if path else {}
     try:
-        return Config(**{**stored, **typed})
+        config = Config(**{**stored, **typed})
     except ValueError as error:
         parser.error(str(error))
+    for file in dict.fromkeys(Path(name).resolve() for name in (path, _config_to_resume(config)) if name):
+        _tell_what_is_gone(file)
+    return config
+
+
+def _read_settings(path: str | Path) -> dict:
+    """A config.json as a dict; ValueError or OSError if it is none."""
+    stored = json.loads(Path(path).read_text())
+    if not isinstance(stored, dict):
+        raise ValueError("not a JSON object")
+    return stored
 
 
 def read_config(path: str) -> dict:
     """Settings of a config.json; exits 2 with one line if it is none."""
     try:
-        stored = json.loads(Path(path).read_text())
-        if not isinstance(stored, dict):
-            raise ValueError("not a JSON object")
+        stored = modern(_read_settings(path))
     except (OSError, ValueError) as error:
         sys.exit(_complain(f"--config {path}: {error}"))
     known = {f.name for f in dataclasses.fields(Config)}
@@ -240,17 +322,44 @@ def read_config(path: str) -> dict:
     for f in dataclasses.fields(Config):
         if f.name in stored and not _is_a(stored[f.name], str(f.type)):
             sys.exit(_complain(f"--config {path}: {f.name} must be {f.type}, not {json.dumps(stored[f.name])}"))
-    return {key: value for key, value in stored.items() if key not in ("resume", "dry_run", "doctor")}
+    return {key: value for key, value in stored.items() if key not in ("resume", "dry_run", "print_config", "doctor")}
+
+
+def modern(stored: dict) -> dict:
+    """The settings of an earlier version without those that are gone; the strength of an entropy control moves to its
+    name: {"entropy_control": "bonus", "entropy_coefficient": 0.03} -> {"entropy_control": "bonus=0.03"}."""
+    settings = {key: value for key, value in stored.items() if key not in GONE}
+    control = settings.get("entropy_control")
+    strength = stored.get("control_fraction") or stored.get("entropy_coefficient")
+    if isinstance(control, str) and "=" not in control and control != "none" and strength:
+        settings["entropy_control"] = f"{control}={strength}"
+    return settings
+
+
+def _tell_what_is_gone(path: Path) -> None:
+    """One line on stderr for what an old config.json holds that no longer exists."""
+    try:
+        stored = _read_settings(path)
+    except (OSError, ValueError):
+        return  # whoever opens it says what is wrong
+    gone = [name for name in GONE if name in stored]
+    other = [f"{name} {stored[name]}" for name in gone if stored[name] not in (GONE[name], None)
+             and name not in ("control_fraction", "entropy_coefficient")]  # fmt: skip
+    if gone:
+        from azr.console import warn  # the doctor reads settings before it knows whether there is rich
+
+        ignored = f"; these said something else than what is done now: {', '.join(other)}" if other else ""
+        warn(f"{path}: {len(gone)} of its settings no longer exist and are left out{ignored}")
 
 
 def completed(stored: dict) -> dict:
     """The settings of an earlier run with those that came later, as it would get them today if none were typed."""
-    known = {f.name for f in dataclasses.fields(Config)}
+    stored, known = modern(stored), {f.name for f in dataclasses.fields(Config)}
     try:
         config, _ = resolve(Config(**{key: value for key, value in stored.items() if key in known - {"resume"}}))
     except (TypeError, ValueError):
         return stored  # no run of this script: the differences will say so
-    return {**dataclasses.asdict(config), **stored}
+    return {**dataclasses.asdict(config), **stored, "entropy_control": config.entropy_control}
 
 
 def _is_a(value, kind: str) -> bool:
@@ -267,21 +376,17 @@ def resolve(config: Config) -> tuple[Config, str]:
     Raises PlanError (a ValueError) for what is unknown or does nothing.
     """
     config = _carried_over(config)
-    arms.refuse(config)
+    rules.refuse(config)
     tiny = base_description(config.model) is not None
-    free = cost.free_bytes(config.card, plan.free_gpu_bytes())
-    preset, why = plan.choose_preset(config.preset, "tiny" if tiny else config.model, free)
+    preset, why, card = preset_of(config)
     values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)} | {
         "out": _default_out(config),
         "eval_data": None,
     }
     values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
-    values |= arms.control_defaults(config.entropy_control, tiny)
     if config.dtype in (None, "auto"):
-        config = dataclasses.replace(config, dtype=_auto_dtype(config, preset))
+        config = dataclasses.replace(config, dtype=_auto_dtype(config, preset, card))
         why += "; computing in fp16: this GPU has no bf16 in hardware" if config.dtype == "fp16" else ""
-    if config.off_policy_gamma > 0 and config.off_policy_source == "base":
-        values["off_policy_samples"] = 8
     held_out = Path(model_path(config.model)) / "held_out.jsonl"
     if held_out.is_file():
         values["eval_data"] = str(held_out)
@@ -290,7 +395,8 @@ def resolve(config: Config) -> tuple[Config, str]:
         for f in dataclasses.fields(Config)
         if getattr(config, f.name) is None and values.get(f.name) is not None
     }
-    config = dataclasses.replace(config, **filled)
+    control = rules.with_strength(config.entropy_control, tiny)
+    config = dataclasses.replace(config, **filled, entropy_control=control)
     if config.rollout_weights == "bf16" and config.quantization == "none":
         raise plan.PlanError(
             "--rollout-weights bf16 copies a 4-bit base; with --quantization none there is none to copy"
@@ -298,14 +404,39 @@ def resolve(config: Config) -> tuple[Config, str]:
     return config, why
 
 
-def _carried_over(config: Config) -> Config:
-    """What was not given, from the run that is resumed: free memory, which decides the preset, may differ now."""
+def preset_of(config: Config) -> tuple[plan.Preset, str, str | None]:
+    """(sizes, one line that says why, the card that --preset names or None). PlanError for an unknown name."""
+    model = "tiny" if base_description(config.model) is not None else config.model
+    name = config.preset.lower()
+    if name == "smoke":
+        smallest, _ = plan.choose_preset(next(iter(plan.PRESETS)), model, None)
+        sizes = dataclasses.replace(smallest, **SMOKE)
+        return sizes, "preset smoke: sizes of a run that only shows whether everything works", None
+    if name not in ("auto", *plan.PRESETS, *cost.CARDS):
+        raise plan.PlanError(
+            f"unknown preset {config.preset}: take auto, smoke, {', '.join(plan.PRESETS)}, or a card: "
+            f"{', '.join(cost.CARDS)}"
+        )
+    card = name if name in cost.CARDS else None
+    free = cost.free_bytes(card, plan.free_gpu_bytes())
+    preset, why = plan.choose_preset("auto" if card else name, model, free)
+    return preset, f"preset {preset.name}, for a {card}" if card and preset.gib else why, card
+
+
+def _config_to_resume(config: Config) -> Path | None:
+    """The config.json of the run that goes on, if there is one."""
     out = config.resume if config.resume not in ("auto", "none") else config.out or _default_out(config)
     path = Path(out) / "config.json"
-    if config.resume == "none" or not path.is_file():
+    return path if config.resume != "none" and path.is_file() else None
+
+
+def _carried_over(config: Config) -> Config:
+    """What was not given, from the run that is resumed: free memory, which decides the preset, may differ now."""
+    path = _config_to_resume(config)
+    if path is None:
         return config
     try:
-        stored = json.loads(path.read_text())
+        stored = modern(_read_settings(path))
     except (OSError, ValueError):
         return config  # opening the run will say what is wrong
     names = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None} & set(stored)
@@ -314,10 +445,11 @@ def _carried_over(config: Config) -> Config:
     )
 
 
-def _auto_dtype(config: Config, preset: plan.Preset) -> str:
-    """What --dtype auto is: of the named card, of this machine, or, in a plan made without a GPU, of a recent one."""
-    if config.card:
-        return "fp16" if config.card.lower() in NO_BF16 else "bf16"
+def _auto_dtype(config: Config, preset: plan.Preset, card: str | None) -> str:
+    """What --dtype auto is: in a plan that of the named card, or of a recent one where there is no GPU; in a run that
+    of this machine."""
+    if card and config.dry_run:
+        return "fp16" if card in NO_BF16 else "bf16"
     import torch
 
     from azr.policy.load import auto_dtype
@@ -344,19 +476,23 @@ def template_of(config: Config) -> str:
     return base["template"]
 
 
+def as_json(config: Config) -> str:
+    """The resolved settings as readable JSON, which --config takes."""
+    return json.dumps(dataclasses.asdict(config), indent=1)
+
+
 def dry_run(config: Config, why: str) -> int:
     """Prints settings, memory plan, time and cost; 1 if it does not fit. Needs no GPU and no network."""
-    here = None if config.card else plan.free_gpu_bytes()
-    tiny = base_description(config.model) is not None
-    preset, _ = plan.choose_preset(config.preset, "tiny" if tiny else config.model, cost.free_bytes(config.card, here))
-    named = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(preset) if f.name != "name"}
-    preset = dataclasses.replace(preset, **{name: value for name, value in named.items() if value is not None})
-    room, device = cost.room(config.card, preset, here), "cuda" if preset.gib or here else "cpu"
-    card, which = cost.card_for(config.card, preset, cost.gpu_here() if here else None)
+    preset, _, named = preset_of(config)
+    here = None if named else plan.free_gpu_bytes()
+    given = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(preset) if f.name != "name"}
+    preset = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
+    room, device = cost.room(named, preset, here), "cuda" if preset.gib or here else "cpu"
+    card, which = cost.card_for(named, preset, cost.gpu_here() if here else None)
     made = plan.plan_memory(plan.shape_of(config.model), preset, room, device)
-    print(json.dumps(dataclasses.asdict(config), indent=1), why, plan.render(made, config.model), "", sep="\n")
+    print(as_json(config), why, plan.render(made, config.model), "", sep="\n")
     print(cost.render(made, config.model, card, which, config.steps, config.price_per_hour, config.eval_every,
-                      config.keep_states, config.out), "", plan.verdict(made), sep="\n")  # fmt: skip
+                      out=config.out), "", plan.verdict(made), sep="\n")  # fmt: skip
     return 0 if made.fits else 1
 
 

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from azr.train import arms
+from azr.train.data import by_mode
 from azr.runs import newest_intact, read_metrics, read_samples, write_jsonl_atomic
 from azr.tasks import MODES, SEED_PROGRAM, Task
 
@@ -166,5 +166,5 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"python -m azr.tasks make: {error}", file=sys.stderr)
         return 2
     what = "solutions" if getattr(options, "solutions", False) else "tasks"
-    print(f"{options.out}: {len(tasks)} {what} ({arms.by_mode(tasks)}){hint}")
+    print(f"{options.out}: {len(tasks)} {what} ({by_mode(tasks)}){hint}")
     return 0

@@ -19,18 +19,18 @@ import torch
 
 from azr.policy.backoff import Sizes, retry
 from azr.console import prose
-from azr.train.entropy_control import BONUS
 from azr.train.metrics import memory
 
 if TYPE_CHECKING:
     from azr.train.config import Config
     from azr.policy.policy import Policy
 
+BONUS = ("bonus", "adaptive")  # entropy controls whose gradient goes through the entropies too
+
 
 def at_start(policy: Policy, optimizer, config: Config, sizes: Sizes) -> None:
-    """The probe and its line, if it is wanted. auto: on a GPU; a CPU's system ends a process that takes too much, and
-    there is nothing to back off from."""
-    if config.probe == "always" or (config.probe == "auto" and policy.device.type == "cuda"):
+    """The probe and its line, on a GPU. A CPU's system ends a process that takes too much: nothing to back off from."""
+    if policy.device.type == "cuda":
         prose(probe(policy, optimizer, config, sizes))
 
 
@@ -54,7 +54,7 @@ def probe(policy: Policy, optimizer, config: Config, sizes: Sizes) -> str:
             prompts = [[row, *[0] * (length - after - 1)] for row in range(rows)]
             scored = policy.score(prompts, [[0] * after] * rows, config.temperature, rows * length, True, sizes.chunk)
             for _, log_prob, entropy, _ in scored:
-                (log_prob.sum() + (entropy.sum() if config.entropy_control in BONUS else 0)).backward()
+                (log_prob.sum() + (entropy.sum() if config.control in BONUS else 0)).backward()
         return batches
 
     try:

@@ -1,4 +1,4 @@
-"""Rewards of both roles: pure functions of a verdict and a solve rate (Absolute Zero, arXiv 2505.03335, eq. 4-6).
+"""Shapes of the proposer's reward: pure functions of a solve rate (Absolute Zero, arXiv 2505.03335, eq. 4).
 
 The solve rate r is measured on n answers, so a proposer is paid E[R(k / n)] with k ~ Binomial(n, p), not R(p): the
 published reward, 1 - r but 0 at the ends, is highest at p = 1 - n^(-1 / (n - 1)), which is 0.257 for n = 8.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 
-INVALID = -1.0  # a proposal that is refused, or whose think/answer format is broken
 WIDTH = 0.2  # of the gaussian shape
 
 
@@ -64,27 +63,6 @@ def task_reward(shape: str, solve_rate: float, ends_penalty: float = 0.0, task_h
     """
     value = random_reward(task_hash) if shape == "random" else SHAPES[shape](solve_rate)
     return value - ends_penalty if at_an_end(solve_rate) else value
-
-
-def proposer_reward(
-    valid: bool,
-    well_formed: bool,
-    solve_rate: float | None,
-    shape: str = "learnability",
-    ends_penalty: float = 0.0,
-    task_hash: str = "",
-) -> float:
-    """-1 for what is refused or malformed, else the reward of the task at its measured solve rate."""
-    return task_reward(shape, solve_rate, ends_penalty, task_hash) if valid and well_formed else INVALID
-
-
-def solver_reward(correct: bool, well_formed: bool, kind: str = "graded") -> float:
-    """graded: 1 correct, -0.5 wrong but well-formed, -1 malformed (eq. 6); binary: 1 if both, else 0."""
-    if kind == "binary":
-        return float(correct and well_formed)
-    if not well_formed:
-        return -1.0
-    return 1.0 if correct else -0.5
 
 
 # ------------------------------------------------------------------------------------------------- what it amounts to

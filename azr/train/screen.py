@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from azr.console import INDENT, console, duration, prose, say
-from azr.train import arms
+from azr.train import rules
 from azr.evals.held_out import EvalResult, difference, well_formed_difference
 from azr.train.metrics import mean
 from azr.tasks import MODES, Sample
@@ -50,7 +50,7 @@ def header(config, why: str, policy, environment: dict) -> None:
     if config.step_tokens:
         what += f", or as many as make {config.step_tokens} tokens"
     prose(f"{what}, learning rate {config.learning_rate:g}, seed {config.seed}")
-    if arm := arms.describe(config):
+    if arm := rules.describe(config):
         prose(f"arm: {arm}")
     box = environment["sandbox"]
     layers = [name for name in ("seccomp", "landlock", "limits", "uid") if box.get(name)]
@@ -144,9 +144,7 @@ def sample_table(step: int, proposals: list[Sample], answers: list[Sample]) -> N
         table.add_column(name, overflow="fold")
     for mode in MODES:
         mine = [sample for sample in proposals if sample.mode == mode]
-        chosen = next(
-            (s for s in mine if s.solve_rate is not None and 0 < s.solve_rate < 1), mine[0] if mine else None
-        )
+        chosen = next((s for s in mine if s.solve_rate is not None and 0 < s.solve_rate < 1), mine[0] if mine else None)
         if chosen is None:
             continue
         tried = [a for a in answers if chosen.task is not None and a.task.hash == chosen.task.hash]

@@ -1,41 +1,60 @@
-"""The update of a step: the gradient of PPO's clipped surrogate over micro-batches, then one AdamW step.
+"""Micro-batches of an update, and what happens when memory runs out in one: the loss itself is in train_azr.py.
 
     optimizer = make_optimizer(policy, config.learning_rate)
-    advantages(samples, config.recipe)                      # from their rewards
-    if config.minibatches > 1:
-        old_log_probs(policy, samples, config, sizes)       # the ratio needs them before the first of several updates
-    metrics = optimizer_step(policy, optimizer, samples, config, sizes)
+    loss, columns = gradient(s, samples, weights, loss_of)     # loss_of(batch) -> the part of the loss of a Batch
+    take_step(policy, optimizer)                               # AdamW
 
-Samples get their advantages and the entropy of each token. Memory that runs out costs a repetition with
-smaller micro-batches (backoff.py), never a sample. Left out: a schedule of the learning rate, several GPUs.
+`s` is the State of train_azr.py: its policy, config, sizes, loss_scale and arms are used. Memory that runs out costs a
+repetition with smaller micro-batches (backoff.py), never a sample. Left out: a schedule of the learning rate, several
+GPUs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
-from azr.train import arms, entropy_control, off_policy, ppo
-from azr.policy.backoff import DoesNotFit, Sizes, retry
-from azr.train.loss_scale import LossScale
-from azr.tasks import MODES, Sample
+from azr.policy.backoff import DoesNotFit, retry
+from azr.tasks import Sample
+from azr.train import ppo
 
 if TYPE_CHECKING:
-    from azr.train.config import Config
     from azr.policy.policy import Policy
 
-BETAS, WEIGHT_DECAY, GRAD_CLIP = (0.9, 0.99), 0.0, 1.0
-CLIP_LOW, CLIP_HIGH, GAP_CAP = 0.2, 0.2, 2.0
-GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]  # the six groups of the loss
+BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.0  # of AdamW, as in the published recipe
+CLIP = 0.2  # PPO's clip: the ratio may move so far from 1 (Schulman et al. 2017)
+GAP_CAP = 2.0  # of the importance weight between sampler and trainer (TIS, Yao et al. 2025)
 
 
-def group_number(sample: Sample) -> int:
-    """Which group of the loss: one of the six, or a seventh of the same weight, mathematics from a file."""
-    return len(GROUPS) if sample.mode == "math" else GROUPS.index((sample.role, sample.mode))
+@dataclasses.dataclass
+class Batch:
+    """A micro-batch: its samples, and tensors of (batch, time) whose padding `mask` leaves out."""
+
+    samples: list[Sample]
+    log_prob: torch.Tensor  # of the trainer, with its gradient
+    entropy: torch.Tensor  # nats, exact
+    mask: torch.Tensor  # bool, True on response tokens
+    old_log_prob: torch.Tensor  # of the trainer, before the first optimizer step of this training step
+    sampler_log_prob: torch.Tensor  # what sampling recorded
+    advantage: torch.Tensor  # (batch, 1)
+    weight: torch.Tensor  # (batch,) what each token of the sample weighs in the loss
+    own: torch.Tensor  # (batch, 1) bool, False for what the policy did not sample
+
+
+@dataclasses.dataclass
+class Columns:
+    """The sampled tokens of a whole optimizer step, flat (tokens,), and the samples they come from, in their order."""
+
+    samples: list[Sample]
+    log_prob: torch.Tensor
+    old: torch.Tensor
+    sampler: torch.Tensor
+    advantage: torch.Tensor
+    clip: tuple[float, float]  # the bounds that were used
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
@@ -47,179 +66,107 @@ def moments_to_come(policy: Policy, optimizer) -> int:
     return sum(8 * p.numel() for p in policy.trainable_parameters() if p not in optimizer.state)
 
 
-def advantages(samples: list[Sample], recipe: str, baseline: str = "union") -> None:
-    """Sets each sample's advantage: lean: per task for solvers, per mode for proposers; azr: TRR++ per (role, mode).
-
-    baseline: whether solutions the policy did not sample count in the means ("union") or not ("on-policy"). A sample
-    that is not to be trained gets 0: what the others get, and their weight in the loss, is as if it were.
-    """
-    key = torch.tensor([group_number(sample) for sample in samples])
-    rewards = torch.tensor([sample.reward for sample in samples])
-    if recipe == "azr":
-        values = ppo.trr_advantages(rewards, torch.tensor([len(sample.completion.ids) for sample in samples]), key)
-    else:
-        number = {group: i for i, group in enumerate(dict.fromkeys(sample.group for sample in samples))}
-        group = torch.tensor([number[sample.group] for sample in samples])
-        values, solver = torch.zeros(len(samples)), key >= len(MODES)
-        values[~solver] = ppo.proposer_advantages(rewards[~solver], key[~solver])
-        if baseline == "on-policy":
-            foreign = torch.tensor([bool(sample.objective) for sample in samples])[solver]
-            values[solver] = off_policy.on_policy_baseline(rewards[solver], foreign, group[solver], key[solver])
-        else:
-            values[solver] = ppo.lean_advantages(rewards[solver], group[solver], key[solver])
-    for sample, value in zip(samples, values.tolist()):
-        sample.advantage = value if sample.update else 0.0
+# -------------------------------------------------------------------------------------------- scoring without gradient
 
 
-def old_log_probs(policy: Policy, samples: list[Sample], config: Config, sizes: Sizes) -> None:
+def old_log_probs(s, samples: list[Sample]) -> None:
     """Fills in each sample's log-probs, and entropies, under the present weights."""
 
     def work() -> None:
-        for indices, log_prob, entropy, _ in score(policy, samples, config, sizes, with_grad=False):
+        for indices, log_prob, entropy, _ in score(s, samples, with_grad=False):
             for i, row, uncertain in zip(indices, log_prob.tolist(), entropy.tolist()):
                 samples[i].old_log_prob = row[: len(samples[i].completion.ids)]
                 samples[i].entropy = uncertain[: len(samples[i].completion.ids)]
 
     if samples:
-        retry(work, lambda: sizes.halve(longest(samples)), "scoring")
+        retry(work, lambda: s.sizes.halve(longest(samples)), "scoring")
 
 
-def scored(policy: Policy, samples: list[Sample], config: Config, sizes: Sizes, base: bool = False) -> list[Sample]:
-    """Copies of the samples with the log-probs and entropies of the present weights, or of the base, filled in."""
+def scored(s, samples: list[Sample], base: bool = False) -> list[Sample]:
+    """Copies of the samples with the log-probs and entropies of the present weights, or of the base, adapter off."""
     copies = [dataclasses.replace(sample) for sample in samples]
-    with policy.disable_adapter() if base else nullcontext():
-        old_log_probs(policy, copies, config, sizes)
+    with s.policy.disable_adapter() if base else nullcontext():
+        old_log_probs(s, copies)
     return copies
 
 
-def prepare(policy: Policy, samples: list[Sample], config: Config, sizes: Sizes) -> dict[str, float]:
-    """Fills in what an arm must know of the samples under the weights that sampled them; returns the arm's metrics.
+def has_ratio(sample: Sample) -> bool:
+    """Whether PPO's ratio needs the sample's old log-probs: not where the base proposed, nor for a given response."""
+    return not sample.from_base and sample.objective != "sft"
 
-    Entropies for top-entropy (with minibatches `old_log_probs` gives them), entropies of a frozen proposer under the
-    base that wrote them, and the tokens that an untrained proposer takes out of the update or that replace them.
+
+def score(s, samples: list[Sample], with_grad: bool):
+    """Micro-batches of (indices, log_prob, entropy, mask) over the responses of the samples."""
+    prompts, responses = [x.prompt_ids for x in samples], [x.completion.ids for x in samples]
+    return s.policy.score(prompts, responses, s.config.temperature, s.sizes.token_budget, with_grad, s.sizes.chunk)
+
+
+# --------------------------------------------------------------------------------------------------------- the gradient
+
+
+def gradient(s, samples: list[Sample], weights: list[float], loss_of: Callable[[Batch], torch.Tensor]):
+    """(loss, Columns): leaves the gradient of the loss of all samples in the parameters, without the scale of fp16.
+
+    weights: what every token of a sample weighs, counted over all samples, so micro-batches cannot change the gradient.
     """
-    metrics = {}
-    if config.entropy_control == "top-entropy" and config.minibatches == 1:
-        for sample, now in zip(samples, scored(policy, samples, config, sizes)):
-            sample.entropy = now.entropy
-    if frozen := [sample for sample in samples if sample.from_base]:
-        for sample, base in zip(frozen, scored(policy, frozen, config, sizes, base=True)):
-            sample.entropy = base.entropy
-    if config.entropy_control in entropy_control.BONUS:
-        metrics["entropy_coefficient"] = config.entropy_coefficient
-    if config.proposer != "joint":
-        metrics["tokens_dropped"] = arms.tokens([sample for sample in samples if not sample.update])
-        metrics["tokens_added"] = arms.tokens([sample for sample in samples if arms.FILL in sample.group])
-    return metrics
-
-
-def optimizer_step(
-    policy: Policy, optimizer, samples: list[Sample], config: Config, sizes: Sizes, scale: LossScale | None = None
-) -> dict[str, float]:
-    """One AdamW step on the gradient of all samples, if it is finite ("skipped" is 1 if not). Returns the metrics.
-
-    scale: of the loss, for fp16; a gradient that overflows in it is computed again at a lower one.
-    """
-    scale = scale or LossScale()
-    overflows = scale.overflows
 
     def work() -> tuple[float, list]:
-        optimizer.zero_grad(set_to_none=True)  # what a failed attempt has added must not count twice
-        return accumulate_gradient(policy, samples, config, sizes, scale)
+        s.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has added must not count twice
+        return accumulate(s, samples, weights, loss_of)
 
-    while True:
-        loss, columns = retry(work, lambda: sizes.halve(longest(samples)), "the update")
-        scale.unscale(policy.trainable_parameters())
-        used, applied = scale.value, apply_gradient(policy, optimizer, loss)
-        if not scale.again(loss, bool(applied["skipped"])):
-            break
-    if scale.active:
-        applied |= {"loss_scale": used, "overflows": scale.overflows - overflows}
-    return {"loss": loss, **applied, **statistics(columns, samples, config)}
+    loss, parts = retry(work, lambda: s.sizes.halve(longest(samples)), "the update")
+    s.loss_scale.unscale(s.policy.trainable_parameters())
+    own = [x for part, _ in parts for x in part]
+    columns = zip(*(tensors for _, tensors in parts)) if parts else [[torch.zeros(0)]] * 4
+    return loss, Columns(own, *(torch.cat(list(column)) for column in columns), clip=s.arms.clip(CLIP, CLIP))
 
 
-def accumulate_gradient(
-    policy: Policy, samples: list[Sample], config: Config, sizes: Sizes, scale: LossScale | None = None
-) -> tuple[float, list]:
-    """(loss, columns for `statistics`); adds the gradient of the loss, micro-batch by micro-batch, to the parameters,
-    times the scale. The loss is returned without it.
+def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple[float, list]:
+    """(loss, parts of the columns); adds the gradient, micro-batch by micro-batch, to the parameters, times the scale.
 
-    Samples without advantage have no gradient (but for an entropy bonus): for the metrics they are scored without one.
+    Samples without advantage have no gradient (unless an arm says so): for the metrics they are scored without one.
     Samples of the base, adapter off, are not the policy's to score.
     """
-    scale, groups = scale or LossScale(), [group_number(sample) for sample in samples]
-    lengths = [len(sample.completion.ids) for sample in samples]
-    # Every token's share of the loss, counted over all samples: micro-batches cannot change the gradient.
-    foreign = torch.tensor([bool(sample.objective) for sample in samples], dtype=torch.bool)
-    weights = off_policy.mixed_token_weights(
-        torch.tensor(groups), torch.tensor(lengths), foreign, config.off_policy_gamma, config.loss_weighting,
-        max([ppo.GROUPS, *(group + 1 for group in groups)]),
-    ).tolist()  # fmt: skip
-    bonus = config.entropy_coefficient if config.entropy_control in entropy_control.BONUS else 0.0
-    loss_sum, kept = 0.0, []
+    loss_sum, parts = 0.0, []
     for with_grad in (True, False):
         part = [
             i
             for i, sample in enumerate(samples)
-            if lengths[i] and not sample.from_base
-            and (sample.update and bool(sample.advantage or bonus)) == with_grad
-        ]  # fmt: skip
-        for indices, log_prob, entropy, mask in score(policy, [samples[i] for i in part], config, sizes, with_grad):
-            batch = [samples[part[i]] for i in indices]
-            weight = torch.tensor([weights[part[i]] for i in indices], device=log_prob.device)
-            loss, columns = batch_loss(batch, log_prob, mask, weight, config)
-            if with_grad and bonus:
-                own = torch.tensor([not s.objective for s in batch], device=weight.device)
-                loss = loss - bonus * ppo.weighted_sum(entropy, weight * own, mask)
+            if len(sample.completion.ids)
+            and not sample.from_base
+            and (sample.update and bool(sample.advantage or s.arms.every_token)) == with_grad
+        ]
+        for indices, log_prob, entropy, mask in score(s, [samples[i] for i in part], with_grad):
+            chosen = [part[i] for i in indices]
+            batch = make_batch([samples[i] for i in chosen], [weights[i] for i in chosen], log_prob, entropy, mask)
+            loss = loss_of(batch)
             if with_grad:
-                scale.backward(loss)
+                s.loss_scale.backward(loss)
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
-            kept.append(columns)
-            for sample, row, scored in zip(batch, entropy.tolist(), log_prob.tolist()):
+            parts.append(columns_of(batch))
+            for sample, row in zip(batch.samples, entropy.tolist()):
                 sample.entropy = row[: len(sample.completion.ids)]
-                if sample.objective == "sft":  # nobody sampled it: these are its log-probs before the update
-                    sample.old_log_prob = scored[: len(sample.completion.ids)]
-    return loss_sum, kept
+    return loss_sum, parts
 
 
-def score(policy: Policy, samples: list[Sample], config: Config, sizes: Sizes, with_grad: bool):
-    """Micro-batches of (indices, log_prob, entropy, mask) over the responses of the samples."""
-    prompts, responses = [s.prompt_ids for s in samples], [s.completion.ids for s in samples]
-    return policy.score(prompts, responses, config.temperature, sizes.token_budget, with_grad, sizes.chunk)
+def make_batch(samples: list[Sample], weights: list[float], log_prob, entropy, mask) -> Batch:
+    """The tensors of a micro-batch, on the device of log_prob (batch, time)."""
+    old = log_prob.detach()  # the first optimizer step of a training step: the ratio is 1, its gradient that of log p
+    if all(sample.old_log_prob is not None for sample in samples):
+        old = padded([sample.old_log_prob for sample in samples], log_prob)
+    sampler = padded([sample.completion.log_probs for sample in samples], log_prob)
+    device = log_prob.device
+    advantage = torch.tensor([sample.advantage for sample in samples], device=device)[:, None]
+    own = torch.tensor([not sample.objective for sample in samples], device=device)[:, None]
+    weight = torch.tensor(weights, device=device)
+    return Batch(samples, log_prob, entropy, mask, old, sampler, advantage, weight, own)
 
 
-def batch_loss(batch: list[Sample], log_prob: torch.Tensor, mask: torch.Tensor, weight: torch.Tensor, config: Config):
-    """(part of the loss, columns for `statistics`); log_prob, mask (batch, time), weight (batch,)."""
-    sampler = padded([s.completion.log_probs for s in batch], log_prob)
-    old = log_prob.detach()
-    if all(s.old_log_prob is not None for s in batch):
-        old = padded([s.old_log_prob for s in batch], log_prob)
-    advantage = torch.tensor([s.advantage for s in batch], device=log_prob.device)[:, None]
-    # For "truncated" samples of the base this guard is the truncated importance ratio itself.
-    guard = ppo.importance_weight(old, sampler, GAP_CAP)
-    clip = entropy_control.clip_bounds(config.entropy_control, CLIP_LOW, CLIP_HIGH)
-    token_loss = guard * ppo.ppo_token_loss(log_prob, old, advantage, *clip)
-    for name, loss in (("luffy", off_policy.luffy_token_loss), ("sft", off_policy.sft_token_loss)):
-        rows = [s.objective == name for s in batch]
-        if any(rows):  # asked on the host: asking a tensor would wait for the device
-            rows = torch.tensor(rows, device=log_prob.device)[:, None]
-            token_loss = torch.where(rows, loss(log_prob, advantage), token_loss)
-    columns = [log_prob.detach(), old, sampler, advantage.expand_as(mask)]
-    if config.entropy_control in entropy_control.MARKING:
-        columns.append(padded([s.marks for s in batch], log_prob))
-        token_loss = entropy_control.controlled(token_loss, columns[-1], log_prob, old, config)
-    own = mask & torch.tensor([not s.objective for s in batch], device=mask.device)[:, None]
-    return ppo.weighted_sum(token_loss, weight, mask), [column[own] for column in columns]
-
-
-def apply_gradient(policy: Policy, optimizer, loss: float) -> dict[str, float]:
-    """Clips the gradient's norm and steps, unless loss or norm is not finite; the gradient is gone afterwards."""
-    norm = torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), GRAD_CLIP).item()
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        take_step(policy, optimizer)
-    optimizer.zero_grad(set_to_none=True)
-    return {"grad_norm": norm, "skipped": float(not finite)}
+def columns_of(batch: Batch) -> tuple[list[Sample], list[torch.Tensor]]:
+    """The sampled tokens of a micro-batch, in the order of their samples."""
+    own = batch.mask & batch.own
+    tensors = batch.log_prob.detach(), batch.old_log_prob, batch.sampler_log_prob, batch.advantage.expand_as(own)
+    return [x for x in batch.samples if not x.objective], [tensor[own] for tensor in tensors]
 
 
 def take_step(policy: Policy, optimizer) -> None:
@@ -246,14 +193,12 @@ def take_step(policy: Policy, optimizer) -> None:
     retry(attempt, one_by_one, "the optimizer step")
 
 
-def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Config) -> dict[str, float]:
-    """Over the sampled tokens of an optimizer step: (log_prob, old, sampler, advantage[, marks]), each (tokens,)."""
-    columns = zip(*kept) if kept else [[torch.zeros(0)]] * 5
-    log_prob, old, sampler, advantage, *marks = (torch.cat(list(column)) for column in columns)
-    every = torch.ones_like(log_prob, dtype=torch.bool)
-    gap = ppo.gap_statistics(old, sampler, every, GAP_CAP)
-    clip = entropy_control.clip_bounds(config.entropy_control, CLIP_LOW, CLIP_HIGH)
-    result = {
+def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
+    """Metrics of an optimizer step over its sampled tokens: the gap between sampler and trainer, and the clip."""
+    every = torch.ones_like(columns.log_prob, dtype=torch.bool)
+    gap = ppo.gap_statistics(columns.old, columns.sampler, every, GAP_CAP)
+    flat = columns.log_prob, columns.old, columns.advantage
+    return {
         "log_prob_gap": gap["mean"],
         "log_prob_gap_max": gap["max"],
         "gap_p99": gap["p99"],
@@ -261,19 +206,18 @@ def statistics(kept: list[list[torch.Tensor]], samples: list[Sample], config: Co
         "gap_k3": gap["k3"],
         "gap_capped": gap["capped"],
         "tokens": sum(len(sample.completion.ids) for sample in samples if not sample.from_base),
-        "clip_fraction": ppo.clip_fraction(log_prob, old, advantage, every, *clip),
+        "clip_fraction": ppo.clip_fraction(*flat, every, *columns.clip),
     }
-    if config.entropy_control != "none":
-        flat = log_prob, old, advantage, marks[0] if marks else None
-        result["control_share"] = entropy_control.touched_share(config, *flat, CLIP_LOW, CLIP_HIGH)
-    return result
 
 
 def of_step(updates: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of a step from those of its optimizer steps: counts are added, all else is averaged, but for the
     greatest gap and the lowest loss scale."""
     together = {"tokens": sum, "skipped": sum, "overflows": sum, "log_prob_gap_max": max, "loss_scale": min}
-    mean = lambda values: sum(values) / len(values)  # noqa: E731
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
     return {name: together.get(name, mean)([metrics[name] for metrics in updates]) for name in updates[0]}
 
 

@@ -72,20 +72,21 @@ def held_out(directory: str) -> str:
 def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = False) -> dict:
     """train_azr.main(flags) in this process; seconds by phase and memory after each. real: weights and rewards are."""
     import train_azr
+    from azr.train import loop, rollouts, start as begin
 
     why, laps, text = sandbox_refuses(), [], io.StringIO()
     start, turn = time.perf_counter(), itertools.count()
     with contextlib.ExitStack() as stack:
-        changes = [(metrics.Clock, "lap", watched(bench, laps)), (train_azr, "PROBE", 2)]
+        changes = [(metrics.Clock, "lap", watched(bench, laps)), (loop, "PROBE", 2)]
         if not real:
             made_up = lambda *_, **__: float((-1) ** next(turn))  # noqa: E731
-            changes += [(train_azr, "Policy", random_weights(bench)), (train_azr, "SEED_ROUNDS", 1),
+            changes += [(begin, "Policy", random_weights(bench)), (loop, "SEED_ROUNDS", 1),
                         (train_azr, "solver_reward", made_up), (train_azr, "proposer_reward", made_up)]  # fmt: skip
         else:
-            changes += [(train_azr, "SEED_ROUNDS", 2)]
+            changes += [(loop, "SEED_ROUNDS", 2)]
         if why:
-            changes += [(train_azr, "Sandbox", NoSandbox), (train_azr, "validate", made_up_validate),
-                        (train_azr, "judge", made_up_judge)]  # fmt: skip
+            changes += [(begin, "Sandbox", NoSandbox), (train_azr, "validate", made_up_validate),
+                        (rollouts, "judge", made_up_judge)]  # fmt: skip
         for owner, name, value in changes:
             stack.enter_context(patched(owner, name, value))
         stack.enter_context(contextlib.redirect_stdout(text))

@@ -149,15 +149,17 @@ def profiled(bench: Bench, tokens: int, length: int) -> dict:
 
 def adamw(bench: Bench) -> dict:
     """The optimizer step beside it: first and later ones, clipping, copies that a step goes back to."""
+    import train_azr
     from azr.train import update as updates
 
     policy, _ = bench.any_policy()
     optimizer = updates.make_optimizer(policy, 1e-5)
+    state = train_azr.State(None, policy, optimizer)
 
     def step() -> None:
         for p in policy.trainable_parameters():
             p.grad = torch.full_like(p, 1e-4)
-        updates.apply_gradient(policy, optimizer, 1.0)
+        train_azr.apply_gradient(state, 1.0)
         bench.sync()
 
     before = bench.memory()["allocated GB"]

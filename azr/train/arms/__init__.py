@@ -1,0 +1,234 @@
+"""Arms: what a run does differently from plain self-play, one file each; the default run has none.
+
+    arms = Arms.of(config)                       # those that the settings ask for, in the order of REGISTRY
+    tasks += arms.tasks(s, step)                 # each hook of `Arm` does nothing unless an arm overrides it
+
+A new arm is a class with the hooks that it needs, in a file of this folder, and one line of REGISTRY (docs/icepop.py is
+a whole one). The files are imported when a run asks for them: reading settings needs no torch.
+
+The hooks in the order of a step: `tasks`, `answers`, `samples`, `given` (what else is solved and trained on), `reward`,
+`prepare`, `mark`, `weights`, `clip`, `token_loss`, `term` (what the update minimizes), `metrics`, `after`. `s` is the
+State of train_azr.py; its functions `solve` and `judge` come as arguments, since nothing here imports the script.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from azr.tasks import Sample, Task
+    from azr.train.config import Config
+
+# (whether the settings ask for it, its file and class, or the class itself). Hooks run in this order.
+REGISTRY: list[tuple[Callable[[Config], bool], str | type[Arm]]] = [
+    (lambda c: c.algorithm == "rlvr", "rlvr.Rlvr"),
+    (lambda c: c.algorithm == "sft", "sft.Sft"),
+    (lambda c: c.proposer_reward != "learnability", "reward_shape.RewardShape"),
+    (lambda c: c.control == "bonus", "entropy_control.Bonus"),
+    (lambda c: c.control == "adaptive", "entropy_control.Adaptive"),
+    (lambda c: c.control == "clip-higher", "entropy_control.ClipHigher"),
+    (lambda c: c.control == "clip-cov", "entropy_control.ClipCov"),
+    (lambda c: c.control == "kl-cov", "entropy_control.KlCov"),
+    (lambda c: c.control == "top-entropy", "entropy_control.TopEntropy"),
+    (lambda c: c.control == "high-advantage-clip", "entropy_control.HighAdvantageClip"),
+    (lambda c: c.proposer == "no-update", "untrained_proposer.NoUpdate"),
+    (lambda c: c.proposer == "frozen-base", "untrained_proposer.FrozenBase"),
+    (lambda c: c.proposer == "no-update-matched", "untrained_proposer.Matched"),
+    (lambda c: c.off_policy_gamma > 0, "off_policy.OffPolicy"),
+]
+
+
+class Arm:
+    """The hooks, all of which do nothing. Made before the model is loaded; ValueError for a file that cannot be read."""
+
+    proposes = True  # False: a step has no proposals, its tasks come from a file
+    every_token = False  # True: samples without an advantage have a gradient too
+    judged: list[Task] = []  # of its files: what will be judged, which tells whether mathematics is among it
+    state: dict = {}  # what it learned from earlier steps, JSON; saved with a checkpoint, replaced at a resume
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @classmethod
+    def refuses(cls, config: Config) -> list[tuple[bool, str]]:
+        """(whether it is so, the reason in one line) for settings that contradict this arm."""
+        return []
+
+    def files(self) -> list[str]:
+        """Paths whose content a resumed run must find unchanged."""
+        return []
+
+    def start(self, s, judge) -> None:
+        """Once the model is loaded. judge(s, samples) -> the samples with their verdicts. May raise ValueError."""
+
+    def proposing(self, s) -> AbstractContextManager:
+        """What proposals are sampled in."""
+        return nullcontext()
+
+    def tasks(self, s, step: int) -> list[Task]:
+        """More tasks for the solver; its n answers to each measure their solve rates and are trained on."""
+        return []
+
+    def answers(self, s, step: int, solve) -> list[Sample]:
+        """More answers of the same kind, from solve(s, step, tasks, n, key)."""
+        return []
+
+    def samples(self, s, step: int, proposals: list[Sample], answers: list[Sample], solve) -> list[Sample]:
+        """Answers that are rewarded and trained on, but measure no solve rate."""
+        return []
+
+    def given(self, s, step: int) -> list[Sample]:
+        """Samples that are trained on as they are: they bring their advantage."""
+        return []
+
+    def reward(self, sample: Sample, reward: float) -> float:
+        """The reward of a proposal that made a valid, solved task; `reward` is the published one."""
+        return reward
+
+    def prepare(self, s, step: int, samples: list[Sample]) -> dict[str, float]:
+        """Before the first optimizer step, on all samples with their advantages; returns metrics of the step."""
+        return {}
+
+    def mark(self, s, samples: list[Sample], seed: int) -> None:
+        """Before each optimizer step, on its samples."""
+
+    def weights(self, samples: list[Sample], weights: list[float]) -> list[float]:
+        """What every token of each sample weighs in the loss."""
+        return weights
+
+    def clip(self, low: float, high: float) -> tuple[float, float]:
+        """The bounds of PPO's clip, as distances from 1."""
+        return low, high
+
+    def token_loss(self, batch, loss):
+        """(batch, time) the loss of every token; `batch` is an update.Batch, `loss` PPO's."""
+        return loss
+
+    def term(self, batch):
+        """A scalar that a micro-batch adds to the loss, weighted like it (`batch.weight`)."""
+        return 0.0
+
+    def metrics(self, columns) -> dict[str, float]:
+        """Of one optimizer step, from its tokens (update.Columns)."""
+        return {}
+
+    def after(self, s, samples: list[Sample]) -> dict[str, float]:
+        """After the last optimizer step; what it returns replaces or adds to the metrics of the step."""
+        return {}
+
+
+class Arms(Arm):
+    """Several arms as one: lists are joined, changes are made one after the other. Without arms it does nothing."""
+
+    def __init__(self, arms: list[Arm] | tuple = ()) -> None:
+        self.arms = list(arms)
+
+    @classmethod
+    def of(cls, config: Config) -> Arms:
+        return cls([kind(config) for kind in chosen(config)])
+
+    @property
+    def proposes(self) -> bool:
+        return all(arm.proposes for arm in self.arms)
+
+    @property
+    def every_token(self) -> bool:
+        return any(arm.every_token for arm in self.arms)
+
+    @property
+    def judged(self) -> list[Task]:
+        return [task for arm in self.arms for task in arm.judged]
+
+    @property
+    def state(self) -> dict:
+        return {key: value for arm in self.arms for key, value in arm.state.items()}
+
+    @state.setter
+    def state(self, state: dict) -> None:
+        for arm in self.arms:
+            arm.state = state
+
+    def files(self):
+        return [path for arm in self.arms for path in arm.files()]
+
+    def start(self, s, judge):
+        for arm in self.arms:
+            arm.start(s, judge)
+
+    def proposing(self, s):
+        stack = ExitStack()
+        for arm in self.arms:
+            stack.enter_context(arm.proposing(s))
+        return stack
+
+    def tasks(self, s, step):
+        return [task for arm in self.arms for task in arm.tasks(s, step)]
+
+    def answers(self, s, step, solve):
+        return [sample for arm in self.arms for sample in arm.answers(s, step, solve)]
+
+    def samples(self, s, step, proposals, answers, solve):
+        return [sample for arm in self.arms for sample in arm.samples(s, step, proposals, answers, solve)]
+
+    def given(self, s, step):
+        return [sample for arm in self.arms for sample in arm.given(s, step)]
+
+    def reward(self, sample, reward):
+        for arm in self.arms:
+            reward = arm.reward(sample, reward)
+        return reward
+
+    def prepare(self, s, step, samples):
+        return {name: value for arm in self.arms for name, value in arm.prepare(s, step, samples).items()}
+
+    def mark(self, s, samples, seed):
+        for arm in self.arms:
+            arm.mark(s, samples, seed)
+
+    def weights(self, samples, weights):
+        for arm in self.arms:
+            weights = arm.weights(samples, weights)
+        return weights
+
+    def clip(self, low, high):
+        for arm in self.arms:
+            low, high = arm.clip(low, high)
+        return low, high
+
+    def token_loss(self, batch, loss):
+        for arm in self.arms:
+            loss = arm.token_loss(batch, loss)
+        return loss
+
+    def term(self, batch):
+        return sum(arm.term(batch) for arm in self.arms)
+
+    def metrics(self, columns):
+        return {name: value for arm in self.arms for name, value in arm.metrics(columns).items()}
+
+    def after(self, s, samples):
+        return {name: value for arm in self.arms for name, value in arm.after(s, samples).items()}
+
+
+def chosen(config: Config) -> list[type[Arm]]:
+    """The classes of the arms that the settings ask for."""
+    return [loaded(kind) for asked, kind in REGISTRY if asked(config)]
+
+
+def loaded(kind: str | type[Arm]) -> type[Arm]:
+    """A class of REGISTRY, imported if it is given as "file.Class"."""
+    if not isinstance(kind, str):
+        return kind
+    module, name = kind.split(".")
+    return getattr(importlib.import_module(f"azr.train.arms.{module}"), name)
+
+
+def refuse(config: Config) -> None:
+    """ValueError, in one line with the reason, if an arm that the settings ask for contradicts them."""
+    for kind in chosen(config):
+        for wrong, reason in kind.refuses(config):
+            if wrong:
+                raise ValueError(reason)

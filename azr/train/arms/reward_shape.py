@@ -1,0 +1,14 @@
+"""--proposer-reward: another reward of a valid task than the published 1 - r (azr/train/rewards.py has the shapes)."""
+
+from __future__ import annotations
+
+from azr.train.arms import Arm
+from azr.train.rewards import SHAPES, random_reward
+
+
+class RewardShape(Arm):
+    def reward(self, sample, reward):
+        """A shape of the solve rate alone, or, for `random`, a number that follows from the task alone."""
+        if self.config.proposer_reward == "random":
+            return random_reward(sample.task.hash)
+        return SHAPES[self.config.proposer_reward](sample.solve_rate)

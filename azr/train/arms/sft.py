@@ -1,0 +1,64 @@
+"""--algorithm sft: cross-entropy on the responses of --data, through the same update; nothing is sampled."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from azr.tasks import Sample, Task
+from azr.train.arms.off_policy import given_sample
+from azr.train.arms.rlvr import MODES_OF_SELFPLAY, FixedTasks
+from azr.train.data import fill
+
+# Metrics of the update that compare with a sampler, which there is none of.
+UNSAMPLED = ("log_prob_gap", "log_prob_gap_max", "gap_p99", "gap_outside_10", "gap_k3", "gap_capped", "clip_fraction")
+
+
+def sft_token_loss(log_prob: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """-A log p with A = 1: cross-entropy of a given response."""
+    return -advantage * log_prob
+
+
+class Sft(FixedTasks):
+    solutions = True
+
+    @classmethod
+    def refuses(cls, c):
+        return super().refuses(c) + [
+            (
+                c.solver_reward != "graded",
+                "--solver-reward does nothing with --algorithm sft: nothing is rewarded",
+            ),
+            (
+                c.temperature != 1,
+                "--temperature does nothing to --algorithm sft but rescale its loss: nothing is sampled; leave it at 1",
+            ),
+            (
+                c.control != "none",
+                f"--entropy-control {c.control} acts on answers that were sampled; --algorithm sft samples none",
+            ),
+        ]
+
+    def given(self, s, step):
+        """The responses of as many tasks as self-play has answers, or of --step-tokens tokens: advantage 1."""
+
+        def respond(tasks: list[Task], key: str) -> list[Sample]:
+            samples = [given_sample(s.policy, task, s.template, task.hash) for task in tasks]
+            for sample in samples:
+                sample.objective, sample.reason, sample.advantage, sample.reward = "sft", "given", 1.0, math.nan
+            return samples
+
+        if tokens := self.config.step_tokens:
+            return fill(tokens, 1, lambda wave, count: self.draw(step, wave, count), respond)
+        count = MODES_OF_SELFPLAY * self.config.prompts_per_mode * self.config.answers
+        return respond(self.draw(step, None, count), "")
+
+    def token_loss(self, batch, loss):
+        """Nobody sampled the responses: their log-probs are noted as they are before the update."""
+        for sample, row in zip(batch.samples, batch.log_prob.tolist()):
+            sample.old_log_prob = row[: len(sample.completion.ids)]
+        return sft_token_loss(batch.log_prob, batch.advantage)
+
+    def after(self, s, samples):
+        return dict.fromkeys(UNSAMPLED, math.nan)

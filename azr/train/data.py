@@ -1,0 +1,161 @@
+"""The fixed tasks and solutions that arms train on: their files, draws that follow from the step, steps of N tokens.
+
+    data = read_data("tasks.jsonl", solutions=False)     # a list of Task, read-only
+    tasks = draw(data, step=3, count=48, seed=0)         # the same for the same step, whatever happened before
+
+Every draw follows from (seed, step), so a resume needs no position in the data. `python -m azr.tasks make` writes such
+files. No torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from azr.console import warn
+from azr.tasks import MODES, Task
+from azr.tasks.prompts import solve_prompt
+
+if TYPE_CHECKING:
+    from azr.tasks import Buffers, Sample
+
+FILL_WAVES = 20  # rounds of sampling that fill a step up to a number of tokens
+FILL = "fill-"  # in the group of what was sampled for that
+FIRST_GUESS = 32  # tokens of an answer, before there is one
+
+
+# ---------------------------------------------------------------- files of tasks and solutions
+
+
+def read_data(path: str, solutions: bool) -> list[Task]:
+    """The tasks of a JSON-lines file, each once; with `solutions` each (task, response) once.
+
+    ValueError with file and line: a bad line, a task without a response where responses are wanted, an empty file.
+    """
+    found: dict[tuple, Task] = {}
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    task = _task(line, f"{path}, line {number}", solutions)
+                    found.setdefault((task.hash, task.response if solutions else None), task)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected one task as JSON a line") from error
+    if not found:
+        raise ValueError(f"{path}: holds no tasks; expected one task as JSON a line")
+    return list(found.values())
+
+
+def _task(line: str, where: str, solutions: bool) -> Task:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+        task = Task.from_json(row)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if solutions and not task.response:
+        raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
+    return task
+
+
+def by_mode(tasks: list[Task]) -> str:
+    return ", ".join(f"{mode} {count}" for mode, count in Counter(task.mode for task in tasks).items())
+
+
+def digest(path: str) -> str:
+    """16 hex digits of a file's bytes."""
+    import hashlib
+
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- draws
+
+
+def draw(data: list[Task], step: int, count: int, seed: int, wave: int | None = None) -> list[Task]:
+    """`count` tasks for a step, the same number of every mode (the first modes one more where it does not divide).
+
+    Epoch by epoch each task of a mode once, in an order of that epoch. With a wave (what fills a step up to a number of
+    tokens asks for a varying count) uniformly at random, in an order that mixes the modes.
+    """
+    modes, drawn = list(dict.fromkeys(task.mode for task in data)), []
+    rng = random.Random(f"{seed}/data/{step}/{wave}")
+    for i, mode in enumerate(modes):
+        mine = [task for task in data if task.mode == mode]
+        share = count // len(modes) + (i < count % len(modes))
+        if wave is not None:
+            drawn += rng.choices(mine, k=share)
+            continue
+        orders: dict[int, list[int]] = {}
+        for position in range((step - 1) * share, step * share):
+            epoch, place = divmod(position, len(mine))
+            if epoch not in orders:
+                orders[epoch] = list(range(len(mine)))
+                random.Random(f"{seed}/data/{mode}/{epoch}").shuffle(orders[epoch])
+            drawn.append(mine[orders[epoch][place]])
+    if wave is not None:
+        rng.shuffle(drawn)  # cut off at the end, no mode loses more than the others
+    return drawn
+
+
+def from_buffers(buffers: Buffers, seed: int, step: int, wave: int, count: int) -> list[Task]:
+    """About `count` tasks of the buffers, as many of each mode, in mixed order."""
+    rng = random.Random(f"{seed}/{step}/matched/{wave}")
+    drawn = [task for mode in MODES for task in buffers.sample(mode, math.ceil(count / len(MODES)), rng)]
+    return rng.sample(drawn, len(drawn))
+
+
+def fits(s, task: Task) -> bool:
+    """Whether a solver's prompt and its longest (or given) response fit the context of the model of a State `s`."""
+    context = getattr(s.policy.base.config, "max_position_embeddings", None) or math.inf
+    longest = max(s.config.max_new_tokens, len(s.policy.encode(task.response or "")))
+    return len(s.policy.encode(solve_prompt(task, s.template))) + longest <= context
+
+
+def fitting(s, data: list[Task]) -> list[Task]:
+    """The tasks that fit the model's context. Warns of those that do not; ValueError if none does."""
+    kept = [task for task in data if fits(s, task)]
+    if len(kept) < len(data):
+        if not kept:
+            raise ValueError("no task of the file fits the model's context with this --max-new-tokens; lower it")
+        warn(f"{len(data) - len(kept)} of {len(data)} tasks of a file do not fit the model's context: left out")
+    return kept
+
+
+def tokens(samples: list[Sample]) -> int:
+    return sum(len(sample.completion.ids) for sample in samples)
+
+
+def fill(target: int, n: int, draw: Callable, answer: Callable) -> list[Sample]:
+    """answer(draw(wave, tasks), key), n samples a task, again until they have `target` tokens, to within a sample.
+
+    A warning where FILL_WAVES rounds do not get there.
+    """
+    samples: list[Sample] = []
+    for wave in range(FILL_WAVES):
+        missing = target - tokens(samples)
+        if missing <= 0:
+            break
+        length = tokens(samples) / len(samples) if samples else FIRST_GUESS
+        samples += answer(draw(wave, math.ceil(missing / (n * max(1, length)))), f"{FILL}{wave}")
+    else:
+        warn(f"{tokens(samples)} of {target} tokens in {FILL_WAVES} rounds; going on with these")
+    return trimmed(samples, target)
+
+
+def trimmed(samples: list[Sample], target: int) -> list[Sample]:
+    """The first samples, as many as come nearest to `target` tokens."""
+    total, kept = 0, []
+    for sample in samples:
+        length = len(sample.completion.ids)
+        if total + length - target > target - total:
+            break
+        kept.append(sample)
+        total += length
+    return kept

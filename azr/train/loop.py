@@ -1,0 +1,185 @@
+"""Around the steps of train_azr.py: seed stage, frozen probe, non-finite updates, what follows a step, the conclusion.
+
+    begin(s, propose, validate, solve)                       # what comes before the first step, or a checkpoint
+    watcher = Watcher(s, watch)
+    for step in range(s.completed + 1, s.config.steps + 1):
+        if not watcher.goes_on(*train_step(s, step)):        # train_azr.py: metrics, proposals, answers
+            return
+    conclude(s, watch)
+
+`s` is the State of train_azr.py. Nothing here imports the script: the phases that are needed come as arguments.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from azr import console
+from azr.console import warn
+from azr.evals.held_out import plot_pass_at_k
+from azr.passk import powers_of_two
+from azr.runs import read_lines, write_jsonl_atomic
+from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
+from azr.train import checkpoint, memory_probe, screen, update
+from azr.train.metrics import memory, sample_row
+
+SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
+SEED_ROUNDS = 20  # a model that proposes nothing valid in so many rounds will not in more
+SILENCE = 30  # seconds after which the seed stage says how far it is
+PROBE = 64  # prompts and answers of each role and mode, frozen at step 0, for entropy on fixed data
+NON_FINITE_LIMIT = 3  # skipped updates in a row: one is bad luck, three are a learning rate
+TABLE_EVERY = 25  # steps between tables of samples on the screen
+NAMES = {"selfplay": "self-play", "rlvr": "RLVR", "sft": "SFT"}
+
+
+# ------------------------------------------------------------------------------------------------ before the first step
+
+
+def begin(s, propose: Callable, validate: Callable, solve: Callable) -> None:
+    """What a checkpoint says; or the seed stage, the probe and the measurement of the base."""
+    if s.run.resumed:
+        checkpoint.load(s)
+    # the cache of sampling takes what is free; Adam makes its moments later, at the first update
+    s.policy.engine.reserve = update.moments_to_come(s.policy, s.optimizer)
+    memory_probe.at_start(s.policy, s.optimizer, s.config, s.sizes)
+    if not s.run.resumed:
+        seed_stage(s, propose, validate)
+    s.snapshot = checkpoint.changing(s)
+    if not s.run.resumed:
+        checkpoint.save(s, keep=True)
+    if not s.completed:  # each is made once, so what a stop has left out is made up for
+        freeze_probe(s, propose, solve)
+        s.evaluation.freeze(s.buffers)
+        s.evaluation.pass_at_k_samples("base")
+
+
+def seed_stage(s, propose: Callable, validate: Callable) -> None:
+    """Fills the buffers from nothing but the identity program, with the untrained model and no weight update."""
+    for task in SEED_TASKS.values():
+        s.buffers.add(task, 0)
+    s.exempt = {SEED_PROGRAM}
+    target, told = min(SEED_TASKS_PER_MODE, 4 * s.config.prompts_per_mode), time.monotonic()
+    for turn in range(SEED_ROUNDS):
+        modes = tuple(mode for mode in MODES if s.buffers.size(mode) < target)
+        if not modes:
+            break
+        proposals = propose(s, f"seed-{turn}", modes)
+        validate(s, proposals)
+        for sample in proposals:
+            if sample.task and sample.parsed.well_formed and s.buffers.size(sample.mode) < target:
+                s.buffers.add(sample.task, 0)
+        if time.monotonic() - told > SILENCE:  # a model that proposes nothing valid needs every round
+            told = time.monotonic()
+            console.say(f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {buffer_sizes(s)}, of {target} each")
+    s.exempt, sizes = set(), buffer_sizes(s)
+    console.say(f"seed stage, from the identity program alone: {sizes} tasks")
+    if min(s.buffers.size(mode) for mode in MODES) < target:
+        warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these")
+
+
+def buffer_sizes(s) -> str:
+    return ", ".join(f"{mode} {s.buffers.size(mode)}" for mode in MODES)
+
+
+def freeze_probe(s, propose: Callable, solve: Callable) -> None:
+    """probe.jsonl: prompts and answers of every role and mode by the untrained model, for entropy on fixed data."""
+    if (s.run.dir / "probe.jsonl").exists():
+        return
+    rng = random.Random(f"{s.config.seed}/probe")
+    proposals = propose(s, "probe", count=PROBE)
+    tasks = [task for mode in MODES for task in s.buffers.sample(mode, PROBE, rng)]
+    rows = [
+        {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
+        for sample in proposals + solve(s, "probe", tasks, 1)
+    ]
+    write_jsonl_atomic(s.run.dir / "probe.jsonl", rows)
+
+
+# ------------------------------------------------------------------------------------------------------- in a step
+
+
+def check_finite(s, step: int, metrics: dict[str, float], batch: list[Sample]) -> None:
+    """Counts skipped updates in a row and saves the batch of each."""
+    s.non_finite = s.non_finite + 1 if metrics["skipped"] else 0
+    if metrics["skipped"]:
+        path = s.run.dir / f"non_finite_step_{step}.jsonl"
+        write_jsonl_atomic(path, [sample_row(step, sample) for sample in batch])
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+        warn(f"step {step}: loss {loss}, gradient norm {norm}: update skipped, batch saved to {path}")
+
+
+def evaluates(s, step: int) -> bool:
+    return bool(s.config.eval_every) and step % s.config.eval_every == 0
+
+
+def not_reproducible(s) -> dict[str, float]:
+    """The metrics of a step that depend on the machine: seconds of each phase, memory, lanes that died."""
+    s.elapsed += s.clock.total()
+    times = {**s.clock.metrics(), "time/elapsed": round(s.elapsed, 2), **memory(checkpoint.computed_at_once(s))}
+    return times | {"time/lanes_lost": s.sandbox.state["lanes_lost"]}
+
+
+def complete(s, step: int) -> None:
+    """The step counts from here on; a checkpoint if one is due, wanted, or belongs to an evaluation."""
+    evaluated, last = evaluates(s, step), step == s.config.steps
+    s.completed, s.snapshot = step, checkpoint.changing(s)
+    if evaluated or last or s.stop.save_requested or checkpoint.due(s, step):
+        checkpoint.save(s, keep=evaluated or last)
+        s.stop.save_requested = False
+    if evaluated:
+        s.evaluation.mark_best()
+
+
+def give_up_if_not_finite(s, step: int) -> None:
+    """GaveUp after NON_FINITE_LIMIT skipped updates in a row."""
+    if s.non_finite >= NON_FINITE_LIMIT:
+        wider = ", or take --dtype bf16 or fp32, whose range is wider" if s.loss_scale.active else ""
+        raise checkpoint.GaveUp(
+            f"step {step}: {s.non_finite} updates in a row were not finite; lower --learning-rate{wider}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------- between the steps
+
+
+class Watcher:
+    """What the screen shows between the steps, and whether --max-hours are over."""
+
+    def __init__(self, s, watch) -> None:
+        """watch: what notes warnings (analysis.health.Watch)."""
+        self.s, self.watch, self.start = s, watch, time.monotonic()
+        self.lines = screen.StepLines(s.config.steps, s.config.price_per_hour)
+        self.lines.header()
+
+    def goes_on(self, metrics: dict, proposals: list[Sample], answers: list[Sample]) -> bool:
+        """Shows a step. False: the hours are full; the run is saved."""
+        config, step = self.s.config, metrics["step"]
+        self.lines.show(metrics)
+        self.watch.add(metrics)
+        if proposals and (step % TABLE_EVERY == 1 or step == config.steps):
+            screen.sample_table(step, proposals, answers)
+        if config.max_hours and time.monotonic() - self.start > 3600 * config.max_hours and step < config.steps:
+            console.say(f"--max-hours {config.max_hours} reached; {checkpoint.stopped(self.s)}")
+            return False
+        return True
+
+
+def conclude(s, watch) -> None:
+    """Trained against base: the table and the pass@k plot; what to look at."""
+    rows = [row for row in read_lines(s.run.dir / "metrics.jsonl") if row["step"] > 0]
+    count = min(10, max(1, len(rows) // 2))
+    screen.training_table(rows[:count], rows[-count:])
+    base, trained = (s.evaluation.pass_at_k_samples(name) for name in ("base", f"step_{s.completed}"))
+    if base and trained:
+        ks = powers_of_two(s.config.eval_samples)
+        screen.before_after(base, trained, ks)
+        plot = s.run.dir / "plots" / "pass_at_k.png"
+        plot.parent.mkdir(exist_ok=True)
+        plot_pass_at_k({"base": base, NAMES[s.config.algorithm]: trained}, plot, ks)
+        console.say(f"pass@k, base against trained: {plot}")
+    if best := s.evaluation.mark_best():
+        console.say(best)
+    screen.summary(watch.health.summary())
+    screen.where(s.run.dir)

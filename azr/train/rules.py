@@ -1,0 +1,101 @@
+"""Which settings go together, and the strengths of the entropy controls. No torch.
+
+refuse(config)                        # ValueError for what contradicts itself or does nothing
+control_of("kl-cov=0.01")             # ("kl-cov", 0.01)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING
+
+from azr.train import arms
+
+if TYPE_CHECKING:
+    from azr.train.config import Config
+
+# The default strength of each control, as published; None: it has none.
+CONTROLS: dict[str, float | None] = {
+    "none": None,
+    "bonus": 1e-3,  # coefficient of the entropy in the loss
+    "adaptive": 5e-3,  # the highest coefficient
+    "clip-higher": 0.28,  # upper bound of PPO's clip
+    "clip-cov": 2e-4,  # share of tokens that lose their gradient
+    "kl-cov": 2e-3,  # share of tokens that get a KL penalty
+    "top-entropy": 0.2,  # share of tokens that keep their gradient
+    "high-advantage-clip": 0.2,  # share of tokens among the highest advantages
+}
+# On the embedded model a published share of tokens would be one token or none.
+TINY_STRENGTH = {"clip-cov": 2e-2, "kl-cov": 2e-2}
+SHARES = ("clip-cov", "kl-cov", "top-entropy", "high-advantage-clip")
+NEED_RATIO = ("clip-higher", "kl-cov")  # controls that do nothing while the ratio of PPO is 1
+ARM_FLAGS = ("proposer", "proposer_reward", "ends_penalty", "entropy_control", "solver_tasks", "minibatches",
+             "temperature")  # fmt: skip
+
+
+def control_of(text: str) -> tuple[str, float | None]:
+    """(name, strength or None where none is given) of NAME[=VALUE]; ValueError for one that cannot be."""
+    name, given, value = text.partition("=")
+    if name not in CONTROLS:
+        raise ValueError(f"--entropy-control must be one of {', '.join(CONTROLS)}, each with =VALUE, not {text!r}")
+    if not given:
+        return name, None
+    if CONTROLS[name] is None:
+        raise ValueError(f"--entropy-control {name} has no strength: leave {given}{value} out")
+    try:
+        strength = float(value)
+    except ValueError as error:
+        raise ValueError(f"--entropy-control {text}: {value!r} is not a number") from error
+    if not 0 < strength < math.inf or (name in SHARES and strength >= 1):
+        below = " and below 1, a share of the tokens" if name in SHARES else ""
+        raise ValueError(f"--entropy-control {text}: the strength must be above 0{below}")
+    return name, strength
+
+
+def with_strength(text: str, tiny: bool) -> str:
+    """NAME=VALUE with the default where no strength is given; a control that has none as it is."""
+    name, strength = control_of(text)
+    default = TINY_STRENGTH.get(name, CONTROLS[name]) if tiny else CONTROLS[name]
+    strength = default if strength is None else strength
+    return name if strength is None else f"{name}={strength}"
+
+
+def refuse(config: Config) -> None:
+    """ValueError, in one line with the reason, for a combination that contradicts itself or does nothing."""
+    for wrong, reason in _rules(config):
+        if wrong:
+            raise ValueError(reason)
+    arms.refuse(config)
+
+
+def _rules(c: Config) -> list[tuple[bool, str]]:
+    """Those that belong to no arm that the settings ask for."""
+    selfplay, gamma = c.algorithm == "selfplay", c.off_policy_gamma
+    others = (c.off_policy_source, c.off_policy_weight, c.off_policy_control) != (None, "truncated", "none")
+    return [
+        (selfplay and bool(c.data), "--data is for --algorithm rlvr or sft: selfplay makes its own tasks"),
+        (
+            selfplay and c.step_tokens is not None,
+            "--step-tokens is for --algorithm rlvr or sft: the tokens of a step of selfplay follow from what it "
+            "samples",
+        ),
+        (
+            c.recipe == "azr" and c.solver_tasks == "fresh",
+            "--solver-tasks fresh contradicts --recipe azr, whose solver prompts come from the buffer",
+        ),
+        (
+            c.control in NEED_RATIO and c.minibatches == 1,
+            f"--entropy-control {c.control} does nothing with one update a step, where every ratio is 1: give "
+            "--minibatches 4, and compare with --entropy-control none --minibatches 4",
+        ),
+        (not 0 <= gamma < 1, f"--off-policy-gamma must be at least 0 and below 1, not {gamma}"),
+        (gamma == 0 and others, "--off-policy-... flags do nothing without --off-policy-gamma above 0"),
+    ]
+
+
+def describe(config: Config) -> str:
+    """The flags by which a run differs from plain self-play; "" if by none."""
+    names = [f for f in dataclasses.fields(config) if f.name in ARM_FLAGS or f.name.startswith("off_policy_")]
+    given = [(f.name, getattr(config, f.name)) for f in names if getattr(config, f.name) not in (f.default, None)]
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given)
