@@ -129,9 +129,9 @@ assert model_path("qwen-3b") == "Qwen/Qwen2.5-Coder-3B" and model_path("OWNER/NA
 """,
     "azr/train/ppo.py": """
 import torch
-from ppo import lean_advantages
-advantage = lean_advantages(torch.tensor([1.0, -0.5, 1.0, 1.0]), torch.tensor([0, 0, 1, 1]), torch.zeros(4).long())
-assert advantage[0] > 0 > advantage[1] and advantage[2] == 0
+from ppo import gap_statistics
+trainer, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
+assert abs(gap_statistics(trainer, trainer + 0.2, mask)["mean"] - 0.2) < 1e-6
 """,
     "azr/policy/sampling.py": """
 import torch
