@@ -270,82 +270,127 @@ def _comprehensions(line: Line) -> set[int]:
 
 def _scan(line: Line, function: Scope | None) -> None:
     """Scope of each token of a statement; binds the parameters of `function`, lambdas and comprehension targets."""
-    comprehensions, scope, depth = _comprehensions(line), line.scope, 0
-    opened = []  # of open lambdas and comprehensions: [scope outside, depth, scope inside, first iterable is to come]
-    targets = parameters = False
+    scan = _Scan(line, function)
     for i, (kind, text) in enumerate(line.tokens):
+        scan.leave(kind, text)
+        line.scopes.append(scan.owner(i, kind, text))
+        scan.enter(i, kind, text)
+
+
+@dataclass
+class _Open:
+    """A lambda or comprehension that has begun and not ended."""
+
+    outside: Scope
+    depth: int  # of brackets, where it stands
+    inside: Scope
+    first: bool  # a comprehension whose first iterable is still to come
+
+
+class _Scan:
+    """Where a statement is being read: how deep in brackets, in which scope, within targets or lambda parameters."""
+
+    def __init__(self, line: Line, function: Scope | None):
+        self.line, self.function, self.scope, self.depth = line, function, line.scope, 0
+        self.comprehensions = _comprehensions(line)
+        self.opened: list[_Open] = []
+        self.targets = self.parameters = False
+
+    @property
+    def here(self) -> bool:
+        """Whether the innermost lambda or comprehension stands at this depth of brackets."""
+        return bool(self.opened) and self.opened[-1].depth == self.depth
+
+    def leave(self, kind: str, text: str) -> None:
+        """Ends what this token ends: a closing bracket, or `,` and `for` behind the body of a lambda."""
         if kind == "op" and text in _CLOSE:
-            while opened and opened[-1][1] >= depth:
-                scope = opened.pop()[0]
-            depth -= 1
-        elif text in ("for", "if", "async") or text == "," and not parameters:
-            while text in ("for", ",") and opened and opened[-1][1] == depth and opened[-1][2].kind == "lambda":
-                scope = opened.pop()[0]
-            if text != "," and opened and opened[-1][1] == depth:
-                scope = opened[-1][2]
-        here = bool(opened) and opened[-1][1] == depth
-        owner = scope
-        if kind == "name" and text not in KEYWORDS:
-            before = line.tokens[i - 1][1] if i else ""
-            if before in ("*", "**") and i > 1:
-                before = line.tokens[i - 2][1]
-            starts = before in ("(", ",", "lambda")
-            if function is not None and depth == 1 and starts and not opened:
-                function.names.setdefault(text, None)
-                owner = function
-            elif (parameters and here and starts) or (targets and before != "."):
-                scope.names.setdefault(text, None)
-        line.scopes.append(owner)
+            while self.opened and self.opened[-1].depth >= self.depth:
+                self.scope = self.opened.pop().outside
+            self.depth -= 1
+        elif text in ("for", "if", "async") or text == "," and not self.parameters:
+            while text in ("for", ",") and self.here and self.opened[-1].inside.kind == "lambda":
+                self.scope = self.opened.pop().outside
+            if text != "," and self.here:
+                self.scope = self.opened[-1].inside
+
+    def owner(self, i: int, kind: str, text: str) -> Scope:
+        """The scope of a token; a parameter or a target is bound there."""
+        if kind != "name" or text in KEYWORDS:
+            return self.scope
+        before = self.line.tokens[i - 1][1] if i else ""
+        if before in ("*", "**") and i > 1:
+            before = self.line.tokens[i - 2][1]
+        starts = before in ("(", ",", "lambda")
+        if self.function is not None and self.depth == 1 and starts and not self.opened:
+            self.function.names.setdefault(text, None)
+            return self.function
+        if (self.parameters and self.here and starts) or (self.targets and before != "."):
+            self.scope.names.setdefault(text, None)
+        return self.scope
+
+    def enter(self, i: int, kind: str, text: str) -> None:
+        """Begins what this token begins: brackets, a comprehension in them, a lambda, targets."""
         if kind == "op" and text in _OPEN:
-            depth += 1
-            if i in comprehensions:
-                opened.append([scope, depth, Scope("comprehension", scope), True])
-                scope = opened[-1][2]
+            self.depth += 1
+            if i in self.comprehensions:
+                self.open("comprehension")
         elif text == "lambda":
-            opened.append([scope, depth, Scope("lambda", scope), False])
-            scope, parameters = opened[-1][2], True
-        elif text == ":" and parameters and here:
-            parameters = False
-        elif text == "for" and scope.kind == "comprehension":
-            targets = True
-        elif text == "in" and targets:
-            targets = False
-            if here and opened[-1][3]:  # the first iterable is evaluated outside of the comprehension
-                opened[-1][3], scope = False, opened[-1][0]
+            self.open("lambda")
+            self.parameters = True
+        elif text == ":" and self.parameters and self.here:
+            self.parameters = False
+        elif text == "for" and self.scope.kind == "comprehension":
+            self.targets = True
+        elif text == "in" and self.targets:
+            self.targets = False
+            if self.here and self.opened[-1].first:  # the first iterable is evaluated outside of the comprehension
+                self.opened[-1].first, self.scope = False, self.opened[-1].outside
+
+    def open(self, kind: str) -> None:
+        self.opened.append(_Open(self.scope, self.depth, Scope(kind, self.scope), kind == "comprehension"))
+        self.scope = self.opened[-1].inside
 
 
 def _bind(line: Line, words: list[str]) -> None:
     """Names that a statement binds in its own scope (parameters and comprehension targets are bound by _scan)."""
-    names, first = line.scope.names, words[0]
-    if first in ("global", "nonlocal") and line.scope.parent is not None:
-        outside = line.scope.parent
-        while first == "global" and outside.parent is not None:
-            outside = outside.parent
-        declared = [word for (kind, word) in line.tokens[1:] if kind == "name"]
-        line.scope.outer.update(dict.fromkeys(declared, outside))
-        if first == "global":
-            outside.names.update({name: None for name in declared if name not in outside.names})
-        return
-    bound = [i + 1 for i, word in enumerate(words[:-1]) if word == "as"]
+    if words[0] in ("global", "nonlocal") and line.scope.parent is not None:
+        return _declare(line, words[0])
+    for i in _bound(line, words):
+        if line.tokens[i][0] == "name" and words[i] not in KEYWORDS:
+            line.scope.names.setdefault(words[i], None)
+    for i in range(len(words) - 1):
+        if words[i + 1] == ":=" and line.tokens[i][0] == "name":
+            scope = line.scopes[i]
+            while scope.kind == "comprehension":  # a walrus binds in the function around it
+                scope = scope.parent
+            scope.names.setdefault(words[i], None)
+
+
+def _declare(line: Line, keyword: str) -> None:
+    """`global` and `nonlocal`: where to look for the names instead."""
+    outside = line.scope.parent
+    while keyword == "global" and outside.parent is not None:
+        outside = outside.parent
+    declared = [word for (kind, word) in line.tokens[1:] if kind == "name"]
+    line.scope.outer.update(dict.fromkeys(declared, outside))
+    if keyword == "global":
+        outside.names.update({name: None for name in declared if name not in outside.names})
+
+
+def _bound(line: Line, words: list[str]) -> list[int]:
+    """Positions of what the statement binds: behind `as`, targets of `for`, patterns of `case`, assignments."""
+    first, bound = words[0], [i + 1 for i, word in enumerate(words[:-1]) if word == "as"]
     if first in ("import", "from"):
-        kept = {words[i] for i in range(1, len(words)) if line.tokens[i][0] == "name"} - {words[i] for i in bound}
-        for name in kept - KEYWORDS:
-            names.pop(name, None)  # `import math` binds a name that means something: it stays
+        named = {words[i] for i in range(1, len(words)) if line.tokens[i][0] == "name"} - {words[i] for i in bound}
+        for name in named - KEYWORDS:
+            line.scope.names.pop(name, None)  # `import math` binds a name that means something: it stays
     elif first == "for" or words[:2] == ["async", "for"]:
         bound += _targets(line, words.index("for") + 1, words.index("in") if "in" in words else 0)
     elif first == "case":
         bound += [i for i in _targets(line, 1, len(words)) if words[i] != "_"]
     elif first not in _BLOCKS:
         bound += _assigned(line, words)
-    for i in bound:
-        if line.tokens[i][0] == "name" and words[i] not in KEYWORDS:
-            names.setdefault(words[i], None)
-    for i in range(len(words) - 1):
-        if words[i + 1] == ":=" and line.tokens[i][0] == "name":
-            scope = line.scopes[i]
-            while scope.kind == "comprehension":
-                scope = scope.parent
-            scope.names.setdefault(words[i], None)
+    return bound
 
 
 def _assigned(line: Line, words: list[str]) -> list[int]:
@@ -421,16 +466,6 @@ def read_program(source: str) -> Reading:
         parameters=parameters,
         shape=tuple(tuple("$" if word[0] == "$" else word for word in row) for row in words),
     )
-
-
-_NUMBER_WORD = re.compile(r"(?<=\0)\.?\d[^\0]*")
-_STRING_WORD = re.compile(r"(?<=\0)[rRbBuUfF]{0,2}[\"'][^\0]*")
-
-
-def skeleton(source: str) -> str:
-    """The normal form with every number 0 and every string empty: equal for programs that differ in constants, names
-    and layout only."""
-    return _STRING_WORD.sub("''", _NUMBER_WORD.sub("0", read_program(source).form))
 
 
 def _render(line: Line, counter) -> list[str]:
