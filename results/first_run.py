@@ -34,11 +34,10 @@ from gate_lab import Lab, Store  # noqa: E402
 from gate_numbers import BEYOND, TRACED, Counts, level  # noqa: E402
 from tables import fill, show, table  # noqa: E402
 
-from azr.policy.opening import newest_checkpoint  # noqa: E402
 from azr.evals.held_out import load_tasks  # noqa: E402
 from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
 from azr.models import model_path  # noqa: E402
-from azr.runs import read_metrics  # noqa: E402
+from azr.runs import read_metrics, step_directories  # noqa: E402
 from azr.tasks import MODES  # noqa: E402
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
@@ -60,14 +59,14 @@ def together(runs: list[Path]) -> tuple[dict[str, Path], str, int]:
             config = json.loads((run / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{run}: no readable config.json; give the directory of a run of train_azr.py") from error
-        checkpoint, name = newest_checkpoint(run), f"seed {config['seed']}"
-        if checkpoint == run:
+        steps, name = step_directories(run), f"seed {config['seed']}"
+        if not steps:
             raise ValueError(f"{run}: has no checkpoint yet")
         if name in found:
             raise ValueError(f"{run}: {found[name].parent.parent} has the same seed")
         if config["quantization"] != "none":
             raise ValueError(f"{run}: its base was quantized; the embedded model is measured as it is")
-        found[name] = checkpoint
+        found[name] = steps[-1][1]
         settings.add((config["model"], config["max_new_tokens"]))
     if len(settings) > 1:
         raise ValueError(f"the runs differ in model or --max-new-tokens: {sorted(settings)}")

@@ -127,6 +127,9 @@ def test_flags_and_azr_json_make_the_settings(checkpoint, tmp_path):
         agree("tiny", moved)
     with pytest.raises(ModelError, match="--model is missing"):
         agree(None)
+    (tmp_path / "young" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ModelError, match="young has no checkpoint yet"):
+        agree("tiny", tmp_path / "young")
 
 
 def test_a_commit_and_a_fingerprint_are_no_contradiction_and_another_wording_is(checkpoint, tmp_path):
