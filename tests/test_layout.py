@@ -84,7 +84,7 @@ def test_an_instrument_does_not_load_the_whole_house():
     assert files_loaded("azr.policy.opening") == ["azr.jsonl", "azr.models", "azr.policy.opening"]
 
 
-# A file -> five lines that use it, alone in an empty folder, by its own name.
+# A file -> lines that use it, alone in an empty folder, by its own name (docs/copy.md has more, which test_pages runs).
 ALONE = {
     "azr/jsonl.py": """
 from jsonl import strict_lines, tolerant_lines, write_jsonl_atomic
@@ -106,18 +106,6 @@ parser = Parser(prog="tool")
 parser.add_argument("--steps", type=int)
 assert parser.parse_args(["--steps", "3"]).steps == 3
 """,
-    "azr/stop.py": """
-from stop import StopNow, StopRequest
-with StopRequest() as stop:
-    with stop.shield():
-        print("what must not be left half done")
-    assert stop.requested is None
-""",
-    "azr/passk.py": """
-from passk import difference_interval, pass_at_k, share_interval
-base, tuned = pass_at_k(8, [3, 0, 8], [1, 4]), pass_at_k(8, [4, 1, 8], [1, 4])
-print(share_interval(base)[0], difference_interval(tuned - base)[0])
-""",
     "azr/isolated.py": """
 from isolated import apart
 values, why = apart(lambda: iter([6 * 7]), seconds=30)
@@ -132,32 +120,6 @@ import torch
 from ppo import gap_statistics
 trainer, mask = torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[True, True, False]])
 assert abs(gap_statistics(trainer, trainer + 0.2, mask)["mean"] - 0.2) < 1e-6
-""",
-    "azr/policy/sampling.py": """
-import torch
-from sampling import Sampling, sample_tokens, seed_tensor
-places, seeds = torch.tensor([0, 0]), seed_tensor([7, 8], "cpu")
-token, log_prob = sample_tokens(torch.randn(2, 1000), Sampling(top_p=0.95), seeds, places)
-""",
-    "azr/policy/scoring.py": """
-import torch
-from scoring import ChunkedLogProb
-hidden, head = torch.randn(10, 64, requires_grad=True), torch.randn(5000, 64)
-log_prob, entropy = ChunkedLogProb.apply(hidden, head, torch.randint(5000, (10,)), 1.0)
-log_prob.sum().backward()
-""",
-    "azr/weights/nf4.py": """
-import torch
-from nf4 import quantize
-weight = torch.randn(64, 128)
-error = quantize(weight, block=64, double=True).dequantize(torch.float32).view_as(weight) - weight
-assert 0.05 < error.norm() / weight.norm() < 0.15
-""",
-    "azr/weights/spectra.py": """
-import torch
-from spectra import factor_spectrum, rank_summary
-singular = factor_spectrum(torch.randn(64, 8), torch.randn(8, 32), scale=2.0)
-assert 1 < rank_summary(singular, rank=8)["R1_effective_rank"] <= 8
 """,
 }
 # A file that takes another one along: both keep their places in azr/.
