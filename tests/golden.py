@@ -3,13 +3,13 @@
     python tests/golden.py record                     run every case, write tests/golden.json
     python tests/golden.py check                      run them again: exit 0 equal, 1 something differs, 2 cannot tell
     python tests/golden.py check --only "recipe-*,export"      some cases; * matches
-    python tests/golden.py record --only help         record these again, leave the others as they are
+    python tests/golden.py record --only export       record these again, leave the others as they are
     python tests/golden.py list                       the cases, and what each one runs
     python tests/golden.py check --work DIR           keep what the cases write, to compare two of them by hand
 
-A case is a command line or a few in a folder of its own. golden.json holds a hash of every part of what it writes: per
-step each group of metrics (`time/` and `memory/` aside) and the samples; the adapter; the files of the instruments. So a
-difference is told by case, step and group. A float counts to its last bit, the settings in config.json do not count.
+A case is a command line, or a few, in a folder of its own. golden.json holds a hash of every part of what it writes:
+per step each group of metrics (`time/` and `memory/` aside) and the samples; the adapter; what the instruments write.
+So a difference is told by case, step and group. A float counts to its last bit; config.json does not count.
 
 Another processor or another torch rounds differently and then samples other tokens, so `check` refuses a golden.json
 that was recorded elsewhere. There, record the old commit first: `git worktree add ../old COMMIT`, and in it
@@ -37,9 +37,9 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import CompletedProcess
 
 from golden_cases import COMMANDS, FILTERS, HELD_OUT, PRINTED, SMALL, STEP_TOKENS, TASK_FILES, TRAINED
 
@@ -93,7 +93,9 @@ def file_parts(path: Path, folder: Path) -> Parts:
         return {path.name: digest(tensors(path))}
     text = text_of(path, folder)
     if path.suffix == ".json":
-        return {f"{path.name} {key}": digest(value) for key, value in stable(json.loads(text)).items()}
+        value = stable(json.loads(text))
+        whole = {path.name: digest(value)}
+        return {f"{path.name} {key}": digest(v) for key, v in value.items()} if isinstance(value, dict) else whole
     if path.suffix == ".jsonl":
         return {path.name: digest([stable(json.loads(line)) for line in text.splitlines()])}
     _, *sections = re.split(r"<h2>(.*?)</h2>", re.sub(r'src="data:[^"]*"', "", text))  # the head has a date
@@ -115,7 +117,7 @@ def run_parts(run: Path, folder: Path) -> Parts:
         row = json.loads(line)
         samples.setdefault(row["step"], []).append(row)
     parts |= {f"step {step} samples": digest(rows) for step, rows in samples.items()}
-    for path in sorted([run / "probe.jsonl", *(run / "eval").glob("*.jsonl")]):
+    for path in sorted([run / "probe.jsonl", *(run / "eval").glob("*.json*")]):
         parts |= file_parts(path, folder)
     *_, last = sorted(run.glob("checkpoints/step_*"))
     return parts | {f"{last.name} adapter": digest(tensors(last / "adapter_model.safetensors"))}
@@ -124,16 +126,7 @@ def run_parts(run: Path, folder: Path) -> Parts:
 # ---------------------------------------------------------------- running commands
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a command ended: exit code, standard output, standard error."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run(command: str, folder: Path, stdin: str = "") -> Done:
+def run(command: str, folder: Path, stdin: str = "") -> CompletedProcess:
     """SCRIPT.py ... or -m MODULE ..., without quotes, in `folder`; in a fork, so that torch is imported once only."""
     streams = [folder / f"std{name}.log" for name in ("in", "out", "err")]
     streams[0].write_text(stdin, encoding="utf-8")
@@ -147,6 +140,8 @@ def run(command: str, folder: Path, stdin: str = "") -> Done:
             os.chdir(folder)
             code = become(command.split())
         finally:  # whatever happens, the child does not go on with the cases
+            if sys.exc_info()[0]:
+                traceback.print_exc()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -154,7 +149,7 @@ def run(command: str, folder: Path, stdin: str = "") -> Done:
     out, err = (path.read_text(encoding="utf-8") for path in streams[1:])
     with open(folder / "commands.log", "a", encoding="utf-8") as log:
         log.write(f"$ {command}\n{out}{err}[exit code {code}]\n")
-    return Done(code, out, err)
+    return CompletedProcess(command, code, out, err)
 
 
 def become(words: list[str]) -> int:
@@ -169,9 +164,6 @@ def become(words: list[str]) -> int:
         if isinstance(stop.code, str):
             print(stop.code, file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
-    except Exception:
-        traceback.print_exc()
-        return 1
     return 0
 
 
@@ -210,13 +202,15 @@ class Work:
         held_out: dict[str, list[str]] = {}
         for line in (TINY / "held_out.jsonl").read_text(encoding="utf-8").splitlines(keepends=True):
             held_out.setdefault(json.loads(line)["mode"], []).append(line)
-        self.held_out = "".join(line for lines in held_out.values() for line in lines[:HELD_OUT])
-        self.shared = {"tiny-nf4": lambda out: to_nf4(TINY, out), "held.jsonl": lambda out: out.write_text(self.held_out)}
-        self.shared |= dict.fromkeys(TASK_FILES, self.make_tasks)
+        chosen = "".join(line for lines in held_out.values() for line in lines[:HELD_OUT])
+        self.shared = dict.fromkeys(TASK_FILES, self.make_tasks) | {
+            "held.jsonl": lambda out: out.write_text(chosen),
+            "tiny-nf4": lambda out: to_nf4(TINY, out),
+        }
 
     def make_tasks(self, out: Path) -> None:
-        if (done := run(TASK_FILES[out.name], self.dir)).code:
-            raise RuntimeError(f"{TASK_FILES[out.name]}: {done.err.strip()}")
+        if (done := run(TASK_FILES[out.name], self.dir)).returncode:
+            raise RuntimeError(f"{done.args}: {done.stderr.strip()}")
 
     def folder(self, name: str, commands: str) -> Path:
         """A case's own folder, with links to the shared files that its commands name."""
@@ -229,12 +223,12 @@ class Work:
                 (here / file).symlink_to(self.dir / file)
         return here
 
-    def train(self, name: str) -> tuple[Done, Path]:
+    def train(self, name: str) -> tuple[CompletedProcess, Path]:
         """A training case, unless it has been run already; how it ended and its run directory."""
         model, spellings = self.arms[name]
         here = self.dir / name
         if here.exists():
-            return Done(0, "", ""), here / "run"
+            return CompletedProcess("", 0), here / "run"
         self.folder(name, f"{model} {SMALL} {spellings}")
         for flags in spellings:
             shutil.rmtree(here / "run", ignore_errors=True)
@@ -243,26 +237,25 @@ class Work:
                 run(f"{command} --steps 2", here)
                 command += " --resume auto"
             done = run(command, here)
-            if done.code != 2:
+            if done.returncode != 2:
                 break
         return done, here / "run"
 
     def trained(self, name: str) -> Parts:
         done, run_dir = self.train(name)
-        return ended(done) | (run_parts(run_dir, self.dir) if done.code == 0 else {})
+        return ended(done) | (run_parts(run_dir, self.dir) if done.returncode == 0 else {})
 
     def measured(self, name: str) -> Parts:
         """The commands of an instrument, on a copy of the run of `default`."""
         commands, written = COMMANDS[name]
-        here = self.folder(name, " ".join(commands))
+        here = self.folder(name, f"{' '.join(commands)} held.jsonl")
         if any("{run}" in command for command in commands):
             shutil.copytree(self.train("default")[1], here / "a-run")
-            (here / "held.jsonl").exists() or (here / "held.jsonl").symlink_to(self.dir / "held.jsonl")
         for command in commands:
             done = run(command.format(run="a-run"), here)
         parts = ended(done)
         if name == PRINTED:
-            parts["output"] = digest(done.out)
+            parts["output"] = digest(done.stdout)
         for path in (here / name.format(run="a-run") for name in written):
             for file in sorted(path.glob("*.json*")) + sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
                 parts |= file_parts(file, self.dir) if file.exists() else {file.name: "is missing"}
@@ -273,8 +266,9 @@ class Work:
         parts: Parts = {}
         for command, lines in FILTERS.items():
             done = run(command, self.dir, "".join(json.dumps(line) + "\n" for line in lines) + "no JSON\n")
-            parts[f"{command}: exit"] = str(done.code)
-            parts |= {f"{command}: line {i}": digest(json.loads(line)) for i, line in enumerate(done.out.splitlines(), 1)}
+            parts[f"{command}: exit"] = str(done.returncode)
+            for number, line in enumerate(done.stdout.splitlines(), 1):
+                parts[f"{command}: line {number}"] = digest(json.loads(line))
         return parts
 
     def task_files(self, name: str) -> Parts:
@@ -291,9 +285,10 @@ class Work:
         return cases
 
 
-def ended(done: Done) -> Parts:
+def ended(done: CompletedProcess) -> Parts:
     """The exit code; of a failure in words, so that golden.json shows it."""
-    return {"exit": f"{done.code} {(done.err.strip().splitlines() or [''])[-1]}" if done.code else "0"}
+    last = (done.stderr or "").strip().splitlines()[-1:] if done.returncode else []
+    return {"exit": " ".join([str(done.returncode), *last])}
 
 
 def read_arms() -> tuple[dict[str, tuple], Callable]:
@@ -305,8 +300,8 @@ def read_arms() -> tuple[dict[str, tuple], Callable]:
     arms = {name: ("tiny", (flags,) if isinstance(flags, str) else flags) for name, flags in TRAINED.items()}
     for name, arm in experiments.ARMS.items():
         if not arm.model.endswith("half"):  # a base that has to be trained first
-            flags = arm.flags.replace("{runs}/", "")
-            arms[name] = arm.model.replace("{runs}", "."), (re.sub(r"(--step-tokens) \d+", rf"\1 {STEP_TOKENS}", flags),)
+            flags = re.sub(r"(--step-tokens) \d+", rf"\1 {STEP_TOKENS}", arm.flags.replace("{runs}/", ""))
+            arms[name] = arm.model.replace("{runs}", "."), (flags,)
     return arms, experiments.round_to_nf4
 
 

@@ -35,7 +35,8 @@ TRAINED = {
     "sft-solutions": "--algorithm sft --data gold.jsonl",
     "quantized": "--quantization nf4 --max-new-tokens 24 --steps 2",
     "fp16": "--algorithm sft --data gold.jsonl --dtype fp16 --max-new-tokens 4 --steps 2",
-    "bf16-attention-seed": "--dtype bf16 --max-new-tokens 24 --lora-targets attention --lora-rank 4 --lora-alpha 8 --seed 1 --steps 2",
+    "bf16-attention-seed": "--dtype bf16 --lora-targets attention --lora-rank 4 --lora-alpha 8 --seed 1 "
+    "--max-new-tokens 24 --steps 2",
 }  # fmt: skip
 
 TASK_FILES = {
@@ -55,7 +56,8 @@ COMMANDS = {
     ),
     "analyze-entropy": (["analyze.py entropy --run {run} --json out.json"], ["out.json"]),
     "analyze-entropy-data": (
-        ["analyze.py entropy --model tiny --adapter {run} --data {run}/probe.jsonl --limit 24 --json out.json"],
+        ["analyze.py entropy --model tiny --adapter {run}/checkpoints/step_3 --data {run}/probe.jsonl --limit 24 "
+         "--json out.json"],
         ["out.json"],
     ),
     "analyze-dynamics": (["analyze.py dynamics {run} --windows 3 --json out.json"], ["out.json"]),
@@ -77,45 +79,35 @@ COMMANDS = {
 }  # fmt: skip
 PRINTED = "analyze-health"  # the case whose output on the screen is its result
 
-SANDBOX_LINES = [
-    {"id": 1, "code": "def f(x):\n    return x + 1", "inputs": ["1", "2.5", "'a'", "float('nan')"]},
-    {"id": 2, "code": "def f(a, b=2):\n    return {a: (b, [a, {3, 1, 2}])}", "inputs": ["'k'", "1, 3", "1, b=0"]},
-    {"code": "import os\ndef f(x):\n    return 1", "inputs": ["1"]},
-    {"code": "def f(x):\n    while True:\n        pass", "inputs": ["1"], "cpu_seconds": 0.2},
-    {"code": "def f(x):\n    return len([0] * 10 ** 9)", "inputs": ["1"]},
-    {"code": "def f(x)\n    return x", "inputs": ["1"]},
-    {"code": "def f(x):\n    return lambda: x", "inputs": ["1"]},
-    {"code": "def f(x):\n    return list(range(x))", "inputs": ["3", "100000"]},
-    {"code": "def f(x):\n    raise SystemExit(x)", "inputs": ["0"]},
-    {"code": "def f(x):\n    return f(x + 1)", "inputs": ["0"]},
-    {"code": "def g(s):\n    return s[::-1].upper() + 'é'", "inputs": ["'abc'"], "entry": "g"},
-    {"code": "import math, heapq\ndef f(x):\n    return math.sqrt(x), heapq.nlargest(2, 'abca')", "inputs": ["2"]},
-    {"code": "def f(x): return x"},
-]
-TEN = [str(i) for i in range(10)]
-VALIDATE_LINES = [
-    {"mode": "deduction", "program": "def f(x):  # doubles\n    return x * 2", "input": "[1, 2]"},
-    {"mode": "abduction", "program": "def f(s, n):\n    return s[n:] + s[:n]", "input": "'hello', 2"},
-    {"mode": "deduction", "program": "def f(x):\n    return x", "input": "5"},
-    {"mode": "deduction", "program": "def f(x):\n    return id(x)", "input": "'a'"},
-    {"mode": "deduction", "program": "def f(x):\n    return 1 / x", "input": "0"},
-    {"mode": "deduction", "program": "import random\ndef f(x):\n    return random.random()", "input": "0"},
-    {"mode": "abduction", "program": "def f(x):\n    return (i for i in x)", "input": "[1]"},
-    {"mode": "deduction", "program": "def f(x) return x", "input": "1"},
-    {"mode": "deduction", "program": "def f(x):\n    return x + 1", "input": "__import__('os')"},
-    {"mode": "induction", "program": "def f(x):\n    return x * x % 7", "inputs": TEN, "message": "squares"},
-    {"mode": "induction", "program": "def f(x):\n    return x + 1", "inputs": ["1"] * 10, "message": "one more"},
-    {"mode": "induction", "program": "def f(x):\n    return x + 1", "inputs": TEN[:4], "message": "one more"},
-    {"mode": "unknown", "program": ""},
-]
-PAIRS = [[str(i), str(i * i)] for i in range(10)]
-SQUARES = {"mode": "induction", "program": "def f(x):\n    return x * x", "message": "squares",
-           "visible": PAIRS[:5], "hidden": PAIRS[5:]}  # fmt: skip
-ABS = {"program": "def f(x):\n    return [abs(x), 1.0]", "input": "-3", "output": "[3, 1.0]"}
-JUDGE_LINES = [
-    *({"mode": "deduction", **ABS, "answer": answer} for answer in ("[3, 1.0]", "[3,1]", "[4, 1.0]", "(3, 1)", "f()")),
-    *({"mode": "abduction", **ABS, "answer": answer} for answer in ("-3", "3", "2", "'a'", "1, 2", "exit()")),
-    *({**SQUARES, "answer": answer} for answer in ("def f(x):\n    return x ** 2", "def f(x):\n    return x + x", "x")),
-    {"mode": "deduction", "program": "def f(x):\n    return x", "answer": "1"},
-]  # fmt: skip
-FILTERS = {"-m sandbox run": SANDBOX_LINES, "-m azr.tasks validate": VALIDATE_LINES, "-m azr.tasks judge": JUDGE_LINES}
+LOOP = "def f(x):\n    while True:\n        pass"
+INDUCTION = {"mode": "induction", "program": "def f(x):\n    return x * x % 7", "message": "squares"}
+PAIRS = [[str(i), str(i * i % 7)] for i in range(10)]
+VALUE = {"program": "def f(x):\n    return [abs(x), 1.0]", "input": "-3", "output": "[3, 1.0]"}
+FILTERS = {  # lines that are right or wrong in many ways
+    "-m sandbox run": [
+        {"id": 1, "code": "def f(x, y=2):\n    return {y: (x, {3, 1})}", "inputs": ["1", "'k', 1.5", "float('nan')"]},
+        {"id": 2, "code": "import os\ndef f(x):\n    return 1", "inputs": ["1"]},
+        {"code": LOOP, "inputs": ["1"], "cpu_seconds": 0.2},
+        {"code": "def f(x):\n    return len([0] * 10 ** 9)", "inputs": ["1"]},
+        {"code": "def f(x)\n    return x", "inputs": ["1"]},
+        {"code": "def f(x):\n    return [lambda: x, 1 / x, f(x), list(range(x))][x]", "inputs": ["0", "1"]},
+        {"code": "def f(x): return x"},
+    ],
+    "-m azr.tasks validate": [
+        {"mode": "deduction", "program": "def f(x):  # doubles\n    return x * 2", "input": "[1, 2]"},
+        {"mode": "abduction", "program": "def f(s, n):\n    return s[n:] + s[:n]", "input": "'hello', 2"},
+        {"mode": "deduction", "program": "def f(x):\n    return x", "input": "5"},
+        {"mode": "deduction", "program": "def f(x):\n    return id(x)", "input": "'a'"},
+        {"mode": "deduction", "program": "def f(x):\n    return 1 / x", "input": "0"},
+        {"mode": "deduction", "program": "def f(x):\n    return x + 1", "input": "__import__('os')"},
+        {**INDUCTION, "inputs": [pair[0] for pair in PAIRS]},
+        {**INDUCTION, "inputs": ["1"] * 10},
+        {"mode": "unknown", "program": ""},
+    ],
+    "-m azr.tasks judge": [
+        *({"mode": "deduction", **VALUE, "answer": answer} for answer in ("[3, 1.0]", "[3,1]", "(3, 1)", "f()")),
+        *({"mode": "abduction", **VALUE, "answer": answer} for answer in ("-3", "3", "2", "'a'", "exit()")),
+        *({**INDUCTION, "visible": PAIRS[:5], "hidden": PAIRS[5:], "answer": answer}
+          for answer in ("def f(x):\n    return x ** 2 % 7", "def f(x):\n    return x + x", "x")),
+    ],
+}  # fmt: skip
