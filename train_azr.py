@@ -31,7 +31,6 @@ import sys
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from azr.machine import doctor
 
@@ -56,10 +55,10 @@ from azr.policy.backoff import Sizes
 from azr.policy.policy import Policy, Sampling
 from azr.runs import Run
 from azr.stop import StopRequest
-from azr.tasks import MODES, STOP, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
+from azr.tasks import MODES, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
 from azr.train import loop, ppo, rollouts, start, trackers, update
 from azr.train.arms import Arms
-from azr.train.config import Config, as_json, dry_run, parse, resolve, template_of
+from azr.train.config import Config, as_json, dry_run, parse, resolve
 from azr.train.data import fits
 from azr.train.evaluation import Evaluation
 from azr.train.loss_scale import LossScale
@@ -400,19 +399,6 @@ def train(s: State) -> None:
     loop.conclude(s, watch)
 
 
-def make_state(config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, arms: Arms, grader=None) -> State:
-    """The state of a run before its first step; the arms look at their files. ValueError: one of these is of no use."""
-    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
-    template, held_out = template_of(config), dataclasses.replace(sampling, temperature=1.0)
-    s = State(
-        config, policy, update.make_optimizer(policy, config.learning_rate), sandbox, arms=arms, grader=grader,
-        sizes=Sizes(config.token_budget), loss_scale=LossScale.of(policy.info["dtype"]), template=template,
-        sampling=sampling, evaluation=Evaluation(config, policy, sandbox, template, held_out, run_dir),
-    )  # fmt: skip
-    arms.start(s, rollouts.judged)
-    return s
-
-
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     if arguments[:1] == ["export"]:
@@ -434,7 +420,7 @@ def run(arguments: list[str]) -> int | None:
     if config.dry_run:
         return dry_run(config, why)
     with StopRequest() as stop:
-        start.start(config, why, stop, make_state, train)
+        start.start(config, why, stop, State, train)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from azr.train import checkpoint, loop
+from azr.train import checkpoint, loop, start
 from azr.train.arms import Arms
 from azr.train.config import Config, resolve
 from azr.evals.math_answers import MathGrader
@@ -47,7 +47,7 @@ class World:
 
         config = resolve(Config(**{**SMALL, **settings}))[0]
         self.policy.load_adapter_state(self.start)
-        s = train_azr.make_state(config, self.policy, self.sandbox, run.dir, Arms.of(config), grader)
+        s = start.make_state(train_azr.State, config, self.policy, self.sandbox, run.dir, Arms.of(config), grader)
         s.run, s.stop = run, stop
         if self.buffers is None:
             with patch.object(loop, "SEED_ROUNDS", 4):

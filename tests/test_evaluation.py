@@ -10,7 +10,7 @@ import pytest
 
 import train_azr
 from azr.evals import benchmarks
-from azr.train import evaluation
+from azr.train import evaluation, start
 from azr.train.arms import Arms
 from azr.train.rollouts import judged
 from azr.train.config import Config, resolve
@@ -139,7 +139,7 @@ def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_
         sample.parsed, sample.entropy = parse_proposal(mode, response, program), [0.1] * len(ids)
         samples.append(sample)
     with Sandbox(1) as sandbox:
-        state = train_azr.make_state(config, policy, sandbox, tmp_path, Arms())
+        state = start.make_state(train_azr.State, config, policy, sandbox, tmp_path, Arms())
         train_azr.validate_all(state, samples)
         assert [s.reason for s in samples] == ["held_out"] * 3 + ["ok"] and [s for s in samples if s.task] == samples[3:]
         answers = judged(state, [answer(samples[3].task, text) for text in ("[3, 5, 2]", "0")])

@@ -179,9 +179,61 @@ def test_a_saved_config_can_be_passed_back(finished):
     assert dataclasses.asdict(config) == {**stored, "seed": 7}
 
 
+def test_a_config_from_before_is_read_with_one_line(finished, held_out, tmp_path):
+    """Settings that no longer exist are left out; a strength moves to the name of its control; the run goes on."""
+    out, quantization, _ = finished
+    if quantization == "nf4":
+        pytest.skip("says nothing about settings")
+    stored = json.loads((out / "config.json").read_text())
+    gone = {"loss_weighting": "token", "probe": "auto", "keep_states": 4, "entropy_coefficient": 0.03, "card": None}
+    old = {**stored, **gone, "entropy_control": "bonus"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    done = train(tmp_path / "other", held_out, "--config", tmp_path / "config.json", "--print-config")
+    assert done.returncode == 0 and json.loads(done.stdout)["entropy_control"] == "bonus=0.03"
+    [line] = done.stderr.splitlines()
+    assert "5 of its settings no longer exist" in line and "loss_weighting token, keep_states 4" in line
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(json.dumps({**stored, **gone, "entropy_coefficient": None}))
+    again = ["--steps", 4, "--quantization", "none", "--resume", tmp_path / "run"]
+    done = train(out, held_out, "--config", tmp_path / "run/config.json", *again)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no longer exist") == 1 and reproducible(tmp_path / "run") == reproducible(out)
+    assert not set(gone) & set(json.loads((tmp_path / "run/config.json").read_text()))
+
+
+def test_a_warm_start_from_an_adapter(finished, held_out, tmp_path):
+    out, quantization, _ = finished
+    adapter, flags = out / "checkpoints/step_4", ("--steps", 1, "--eval-samples", 0, "--quantization", quantization)
+    done = train(tmp_path / "run", held_out, *flags, "--adapter", adapter)
+    assert done.returncode == 0 and "warm start from the adapter" in done.stdout, done.stderr
+    began = tmp_path / "run/checkpoints/step_0/adapter_model.safetensors"
+    assert began.read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "run/config.json").read_text())["adapter"] == str(adapter)
+    for more, words in ((["--lora-rank", "4"], "leave the --lora flags out"), (["--adapter", "/nowhere"], "/nowhere")):
+        done = train(tmp_path / "bad", held_out, *flags, "--adapter", adapter, *more)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "bad").exists()
+
+
+def test_presets_are_sizes_cards_and_a_smoke_test(held_out, tmp_path):
+    def settings(*flags) -> dict:
+        done = train(tmp_path / "run", held_out, *flags, "--print-config")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    big = {name: settings("--model", "qwen-3b", "--preset", name) for name in ("24gb", "4090", "H200", "80gb")}
+    assert big["24gb"] | {"preset": ""} == big["4090"] | {"preset": ""}
+    assert big["80gb"] | {"preset": ""} == big["H200"] | {"preset": ""}
+    for model in ("tiny", "qwen-3b"):
+        smoke = settings("--model", model, "--preset", "smoke")
+        assert smoke["steps"] == 2 and smoke["eval_samples"] == 2  # a flag that is typed stays
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        (["--preset", "9090"], "unknown preset 9090"),
+        (["--entropy-control", "bonus=0"], "must be above 0"),
+        (["--loss-weighting", "token"], "unrecognized"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--lr", "1"], "unrecognized"),
         (["--learning-rat", "1"], "did you mean --learning-rate?"),

@@ -22,11 +22,20 @@ NO_BF16 = ("t4",)  # of cost.CARDS: older than Ampere
 SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}
 # Settings that earlier versions had, with what is done now whatever they say.
 GONE = {
-    "loss_weighting": "group", "off_policy_schedule": "constant", "off_policy_baseline": "union",
-    "off_policy_samples": 8, "eval_temperature": 1.0, "save_minutes": 10.0, "keep_states": 2, "probe": "auto",
-    "card": None, "control_fraction": None, "entropy_coefficient": None, "entropy_target": None,
+    "loss_weighting": "group",
+    "off_policy_schedule": "constant",
+    "off_policy_baseline": "union",
+    "off_policy_samples": 8,
+    "eval_temperature": 1.0,
+    "save_minutes": 10.0,
+    "keep_states": 2,
+    "probe": "auto",
+    "card": None,
+    "control_fraction": None,
+    "entropy_coefficient": None,
+    "entropy_target": None,
     "kl_coefficient": 1.0,
-}  # fmt: skip
+}
 
 
 def setting(default, text: str, choices: tuple = (), group: str = ""):
@@ -219,8 +228,17 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_mode", "answers", "max_new_tokens", "minibatches", "lora_rank",
-                     "token_budget", "save_every", "step_tokens"):  # fmt: skip
+        for name in (
+            "steps",
+            "prompts_per_mode",
+            "answers",
+            "max_new_tokens",
+            "minibatches",
+            "lora_rank",
+            "token_budget",
+            "save_every",
+            "step_tokens",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -282,9 +300,19 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
-METAVARS = {"model": "MODEL", "adapter": "DIR", "out": "DIR", "resume": "auto|none|DIR", "preset": "PRESET",
-            "data": "FILE", "entropy_control": "NAME[=VALUE]", "off_policy_source": "base|FILE",
-            "eval_data": "FILE", "steps": "N", "seed": "N"}  # fmt: skip
+METAVARS = {
+    "model": "MODEL",
+    "adapter": "DIR",
+    "out": "DIR",
+    "resume": "auto|none|DIR",
+    "preset": "PRESET",
+    "data": "FILE",
+    "entropy_control": "NAME[=VALUE]",
+    "off_policy_source": "base|FILE",
+    "eval_data": "FILE",
+    "steps": "N",
+    "seed": "N",
+}
 
 
 def parse(arguments: list[str], description: str) -> Config:
@@ -343,8 +371,11 @@ def _tell_what_is_gone(path: Path) -> None:
     except (OSError, ValueError):
         return  # whoever opens it says what is wrong
     gone = [name for name in GONE if name in stored]
-    other = [f"{name} {stored[name]}" for name in gone if stored[name] not in (GONE[name], None)
-             and name not in ("control_fraction", "entropy_coefficient")]  # fmt: skip
+    other = [
+        f"{name} {stored[name]}"
+        for name in gone
+        if stored[name] not in (GONE[name], None) and name not in ("control_fraction", "entropy_coefficient")
+    ]
     if gone:
         from azr.console import warn  # the doctor reads settings before it knows whether there is rich
 
@@ -384,6 +415,7 @@ def resolve(config: Config) -> tuple[Config, str]:
         "eval_data": None,
     }
     values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
+    values |= _lora_of(config.adapter) if config.adapter else {}
     if config.dtype in (None, "auto"):
         config = dataclasses.replace(config, dtype=_auto_dtype(config, preset, card))
         why += "; computing in fp16: this GPU has no bf16 in hardware" if config.dtype == "fp16" else ""
@@ -402,6 +434,15 @@ def resolve(config: Config) -> tuple[Config, str]:
             "--rollout-weights bf16 copies a 4-bit base; with --quantization none there is none to copy"
         )
     return config, why
+
+
+def _lora_of(adapter: str) -> dict[str, float]:
+    """Rank and alpha of a PEFT adapter, which a warm start keeps. ValueError if there is none."""
+    try:
+        stored = _read_settings(Path(adapter) / "adapter_config.json")
+        return {"lora_rank": int(stored["r"]), "lora_alpha": float(stored["lora_alpha"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--adapter {adapter}: no LoRA adapter of PEFT ({error})") from error
 
 
 def preset_of(config: Config) -> tuple[plan.Preset, str, str | None]:
@@ -491,8 +532,14 @@ def dry_run(config: Config, why: str) -> int:
     card, which = cost.card_for(named, preset, cost.gpu_here() if here else None)
     made = plan.plan_memory(plan.shape_of(config.model), preset, room, device)
     print(as_json(config), why, plan.render(made, config.model), "", sep="\n")
-    print(cost.render(made, config.model, card, which, config.steps, config.price_per_hour, config.eval_every,
-                      out=config.out), "", plan.verdict(made), sep="\n")  # fmt: skip
+    print(
+        cost.render(
+            made, config.model, card, which, config.steps, config.price_per_hour, config.eval_every, out=config.out
+        ),
+        "",
+        plan.verdict(made),
+        sep="\n",
+    )
     return 0 if made.fits else 1
 
 

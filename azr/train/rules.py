@@ -30,8 +30,15 @@ CONTROLS: dict[str, float | None] = {
 TINY_STRENGTH = {"clip-cov": 2e-2, "kl-cov": 2e-2}
 SHARES = ("clip-cov", "kl-cov", "top-entropy", "high-advantage-clip")
 NEED_RATIO = ("clip-higher", "kl-cov")  # controls that do nothing while the ratio of PPO is 1
-ARM_FLAGS = ("proposer", "proposer_reward", "ends_penalty", "entropy_control", "solver_tasks", "minibatches",
-             "temperature")  # fmt: skip
+ARM_FLAGS = (
+    "proposer",
+    "proposer_reward",
+    "ends_penalty",
+    "entropy_control",
+    "solver_tasks",
+    "minibatches",
+    "temperature",
+)
 
 
 def control_of(text: str) -> tuple[str, float | None]:

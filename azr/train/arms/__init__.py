@@ -42,7 +42,7 @@ REGISTRY: list[tuple[Callable[[Config], bool], str | type[Arm]]] = [
 
 
 class Arm:
-    """The hooks, all of which do nothing. Made before the model is loaded; ValueError for a file that cannot be read."""
+    """The hooks, all of which do nothing. Made before the model is loaded; ValueError for a file it cannot read."""
 
     proposes = True  # False: a step has no proposals, its tasks come from a file
     every_token = False  # True: samples without an advantage have a gradient too
