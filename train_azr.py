@@ -358,7 +358,8 @@ def ppo_loss(s: State, batch: Batch) -> torch.Tensor:
     # et al. 2025), both log-probs of the weights that sampled.
     gap = (batch.old_log_prob - batch.sampler_log_prob).exp().clamp(max=GAP_CAP).detach()
     token_loss = s.arms.token_loss(batch, gap * token_loss)
-    return ppo.weighted_sum(token_loss, batch.weight, batch.mask) + s.arms.term(batch)
+    # What padding holds, infinities and NaN included, is no part of the sum over tokens, each with its group's weight.
+    return (token_loss.masked_fill(~batch.mask, 0.0) * batch.weight[:, None]).sum() + s.arms.term(batch)
 
 
 # --------------------------------------------------------------------------------------------------- phase 5: record

@@ -133,13 +133,15 @@ def test_group_weights_leave_the_others_alone():
     assert train_azr.token_weights(maths)[-1] == pytest.approx(1 / 70)
 
 
-def test_weighted_sum_ignores_padding_and_its_gradient():
-    values = torch.tensor([[1.0, 2.0, float("nan")], [3.0, float("inf"), float("-inf")]], requires_grad=True)
+def test_the_loss_is_a_weighted_sum_that_ignores_padding_and_its_gradient():
+    old = torch.zeros(2, 3)
+    log_prob = torch.tensor([[0.0, 0.0, float("nan")], [0.0, float("inf"), float("-inf")]], requires_grad=True)
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    total = ppo.weighted_sum(values, tensor(0.5, 2), mask)
-    assert total.item() == pytest.approx(7.5)
+    part = batch(log_prob, old, tensor(-1, -3), weight=tensor(0.5, 2), mask=mask)
+    total = train_azr.ppo_loss(train_azr.State(None, None, None), part)
+    assert total.item() == pytest.approx(0.5 * 2 + 2 * 3)
     total.backward()
-    assert values.grad.tolist() == [[0.5, 0.5, 0], [2, 0, 0]]
+    assert log_prob.grad[mask].tolist() == [0.5, 0.5, 6]
 
 
 def test_the_gap_between_sampler_and_trainer_is_a_truncated_weight():

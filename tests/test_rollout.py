@@ -20,7 +20,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from azr.train import ppo
 from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
 from azr.policy.scoring import ChunkedLogProb, micro_batches, share_prompts
 
@@ -154,7 +153,7 @@ def gradient(policy, prompts, responses, advantage, budget):
         p.grad = None
     for indices, log_prob, entropy, mask in policy.score(prompts, responses, token_budget=budget, with_grad=True):
         loss = -(log_prob - log_prob.detach()).exp() * advantage[indices, None] - 0.1 * entropy
-        ppo.weighted_sum(loss, weight[indices], mask).backward()
+        (loss.masked_fill(~mask, 0.0) * weight[indices, None]).sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
 
 
@@ -229,7 +228,7 @@ def test_nf4_hand_made_rewards_move_the_policy_the_right_way(real):
                 if update == 0:
                     assert log_prob[row, : len(responses[i])].tolist() == start[i]
             loss = -(log_prob - log_prob.detach()).exp() * rewards[indices, None]
-            ppo.weighted_sum(loss, weight[indices], mask).backward()
+            (loss.masked_fill(~mask, 0.0) * weight[indices, None]).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
     end, _ = policy.score_lists(prompts, responses)

@@ -104,13 +104,13 @@ def card_for(name: str | None, preset: Preset, here: str | None = None) -> tuple
         return None, "the CPU, by rates of the embedded model on two cores"
     return CARDS[
         OF_PRESET[preset.name]
-    ], f"assumed: {OF_PRESET[preset.name]}, for no GPU is here; --card names another"
+    ], f"assumed: {OF_PRESET[preset.name]}, for no GPU is here; --preset names another"
 
 
 def named(name: str) -> Card:
     """The card of this name, or PlanError."""
     if name.lower() not in CARDS:
-        raise PlanError(f"unknown card {name}: take {', '.join(CARDS)}, or leave --card out")
+        raise PlanError(f"unknown card {name}: take {', '.join(CARDS)}, or leave the card out")
     return CARDS[name.lower()]
 
 

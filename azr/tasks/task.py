@@ -165,7 +165,6 @@ class Sample:
     update: bool = True  # False: a proposal of an arm whose proposer is not trained
     from_base: bool = False  # sampled with the adapter off
     objective: str = ""  # of what the policy did not sample: "truncated", "luffy" or "sft"; "": PPO's
-    marks: list[float] | None = None  # 1 where an entropy control acts on the token
 
 
 SEED_PROGRAM = "def f(a):\n    return a"

@@ -22,14 +22,6 @@ def group_share(samples) -> float:
     return 1 / (GROUPS + any(sample.mode == "math" for sample in samples))
 
 
-def weighted_sum(values: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Sum over response tokens of values (batch, time) times the weight of their sample (batch,): a part of the loss.
-
-    What padding holds is ignored, infinities and NaN included.
-    """
-    return (values.masked_fill(~mask, 0.0) * weight[:, None]).sum()
-
-
 def clipped(log_prob, old_log_prob, advantage, clip_low: float = 0.2, clip_high: float = 0.2) -> torch.Tensor:
     """Where the clip takes the gradient away, bool (batch, time): r above its bound and A > 0, or below and A < 0."""
     ratio = (log_prob.detach() - old_log_prob).exp()

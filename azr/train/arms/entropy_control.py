@@ -112,7 +112,8 @@ class Bonus(Control):
     def term(self, batch):
         if not self.coefficient:
             return 0.0
-        return -self.coefficient * ppo.weighted_sum(batch.entropy, batch.weight * batch.own[:, 0], batch.mask)
+        weight = batch.weight * batch.own[:, 0]
+        return -self.coefficient * (batch.entropy.masked_fill(~batch.mask, 0.0) * weight[:, None]).sum()
 
     def touched(self, columns):
         return torch.full_like(columns.log_prob, self.coefficient > 0, dtype=torch.bool)
