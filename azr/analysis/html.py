@@ -34,10 +34,12 @@ def image(drawn, alt: str) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
+    """kind: a class of STYLE, such as "quiet"."""
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
 
 
 def bullets(lines: list[str]) -> str:
+    """A list; nothing without lines."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
@@ -61,10 +63,12 @@ def code(text: str, lines: int = 14) -> str:
 
 
 def details(summary: str, inside: str) -> str:
+    """What a click opens; inside: HTML."""
     return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
 
 
 def page(title: str, parts: list[str]) -> str:
+    """The whole document; parts: HTML."""
     head = '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     return f"{head}<title>{escape(title)}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"

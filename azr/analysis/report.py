@@ -21,17 +21,15 @@ from pathlib import Path
 
 import numpy as np
 
-from azr.analysis import dynamics as dyn
-from azr.analysis import html as page, entropy, figures, report_plots
+from azr.analysis import dynamics, entropy, figures, html, report_plots
 from azr.analysis.figures import shown, warn
-from azr.analysis.health import Health, gap_limit
+from azr.analysis.health import Health
 from azr.evals.held_out import EvalResult, difference
 from azr.fits import difference_of_means, over_runs
 from azr.passk import powers_of_two
 from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, same_model
 
 STAGES_SHOWN = 4
-SAID_HERE = ("skipped", "gap", "cut-off", "valid", "duplicates")  # checks of health.py
 CONFIG_SHOWN = (
     "model seed steps recipe algorithm learning_rate prompts_per_mode answers lora_rank quantization".split()
 )
@@ -59,7 +57,7 @@ def read_entry(path: str) -> Entry:
     shown_steps = tuple(int(s) for s in np.linspace(run.steps[0], run.steps[-1], STAGES_SHOWN).round())
     try:
         digest = read_samples(run, shown_steps)
-        found = dyn.dynamics(run, digest)
+        found = dynamics.dynamics(run, digest)
     except ValueError as error:
         run.notes.append(f"{error}; what is made of samples is left out")
         digest = found = None
@@ -108,75 +106,24 @@ def _extra(run: RunData) -> dict:
 
 
 def per_cent(value: float) -> str:
+    """A share, as 0 to 100 %."""
     return f"{100 * value:.0f} %"
 
 
 def warnings_of(entry: Entry) -> list[str]:
-    """What a reader must know before believing a curve, in words and with the number that raised it."""
-    run, found = entry.run, entry.dynamics
-    said, last = [], run.steps[-1]
+    """What a reader must know before believing a curve: what is missing or damaged, and the run's own warnings."""
+    run, lines = entry.run, []
     if not run.finished:
-        said.append(f"Step {last} of {run.config.get('steps')}: the run is going on or was stopped. All below is of "
-                    "the steps so far.")  # fmt: skip
-    notes = run.notes + (entry.digest.notes if entry.digest else []) + health_of(run)
-    said += [note[0].upper() + note[1:] for note in notes]
-    skipped = np.nansum(run.column("train/skipped"))
-    if skipped:
-        said.append(f"{skipped:.0f} updates were skipped because loss or gradient was not finite.")
-    gap = run.column("train/log_prob_gap")
-    if np.isfinite(gap).any() and np.nanmean(gap) > gap_limit(run.config).at / 2:
-        said.append(f"Sampler and trainer differ by {np.nanmean(gap):.3f} nats a token on average: the updates are "
-                    "off-policy by that much.")  # fmt: skip
-    tail = max(1, len(run.steps) // 10)
-    for role in ROLES:
-        for mode in MODES:
-            cut = run.column(f"{role}/{mode}/truncated_rate")[-tail:]
-            if np.isfinite(cut).any() and np.nanmean(cut) > 0.05:
-                said.append(f"{per_cent(np.nanmean(cut))} of the {role}'s {mode} responses are cut off at the length "
-                            "limit: raise --max-new-tokens.")  # fmt: skip
-    if found:
-        said += proposer_warnings(found)
-    quantization = run.config.get("quantization")
-    if quantization == "nf4":
-        said.append("The base is in 4 bits, which raises its entropy: compare entropies with published bf16 runs only "
-                    "after subtracting the offset (analyze.py entropy --offset).")  # fmt: skip
-    return said
-
-
-def health_of(run: RunData) -> list[str]:
-    """What the run was warned of as it went, each warning once; not what the page says by itself, at lower limits."""
+        lines.append(
+            f"Step {run.steps[-1]} of {run.config.get('steps')}: the run is going on or was stopped. All below is of the "
+            "steps so far."
+        )
     health = Health(run.config)
     for row in run.rows:
         if row["step"] > 0:
             health.add(row)
-    health.said = [f for f in health.said if f.check not in SAID_HERE]
-    health.now = [f for f in health.now if f.check not in SAID_HERE]
-    return [line.removeprefix("- ") for line in health.summary()[1:]]  # the first line is a heading
-
-
-def proposer_warnings(found: dict) -> list[str]:
-    """Signs of a proposer that has drifted: few tasks that teach, many duplicates, little diversity."""
-    said = []
-    for mode in MODES:
-        first, last = (found["solve_rate"].get(f"{mode}/{end}") for end in ("first", "last"))
-        if first and last and last["learnable"]["high"] < 0.25:
-            said.append(f"Only {per_cent(last['learnable']['mean'])} of the valid {mode} tasks of the last tenth are "
-                        f"neither always nor never solved ({per_cent(first['learnable']['mean'])} in the first tenth): "
-                        "the others teach nothing.")  # fmt: skip
-        rows = found["validity"].get(f"proposer/{mode}")
-        if rows and rows[-1] and rows[-1]["ok"]["high"] < 0.4:
-            said.append(
-                f"Only {per_cent(rows[-1]['ok']['mean'])} of the {mode} proposals of the last tenth are valid."
-            )
-    windows = found["diversity"]["windows"]
-    first, last = windows[0], windows[-1]
-    if last["duplicate_rate"] and last["duplicate_rate"]["low"] > 0.1:
-        said.append(f"{per_cent(last['duplicate_rate']['mean'])} of the last tenth's proposals exist already.")
-    a, b = first.get("program_distance"), last.get("program_distance")
-    if a and b and b["high"] < 0.6 * a["low"]:
-        said.append(f"Proposed programs become alike: the distance of their syntax trees falls from {a['mean']:.2f} to "
-                    f"{b['mean']:.2f} (0 is the same tree).")  # fmt: skip
-    return said
+    notes = run.notes + (entry.digest.notes if entry.digest else []) + health.warnings()
+    return lines + [note[0].upper() + note[1:] for note in notes]
 
 
 def facts_of(entry: Entry) -> list[str]:
@@ -234,7 +181,7 @@ def ends_table(entry: Entry) -> str:
             if len(pair) == 2:
                 n = f"{pair[0]['n']}, {pair[1]['n']} proposals"
                 rows.append([title, mode, shown(pair[0][key], 2), shown(pair[1][key], 2), n])
-    return page.table(["", "mode", "first tenth of the steps", "last tenth", "n"], rows)
+    return html.table(["", "mode", "first tenth of the steps", "last tenth", "n"], rows)
 
 
 LIMITS = [
@@ -245,6 +192,8 @@ LIMITS = [
     "The solve rate logged in training mixes harder tasks with a weaker solver. Only fixed solvers tell the two apart, "
     "and only the base was trained on none of the tasks.",
     "Held-out tasks look like the training tasks. They say nothing about other abilities; see forgetting.",
+    "A base in 4 bits has a higher entropy than the same base in bf16: compare entropies with published bf16 runs only "
+    "after subtracting the offset (analyze.py entropy --offset).",
     "Sparsity is mostly a reading of the size of the update: compare it at matched size.",
     "Correlations over the checkpoints of one run are of few points that follow each other.",
 ]
@@ -254,6 +203,7 @@ LIMITS = [
 
 
 def summary_table(entries: list[Entry]) -> str:
+    """A row a run: settings, steps, hours."""
     heads = ["run", *[key.replace("_", " ") for key in CONFIG_SHOWN if any(key in e.run.config for e in entries)],
              "steps done", "hours", "samples"]  # fmt: skip
     rows = []
@@ -263,10 +213,11 @@ def summary_table(entries: list[Entry]) -> str:
         hours = f"{np.nanmax(seconds) / 3600:.2f}" if np.isfinite(seconds).any() else "?"
         cells = [run.config.get(key, "") for key in CONFIG_SHOWN if any(key in e.run.config for e in entries)]
         rows.append([run.name, *cells, int(run.steps[-1]), hours, f"{entry.digest.lines:,}" if entry.digest else "?"])
-    return page.table(heads, rows)
+    return html.table(heads, rows)
 
 
 def pass_table(entry: Entry) -> str:
+    """pass@k of the base and of the last evaluated step, by mode, with the paired difference."""
     base, trained, step = entry.passes
     rows = []
     for mode in [*base.modes, None]:
@@ -278,7 +229,7 @@ def pass_table(entry: Entry) -> str:
                 change = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
                 rows.append([mode or "all", len(base.of(mode)), f"@{k}", *cells, change, mark])
     heads = ["mode", "tasks", "pass", "base", f"step {step}", "difference, paired", ""]
-    return page.table(heads, rows)
+    return html.table(heads, rows)
 
 
 def sample_tasks(entry: Entry) -> str:
@@ -293,23 +244,24 @@ def sample_tasks(entry: Entry) -> str:
 
 
 def one_task(example, mode: str) -> str:
+    """A proposal with its first answer; example: (rank, row of samples.jsonl, its answers), or None."""
     if example is None:
-        return page.paragraph(f"{mode}: none in this step", "quiet")
+        return html.paragraph(f"{mode}: none in this step", "quiet")
     _, row, answers = example
     task, rate = row["task"], row["solve_rate"]
     said = row["reason"] if not task else ("not measured" if rate is None else f"solved {per_cent(rate)} of the time")
-    html = f"<h4>{mode}: {said}</h4>"
+    body = f"<h4>{mode}: {said}</h4>"
     if not task:
-        return html + page.code(cleaned(row["response"]))
-    html += page.code(task["program"])
+        return body + html.code(cleaned(row["response"]))
+    body += html.code(task["program"])
     if mode == "induction":
-        html += page.code(task["message"]) + page.code("\n".join(f"{a} -> {b}" for a, b in task["visible"][:3]))
+        body += html.code(task["message"]) + html.code("\n".join(f"{a} -> {b}" for a, b in task["visible"][:3]))
     else:
-        html += page.code(f"f({task['input']}) = {task['output']}")
+        body += html.code(f"f({task['input']}) = {task['output']}")
     for answer in answers[:1]:
         right = "right" if answer["reward"].get("correct") else answer["reason"]
-        html += page.paragraph(f"an answer ({right}):", "quiet") + page.code(cleaned(answer["response"]), 8)
-    return html
+        body += html.paragraph(f"an answer ({right}):", "quiet") + html.code(cleaned(answer["response"]), 8)
+    return body
 
 
 def cleaned(response: str) -> str:
@@ -349,18 +301,18 @@ def across_runs(entries: list[Entry]) -> str:
     for name, values in columns.items():
         if len(values) == len(entries):
             rows.append([name, *(f"{value:+.3f}" for value in values), shown(over_runs(values)), len(values)])
-    return page.table(["change", *(e.run.name for e in entries), "mean over runs", "runs"], rows)
+    return html.table(["change", *(e.run.name for e in entries), "mean over runs", "runs"], rows)
 
 
 def update_section(entry: Entry) -> str:
     """Size and sparsity at the end, and what was forgotten, if measured."""
-    html, row = "", entry.extra.get("sparsity", {}).get("adapted")
+    body, row = "", entry.extra.get("sparsity", {}).get("adapted")
     if row:
         names = {"U1_rms": "U1, RMS of the change", "U1_rel_fro": "U1, relative to the weights",
                  "S1": "S1, unchanged in bf16",
                  "S2": "S2, within 1e-5", "R1_effective_rank": "R1, effective rank"}  # fmt: skip
         cells = [[text, f"{row[key]:.4g}"] for key, text in names.items() if isinstance(row.get(key), (int, float))]
-        html += page.table(["what", "value, adapted matrices"], cells)
+        body += html.table(["what", "value, adapted matrices"], cells)
     if "forgetting" in entry.extra:
         from azr.analysis import forgetting
 
@@ -376,12 +328,12 @@ def update_section(entry: Entry) -> str:
             *(forgetting.OUTCOMES[o] for o in lost),
             *(f"KL to the base, {k} text" for k in forgetting.KINDS),
         ]
-        html += page.table([*heads, "size |D|/|W|", "S1: unchanged in bf16", "S5: S1 minus chance"], rows)
-    return html
+        body += html.table([*heads, "size |D|/|W|", "S1: unchanged in bf16", "S5: S1 minus chance"], rows)
+    return body
 
 
 def missing_of(entries: list[Entry]) -> list[str]:
-    """Commands that would fill what is not on the page."""
+    """Commands that would fill what is not on the html."""
     said = []
     for entry in entries:
         path = entry.run.path
@@ -401,7 +353,7 @@ def run_section(entry: Entry, drawn: dict) -> str:
     """The details of one run."""
     parts, name = [], entry.run.name
     if entry.dynamics:
-        made = {title: fig for title, fig in dyn.plots(entry.run, entry.dynamics).items()}
+        made = {title: fig for title, fig in dynamics.plots(entry.run, entry.dynamics).items()}
         drawn |= {f"{name}_{title}": fig for title, fig in made.items()}
         captions = {
             "validity": "Why proposals were refused, stacked; what is missing to the top was valid.",
@@ -411,119 +363,122 @@ def run_section(entry: Entry, drawn: dict) -> str:
             "rewards": "Rewards by step (faint) and their running mean; seconds by phase.",
         }
         for title, fig in made.items():
-            parts.append(page.image(fig, captions[title]) + page.paragraph(captions[title], "quiet"))
+            parts.append(html.image(fig, captions[title]) + html.paragraph(captions[title], "quiet"))
         rows = [[m, shown(r["per_100_steps"], 2), shown(r["right_minus_wrong"], 2), r["n"]]
                 for m, r in entry.dynamics["lengths"].items()]  # fmt: skip
-        parts.append(page.paragraph("Answer length in tokens, controlled for being right:"))
-        parts.append(page.table(["mode", "drift per 100 steps", "right minus wrong", "answers"], rows))
+        parts.append(html.paragraph("Answer length in tokens, controlled for being right:"))
+        parts.append(html.table(["mode", "drift per 100 steps", "right minus wrong", "answers"], rows))
     if "difficulty" in entry.extra:
         from azr.analysis import difficulty
 
         drawn[f"{name}_difficulty"] = fig = difficulty.draw(name, entry.extra["difficulty"])
         parts.append(
-            "<h3>Harder tasks, or a weaker solver?</h3>" + page.bullets(entry.extra["difficulty"]["verdict"])
+            "<h3>Harder tasks, or a weaker solver?</h3>" + html.bullets(entry.extra["difficulty"]["verdict"])
         )
-        parts.append(page.image(fig, "fixed solvers on the proposals of each stage"))
-    if html := update_section(entry):
-        parts.append("<h3>The update, and what it cost</h3>" + html)
+        parts.append(html.image(fig, "fixed solvers on the proposals of each stage"))
+    if body := update_section(entry):
+        parts.append("<h3>The update, and what it cost</h3>" + body)
     if entry.digest and entry.digest.examples:
         parts.append("<h3>Tasks it proposed, by stage</h3>")
         text = "One a mode: the first of the step that was neither always nor never solved, else the first valid one."
-        parts.append(page.paragraph(text, "quiet") + sample_tasks(entry))
+        parts.append(html.paragraph(text, "quiet") + sample_tasks(entry))
     return "".join(parts)
 
 
 def build(entries: list[Entry]) -> tuple[str, dict]:
     """(HTML, figures by name)."""
     names, drawn = ", ".join(entry.run.name for entry in entries), {}
-    parts = [f"<h1>Self-play: {page.escape(names)}</h1>"]
+    parts = [f"<h1>Self-play: {html.escape(names)}</h1>"]
     when = time.strftime("%Y-%m-%d %H:%M")
     info = entries[0].run.environment.get("git")
     made = f"Written {when}{f', code at commit {info[:10]}' if info else ''}."
-    parts.append(page.paragraph(f"{made} Numbers in brackets are 95 % intervals.", "quiet"))
+    parts.append(html.paragraph(f"{made} Numbers in brackets are 95 % intervals.", "quiet"))
     parts.append(summary_table(entries))
     if len(entries) > 1:
         parts.append("<h2>Across the runs</h2>" + across_runs(entries))
         text = (
             "The interval is Student's t over the runs: about other training seeds of the same settings, if only the "
         )
-        parts.append(page.paragraph(text + "seed differs.", "quiet"))
+        parts.append(html.paragraph(text + "seed differs.", "quiet"))
     for entry in entries:
-        parts.append(f"<h2>{page.escape(entry.run.name)} in short</h2>" + page.bullets(entry.facts))
-        parts.append(page.details("numbers by mode", ends_table(entry)) if len(entries) > 1 else ends_table(entry))
-        parts += [f'<div class="warning">{page.escape(text)}</div>' for text in entry.warnings]
+        parts.append(f"<h2>{html.escape(entry.run.name)} in short</h2>" + html.bullets(entry.facts))
+        parts.append(html.details("numbers by mode", ends_table(entry)) if len(entries) > 1 else ends_table(entry))
+        parts += [f'<div class="warning">{html.escape(text)}</div>' for text in entry.warnings]
     if len(entries) == 1:
         parts.append(
             '<div class="warning">One run, one seed: what follows may be luck. Give several runs to see.</div>'
         )
     drawn["overview"] = report_plots.draw_overview(entries)
     parts.append(
-        "<h2>Entropy and held-out accuracy</h2>" + page.image(drawn["overview"], "entropy, held-out accuracy")
+        "<h2>Entropy and held-out accuracy</h2>" + html.image(drawn["overview"], "entropy, held-out accuracy")
     )
     text = (
         "Exact token entropy of the training samples; faint: every step, strong: running mean. A grey bar is a step "
     )
-    parts.append(page.paragraph(text + "without a line in metrics.jsonl.", "quiet"))
+    parts.append(html.paragraph(text + "without a line in metrics.jsonl.", "quiet"))
     parts += fit_section(entries)
     if with_probe := [entry for entry in entries if "probe" in entry.extra]:
         drawn["probe"] = report_plots.draw_probe(with_probe)
-        parts.append(page.image(drawn["probe"], "entropy on the frozen probe"))
+        parts.append(html.image(drawn["probe"], "entropy on the frozen probe"))
     if with_pass := [entry for entry in entries if entry.passes]:
         drawn["pass_at_k"] = report_plots.draw_pass_at_k(with_pass)
-        parts.append("<h2>pass@k, before and after</h2>" + page.image(drawn["pass_at_k"], "pass@k"))
+        parts.append("<h2>pass@k, before and after</h2>" + html.image(drawn["pass_at_k"], "pass@k"))
         text = (
             "The band is the 95 % interval of the paired difference from the base, drawn around the trained curve: "
         )
-        parts.append(page.paragraph(text + "where it leaves the base's curve, a difference is shown.", "quiet"))
+        parts.append(html.paragraph(text + "where it leaves the base's curve, a difference is shown.", "quiet"))
         for entry in with_pass:
             inside = pass_table(entry)
-            parts.append(inside if len(entries) == 1 else page.details(f"table of {entry.run.name}", inside))
+            parts.append(inside if len(entries) == 1 else html.details(f"table of {entry.run.name}", inside))
     drawn["proposer"] = report_plots.draw_proposer(entries)
-    parts.append("<h2>The proposer</h2>" + page.image(drawn["proposer"], "valid, solved and learnable proposals"))
+    parts.append("<h2>The proposer</h2>" + html.image(drawn["proposer"], "valid, solved and learnable proposals"))
     for entry in entries:
         inside = run_section(entry, drawn)
-        parts.append(inside if len(entries) == 1 else page.details(f"{entry.run.name} in detail", inside))
-    parts.append("<h2>What these numbers do and do not show</h2>" + page.bullets(LIMITS))
+        parts.append(inside if len(entries) == 1 else html.details(f"{entry.run.name} in detail", inside))
+    parts.append("<h2>What these numbers do and do not show</h2>" + html.bullets(LIMITS))
     if missing := missing_of(entries):
-        parts.append("<h2>Not measured yet</h2>" + "".join(page.code(line) for line in missing))
-    inside = "".join(page.paragraph(e.run.name) + page.code(json.dumps(e.run.config, indent=1), 80) for e in entries)
-    parts.append("<h2>Settings</h2>" + page.details("config.json", inside))
-    return page.page(f"Self-play: {names}", parts), drawn
+        parts.append("<h2>Not measured yet</h2>" + "".join(html.code(line) for line in missing))
+    inside = "".join(html.paragraph(e.run.name) + html.code(json.dumps(e.run.config, indent=1), 80) for e in entries)
+    parts.append("<h2>Settings</h2>" + html.details("config.json", inside))
+    return html.page(f"Self-play: {names}", parts), drawn
 
 
 def fit_section(entries: list[Entry]) -> list[str]:
+    """The fit of held-out accuracy against entropy, or why there is none."""
     fit = entropy.fits_of([entry.run for entry in entries]).get("held_out_accuracy")
     if not fit:
-        return [page.paragraph("Fewer than three held-out evaluations: no fit of accuracy against entropy.", "quiet")]
+        return [html.paragraph("Fewer than three held-out evaluations: no fit of accuracy against entropy.", "quiet")]
     if fit["a"]["low"] is None or math.isnan(fit["a"]["low"]):
         text = (
             f"{fit['n']} evaluations are too few to fit accuracy against entropy, R = -a exp(H) + b, with intervals."
         )
-        return [page.paragraph(text, "quiet")]
+        return [html.paragraph(text, "quiet")]
     text = (f"R = -a exp(H) + b with R the held-out accuracy and H the solver's entropy, {fit['n']} evaluations: "
             f"a = {shown(fit['a'])}, b = {shown(fit['b'])}, R^2 = {shown(fit['r2'], 2)}.")  # fmt: skip
     if fit["a"]["low"] <= 0:
         text += " The interval of a holds 0 or less: no exchange of entropy for accuracy is shown."
-    return [page.paragraph(text)]
+    return [html.paragraph(text)]
 
 
 # ------------------------------------------------------------------------------------------------------- flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `analyze.py report`."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model; a running run is fine")
     figures.add_output_arguments(parser)
 
 
 def main(args) -> int:
+    """Returns the exit code."""
     def work() -> int:
         same_model([read_run(path) for path in args.run])
         entries = [read_entry(path) for path in args.run]
-        html, drawn = build(entries)
+        body, drawn = build(entries)
         out = Path(args.out) if args.out else entries[0].run.path if len(entries) == 1 else Path(".")
         out.mkdir(parents=True, exist_ok=True)
         aside = out / "report.html.tmp"
-        aside.write_text(html, encoding="utf-8")
+        aside.write_text(body, encoding="utf-8")
         aside.replace(out / "report.html")
         for entry in entries:
             print(f"{entry.run.path}:")

@@ -14,12 +14,14 @@ from azr.train.rewards import SHAPES, curves, expected_reward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `analyze.py rewards`."""
     parser.add_argument("--answers", type=int, default=8, help="answers that measure a solve rate (default 8)")
     parser.add_argument("--ends-penalty", type=float, default=0.0, help="as in train_azr.py (default 0)")
     figures.add_output_arguments(parser)
 
 
 def main(args) -> int:
+    """Prints where each shape is highest and plots them all; returns the exit code."""
     if args.answers < 1:
         print(f"analyze.py rewards: --answers must be at least 1, not {args.answers}", file=sys.stderr)
         return 2
