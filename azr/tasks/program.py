@@ -468,6 +468,16 @@ def read_program(source: str) -> Reading:
     )
 
 
+_NUMBER_WORD = re.compile(r"(?<=\0)\.?\d[^\0]*")
+_STRING_WORD = re.compile(r"(?<=\0)[rRbBuUfF]{0,2}[\"'][^\0]*")
+
+
+def skeleton(source: str) -> str:
+    """The normal form with every number 0 and every string empty: equal for programs that differ in constants, names
+    and layout only."""
+    return _STRING_WORD.sub("''", _NUMBER_WORD.sub("0", read_program(source).form))
+
+
 def _render(line: Line, counter) -> list[str]:
     """The tokens of a statement with every bound name as $k, numbered in order of first appearance."""
     row, callees = [], []
