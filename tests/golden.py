@@ -138,6 +138,8 @@ def run(command: str, folder: Path, stdin: str = "") -> CompletedProcess:
             for number, path in enumerate(streams):
                 os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if number else 0)), number)
             os.chdir(folder)
+            # torch makes its pool anew after a fork, but not safely in the several threads that load a model.
+            sys.modules["torch"].set_num_threads(1)
             code = become(command.split())
         finally:  # whatever happens, the child does not go on with the cases
             if sys.exc_info()[0]:
@@ -403,9 +405,6 @@ def main(arguments: list[str]) -> int:
         except (ValueError, OSError) as error:
             print(f"golden.py: {error}", file=sys.stderr)
             return 2
-        import torch
-
-        torch.set_num_threads(1)
         remember_untrained(Path(aside))
         made = {name: make(name, cases[name][0]) for name in names}
     if unequal := not_resumed(made):
@@ -416,7 +415,7 @@ def main(arguments: list[str]) -> int:
         print(f"{given.golden}: {len(made)} cases recorded")
         return 1 if unequal else 0
     different = list(differences(stored, made))
-    print(*(f"{name}: {words}" for name, words in different), sep="\n")
+    print("".join(f"{name}: {words}\n" for name, words in different), end="")
     print(f"{len(made) - len({name for name, _ in different})} of {len(made)} cases are equal")
     return 1 if different or unequal else 0
 
