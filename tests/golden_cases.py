@@ -49,15 +49,15 @@ TASK_FILES = {
 # JSON lines whole, a page by its headings, a folder by its files.
 EVAL = "--benchmark tiny=held.jsonl --samples 4 --k 1,2 --max-new-tokens 48 --temperature 1 --top-p 1"
 BASE, TUNED = (f"eval_passk.py run {of} {EVAL} --out" for of in ("--model tiny", "--adapter {run}"))
+LAST = "{run}/checkpoints/step_3"
 COMMANDS = {
     "analyze-sparsity": (["analyze.py sparsity --base tiny --adapter {run} --json out.json"], ["out.json"]),
     "analyze-spectral": (
-        ["analyze.py sparsity --base tiny --adapter {run}/checkpoints/step_3 --spectral --json out.json"], ["out.json"]
+        [f"analyze.py sparsity --base tiny --adapter {LAST} --spectral --json out.json"], ["out.json"]
     ),
     "analyze-entropy": (["analyze.py entropy --run {run} --json out.json"], ["out.json"]),
     "analyze-entropy-data": (
-        ["analyze.py entropy --model tiny --adapter {run}/checkpoints/step_3 --data {run}/probe.jsonl --limit 24 "
-         "--json out.json"],
+        [f"analyze.py entropy --model tiny --adapter {LAST} --data {{run}}/probe.jsonl --limit 24 --json out.json"],
         ["out.json"],
     ),
     "analyze-dynamics": (["analyze.py dynamics {run} --windows 3 --json out.json"], ["out.json"]),
