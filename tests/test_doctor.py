@@ -1,11 +1,10 @@
 """train_azr.py --doctor as a user runs it: no GPU, packages missing, broken or crashing, no seccomp."""
 
-import http.server
 import importlib.util
 import os
+import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 
 from azr import isolated
-from azr.machine import doctor, probes
-from azr.policy import load, attention as paged_attention
+from azr.machine import probes
+from azr.policy import attention, load
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="checks are forked")
 
@@ -46,34 +45,35 @@ def line_of(text: str, label: str) -> str:
     return " ".join(line[17:].strip() for line in [lines[start], *rest[:more]])
 
 
-def test_a_machine_without_gpu_with_a_broken_package_and_secrets(tmp_path):
+def test_a_machine_without_gpu_with_secrets(tmp_path):
     home = tmp_path / "home" / "margarete"
     home.mkdir(parents=True)
-    (tmp_path / "flash_attn.py").write_text(FAILS_WITH_A_TOKEN)
     done = run(
-        [*SCRIPT, "--out", str(home / "run")], HF_TOKEN="hf_secretsecret", OTHER_API_KEY="sesame-open", HOME=str(home),
-        USER="margarete", LOGNAME="margarete", PYTHONPATH=str(tmp_path), HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="",
-        TRITON_INTERPRET="0",
+        [*SCRIPT, "--out", str(home / "run"), "--quantization", "nf4"], HF_TOKEN="hf_secretsecret",
+        OTHER_API_KEY="sesame-open", HOME=str(home), USER="margarete", LOGNAME="margarete", HF_HUB_OFFLINE="1",
+        CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0",
     )  # fmt: skip
     text = done.stdout
     assert done.returncode == 0 and done.stderr == "" and "Traceback" not in text, done
     assert "\x1b" not in text and max(map(len, text.splitlines())) < 80
     for secret in ("hf_secret", "margarete", "sesame"):
         assert secret not in text
-    assert "~/run" in line_of(text, "disk") and "<user> in ~/x" in line_of(text, "flash-attn")
-    assert line_of(text, "flash-attn").startswith("no version known, broken: ImportError: undefined symbol; token <")
-    assert line_of(text, "torch").startswith(torch.__version__)
-    assert line_of(text, "gpu").startswith("none") and "HF_HUB_OFFLINE" in line_of(text, "hub")
-    assert "a token is set" in line_of(text, "hub")
-    assert "no CUDA device" in line_of(text, "flash attention")
-    for name in ("sdpa attention", "page attention"):
-        assert line_of(text, name).startswith("runs in float32")
-    wrong = misread(160)
-    expected = "right at width 128, 256, 384" if wrong else "right at width 128, 160, 256, 384"
-    assert expected in line_of(text, "4-bit") and ("WRONG at 160" in line_of(text, "4-bit")) == wrong
-    assert "seccomp True" in line_of(text, "sandbox") and "math" in line_of(text, "training")
+    assert "~/run" in line_of(text, "disk") and "GiB" in line_of(text, "memory")
+    assert line_of(text, "packages").startswith(f"torch {torch.__version__}")
+    assert line_of(text, "gpu").startswith("none") and line_of(text, "attention").startswith("sdpa; ")
+    assert "right at width 128, 384" in line_of(text, "4-bit")
+    assert "seccomp True" in line_of(text, "sandbox") and "trials pass" in line_of(text, "sandbox")
     assert line_of(text, "verdict") == "training --model tiny will work here"
-    assert "flash-attn is installed but broken; never needed" in text
+
+
+def test_a_broken_package_is_named_without_secrets(tmp_path):
+    (tmp_path / "peft.py").write_text(FAILS_WITH_A_TOKEN)
+    names = {"HF_TOKEN": "hf_secretsecret", "HOME": str(tmp_path / "margarete"), "USER": "margarete"}
+    code = "from azr.machine import doctor\nfor block in doctor.packages(['numpy', 'peft']).blocks: doctor.show('', block)"
+    done = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path), LOGNAME="margarete", **names)
+    text = " ".join(done.stdout.split())
+    assert text.startswith("peft cannot be imported (ImportError: undefined symbol; token <token>, by <user> in ~/x)"), done
+    assert "pip install" in text and "numpy" not in text
 
 
 def test_a_sandbox_that_cannot_isolate_is_exit_code_1(tmp_path):
@@ -85,14 +85,15 @@ def test_a_sandbox_that_cannot_isolate_is_exit_code_1(tmp_path):
     because = line_of(done.stdout, "because")
     assert because.startswith("programs cannot be confined") and "Docker" in because and "WSL" in because
     assert line_of(done.stdout, "verdict") == "training --model tiny WILL NOT WORK here"
-    assert "broken: ended by SIGSEGV" in line_of(done.stdout, "torch")  # a crash costs a line, not the report
-    assert "SystemExit" in line_of(done.stdout, "transformers")
+    text = " ".join(done.stdout.split())
+    assert "torch cannot be imported (ended by SIGSEGV)" in text  # a crash costs a line, not the report
+    assert "transformers cannot be imported (SystemExit" in text
 
 
 def test_without_any_package():
     done = run([sys.executable, "-S", *SCRIPT[1:], "--model", "qwen-3b"])  # -S: no site-packages
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done
-    assert line_of(done.stdout, "bitsandbytes").startswith("not installed; wanted: ")
+    assert line_of(done.stdout, "packages") == "none"
     for name in ("torch", "transformers", "bitsandbytes"):
         assert f"{name} is missing: pip install -r requirements.txt" in done.stdout
     assert "seccomp True" in line_of(done.stdout, "sandbox")
@@ -131,19 +132,14 @@ def test_a_check_that_fails_blocks_only_if_it_is_vital():
     assert isolated.finding(broken_check, vital=True).blocks == ["the check of broken check failed: OSError: no"]
 
 
-def test_a_kernel_that_computes_wrong_is_seen(monkeypatch):
+def test_an_attention_that_does_not_work_blocks_only_if_asked_for(monkeypatch):
+    monkeypatch.setattr(attention, "_interpreted", lambda: False)
     sizes = (6, 2, 32)
-    assert "runs in" in probes.attention("sdpa", *sizes).lines[0][1]
-    right = paged_attention._sdpa
-    monkeypatch.setattr(paged_attention, "_sdpa", lambda *case: right(*case) + 0.1)
-    assert probes.attention("sdpa", *sizes).lines[0][1].startswith("WRONG: 1e-01")
-
-
-def test_the_softmax_of_reference_is_that_of_torch():
-    q, k, v, table, lengths = probes._pages(torch.device("cpu"), torch.float64, 4, 2, 16, size=8)
-    keys, values = (t[table[1].long()].flatten(0, 1)[: lengths[1]].transpose(0, 1)[None] for t in (k, v))
-    wanted = torch.nn.functional.scaled_dot_product_attention(q[1:2, :, None], keys, values, enable_gqa=True)
-    assert torch.allclose(probes._exact(q, k, v, table, lengths)[1], wanted[0, :, 0], atol=1e-12)
+    if torch.cuda.is_available():
+        pytest.skip("this machine may have what is asked for")
+    assert probes.attention("auto", *sizes).lines[0][1].startswith("sdpa; ")
+    [block] = probes.attention("flash", *sizes).blocks
+    assert "--attn flash cannot be used: no CUDA device" in block and "--attn auto" in block
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what bitsandbytes does on a CPU")
@@ -160,11 +156,10 @@ def misread(width: int) -> bool:
 
 
 def test_four_bit_widths_of_the_model_block_it():
-    assert probes.four_bit([160, 448], needed=False).blocks == []
-    blocks = probes.four_bit([160, 448], needed=True).blocks
+    blocks = probes.four_bit([160, 448]).blocks
     assert len(blocks) == misread(160)
     assert all("width 160" in block and "--quantization none" in block for block in blocks)
-    assert probes.four_bit([2048], needed=True).blocks == []
+    assert probes.four_bit([2048]).blocks == []
 
 
 def test_the_dtype_follows_the_device(monkeypatch, capsys):
@@ -199,65 +194,12 @@ def test_a_broken_flash_attn_is_hidden_aloud(monkeypatch, capsys, tmp_path):
         sys.modules.pop("flash_attn", None)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub with one public model, one gated model, and one that is slow; notes what it is asked."""
-
-    asked: list = []
-    enough = threading.Event()
-
-    def do_HEAD(self):
-        self.asked.append((self.command, self.path, dict(self.headers)))
-        if "/slow/" in self.path:
-            self.enough.wait(60)
-        self.send_response(200 if "/open/" in self.path else 401 if "/gated/" in self.path else 404)
-        self.end_headers()
-
-    def log_message(self, *arguments):
-        pass
-
-
-def test_hub_answers(monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        there = f"http://127.0.0.1:{server.server_port}"
-        assert doctor._ask(there, "org/open", False).startswith("answers in ")
-        assert doctor._ask(there, "org/gated", False).startswith("says 401")
-        assert doctor._ask(there, "org/gated", True).startswith("answers; org/gated is gated")
-        assert doctor._ask(there, "org/none", True).startswith("says 404")
-        monkeypatch.setattr(doctor, "HUB_SECONDS", 0.2)
-        assert "timed out" in doctor._ask(there, "org/slow", True)
-        Hub.enough.set()
-        server.shutdown()
-    assert {command for command, _, _ in Hub.asked} == {"HEAD"} and "secret" not in str(Hub.asked)
-    assert doctor._ask("http://127.0.0.1:9", "a/b", True).startswith("no answer, ConnectionRefusedError")
-
-
-def test_what_the_cache_has_of_a_model(tmp_path):
-    base = tmp_path / "models--org--model"
-    files = base / "snapshots" / ("a" * 40)
-    files.mkdir(parents=True)
-    (base / "refs").mkdir()
-    (base / "refs" / "main").write_text("a" * 40)
-    missing = lambda: doctor._missing_files("org/model", tmp_path)  # noqa: E731
-    assert missing() == "no config.json"
-    for name in ("config.json", "tokenizer.json"):
-        (files / name).write_text("{}")
-    assert missing() == "no model.safetensors"
-    (files / "model.safetensors.index.json").write_text(
-        '{"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}'
-    )
-    (files / "1.safetensors").write_text("")
-    assert missing() == "no 2.safetensors"
-    (files / "2.safetensors").write_text("")
-    assert missing() is None
-    assert doctor.hub("./nowhere", None).blocks[0].startswith("there is no directory ./nowhere")
+def pins(file: str) -> dict[str, str]:
+    return dict(re.findall(r"^([\w-]+)==([^\s;#]+)", (ROOT / file).read_text(), re.M))
 
 
 def test_pins_of_both_sets():
-    ordinary, gpu = doctor.pins_of("requirements.txt"), doctor.pins_of("requirements-gpu.txt")
+    ordinary, gpu = pins("requirements.txt"), pins("requirements-gpu.txt")
     assert gpu["torch"].startswith("2.10.") and "flash-attn" in gpu and "flash-attn" not in ordinary
     assert {name: gpu[name] for name in ordinary if name != "torch"} == {
         name: pin for name, pin in ordinary.items() if name != "torch"
