@@ -16,11 +16,11 @@ import torch
 import bench_plan
 from azr.models import model_path
 from azr.machine import cost, plan
-from azr.policy import policy as rollout, backoff
+from azr.policy import backoff
 from azr.train import memory_probe, update
 from azr.train.config import Config, resolve
 from azr.machine.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
-from azr.policy.policy import LoraSettings, Policy
+from azr.policy.policy import SHARED_ROW, LoraSettings, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +58,7 @@ def test_faster_cards_shorter_texts_and_smaller_models_take_less_time():
 
 
 def test_the_plan_shares_rows_as_scoring_does():
-    assert cost.SHARED_ROW == rollout.SHARED_ROW["cuda"]
+    assert cost.SHARED_ROW == SHARED_ROW["cuda"]
 
 
 def test_decoding_is_never_faster_than_the_bandwidth_allows():

@@ -184,7 +184,7 @@ def ends_table(entry: Entry) -> str:
     return html.table(["", "mode", "first tenth of the steps", "last tenth", "n"], rows)
 
 
-LIMITS = [
+CAVEATS = [
     "Brackets are 95 % intervals. Those of pass@k and difficulty are over tasks, those of entropies over steps, those "
     "of the probe over responses. None of them is about another training seed: only several runs are.",
     "Entropy on its own samples changes with the policy and with the text it writes. The frozen probe keeps the text "
@@ -408,10 +408,24 @@ def build(entries: list[Entry]) -> tuple[str, dict]:
         parts.append(
             '<div class="warning">One run, one seed: what follows may be luck. Give several runs to see.</div>'
         )
+    parts += curves(entries, drawn)
+    drawn["proposer"] = report_plots.draw_proposer(entries)
+    parts.append("<h2>The proposer</h2>" + html.image(drawn["proposer"], "valid, solved and learnable proposals"))
+    for entry in entries:
+        inside = run_section(entry, drawn)
+        parts.append(inside if len(entries) == 1 else html.details(f"{entry.run.name} in detail", inside))
+    parts.append("<h2>What these numbers do and do not show</h2>" + html.bullets(CAVEATS))
+    if missing := missing_of(entries):
+        parts.append("<h2>Not measured yet</h2>" + "".join(html.code(line) for line in missing))
+    inside = "".join(html.paragraph(e.run.name) + html.code(json.dumps(e.run.config, indent=1), 80) for e in entries)
+    parts.append("<h2>Settings</h2>" + html.details("config.json", inside))
+    return html.page(f"Self-play: {names}", parts), drawn
+
+
+def curves(entries: list[Entry], drawn: dict) -> list[str]:
+    """Entropy, held-out accuracy, the probe and pass@k; adds their figures to `drawn`."""
     drawn["overview"] = report_plots.draw_overview(entries)
-    parts.append(
-        "<h2>Entropy and held-out accuracy</h2>" + html.image(drawn["overview"], "entropy, held-out accuracy")
-    )
+    parts = ["<h2>Entropy and held-out accuracy</h2>" + html.image(drawn["overview"], "entropy, held-out accuracy")]
     text = (
         "Exact token entropy of the training samples; faint: every step, strong: running mean. A grey bar is a step "
     )
@@ -430,17 +444,7 @@ def build(entries: list[Entry]) -> tuple[str, dict]:
         for entry in with_pass:
             inside = pass_table(entry)
             parts.append(inside if len(entries) == 1 else html.details(f"table of {entry.run.name}", inside))
-    drawn["proposer"] = report_plots.draw_proposer(entries)
-    parts.append("<h2>The proposer</h2>" + html.image(drawn["proposer"], "valid, solved and learnable proposals"))
-    for entry in entries:
-        inside = run_section(entry, drawn)
-        parts.append(inside if len(entries) == 1 else html.details(f"{entry.run.name} in detail", inside))
-    parts.append("<h2>What these numbers do and do not show</h2>" + html.bullets(LIMITS))
-    if missing := missing_of(entries):
-        parts.append("<h2>Not measured yet</h2>" + "".join(html.code(line) for line in missing))
-    inside = "".join(html.paragraph(e.run.name) + html.code(json.dumps(e.run.config, indent=1), 80) for e in entries)
-    parts.append("<h2>Settings</h2>" + html.details("config.json", inside))
-    return html.page(f"Self-play: {names}", parts), drawn
+    return parts
 
 
 def fit_section(entries: list[Entry]) -> list[str]:

@@ -111,6 +111,7 @@ def draw_pass_at_k(entries: list[Entry]):
 
 
 def draw_probe(entries: list[Entry]):
+    """Entropy on the frozen probe by checkpoint, a panel a role: by mode for one run, else by run."""
     drawn, axes = figures.figure(1, 2, 4.2, 2.8)
     for one, role in zip(axes, ROLES):
         for i, entry in enumerate(entries):

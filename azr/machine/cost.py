@@ -146,6 +146,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of a step."""
         return self.propose + self.solve + self.validate + self.update
 
 
@@ -236,10 +237,12 @@ def free_disk(out: str) -> float:
 
 
 def paces(plan: Plan) -> tuple[Pace, ...]:
+    """How long responses are assumed to be: of the embedded model, or of a large one."""
     return PACES if plan.preset.gib else TINY_PACES
 
 
 def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, in two or three digits."""
     if seconds < 100:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     if seconds < 6000:

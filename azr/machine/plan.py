@@ -13,14 +13,15 @@ their like). No torch is imported, but to ask a GPU what is free.
 
 from __future__ import annotations
 
-from azr.policy.rollout_weights import copies_pay
-from azr.models import ALIASES, model_path
 import dataclasses
 import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from azr.models import ALIASES, model_path
+from azr.policy.rollout_weights import copies_pay
 
 GB = 1e9
 GIB = 2**30
@@ -67,6 +68,7 @@ class Shape:
 
     @property
     def linear_parameters(self) -> int:
+        """Weights of all quantized matrices."""
         return self.layers * sum(rows * columns for rows, columns in self.linears.values())
 
     @property
@@ -78,6 +80,7 @@ class Shape:
 
     @property
     def parameters(self) -> int:
+        """Weights of the whole model."""
         return self.linear_parameters + self.other_parameters
 
     @property
@@ -86,6 +89,7 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * 2
 
     def lora_parameters(self, rank: int, targets: str = "all-linear") -> int:
+        """Trainable weights of an adapter; targets: all-linear or attention."""
         names = [name for name in self.linears if targets == "all-linear" or name[0] in "qkvo"]
         return self.layers * rank * sum(sum(self.linears[name]) for name in names)
 
@@ -220,14 +224,17 @@ class Plan:
 
     @property
     def totals(self) -> dict[str, float]:
+        """Bytes of each phase."""
         return {phase: sum(parts.values()) for phase, parts in self.phases.items()}
 
     @property
     def peak(self) -> float:
+        """Bytes of the largest phase."""
         return max(self.totals.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the peak is within the capacity; True where that is not known."""
         return self.capacity is None or self.peak <= self.capacity
 
     @property
