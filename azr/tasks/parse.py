@@ -14,7 +14,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from azr.tasks.program import KEYWORDS, read_program, string_end
+from azr.tasks.lines import KEYWORDS, string_end
+from azr.tasks.program import read_program
 from azr.tasks.task import MODES, Parsed, Proposal
 
 _ANSWER = re.compile(r"</think>\s*<answer>")

@@ -1,9 +1,9 @@
 """Reads model-written Python as text: normal form, triviality, carried state.
 
 Text from a model is never handed to `ast` or `compile` here: a deeply nested program can take the interpreter down,
-and the process that calls this holds the weights. Instead a small regular-expression tokenizer, linear in the text
-and never raising, cuts a program into logical lines, and names are resolved to the scope that binds them (module,
-function, lambda, comprehension). That is enough to tell whether two programs are the same but for names, comments,
+and the process that calls this holds the weights. Instead a small regular-expression tokenizer (lines.py), linear in
+the text and never raising, cuts a program into logical lines, and names are resolved to the scope that binds them
+(module, function, lambda, comprehension). That is enough to tell whether two programs are the same but for names, comments,
 docstrings, annotations and layout.
 
 Left out: the grammar. What is not Python gets some normal form too; whether it runs is the sandbox's business. Two
@@ -14,221 +14,16 @@ number or a string with escapes, or another order of statements give another for
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+
+from azr.tasks.lines import BLOCKS, CLOSE, KEYWORDS, OPEN, Line, Scope, split, tidy, tokens
 
 ENTRY = "f"
 MAX_SOURCE = 16_384  # characters; anything longer is its own normal form
 
-_TOKEN = re.compile(
-    r"""(?P<comment>\#[^\n]*)
-    | (?P<string>[rRbBfFuU]{0,2}(?:\"\"\"|'''|"|'))
-    | (?P<number>0[xXbBoO][0-9a-fA-F_]+|(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][+-]?[0-9_]+)?[jJ]?)
-    | (?P<name>[^\W\d]\w*)
-    | (?P<newline>\r\n?|\n)
-    | (?P<space>[ \t\f\ufeff]+|\\\r?\n)
-    | (?P<op>->|:=|\*\*=|//=|>>=|<<=|\.\.\.|[-+*/%&|^@=<>!]=|\*\*|//|<<|>>|.)""",
-    re.VERBOSE | re.DOTALL,
-)
-_STRING_END = {q: re.compile(r"\\[\s\S]|" + q + ("" if len(q) == 3 else r"|\n")) for q in ('"""', "'''", '"', "'")}
-KEYWORDS = frozenset(
-    "False None True and as assert async await break class continue def del elif else except finally for from global "
-    "if import in is lambda nonlocal not or pass raise return try while with yield".split()
-)
-_BLOCKS = frozenset("if elif else for while try except finally with def class async".split())
-_OPEN, _CLOSE = frozenset("([{"), frozenset(")]}")
 _REACH = frozenset("setattr getattr delattr vars globals locals getcontext setcontext localcontext exec eval".split())
 _BARE_STRING = re.compile(r"""[uU]?(['"])([^'"\\\n]*)\1""")
-
-
-def string_end(text: str, start: int, quote: str) -> tuple[int, bool]:
-    """Where the string that opened before `start` ends, and whether it is closed."""
-    for found in _STRING_END[quote].finditer(text, start):
-        if found[0] == quote:
-            return found.end(), True
-        if found[0] == "\n":
-            return found.start(), False
-    return len(text), False
-
-
-def tokens(source: str) -> list[tuple[str, str]]:
-    """(kind, text) of every token but comments; kinds: name, number, string, op, newline, space."""
-    found, position = [], 0
-    while position < len(source):
-        match = _TOKEN.match(source, position)
-        kind, text, position = match.lastgroup, match[0], match.end()
-        if kind == "string":
-            end, _ = string_end(source, position, text.lstrip("rRbBfFuU"))
-            text, position = text + source[position:end], end
-        if kind != "comment":
-            found.append((kind, text))
-    return found
-
-
-# --- logical lines ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Line:
-    """One statement or block header: its depth in blocks, its tokens and the scope of each token."""
-
-    level: int
-    tokens: list[tuple[str, str]]
-    scopes: list[Scope] = field(default_factory=list)
-    scope: Scope | None = None  # the scope the statement stands in
-
-
-@dataclass
-class Scope:
-    """What binds names: a module, a function, a class body, a lambda or a comprehension."""
-
-    kind: str
-    parent: Scope | None
-    names: dict[str, str | None] = field(default_factory=dict)  # name -> its number once it has one
-    outer: dict[str, Scope] = field(default_factory=dict)  # declared global or nonlocal -> where to look
-    functions: dict[str, Scope] = field(default_factory=dict)  # functions defined here, for keyword arguments
-
-    def find(self, name: str) -> Scope | None:
-        """The scope that binds `name` as seen from here; a class body is not seen from the functions in it."""
-        scope = self
-        while scope is not None:
-            if name in scope.outer:
-                scope = scope.outer[name]
-            elif name in scope.names and (scope is self or scope.kind != "class"):
-                return scope
-            else:
-                scope = scope.parent
-        return None
-
-
-def _split(source: str) -> list[Line]:
-    """Logical lines: brackets join lines, `;` and `if x: y` split them, blank lines vanish."""
-    lines, current, indents, depth, column, fresh = [], [], [0], 0, 0, True
-
-    def flush() -> None:
-        nonlocal current
-        if current:
-            lines.extend(_statements(current, len(indents) - 1))
-        current = []
-
-    for kind, text in tokens(source):
-        if kind == "newline":
-            if depth == 0:
-                flush()
-                column, fresh = 0, True
-        elif kind == "space":
-            if fresh and not current and text[0] != "\\":
-                column += len(text.replace("\f", "").replace("\ufeff", "").expandtabs())
-        else:
-            if fresh and not current and depth == 0:
-                while column < indents[-1]:
-                    indents.pop()
-                if column > indents[-1]:
-                    indents.append(column)
-                fresh = False
-            depth = max(0, depth + (text in _OPEN) - (text in _CLOSE)) if kind == "op" else depth
-            current.append((kind, text))
-    flush()
-    return lines
-
-
-def _statements(line: list[tuple[str, str]], level: int) -> list[Line]:
-    """Splits `a; b` and the body that stands behind a block's colon."""
-    found, start, depth, lambdas = [], 0, 0, 0
-    header = line[0][1] in _BLOCKS or _is_match(line)
-    for i, (kind, text) in enumerate(line):
-        if kind == "op":
-            depth += (text in _OPEN) - (text in _CLOSE)
-        if depth > 0:
-            continue
-        lambdas += kind == "name" and text == "lambda"
-        if (kind, text) == ("op", ":") and lambdas:
-            lambdas -= 1
-        elif (kind, text) == ("op", ":") and header:
-            found.append(Line(level, line[start : i + 1]))
-            start, level, header = i + 1, level + 1, False
-        elif (kind, text) == ("op", ";"):
-            found.append(Line(level, line[start:i]))
-            start = i + 1
-    found.append(Line(level, line[start:]))
-    return [statement for statement in found if statement.tokens]
-
-
-def _is_match(line: list[tuple[str, str]]) -> bool:
-    """Whether `match` or `case` opens a block here, and is no name."""
-    if line[0][1] not in ("match", "case") or len(line) < 3 or line[-1][1] != ":" and line[0][1] == "match":
-        return False
-    return line[1][0] in ("name", "number", "string") or line[1][1] in ("(", "[", "{", "-", "*")
-
-
-def _tidy(line: Line, in_class: bool) -> Line | None:
-    """The statement without annotations and trailing commas; None for docstrings, `pass` and typing imports."""
-    words = line.tokens
-    if all(kind == "string" for kind, _ in words) or words[0][1] == "pass":
-        return None
-    if words[0][1] in ("import", "from") and len(words) > 1 and words[1][1] == "typing":
-        return None
-    if words[0][1] == "def" or words[0][1] == "async" and len(words) > 1 and words[1][1] == "def":
-        words = _bare_header(words)
-    elif words[0][0] == "name" and words[0][1] not in KEYWORDS and not _is_match(words):
-        words = _bare_assignment(words, in_class)
-    return Line(line.level, _no_trailing_commas(words)) if words else None
-
-
-def _bare_header(words: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A `def` line without the annotations of its parameters and of its result."""
-    kept, depth, lambdas = [], 0, 0
-    skipping = ()  # what ends the annotation, as (depth, text)
-    for kind, text in words:
-        depth -= kind == "op" and text in _CLOSE
-        lambdas += text == "lambda"
-        if (depth, text) in skipping:
-            skipping = ()
-        if depth == 1 and text == ":" and not lambdas:
-            skipping = ((1, ","), (1, "="), (0, ")"))
-        elif (depth, text) == (0, "->"):
-            skipping = ((0, ":"),)
-        elif text == ":" and lambdas:
-            lambdas -= 1
-        if not skipping:
-            kept.append((kind, text))
-        depth += kind == "op" and text in _OPEN
-    return kept
-
-
-def _bare_assignment(words: list[tuple[str, str]], in_class: bool) -> list[tuple[str, str]]:
-    """`x: int = 3` as `x = 3`; a bare `x: int` declares nothing that is run, except a field in a class body."""
-    depth = 0
-    for i, (kind, text) in enumerate(words):
-        if kind != "op":
-            if text == "lambda":
-                return words
-            continue
-        depth += (text in _OPEN) - (text in _CLOSE)
-        if depth == 0 and text == "=":
-            return words
-        if depth == 0 and text == ":":
-            value = next((j for j in range(i, len(words)) if words[j] == ("op", "=")), None)
-            if value is None:
-                return words[: i + 1] if in_class else []
-            return words[: i + in_class] + words[value:]
-    return words
-
-
-def _no_trailing_commas(words: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Drops the comma before a closing bracket where the bracket holds another comma, so that it means nothing."""
-    kept, commas = [], [0]
-    for kind, text in words:
-        if kind == "op" and text in _OPEN:
-            commas.append(0)
-        elif kind == "op" and text in _CLOSE:
-            if kept and kept[-1] == ("op", ",") and commas[-1] > 1:
-                kept.pop()
-            if len(commas) > 1:
-                commas.pop()
-        commas[-1] += (kind, text) == ("op", ",")
-        kept.append((kind, text))
-    return kept
 
 
 # --- scopes ----------------------------------------------------------------------------------------------------------
@@ -250,7 +45,7 @@ def _resolve(lines: list[Line]) -> Scope:
             if words[at] == "def":
                 line.scope.functions[words[at + 1]] = inner
             stack.append((line.level, inner))
-        _scan(line, inner if words[at] == "def" else None)
+        _Scanner(line, inner if words[at] == "def" else None).run()
         _bind(line, words)
     return module
 
@@ -259,138 +54,153 @@ def _comprehensions(line: Line) -> set[int]:
     """Positions of the brackets that hold a comprehension."""
     found, stack = set(), []
     for i, (kind, text) in enumerate(line.tokens):
-        if kind == "op" and text in _OPEN:
+        if kind == "op" and text in OPEN:
             stack.append(i)
-        elif kind == "op" and text in _CLOSE and stack:
+        elif kind == "op" and text in CLOSE and stack:
             stack.pop()
         elif kind == "name" and text == "for" and stack:
             found.add(stack[-1])
     return found
 
 
-def _scan(line: Line, function: Scope | None) -> None:
-    """Scope of each token of a statement; binds the parameters of `function`, lambdas and comprehension targets."""
-    scan = _Scan(line, function)
-    for i, (kind, text) in enumerate(line.tokens):
-        scan.leave(kind, text)
-        line.scopes.append(scan.owner(i, kind, text))
-        scan.enter(i, kind, text)
-
-
 @dataclass
-class _Open:
-    """A lambda or comprehension that has begun and not ended."""
+class _Opened:
+    """A lambda or a comprehension whose end has not been read yet."""
 
-    outside: Scope
-    depth: int  # of brackets, where it stands
+    outside: Scope  # where it stands
+    depth: int  # in brackets: of a comprehension's inside, of the place where a lambda stands
     inside: Scope
-    first: bool  # a comprehension whose first iterable is still to come
+    first_iterable: bool  # a comprehension's first iterable is still to come: it is evaluated outside
 
 
-class _Scan:
-    """Where a statement is being read: how deep in brackets, in which scope, within targets or lambda parameters."""
+class _Scanner:
+    """Walks a statement's tokens once: the scope of each, and what parameters, lambdas and comprehensions bind.
 
-    def __init__(self, line: Line, function: Scope | None):
-        self.line, self.function, self.scope, self.depth = line, function, line.scope, 0
+    A lambda ends at a comma or bracket of its depth, a comprehension at its bracket. The target of a comprehension is
+    bound inside of it although it is read after the value, so the scope is opened at the bracket, not at `for`.
+    """
+
+    def __init__(self, line: Line, function: Scope | None) -> None:
+        """function: the scope that the parameters in this line belong to, if it is a `def`."""
+        self.line, self.function = line, function
         self.comprehensions = _comprehensions(line)
-        self.opened: list[_Open] = []
-        self.targets = self.parameters = False
+        self.scope, self.depth = line.scope, 0
+        self.opened: list[_Opened] = []
+        self.parameters = False  # between `lambda` and its colon
+        self.targets = False  # between `for` and `in` of a comprehension
 
-    @property
-    def here(self) -> bool:
-        """Whether the innermost lambda or comprehension stands at this depth of brackets."""
+    def run(self) -> None:
+        """Fills in line.scopes."""
+        for i, (kind, text) in enumerate(self.line.tokens):
+            self._leave(kind, text)
+            self.line.scopes.append(self._owner(i) if kind == "name" and text not in KEYWORDS else self.scope)
+            self._enter(i, kind, text)
+
+    def _at_opened(self) -> bool:
+        """Whether this is the depth of the innermost lambda or comprehension."""
         return bool(self.opened) and self.opened[-1].depth == self.depth
 
-    def leave(self, kind: str, text: str) -> None:
-        """Ends what this token ends: a closing bracket, or `,` and `for` behind the body of a lambda."""
-        if kind == "op" and text in _CLOSE:
+    def _leave(self, kind: str, text: str) -> None:
+        """What ends before this token."""
+        if kind == "op" and text in CLOSE:
             while self.opened and self.opened[-1].depth >= self.depth:
                 self.scope = self.opened.pop().outside
             self.depth -= 1
-        elif text in ("for", "if", "async") or text == "," and not self.parameters:
-            while text in ("for", ",") and self.here and self.opened[-1].inside.kind == "lambda":
-                self.scope = self.opened.pop().outside
-            if text != "," and self.here:
+        elif text in ("for", "if", "async"):
+            self._leave_lambdas(text == "for")
+            if self._at_opened():  # the first iterable is over
                 self.scope = self.opened[-1].inside
+        elif text == "," and not self.parameters:
+            self._leave_lambdas(True)
 
-    def owner(self, i: int, kind: str, text: str) -> Scope:
-        """The scope of a token; a parameter or a target is bound there."""
-        if kind != "name" or text in KEYWORDS:
-            return self.scope
-        before = self.line.tokens[i - 1][1] if i else ""
+    def _leave_lambdas(self, ended: bool) -> None:
+        while ended and self._at_opened() and self.opened[-1].inside.kind == "lambda":
+            self.scope = self.opened.pop().outside
+
+    def _owner(self, i: int) -> Scope:
+        """The scope that the name at this position is looked up in; binds it if it is a parameter or a target."""
+        text, before = self.line.tokens[i][1], self.line.tokens[i - 1][1] if i else ""
         if before in ("*", "**") and i > 1:
             before = self.line.tokens[i - 2][1]
         starts = before in ("(", ",", "lambda")
         if self.function is not None and self.depth == 1 and starts and not self.opened:
             self.function.names.setdefault(text, None)
             return self.function
-        if (self.parameters and self.here and starts) or (self.targets and before != "."):
+        parameter = self.parameters and self._at_opened() and starts
+        if parameter or (self.targets and before != "."):
             self.scope.names.setdefault(text, None)
         return self.scope
 
-    def enter(self, i: int, kind: str, text: str) -> None:
-        """Begins what this token begins: brackets, a comprehension in them, a lambda, targets."""
-        if kind == "op" and text in _OPEN:
+    def _enter(self, i: int, kind: str, text: str) -> None:
+        """What begins behind this token."""
+        if kind == "op" and text in OPEN:
             self.depth += 1
             if i in self.comprehensions:
-                self.open("comprehension")
+                self._open("comprehension")
         elif text == "lambda":
-            self.open("lambda")
+            self._open("lambda")
             self.parameters = True
-        elif text == ":" and self.parameters and self.here:
+        elif text == ":" and self.parameters and self._at_opened():
             self.parameters = False
         elif text == "for" and self.scope.kind == "comprehension":
             self.targets = True
         elif text == "in" and self.targets:
             self.targets = False
-            if self.here and self.opened[-1].first:  # the first iterable is evaluated outside of the comprehension
-                self.opened[-1].first, self.scope = False, self.opened[-1].outside
+            if self._at_opened() and self.opened[-1].first_iterable:
+                self.opened[-1].first_iterable = False
+                self.scope = self.opened[-1].outside
 
-    def open(self, kind: str) -> None:
-        self.opened.append(_Open(self.scope, self.depth, Scope(kind, self.scope), kind == "comprehension"))
-        self.scope = self.opened[-1].inside
+    def _open(self, kind: str) -> None:
+        opened = _Opened(self.scope, self.depth, Scope(kind, self.scope), kind == "comprehension")
+        self.opened.append(opened)
+        self.scope = opened.inside
 
 
 def _bind(line: Line, words: list[str]) -> None:
-    """Names that a statement binds in its own scope (parameters and comprehension targets are bound by _scan)."""
+    """Names that a statement binds in its own scope (parameters and comprehension targets are bound by _Scanner)."""
     if words[0] in ("global", "nonlocal") and line.scope.parent is not None:
-        return _declare(line, words[0])
+        _declare(line, words[0])
+        return
     for i in _bound(line, words):
         if line.tokens[i][0] == "name" and words[i] not in KEYWORDS:
             line.scope.names.setdefault(words[i], None)
-    for i in range(len(words) - 1):
-        if words[i + 1] == ":=" and line.tokens[i][0] == "name":
-            scope = line.scopes[i]
-            while scope.kind == "comprehension":  # a walrus binds in the function around it
-                scope = scope.parent
-            scope.names.setdefault(words[i], None)
+    _bind_walruses(line, words)
 
 
-def _declare(line: Line, keyword: str) -> None:
-    """`global` and `nonlocal`: where to look for the names instead."""
+def _declare(line: Line, word: str) -> None:
+    """`global` and `nonlocal`: where the names are to be looked up."""
     outside = line.scope.parent
-    while keyword == "global" and outside.parent is not None:
+    while word == "global" and outside.parent is not None:
         outside = outside.parent
-    declared = [word for (kind, word) in line.tokens[1:] if kind == "name"]
+    declared = [text for kind, text in line.tokens[1:] if kind == "name"]
     line.scope.outer.update(dict.fromkeys(declared, outside))
-    if keyword == "global":
+    if word == "global":
         outside.names.update({name: None for name in declared if name not in outside.names})
 
 
 def _bound(line: Line, words: list[str]) -> list[int]:
-    """Positions of what the statement binds: behind `as`, targets of `for`, patterns of `case`, assignments."""
+    """Positions of what a statement binds; an import takes back names that mean something."""
     first, bound = words[0], [i + 1 for i, word in enumerate(words[:-1]) if word == "as"]
     if first in ("import", "from"):
-        named = {words[i] for i in range(1, len(words)) if line.tokens[i][0] == "name"} - {words[i] for i in bound}
-        for name in named - KEYWORDS:
+        imported = {words[i] for i in range(1, len(words)) if line.tokens[i][0] == "name"} - {words[i] for i in bound}
+        for name in imported - KEYWORDS:
             line.scope.names.pop(name, None)  # `import math` binds a name that means something: it stays
-    elif first == "for" or words[:2] == ["async", "for"]:
-        bound += _targets(line, words.index("for") + 1, words.index("in") if "in" in words else 0)
-    elif first == "case":
-        bound += [i for i in _targets(line, 1, len(words)) if words[i] != "_"]
-    elif first not in _BLOCKS:
-        bound += _assigned(line, words)
-    return bound
+        return bound
+    if first == "for" or words[:2] == ["async", "for"]:
+        return bound + _targets(line, words.index("for") + 1, words.index("in") if "in" in words else 0)
+    if first == "case":
+        return bound + [i for i in _targets(line, 1, len(words)) if words[i] != "_"]
+    return bound if first in BLOCKS else bound + _assigned(line, words)
+
+
+def _bind_walruses(line: Line, words: list[str]) -> None:
+    """`x := ...` binds outside of the comprehension that it stands in."""
+    for i in range(len(words) - 1):
+        if words[i + 1] == ":=" and line.tokens[i][0] == "name":
+            scope = line.scopes[i]
+            while scope.kind == "comprehension":
+                scope = scope.parent
+            scope.names.setdefault(words[i], None)
 
 
 def _assigned(line: Line, words: list[str]) -> list[int]:
@@ -398,7 +208,7 @@ def _assigned(line: Line, words: list[str]) -> list[int]:
     depth, last = 0, 0
     for i, word in enumerate(words):
         if line.tokens[i][0] == "op":
-            depth += (word in _OPEN) - (word in _CLOSE)
+            depth += (word in OPEN) - (word in CLOSE)
             if depth == 0 and word.endswith("=") and word not in ("==", "!=", "<=", ">="):
                 last = i
     return _targets(line, 0, last)
@@ -410,10 +220,10 @@ def _targets(line: Line, start: int, stop: int) -> list[int]:
     for i in range(start, stop):
         kind, text = line.tokens[i]
         before = line.tokens[i - 1] if i > start else ("op", ",")
-        if kind == "op" and text in _OPEN:
-            closers.append(before[0] == "name" and before[1] not in KEYWORDS or before[1] in _CLOSE)
+        if kind == "op" and text in OPEN:
+            closers.append(before[0] == "name" and before[1] not in KEYWORDS or before[1] in CLOSE)
             inside += closers[-1]
-        elif kind == "op" and text in _CLOSE and closers:
+        elif kind == "op" and text in CLOSE and closers:
             inside -= closers.pop()
         elif kind == "name" and text not in KEYWORDS and before[1] != "." and not inside:
             if i + 1 >= len(line.tokens) or line.tokens[i + 1][1] not in (".", "[", "("):
@@ -442,14 +252,14 @@ def read_program(source: str) -> Reading:
     if len(source) > MAX_SOURCE:
         return Reading(source, True, "", False, {}, ())
     lines, blocks = [], []  # blocks: (level, word) of the headers that are open
-    for line in _split(source):
+    for line in split(source):
         while blocks and blocks[-1][0] >= line.level:
             blocks.pop()
-        tidy = _tidy(line, bool(blocks) and blocks[-1][1] == "class")
+        shown = tidy(line, bool(blocks) and blocks[-1][1] == "class")
         if line.tokens[-1][1] == ":":
             blocks.append((line.level, line.tokens[0][1]))
-        if tidy is not None:
-            lines.append(tidy)
+        if shown is not None:
+            lines.append(shown)
     module = _resolve(lines)
     counter = iter(range(len(source) + 1))
     words = [_render(line, counter) for line in lines]
@@ -485,10 +295,10 @@ def _render(line: Line, counter) -> list[str]:
         before = line.tokens[i - 1] if i else ("", "")
         after = line.tokens[i + 1][1] if i + 1 < len(line.tokens) else ""
         scope = line.scopes[i]
-        if kind == "op" and text in _OPEN:
+        if kind == "op" and text in OPEN:
             called = text == "(" and before[0] == "name" and before[1] not in KEYWORDS
             callees.append(_callee(before[1], scope) if called else None)
-        elif kind == "op" and text in _CLOSE and callees:
+        elif kind == "op" and text in CLOSE and callees:
             callees.pop()
         if kind == "string":
             row.extend(_render_string(text, scope, counter))
@@ -548,7 +358,7 @@ def _render_field(text: str, scope: Scope, counter) -> list[str]:
     """The expression of one replacement field; a format specification keeps its letters."""
     row, depth, previous, expression = [], 0, "", True
     for kind, word in tokens(text):
-        depth += (word in _OPEN) - (word in _CLOSE) if kind == "op" else 0
+        depth += (word in OPEN) - (word in CLOSE) if kind == "op" else 0
         if depth == 0 and word in (":", "!"):
             expression = False
         free = kind == "name" and word not in KEYWORDS and previous != "." and (expression or depth > 0)
