@@ -23,7 +23,10 @@ COMMANDS = {
     "sparsity": ("azr.weights.sparsity", "size, sparsity, rank and concentration of an update"),
     "entropy": ("azr.analysis.entropy", "exact entropy of a model on given text, and the curves of a run"),
     "dynamics": ("azr.analysis.dynamics", "validity, solve rates, lengths, diversity, rewards, time of a run"),
-    "difficulty": ("azr.analysis.difficulty", "harder tasks or a weaker solver: fixed solvers on each stage's proposals"),
+    "difficulty": (
+        "azr.analysis.difficulty",
+        "harder tasks or a weaker solver: fixed solvers on each stage's proposals",
+    ),
     "forgetting": ("azr.analysis.forgetting", "what was lost, against KL, size and sparsity of the update"),
     "health": ("azr.analysis.health", "what a run was warned of; works while it runs too"),
     "rewards": ("azr.analysis.rewards", "the expected reward of a proposal against the true solve rate"),

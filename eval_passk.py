@@ -33,9 +33,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare")
     run = commands.add_parser("run", help="sample a benchmark and grade the answers")
     run.add_argument("--model", help="tiny, qwen-3b, qwen-7b, a hub id or a directory (default: the adapter's base)")
-    run.add_argument(
-        "--adapter", metavar="DIR", help="a checkpoint, or a run directory for its newest one; not merged"
-    )
+    run.add_argument("--adapter", metavar="DIR", help="a checkpoint, or a run directory for its newest one; not merged")
     run.add_argument(
         "--samples", type=int, default=16, metavar="N", help="answers a problem (16); more can be added later"
     )
@@ -47,9 +45,12 @@ def build_parser() -> Parser:
         "--quantization", choices=("nf4", "none"), help="of the base; default: the adapter's, else nf4 (tiny none)"
     )
     run.add_argument(
-        "--dtype", type=lambda name: DTYPES.get(name, name), choices=tuple(DTYPES.values()), metavar="|".join(DTYPES),
+        "--dtype",
+        type=lambda name: DTYPES.get(name, name),
+        choices=tuple(DTYPES.values()),
+        metavar="|".join(DTYPES),
         help="default: the adapter's, else the device's",
-    )  # fmt: skip
+    )
     run.add_argument(
         "--match-entropy", action="store_true", help="raise the tuned model's temperature to the base's entropy at T"
     )
@@ -59,9 +60,7 @@ def build_parser() -> Parser:
     score.add_argument("samples", metavar="SAMPLES.jsonl")
     for command in (run, score):
         command.add_argument("--benchmark", required=True, metavar="NAME|NAME=FILE", help=", ".join(BENCHMARKS))
-        command.add_argument(
-            "--k", type=compare.parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2"
-        )
+        command.add_argument("--k", type=compare.parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2")
         command.add_argument("--out", metavar="DIR", help="result directory; run: the same one goes on")
     compare.add_arguments(
         commands.add_parser("compare", help="two result directories: paired, with intervals and a plot")

@@ -55,14 +55,12 @@ def warn(text: str) -> None:
 def duration(seconds: float) -> str:
     """Hours and minutes, or minutes and seconds."""
     minutes = int(round(seconds)) // 60
-    return (
-        f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{int(round(seconds)) % 60:02d} min"
-    )
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{minutes}:{int(round(seconds)) % 60:02d} min"
 
 
 @contextlib.contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Gives advance(done, total): a bar with the time left on a terminal; elsewhere a line now and then, and at the end.
+    """Gives advance(done, total): on a terminal a bar with the time left, elsewhere a line now and then and at the end.
 
     The first call says where the work begins: what was done before (a run that goes on) does not count as fast.
     """

@@ -37,9 +37,7 @@ def pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) 
     """
     n, c, ks = _counts(n, c, k)
     if n.size and ks.max() > n.min():
-        raise ValueError(
-            f"pass@k: k must lie between 1 and the samples a problem has ({n.min()}), not {ks.tolist()}"
-        )
+        raise ValueError(f"pass@k: k must lie between 1 and the samples a problem has ({n.min()}), not {ks.tolist()}")
     result = np.empty((c.size, ks.size))
     for samples in np.unique(n):
         rows = n == samples
@@ -225,9 +223,7 @@ def _interval(estimate: np.ndarray, replicates: np.ndarray, problems: int, confi
     if problems < 2:
         low = high = np.full_like(estimate, np.nan)
     else:
-        tail = NormalDist().cdf(
-            math.sqrt(problems / (problems - 1)) * t_quantile((1 - confidence) / 2, problems - 1)
-        )
+        tail = NormalDist().cdf(math.sqrt(problems / (problems - 1)) * t_quantile((1 - confidence) / 2, problems - 1))
         low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     if np.ndim(estimate) == 0:
         return Interval(float(estimate), float(low), float(high))

@@ -41,17 +41,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that cannot change what a step computes, but for roundings, so a resume may be given other values.
-RESUME_MAY_CHANGE = frozenset("steps max_hours price_per_hour save_every save_minutes keep_states eval_every "
-                              "eval_samples out resume config dry_run tracker card probe allow_cpu "
-                              "rollout_weights".split())
-KEEP_STATES = 2                                     # the newest checkpoints that keep what a resume needs
-SCRIPT = "train_azr.py"                             # what the commands say that go on with a run
+RESUME_MAY_CHANGE = frozenset(
+    "steps max_hours price_per_hour save_every save_minutes keep_states eval_every "
+    "eval_samples out resume config dry_run tracker card probe allow_cpu "
+    "rollout_weights".split()
+)
+KEEP_STATES = 2  # the newest checkpoints that keep what a resume needs
+SCRIPT = "train_azr.py"  # what the commands say that go on with a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-TAIL = 1 << 20                                      # bytes at the end of a log that hold its last lines
+TAIL = 1 << 20  # bytes at the end of a log that hold its last lines
 LOGS = ("metrics.jsonl", "samples.jsonl")
-UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")      # all that a start killed in its first instants leaves
+UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")  # all that a start killed in its first instants leaves
 STEP_DIRECTORY = re.compile(r"step_(\d+)")
-LINE_STEP = re.compile(rb'\{"step": (\d+)[,}]')     # log lines start with their step: a cut need not parse gigabytes
+LINE_STEP = re.compile(rb'\{"step": (\d+)[,}]')  # log lines start with their step: a cut need not parse gigabytes
 VERSIONS_OF = ("torch", "transformers", "peft", "bitsandbytes", "safetensors", "tokenizers", "numpy", "flash-attn")
 
 
@@ -69,6 +71,7 @@ def say(text: str) -> None:
 
 
 # ---------------------------------------------------------------- reading a run
+
 
 def read_metrics(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl, as `read_lines`."""
@@ -96,6 +99,7 @@ def read_json_object(path: Path) -> dict:
 
 
 # ---------------------------------------------------------------- checkpoints on disk
+
 
 def step_directories(run_dir: Path) -> list[tuple[int, Path]]:
     """(step, directory) of the finished checkpoints, oldest first; adapters whose state was pruned included."""
@@ -129,7 +133,7 @@ def newest_intact(run_dir: Path, whole_through: float = math.inf) -> tuple[Path 
     faults = []
     for step, path in reversed(step_directories(run_dir)):
         if not (path / "state" / "checksums.json").exists():
-            continue                                # an adapter that was kept without its state
+            continue  # an adapter that was kept without its state
         wrong = fault(path)
         if wrong is None and step > whole_through:
             wrong = f"the logs have lost steps after {whole_through}"
@@ -151,12 +155,13 @@ def _write_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> No
     folder = directory / "state"
     folder.mkdir()
     # A clone drops what safetensors refuses: shared storage and views of something larger.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-              folder / "tensors.safetensors")
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+        folder / "tensors.safetensors",
+    )
     (folder / "state.json").write_text(json.dumps(plain(state, "state", finite=False)), encoding="utf-8")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    sums = {str(path.relative_to(directory)): {"sha256": _sha256(path), "bytes": path.stat().st_size}
-            for path in files}
+    sums = {str(path.relative_to(directory)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
     (folder / "checksums.json").write_text(json.dumps(sums, indent=2))
     for path in [*directory.rglob("*"), directory]:
         sync(path)
@@ -178,7 +183,7 @@ def _whole_through(path: Path) -> float:
     if match := LINE_STEP.match(torn):
         return int(match[1]) - 1
     steps = [int(match[1]) for line in lines if line.endswith(b"}") and (match := LINE_STEP.match(line))]
-    return steps[-1] if steps and path.name == "metrics.jsonl" else math.inf     # that one has a line for every step
+    return steps[-1] if steps and path.name == "metrics.jsonl" else math.inf  # that one has a line for every step
 
 
 def _end_of(path: Path, step: int) -> int:
@@ -190,9 +195,11 @@ def _end_of(path: Path, step: int) -> int:
             if match is None or not line.endswith(b"}\n") or int(match[1]) > step:
                 end = offset if end is None else end
             elif end is not None:
-                raise RunError(f"{path}, line {number}: step {int(match[1])} follows a bad or newer line, the log is "
-                               f"damaged; repair it, or go on without its older lines: mv {shlex.quote(str(path))} "
-                               f"{shlex.quote(f'{path}.damaged')}")
+                raise RunError(
+                    f"{path}, line {number}: step {int(match[1])} follows a bad or newer line, the log is "
+                    f"damaged; repair it, or go on without its older lines: mv {shlex.quote(str(path))} "
+                    f"{shlex.quote(f'{path}.damaged')}"
+                )
             offset += len(line)
     return offset if end is None else end
 
@@ -207,6 +214,7 @@ def _cut(path: Path, end: int) -> int:
 
 # ---------------------------------------------------------------- the run
 
+
 class Run:
     """One run directory, held by this process. Attributes: `dir`, `config`, `step` (steps completed), `resumed`."""
 
@@ -214,7 +222,7 @@ class Run:
         self.dir, self.config = directory, plain(config, "config")
         self.keep_states = self.config.get("keep_states", KEEP_STATES)
         self.step, self.resumed = 0, False
-        self._checkpoint: Path | None = None        # the one to resume from
+        self._checkpoint: Path | None = None  # the one to resume from
         self._lock, self._files = None, {}
 
     @classmethod
@@ -245,7 +253,9 @@ class Run:
             run._files = {name: open(out / name, "ab", buffering=0) for name in LOGS}
         except (OSError, RunError) as error:
             run.close()
-            raise error if isinstance(error, RunError) else RunError(f"{out}: cannot be a run directory ({error})")
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{out}: cannot be a run directory ({error})") from error
         return run
 
     @classmethod
@@ -290,7 +300,7 @@ class Run:
         """Finds the checkpoint to resume from and takes the logs back to it."""
         logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
         checkpoint, faults = newest_intact(self.dir, min(map(_whole_through, logs), default=math.inf))
-        if checkpoint is None and faults:           # rather a gap in the logs than the end of the run
+        if checkpoint is None and faults:  # rather a gap in the logs than the end of the run
             checkpoint, broken = newest_intact(self.dir)
             faults = faults if checkpoint is None else [*broken, f"{self.dir}: the logs do not reach {checkpoint.name}"]
         if checkpoint is None:
@@ -303,14 +313,14 @@ class Run:
             self._checkpoint, self.resumed = checkpoint, True
             self.step = int(STEP_DIRECTORY.fullmatch(checkpoint.name)[1])
         try:
-            ends = [_end_of(path, self.step if checkpoint else -1) for path in logs]     # before anything is changed
+            ends = [_end_of(path, self.step if checkpoint else -1) for path in logs]  # before anything is changed
         except RunError as error:
             raise RunError(f"{error} && {self.command()} (from {checkpoint or 'the start'}, which is whole)") from error
         went = sum(map(_cut, logs, ends))
         for wrong in faults:
             say(f"warning: broken checkpoint, going on from {checkpoint}: {wrong}")
         for step, path in step_directories(self.dir):
-            if step > self.step:                    # broken: out of the way of the one that will be written again
+            if step > self.step:  # broken: out of the way of the one that will be written again
                 shutil.rmtree(path.with_name(f"{path.name}.broken"), ignore_errors=True)
                 os.rename(path, path.with_name(f"{path.name}.broken"))
         if checkpoint:
@@ -322,8 +332,10 @@ class Run:
         if new := [f"{name} {completed[name]}" for name in completed if name not in stored]:
             say(f"resume: {self.dir} is from before these settings, at their defaults now: {', '.join(new)}")
         if changes := config_changes(completed, self.config):
-            raise RunError(f"{self.dir}: cannot resume with other settings ({'; '.join(changes)}); repeat the old ones "
-                           f"({self.command()}), or start a new run with --out")
+            raise RunError(
+                f"{self.dir}: cannot resume with other settings ({'; '.join(changes)}); repeat the old ones "
+                f"({self.command()}), or start a new run with --out"
+            )
 
     def command(self) -> str:
         """What to type to go on with this run."""
@@ -342,7 +354,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.close()
-        if isinstance(error, OSError) and error.errno in DISK:       # of whatever else writes into the run
+        if isinstance(error, OSError) and error.errno in DISK:  # of whatever else writes into the run
             raise self._disk_error(f"writing {error.filename or 'a file'}", error) from error
 
     # -------- logs
@@ -362,15 +374,22 @@ class Run:
         rows = [{"step": 0} | plain(row, name) | {"step": int(row["step"])} for row in rows]
         data = memoryview("".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii"))
         try:
-            while data:                             # a raw write may take a part, on a nearly full disk
-                data = data[self._files[name].write(data):]
+            while data:  # a raw write may take a part, on a nearly full disk
+                data = data[self._files[name].write(data) :]
         except OSError as error:
             raise self._disk_error(f"writing {name}", error) from error
 
     # -------- checkpoints
 
-    def save_checkpoint(self, step: int, save_adapter: Callable[[Path], None], tensors: dict[str, Tensor],
-                        state: dict, info: dict, keep: bool = False) -> Path:
+    def save_checkpoint(
+        self,
+        step: int,
+        save_adapter: Callable[[Path], None],
+        tensors: dict[str, Tensor],
+        state: dict,
+        info: dict,
+        keep: bool = False,
+    ) -> Path:
         """Writes checkpoints/step_N, then prunes; returns its path.
 
         `save_adapter(directory)` writes the PEFT files, `info` becomes azr.json, `tensors` and `state` (JSON types)
@@ -381,16 +400,17 @@ class Run:
         final = self.dir / "checkpoints" / f"step_{step}"
         aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
         try:
-            from safetensors import SafetensorError         # its writer reports a full disk this way, not as OSError
+            from safetensors import SafetensorError  # its writer reports a full disk this way, not as OSError
+
             if not (final / "state" / "checksums.json").exists():
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.mkdir()
                 save_adapter(aside)
                 (aside / "azr.json").write_text(json.dumps(plain(info, "azr.json"), indent=2) + "\n", encoding="utf-8")
                 if keep:
-                    (aside / "keep").touch()                # in the same rename: a kill in between would lose the mark
+                    (aside / "keep").touch()  # in the same rename: a kill in between would lose the mark
                 _write_state(aside, tensors, state)
-                for file in self._files.values():           # the logs are never behind a checkpoint
+                for file in self._files.values():  # the logs are never behind a checkpoint
                     os.fsync(file.fileno())
                 os.rename(aside, final)
                 sync(final.parent)
@@ -406,7 +426,7 @@ class Run:
 
     def _prune(self) -> None:
         paths = [path for _, path in step_directories(self.dir) if (path / "state").exists()]
-        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-self.keep_states:]
+        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-self.keep_states :]
         try:
             for path in paths:
                 if path in newest:
@@ -445,13 +465,14 @@ class Run:
         if path.exists():
             try:
                 earlier = read_json_object(path)
-            except RunError as error:               # nothing that is computed depends on it
+            except RunError as error:  # nothing that is computed depends on it
                 say(f"warning: {error}: written anew")
                 earlier = {}
             now["previous"] = [*earlier.pop("previous", []), earlier]
             before, after = earlier.get("versions", {}), now["versions"]
-            if changed := [f"{name} {before.get(name)} -> {after[name]}" for name in after
-                           if before.get(name) != after[name]]:
+            if changed := [
+                f"{name} {before.get(name)} -> {after[name]}" for name in after if before.get(name) != after[name]
+            ]:
                 say(f"warning: resumed with other versions, the numbers may differ: {', '.join(changed)}")
         write_json_atomic(path, now)
         return now
@@ -460,8 +481,11 @@ class Run:
 def config_changes(old: dict, new: dict) -> list[str]:
     """The settings that differ and may not, as "name: old -> new"."""
     missing = "(absent)"
-    return [f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}" for key in sorted({*old, *new})
-            if key not in RESUME_MAY_CHANGE and old.get(key, missing) != new.get(key, missing)]
+    return [
+        f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}"
+        for key in sorted({*old, *new})
+        if key not in RESUME_MAY_CHANGE and old.get(key, missing) != new.get(key, missing)
+    ]
 
 
 def describe_environment() -> dict:
@@ -475,16 +499,29 @@ def describe_environment() -> dict:
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"versions": versions, "git": _commit(), "platform": platform.platform(), "cpu_count": cpus, "gpu": gpu,
-            "threads": torch.get_num_threads() if torch is not None else None,
-            "command": sys.argv, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    return {
+        "versions": versions,
+        "git": _commit(),
+        "platform": platform.platform(),
+        "cpu_count": cpus,
+        "gpu": gpu,
+        "threads": torch.get_num_threads() if torch is not None else None,
+        "command": sys.argv,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def _commit() -> str | None:
     """The commit of this code, with "-dirty" if tracked files differ from it; None outside a git checkout."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], timeout=10,
-                              cwd=Path(__file__).parent, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            timeout=10,
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None

@@ -3,7 +3,7 @@
     python docs/icepop.py --steps 2            takes what train_azr.py takes
 
 A token whose ratio p_trainer / p_sampler leaves [1/2, 5] loses its gradient, instead of being weighted by the ratio up
-to GAP_CAP. To have the arm in train_azr.py itself, move the class to azr/train/arms and write its line in REGISTRY there.
+to GAP_CAP. To have the arm in train_azr.py itself, move the class to azr/train/arms and add its line to REGISTRY there.
 """
 
 import sys
@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_azr  # noqa: E402
-from azr.train import arms  # noqa: E402
+import train_azr
+from azr.train import arms
 
 LOW, HIGH = 0.5, 5.0  # the band of the ratio, as published
 

@@ -31,10 +31,9 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from gate_numbers import BEYOND, level, stratified  # noqa: E402
-
-from azr.evals.held_out import answer_key, load_tasks  # noqa: E402
-from azr.runs import write_jsonl_atomic  # noqa: E402
+from azr.evals.held_out import answer_key, load_tasks
+from azr.runs import write_jsonl_atomic
+from gate_numbers import BEYOND, level, stratified
 
 STEPS, CHECKPOINTS = 80, (20, 40, 60, 80)
 A_CELL = 11  # held-out tasks that are sampled many times, of each mode and number of statements from 1 to 6
@@ -63,13 +62,34 @@ GROUPS = [f"{role}/{mode}" for role in ("proposer", "solver") for mode in (*MODE
 SERIES = [f"{group}/entropy" for group in GROUPS]
 SERIES += [f"proposer/{mode}/{name}" for mode in MODES for name in ("valid_rate", "solve_rate", "learnable_rate")]
 SERIES += [f"solver/{mode}/{name}" for mode in MODES for name in ("accuracy", "response_tokens")]
-SERIES += [f"train/{name}" for name in ("tokens", "grad_norm", "clip_fraction", "control_share", "kl_to_base",
-                                        "off_policy_ess", "off_policy_truncated", "off_policy_solutions")]  # fmt: skip
+SERIES += [
+    f"train/{name}"
+    for name in (
+        "tokens",
+        "grad_norm",
+        "clip_fraction",
+        "control_share",
+        "kl_to_base",
+        "off_policy_ess",
+        "off_policy_truncated",
+        "off_policy_solutions",
+    )
+]
 UPDATE = ("U1_rms", "U1_rel_fro", "S0", "S1", "S2", "S5", "S6", "at_rms_3e-5", "R1_effective_rank", "R1_stable_rank")
 FIXED_SOLVERS = ("joint", "frozen-base", "no-update", "half-peak")  # whose proposals fixed solvers solve, by stage
 # arms of which every checkpoint is measured, not two
-CLOSELY = ("joint", "frozen-base", "no-update", "no-update-matched", "rlvr", "sft", "off-policy", "half-joint",
-           "half-frozen-base", "half-no-update")  # fmt: skip
+CLOSELY = (
+    "joint",
+    "frozen-base",
+    "no-update",
+    "no-update-matched",
+    "rlvr",
+    "sft",
+    "off-policy",
+    "half-joint",
+    "half-frozen-base",
+    "half-no-update",
+)
 
 OFF = "--off-policy-gamma 0.25 --off-policy-source"
 ARMS = {
@@ -188,8 +208,15 @@ def sample(name: str, runs: Path, samples: int, *model: object, seed: int = 0) -
     if not done.exists() or json.loads(done.read_text())["samples_per_problem"] < samples:
         settings = ["--samples", samples, "--temperature", 1, "--top-p", 1, "--seed", seed, "--out", out]
         out.parent.mkdir(exist_ok=True)
-        call(runs / f"eval-{name}.log", "eval_passk.py", "run", *model, "--benchmark",
-             f"tiny={runs / 'held_out.jsonl'}", *settings)  # fmt: skip
+        call(
+            runs / f"eval-{name}.log",
+            "eval_passk.py",
+            "run",
+            *model,
+            "--benchmark",
+            f"tiny={runs / 'held_out.jsonl'}",
+            *settings,
+        )
     return out
 
 
@@ -210,8 +237,11 @@ def measure(arm: str, seed: int, run: Path, runs: Path) -> dict[str, dict]:
         commands["dynamics"] = [run, "--windows", 4]
         if arm in FIXED_SOLVERS and seed < 3:
             commands["difficulty"] = [run]
-    missing = [[name, *map(str, arguments), "--json", str(out / f"{name}.json")]
-               for name, arguments in commands.items() if not (out / f"{name}.json").exists()]  # fmt: skip
+    missing = [
+        [name, *map(str, arguments), "--json", str(out / f"{name}.json")]
+        for name, arguments in commands.items()
+        if not (out / f"{name}.json").exists()
+    ]
     if missing:
         call(runs / f"measure-{run.name}.log", "-c", ONE_PROCESS, json.dumps(missing))
     return {name: json.loads((out / f"{name}.json").read_text()) for name in commands}
@@ -266,10 +296,16 @@ def counts(out: Path) -> dict:
     columns = zip(*((n, right, len(different)) for _, (n, right, different) in sorted(tasks.items())))
     n, right, different = map(list, columns)
     settings = {name: result[name] for name in ("samples_per_problem", "decoding", "quantization")}
-    commonest = {mode: [(top := found.most_common(1)[0])[0], top[1] / found.total()]
-                 for mode, found in sorted(answers.items())}  # fmt: skip
-    return {"n": n[0] if len(set(n)) == 1 else n, "correct": right, "distinct_correct": different,
-            "commonest": commonest, **settings}  # fmt: skip
+    commonest = {
+        mode: [(top := found.most_common(1)[0])[0], top[1] / found.total()] for mode, found in sorted(answers.items())
+    }
+    return {
+        "n": n[0] if len(set(n)) == 1 else n,
+        "correct": right,
+        "distinct_correct": different,
+        "commonest": commonest,
+        **settings,
+    }
 
 
 def digest(run: Path, measured: dict[str, dict]) -> dict:
@@ -278,30 +314,48 @@ def digest(run: Path, measured: dict[str, dict]) -> dict:
     steps = [row for row in rows if row["step"] > 0]
     kept: dict = {"seconds": steps[-1]["time/elapsed"]}
     kept["series"] = {name: [row.get(name) for row in steps] for name in SERIES if any(name in row for row in steps)}
-    accuracy = {row["step"]: [row[f"held_out/{mode}/accuracy"] for mode in MODES]
-                for row in rows if "held_out/all/accuracy" in row}  # fmt: skip
+    accuracy = {
+        row["step"]: [row[f"held_out/{mode}/accuracy"] for mode in MODES]
+        for row in rows
+        if "held_out/all/accuracy" in row
+    }
     kept["greedy"] = {"modes": MODES, "accuracy": accuracy}
     (entry,) = measured["forgetting"]["runs"].values()
     ((_, probed),) = measured["entropy"]["runs"].items()
     kept["checkpoints"] = {step: checkpoint(row) for step, row in entry["checkpoints"].items()}
     kept["skill_base"] = sum(entry["base"]["skill"]) / len(entry["base"]["skill"])
-    kept["probe_entropy"] = {step: {group: row[group]["token_mean"]["mean"] for group in row if row[group]}
-                             for step, row in probed["probe"].items()}  # fmt: skip
+    kept["probe_entropy"] = {
+        step: {group: row[group]["token_mean"]["mean"] for group in row if row[group]}
+        for step, row in probed["probe"].items()
+    }
     update = measured["sparsity"]
     kept["update"] = {part: {key: update[part].get(key) for key in UPDATE} for part in ("whole", "adapted")}
     kept["path"] = update.get("path")
     if "dynamics" in measured:
         part = measured["dynamics"]
-        kept["validity"] = {group: [window["ok"]["mean"] for window in windows]
-                            for group, windows in part["validity"].items()}  # fmt: skip
+        kept["validity"] = {
+            group: [window["ok"]["mean"] for window in windows] for group, windows in part["validity"].items()
+        }
         kept["solve_rate"] = {name: value["histogram"] for name, value in part["solve_rate"].items()}
-        kept["diversity"] = [{name: value["mean"] if isinstance(value, dict) else value
-                              for name, value in window.items()}
-                             for window in part["diversity"]["windows"]]  # fmt: skip
+        kept["diversity"] = [
+            {name: value["mean"] if isinstance(value, dict) else value for name, value in window.items()}
+            for window in part["diversity"]["windows"]
+        ]
     if "difficulty" in measured:
         (table,) = measured["difficulty"]["runs"].values()
-        kept["difficulty"] = {key: table[key] for key in ("solvers", "stages", "rate", "tokens", "logged_rate",
-                                                          "tasks", "tasks_by_solver", "tasks_by_mode")}  # fmt: skip
+        kept["difficulty"] = {
+            key: table[key]
+            for key in (
+                "solvers",
+                "stages",
+                "rate",
+                "tokens",
+                "logged_rate",
+                "tasks",
+                "tasks_by_solver",
+                "tasks_by_mode",
+            )
+        }
     return kept
 
 
@@ -362,9 +416,7 @@ def main() -> int:
         return 0
     given = [name.split("/") for name in arguments.names]
     if bad := [name for name in given if len(name) != 2 or name[0] not in ARMS or not name[1].isdigit()]:
-        print(
-            f"experiments.py: {'/'.join(bad[0])} is no ARM/SEED; python results/experiments.py list", file=sys.stderr
-        )
+        print(f"experiments.py: {'/'.join(bad[0])} is no ARM/SEED; python results/experiments.py list", file=sys.stderr)
         return 2
     runs = arguments.runs.resolve()
     names = [(arm, int(seed), ARMS[arm].wanted(int(seed))) for arm, seed in given] or list(order())

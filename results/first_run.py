@@ -23,22 +23,21 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of this small model, threads that wait for each other cost more
 
-import numpy as np  # noqa: E402
+import numpy as np
 
 RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-from gate_base import prefix  # noqa: E402
-from gate_lab import Lab, Store  # noqa: E402
-from gate_numbers import BEYOND, TRACED, Counts, level  # noqa: E402
-from tables import fill, show, table  # noqa: E402
-
-from azr.evals.held_out import load_tasks  # noqa: E402
-from azr.passk import Interval, difference_interval, pass_at_k  # noqa: E402
-from azr.models import model_path  # noqa: E402
-from azr.runs import read_metrics, step_directories  # noqa: E402
-from azr.tasks import MODES  # noqa: E402
+from azr.evals.held_out import load_tasks
+from azr.models import model_path
+from azr.passk import Interval, difference_interval, pass_at_k
+from azr.runs import read_metrics, step_directories
+from azr.tasks import MODES
+from gate_base import prefix
+from gate_lab import Lab, Store
+from gate_numbers import BEYOND, TRACED, Counts, level
+from tables import fill, show, table
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THINKING = (1.0, 0.0)  # temperatures of the base made to think
@@ -79,8 +78,14 @@ def measure(args: argparse.Namespace) -> None:
     seeds, model, longest = together(args.runs)
     labs = {name: Lab(model, checkpoint, longest=longest) for name, checkpoint in seeds.items()}
     base = Lab(model, longest=longest)
-    settings = {"model": model, "base": base.digest, "runs": {name: lab.digest for name, lab in labs.items()},
-                "samples": args.samples, "a_cell": args.a_cell, "longest": longest}  # fmt: skip
+    settings = {
+        "model": model,
+        "base": base.digest,
+        "runs": {name: lab.digest for name, lab in labs.items()},
+        "samples": args.samples,
+        "a_cell": args.a_cell,
+        "longest": longest,
+    }
     store = Store(args.out / "first_run.json", settings)
     part = [i for i in base.part(args.a_cell) if level(base.tasks[i]) < BEYOND]
     for name, checkpoint in seeds.items():
@@ -114,9 +119,13 @@ def training(run: Path) -> dict[str, list]:
 
     return {
         name: [[mean(rows, name.replace("MODE", mode)) for mode in MODES] for rows in (steps[:part], steps[-part:])]
-        for name in ("proposer/MODE/valid_rate", "solver/MODE/response_tokens", "proposer/MODE/entropy",
-                     "solver/MODE/entropy")
-    }  # fmt: skip
+        for name in (
+            "proposer/MODE/valid_rate",
+            "solver/MODE/response_tokens",
+            "proposer/MODE/entropy",
+            "solver/MODE/entropy",
+        )
+    }
 
 
 def example(base: Lab, trained: Lab, parts: dict, name: str) -> dict | None:
@@ -242,32 +251,54 @@ def changes(f: Figures) -> str:
         bases = [f.solved("base", 0), f.solved("base", f.best), f.solved(FORCED, 0)]
         forced_here = [True, True, name != "abduction"]
         cells = [short(values[part].mean()) if there else "" for values, there in zip(bases, forced_here)]
-        rows.append([f"{name} ({part.sum()} tasks)", *cells,
-                     *(signed(f.gain(seed, 0, "base", f.best, part=part)) for seed in f.seeds)])  # fmt: skip
-    rows.append([f"all, pass@{f.n} at temperature 1", "", short(f.solved("base", 1, f.n).mean()), "",
-                 *(signed(f.gain(seed, 1, "base", 1, f.n)) for seed in f.seeds)])  # fmt: skip
+        rows.append(
+            [
+                f"{name} ({part.sum()} tasks)",
+                *cells,
+                *(signed(f.gain(seed, 0, "base", f.best, part=part)) for seed in f.seeds),
+            ]
+        )
+    rows.append(
+        [
+            f"all, pass@{f.n} at temperature 1",
+            "",
+            short(f.solved("base", 1, f.n).mean()),
+            "",
+            *(signed(f.gain(seed, 1, "base", 1, f.n)) for seed in f.seeds),
+        ]
+    )
     return table(["greedy", "base", f"base at its best, {named(f.best)}", "base made to think", *f.seeds], rows)
 
 
 def lengths(f: Figures) -> str:
     """By number of statements: greedy accuracy, and tokens of a greedy answer."""
     parts = {at: f.levels == at for at in range(1, BEYOND)}
-    rows = [[f"greedy, {label(f, name)}", *(short(f.solved(name, 0)[part].mean()) for part in parts.values())]
-            for name in ("base", FORCED, "after")]  # fmt: skip
-    rows += [[f"tokens, {label(f, name)}", *(f"{f.tokens(name, 0)[part].mean():.0f}" for part in parts.values())]
-             for name in ("base", "after")]  # fmt: skip
+    rows = [
+        [f"greedy, {label(f, name)}", *(short(f.solved(name, 0)[part].mean()) for part in parts.values())]
+        for name in ("base", FORCED, "after")
+    ]
+    rows += [
+        [f"tokens, {label(f, name)}", *(f"{f.tokens(name, 0)[part].mean():.0f}" for part in parts.values())]
+        for name in ("base", "after")
+    ]
     return table(["statements", *map(str, parts)], rows)
 
 
 def ends(f: Figures) -> str:
     """Means over the ends of training, mode by mode."""
-    names = {"proposer/MODE/valid_rate": ("valid proposals, %", 100, 0), "solver/MODE/response_tokens":
-             ("tokens an answer", 1, 0), "proposer/MODE/entropy": ("proposer entropy, nats", 1, 2),
-             "solver/MODE/entropy": ("solver entropy, nats", 1, 2)}  # fmt: skip
+    names = {
+        "proposer/MODE/valid_rate": ("valid proposals, %", 100, 0),
+        "solver/MODE/response_tokens": ("tokens an answer", 1, 0),
+        "proposer/MODE/entropy": ("proposer entropy, nats", 1, 2),
+        "solver/MODE/entropy": ("solver entropy, nats", 1, 2),
+    }
     rows = []
     for key, (title, scale, digits) in names.items():
-        shown = [["-" if x is None else f"{scale * x:.{digits}f}" for x in end]
-                 for seed in f.seeds for end in f.parts[f"{seed} training"][key]]  # fmt: skip
+        shown = [
+            ["-" if x is None else f"{scale * x:.{digits}f}" for x in end]
+            for seed in f.seeds
+            for end in f.parts[f"{seed} training"][key]
+        ]
         halves = [" / ".join(end) for end in shown]
         rows.append([title, *(f"{a} -> {b}" for a, b in zip(halves[::2], halves[1::2]))])
     return table(["", *f.seeds], rows)
@@ -286,8 +317,10 @@ def shown_example(f: Figures) -> str:
 
 def sections(f: Figures) -> dict[str, str]:
     """{marker: the Markdown that belongs there}: plot and sentence of README.md, tables of docs/tiny.md."""
-    image = (f"![pass@1 and pass@{f.n} of the embedded model over temperatures, before and after self-play]"
-             "(results/first_run.png)")  # fmt: skip
+    image = (
+        f"![pass@1 and pass@{f.n} of the embedded model over temperatures, before and after self-play]"
+        "(results/first_run.png)"
+    )
     tables = (
         f"{len(f.modes)} held-out tasks, {f.n} answers each (greedy: one); 95 % intervals, paired over the tasks.\n\n"
         f"{frontier(f)}\n\n{changes(f)}\n\n{lengths(f)}\n\nMeans over the first and the last {WINDOW} steps "
@@ -320,8 +353,13 @@ def plot(f: Figures, path: Path) -> None:
             for t, *at in zip(hot, x, y):
                 axes.annotate(f"{t:g}", at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=color)
             axes.axvline(f.solved(name, 0).mean(), ymax=0.06, color=color, linewidth=2)
-    axes.plot(*(f.solved(FORCED, 1, k).mean() for k in (1, f.n)), marker="^", color="C0", linestyle="",
-              label="base made to think, temperature 1")  # fmt: skip
+    axes.plot(
+        *(f.solved(FORCED, 1, k).mean() for k in (1, f.n)),
+        marker="^",
+        color="C0",
+        linestyle="",
+        label="base made to think, temperature 1",
+    )
     axes.axvline(f.solved(FORCED, 0).mean(), ymax=0.06, color="C0", linewidth=2, linestyle=":")
     axes.plot([], [], color="gray", linewidth=2, label="greedy, on the axis (dotted: base made to think)")
     axes.set(xlabel="pass@1", ylabel=f"pass@{f.n}", title=f"{len(f.modes)} held-out tasks; small numbers: temperature")

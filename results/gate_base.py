@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
-from gate_lab import DIRECT, Lab, Store
-from gate_numbers import LEVELS, STYLES, TRACED, Counts, full_prefix, given_style, paired, style_difference
-from gate_text import grid, styles_table, table
 
 from azr.passk import share_interval
 from azr.tasks import MODES, Task
+from gate_lab import DIRECT, Lab, Store
+from gate_numbers import LEVELS, STYLES, TRACED, Counts, full_prefix, given_style, paired, style_difference
+from gate_text import grid, styles_table, table
 
 TEMPERATURES = {1.0: 16, 0.8: 8, 0.6: 16, 0.4: 8, 0.2: 8}  # and answers a task: styles are looked at in two of them
 A_CELL, SAMPLES = 25, 16  # held-out tasks of a mode and level, and answers to each where styles are looked at

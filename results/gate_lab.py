@@ -1,9 +1,9 @@
 """What every gate needs: the held-out tasks, a model that answers or proposes, and a file of results that goes on.
 
-    with Lab("tiny") as lab:
-        lab.counts(lab.answer(lab.part(25), 16, 0.6)).interval()        # 25 held-out tasks of each mode and level
-    store = Store("results/tiny/base.json", {"model": lab.digest, "samples": 16})
-    rows = store.get("T0.6", lab.answer, lab.part(25), 16, 0.6)         # made and saved once
+with Lab("tiny") as lab:
+    lab.counts(lab.answer(lab.part(25), 16, 0.6)).interval()        # 25 held-out tasks of each mode and level
+store = Store("results/tiny/base.json", {"model": lab.digest, "samples": 16})
+rows = store.get("T0.6", lab.answer, lab.part(25), 16, 0.6)         # made and saved once
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from azr.models import base_description, model_path
-from azr.machine import plan
 from azr.evals.held_out import load_tasks, sample_seed
-from azr.tasks.prompts import solve_prompt
+from azr.machine import plan
+from azr.models import base_description, model_path
 from azr.tasks import Task, judge, parse_answer
+from azr.tasks.prompts import solve_prompt
 
 from gate_numbers import Counts, stratified, style_of, thought_of  # isort: skip
 
@@ -38,8 +38,11 @@ class Store:
         self.path, self.settings, self.parts = Path(path), settings, {}
         if self.path.exists():
             held = json.loads(self.path.read_text())
-            wrong = [f"{key} is {held['settings'].get(key)!r} there, {value!r} here"
-                     for key, value in settings.items() if held["settings"].get(key) != value]  # fmt: skip
+            wrong = [
+                f"{key} is {held['settings'].get(key)!r} there, {value!r} here"
+                for key, value in settings.items()
+                if held["settings"].get(key) != value
+            ]
             if wrong:
                 raise ValueError(f"{path}: made with other settings ({'; '.join(wrong)}); delete it or give --out")
             self.parts = held["parts"]
@@ -118,8 +121,9 @@ class Lab:
         path.write_text("".join(json.dumps(self.tasks[i].to_json()) + "\n" for i in index))
         return path
 
-    def answer(self, index: Sequence[int], n: int, temperature: float, prefixes: Sequence[str] = (),
-               first: int = 0) -> list:  # fmt: skip
+    def answer(
+        self, index: Sequence[int], n: int, temperature: float, prefixes: Sequence[str] = (), first: int = 0
+    ) -> list:
         """Rows of `Counts.from_json` for n answers (numbers first, first + 1, ...) to held-out tasks at these places.
 
         prefixes: how the responses begin, one a task; they count among the response's tokens.
@@ -134,8 +138,9 @@ class Lab:
             rows.append([i, cells, sum(answer[3] for answer in answers), sum(answer[4] for answer in answers)])
         return rows
 
-    def respond(self, tasks: list[Task], n: int, temperature: float, prefixes: Sequence[str] = (),
-                first: int = 0) -> list[list[tuple]]:  # fmt: skip
+    def respond(
+        self, tasks: list[Task], n: int, temperature: float, prefixes: Sequence[str] = (), first: int = 0
+    ) -> list[list[tuple]]:
         """(response, tokens, right, well formed, cut off) of n answers to each task."""
         found, size = [], max(1, ANSWERS_A_CALL // n)
         for start in range(0, len(tasks), size):
@@ -153,10 +158,12 @@ class Lab:
         pairs = list({(i, answer.value): None for i, row in enumerate(parsed) for answer in row})
         verdicts = dict(zip(pairs, judge([(tasks[i], value) for i, value in pairs], self.sandbox)))
         return [
-            [(text, len(ids) + len(c.ids), verdicts[i, a.value].ok, a.well_formed, c.finish_reason == "length")
-             for text, c, a in zip(texts[i], row, parsed[i])]
+            [
+                (text, len(ids) + len(c.ids), verdicts[i, a.value].ok, a.well_formed, c.finish_reason == "length")
+                for text, c, a in zip(texts[i], row, parsed[i])
+            ]
             for i, (row, ids) in enumerate(zip(rows, begun))
-        ]  # fmt: skip
+        ]
 
     def generate(self, prompts: list[list[int]], n: int, temperature: float, seeds: list[list[int]]) -> list:
         """Completions, (prompts, n)."""

@@ -307,8 +307,10 @@ def split_gain(base: Counts, trained: Counts, seed: int = 0) -> dict[str, Interv
     resampled = ([rng.choice(cell, len(cell)) for cell in cells] for _ in range(DRAWS // 2))
     drawn = np.array([_split(base, trained, picks) for picks in resampled])
     low, high = np.quantile(drawn, [0.025, 0.975], axis=0)
-    return {name: Interval(float(m), float(a), float(b))
-            for name, m, a, b in zip(names, _split(base, trained, cells), low, high)}  # fmt: skip
+    return {
+        name: Interval(float(m), float(a), float(b))
+        for name, m, a, b in zip(names, _split(base, trained, cells), low, high)
+    }
 
 
 def _split(base: Counts, trained: Counts, cells: list[np.ndarray]) -> np.ndarray:

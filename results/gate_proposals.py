@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from gate_lab import Lab, Store
-from gate_numbers import spearman_interval, statements
-from gate_text import table
 
 from azr.evals.held_out import sample_seed
 from azr.passk import share_interval
-from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.tasks import MODES, Parsed, Task, Verdict, duplicate_key, parse_proposal, validate
+from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.tiny import documents
 from azr.tiny.programs import arguments_text
+from gate_lab import Lab, Store
+from gate_numbers import spearman_interval, statements
+from gate_text import table
 
 PROPOSALS = 300  # of a mode
 SIZES = (1, 2, 3, 4, 5, 6)  # statements of both references
@@ -54,8 +54,10 @@ def draw_asked(mode: str, rng: random.Random, size: int) -> Asked:
         size = len(drawn.example.program.statements)
         return Asked(mode, [Task(mode="deduction", program=drawn.task.program, input="", output="")], size)
     examples = [documents.draw(rng, count=size) for _ in range(2)]
-    tasks = [Task(mode=mode, program=e.program.text, input=arguments_text(e.arguments), output=repr(e.output))
-             for e in examples]  # fmt: skip
+    tasks = [
+        Task(mode=mode, program=e.program.text, input=arguments_text(e.arguments), output=repr(e.output))
+        for e in examples
+    ]
     return Asked(mode, tasks, size)
 
 
@@ -64,14 +66,19 @@ def propose(lab: Lab, asked: list[Asked], key: str) -> list[Proposed]:
     prompts = [lab.policy.encode(propose_prompt(a.mode, a.references, lab.template)) for a in asked]
     seeds = [[sample_seed(lab.seed, f"{key}/{i}", 0)] for i in range(len(asked))]
     responses = [lab.policy.decode(done[0].ids) for done in lab.generate(prompts, 1, 1.0, seeds)]
-    parsed = [parse_proposal(a.mode, text, a.references[0].program if a.mode == "induction" else None)
-              for a, text in zip(asked, responses)]  # fmt: skip
+    parsed = [
+        parse_proposal(a.mode, text, a.references[0].program if a.mode == "induction" else None)
+        for a, text in zip(asked, responses)
+    ]
     readable = [i for i, reading in enumerate(parsed) if reading.value is not None]
     verdicts = dict(zip(readable, validate([parsed[i].value for i in readable], lab.sandbox, known=None)))
     found = []
     for i, (a, text, reading) in enumerate(zip(asked, responses, parsed)):
-        again = reading.value is not None and a.mode != "induction" and \
-            duplicate_key(reading.value) in {duplicate_key(task) for task in a.references}  # fmt: skip
+        again = (
+            reading.value is not None
+            and a.mode != "induction"
+            and duplicate_key(reading.value) in {duplicate_key(task) for task in a.references}
+        )
         verdict = verdicts.get(i, Verdict(False, reading.reason, reading.detail))
         found.append(Proposed(a, text, reading, verdict, again))
     return found
@@ -103,8 +110,10 @@ def measure(lab: Lab, mode: str, count: int) -> dict:
         rows.append([p.asked.size, own, p.verdict.reason, p.again, key])
     valid = [p for p in found if p.verdict.ok and not p.again][:SOLVED]
     answers = lab.respond([p.verdict.task for p in valid], ANSWERS, 1.0)
-    solved = [[p.asked.size, statements(p.verdict.task.program), ANSWERS, sum(answer[2] for answer in mine)]
-              for p, mine in zip(valid, answers)]  # fmt: skip
+    solved = [
+        [p.asked.size, statements(p.verdict.task.program), ANSWERS, sum(answer[2] for answer in mine)]
+        for p, mine in zip(valid, answers)
+    ]
     return {"rows": rows, "solved": solved}
 
 
@@ -117,8 +126,16 @@ def proposals_report(store: Store) -> str:
         refused = Counter(r[2] for r in found if r[2] != "ok")
         said = ", ".join(f"{reason} {times}" for reason, times in refused.most_common()) or "-"
         repeated = 1 - len(set(keys)) / len(keys) if keys else None
-        rows.append([mode, len(found), share_interval(np.array(ok) * 1.0), float(np.mean([r[3] for r in found])),
-                     repeated, said])  # fmt: skip
+        rows.append(
+            [
+                mode,
+                len(found),
+                share_interval(np.array(ok) * 1.0),
+                float(np.mean([r[3] for r in found])),
+                repeated,
+                said,
+            ]
+        )
     header = ["mode", "proposals", "valid", "one of its references", "repeated among the valid", "refused"]
     lines = ["Valid proposals (gate g):", table(header, rows)]
     lines.append("Statements of valid proposals by statements of their references (gate c):")
@@ -176,8 +193,14 @@ def answer_texts(lab: Lab) -> list[dict]:
         tasks = [lab.tasks[i] for i in lab.part(1, mode)][:EXAMPLES]
         for task, answers in zip(tasks, lab.respond(tasks, 1, 1.0)):
             response, _, right, _, _ = answers[0]
-            found.append({"mode": mode, "prompt": solve_prompt(task, lab.template), "response": response,
-                          "verdict": "right" if right else "wrong"})  # fmt: skip
+            found.append(
+                {
+                    "mode": mode,
+                    "prompt": solve_prompt(task, lab.template),
+                    "response": response,
+                    "verdict": "right" if right else "wrong",
+                }
+            )
     return found
 
 
@@ -185,6 +208,12 @@ def examples_report(store: Store) -> str:
     lines = []
     for kind in ("proposals", "answers"):
         for shown in store.parts[kind]:
-            lines += [f"**{kind[:-1]}, {shown['mode']}, {shown['verdict']}**", "", "````text",
-                      shown["prompt"] + shown["response"], "````", ""]  # fmt: skip
+            lines += [
+                f"**{kind[:-1]}, {shown['mode']}, {shown['verdict']}**",
+                "",
+                "````text",
+                shown["prompt"] + shown["response"],
+                "````",
+                "",
+            ]
     return "\n".join(lines)

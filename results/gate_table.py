@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from azr.passk import Interval, share_interval
+from azr.tasks import MODES
 from gate_base import base_report, base_store, forced_differences, forced_report, forced_store
 from gate_lab import Lab, Store
 from gate_numbers import TRACED, Counts, paired, spearman_interval
@@ -22,9 +25,6 @@ from gate_training import (
     selfplay_report,
     trained_counts,
 )
-
-from azr.passk import Interval, share_interval
-from azr.tasks import MODES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "tiny.md"
 BEGIN, END = "<!-- gates: results/tiny_gates.py table -->", "<!-- end of the gates -->"
@@ -105,14 +105,18 @@ def reach_gates(store: Store) -> list[Gate]:
     _, n, right = (np.array(column) for column in zip(*store.parts["reach"]))
     never, sure = share_interval((right == 0) * 1.0), share_interval((right / n > 0.95) * 1.0)
     size = f"{len(n)} tasks, {n.max()} answers"
-    return [Gate("d", "tasks below 1/256, at least 25 %", never, size, 0, "base", never.mean >= 0.25),
-            Gate("d", "tasks above .95, at most 20 %", sure, size, 0, "base", sure.mean <= 0.20)]  # fmt: skip
+    return [
+        Gate("d", "tasks below 1/256, at least 25 %", never, size, 0, "base", never.mean >= 0.25),
+        Gate("d", "tasks above .95, at most 20 %", sure, size, 0, "base", sure.mean <= 0.20),
+    ]
 
 
 def forced_gates(lab: Lab, store: Store) -> list[Gate]:
     results = {name: lab.counts(rows) for name, rows in store.parts.items()}
-    rules = {"4-7": ("4 statements or more, 25 points", lambda x: x >= 0.25),
-             "1": ("one statement, within 10 points", lambda x: abs(x) <= 0.10)}  # fmt: skip
+    rules = {
+        "4-7": ("4 statements or more, 25 points", lambda x: x >= 0.25),
+        "1": ("one statement, within 10 points", lambda x: abs(x) <= 0.10),
+    }
     found = []
     for mode, at, levels, n, value in forced_differences(results):
         if levels in rules and at == "T0":
@@ -128,17 +132,44 @@ def proposal_gates(store: Store) -> list[Gate]:
     for mode in ("deduction", "abduction"):
         pairs = followed(store, mode)
         value = spearman_interval(*zip(*pairs)) if len(pairs) > 2 else Interval(np.nan, np.nan, np.nan)
-        found.append(Gate("c", f"{mode}, Spearman of references and proposal, .5", value, f"{len(pairs)} proposals", 0,
-                          "proposals", bool(value.mean >= 0.5)))  # fmt: skip
+        found.append(
+            Gate(
+                "c",
+                f"{mode}, Spearman of references and proposal, .5",
+                value,
+                f"{len(pairs)} proposals",
+                0,
+                "proposals",
+                bool(value.mean >= 0.5),
+            )
+        )
     for mode in MODES:
         rows, solved = store.parts[mode]["rows"], store.parts[mode]["solved"]
         valid = share_interval(np.array([r[2] == "ok" and not r[3] for r in rows]) * 1.0)
-        found.append(Gate("g", f"{mode}, valid proposals, 60 %", valid, f"{len(rows)} proposals", 0, "proposals",
-                          valid.mean >= 0.6))  # fmt: skip
+        found.append(
+            Gate(
+                "g",
+                f"{mode}, valid proposals, 60 %",
+                valid,
+                f"{len(rows)} proposals",
+                0,
+                "proposals",
+                valid.mean >= 0.6,
+            )
+        )
         if solved:
             rate = share_interval(np.array([right / n for _, _, n, right in solved]))
-            found.append(Gate("g", f"{mode}, own proposals solved, 10 to 60 %", rate, f"{len(solved)} tasks", 0,
-                              "proposals", 0.1 <= rate.mean <= 0.6))  # fmt: skip
+            found.append(
+                Gate(
+                    "g",
+                    f"{mode}, own proposals solved, 10 to 60 %",
+                    rate,
+                    f"{len(solved)} tasks",
+                    0,
+                    "proposals",
+                    0.1 <= rate.mean <= 0.6,
+                )
+            )
     return found
 
 
@@ -146,9 +177,18 @@ def rlvr_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> 
     after, command = trained_counts(lab, store), f"rlvr --seed {seed}"
     best = best_of(before)
     first, above = paired(before["T0"], after["T0"]), paired(before[best], after["T0"])
-    found = [Gate("a", "greedy gain, 8 points", first, f"{len(after['T0'])} tasks", seed, command, first.mean >= 0.08),
-             Gate("a", f"greedy, less the base at its best, {best}", above, f"{len(before['T1'])} tasks", seed, command,
-                  bool(above.low > 0))]  # fmt: skip
+    found = [
+        Gate("a", "greedy gain, 8 points", first, f"{len(after['T0'])} tasks", seed, command, first.mean >= 0.08),
+        Gate(
+            "a",
+            f"greedy, less the base at its best, {best}",
+            above,
+            f"{len(before['T1'])} tasks",
+            seed,
+            command,
+            bool(above.low > 0),
+        ),
+    ]
     return found + moonshot(before, after, seed, command)
 
 
@@ -165,8 +205,17 @@ def moonshot(before: dict[str, Counts], after: dict[str, Counts], seed: str, com
 def oracle_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
     easy, hard = (lab.counts(store.parts[kind]) for kind in ("easy", "hard"))
     value = paired(easy, hard)
-    return [Gate("e", "hard less easy proposer, greedy, other than 0", value, f"{len(easy)} tasks", seed,
-                 f"oracle --seed {seed}", bool(value.excludes_zero))]  # fmt: skip
+    return [
+        Gate(
+            "e",
+            "hard less easy proposer, greedy, other than 0",
+            value,
+            f"{len(easy)} tasks",
+            seed,
+            f"oracle --seed {seed}",
+            bool(value.excludes_zero),
+        )
+    ]
 
 
 def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
@@ -178,9 +227,11 @@ def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str)
     n = f"{len(after['T0'])} tasks"
     answers = f"{after['T1'].n.sum()} answers"
     found = [Gate("f", GAIN, value, n, seed, command, value.mean >= 0.05)]
-    for what, (a, b), form in (("share of thoughts, T1, up", thoughts, "{:.3f}"),
-                               ("share of worked-out thoughts, T1, up", traced, "{:.3f}"),
-                               ("tokens of a response, T1, up", tokens, "{:.1f}")):  # fmt: skip
+    for what, (a, b), form in (
+        ("share of thoughts, T1, up", thoughts, "{:.3f}"),
+        ("share of worked-out thoughts, T1, up", traced, "{:.3f}"),
+        ("tokens of a response, T1, up", tokens, "{:.1f}"),
+    ):
         found.append(Gate("f", what, f"{form.format(a)} to {form.format(b)}", answers, seed, command, bool(b > a)))
     return found + moonshot(before, after, seed, command)
 
@@ -196,5 +247,8 @@ def every_seed(gates: list[Gate]) -> list[Gate]:
 
 
 GAIN = "greedy gain, 5 points"
-TRAININGS = (("rlvr", rlvr_report, rlvr_gates), ("oracle", oracle_report, oracle_gates),
-             ("selfplay", selfplay_report, selfplay_gates))  # fmt: skip
+TRAININGS = (
+    ("rlvr", rlvr_report, rlvr_gates),
+    ("oracle", oracle_report, oracle_gates),
+    ("selfplay", selfplay_report, selfplay_gates),
+)

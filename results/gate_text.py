@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from gate_numbers import LEVELS, STYLES, Counts
-
 from azr.tasks import MODES
+from gate_numbers import LEVELS, STYLES, Counts
 
 
 def row(values: Iterable) -> str:

@@ -16,6 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from azr.passk import difference_interval, pass_at_k
+from azr.runs import read_metrics, read_samples, write_jsonl_atomic
+from azr.tasks import MODES, Task
+from azr.tiny import documents
+from azr.train.config import parse, resolve
 from gate_base import A_CELL, FEW_A_CELL, FORCED, SAMPLES, STYLE_SAMPLES, base, cell, forced, samples
 from gate_lab import Lab, Store
 from gate_numbers import (
@@ -32,12 +38,6 @@ from gate_numbers import (
     thought_of,
 )
 from gate_text import table
-
-from azr.train.config import parse, resolve
-from azr.passk import difference_interval, pass_at_k
-from azr.runs import read_metrics, read_samples, write_jsonl_atomic
-from azr.tasks import MODES, Task
-from azr.tiny import documents
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = 150
@@ -91,16 +91,27 @@ def train(options: argparse.Namespace, name: str, flags: Sequence[str]) -> dict:
     start, log = time.monotonic(), run.with_suffix(".log")
     with open(log, "a", encoding="utf-8") as file:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
-        done = subprocess.run([sys.executable, *command, *again], cwd=ROOT, env=environment, stdout=file,
-                              stderr=subprocess.STDOUT, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *command, *again],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
     if done.returncode:
         lines = log.read_text(errors="replace").strip().splitlines()
         raise ValueError(f"{' '.join(command)}: exit code {done.returncode}: {lines[-1] if lines else ''}")
     config = json.loads((run / "config.json").read_text())
     wall = None if again else round(time.monotonic() - start, 1)
     kept = ("prompts_per_mode", "answers", "learning_rate", "max_new_tokens", "lora_rank", "lora_alpha", "temperature")
-    return {"run": str(run), "steps": config["steps"], "wall": wall, "flags": " ".join(flags),
-            "config": {name: config[name] for name in kept}}  # fmt: skip
+    return {
+        "run": str(run),
+        "steps": config["steps"],
+        "wall": wall,
+        "flags": " ".join(flags),
+        "config": {name: config[name] for name in kept},
+    }
 
 
 def adapter_of(trained: dict) -> Path:
@@ -191,8 +202,10 @@ def rlvr_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:
     after = trained_counts(lab, store)
     lines = [training_line(store.parts["train"]), "Trained, greedy, less the base (gates a and b2):"]
     lines.append(table(GAINS, greedy_gains(before, after)))
-    lines += ["The gain, split (gate b2):", table(["decoding", "tasks", "gain", "elicitation", "execution"],
-                                                  splits(before, after))]  # fmt: skip
+    lines += [
+        "The gain, split (gate b2):",
+        table(["decoding", "tasks", "gain", "elicitation", "execution"], splits(before, after)),
+    ]
     lines.append("Accuracy given a thought that is worked out (full or check), trained less base:")
     lines.append(table(["decoding", "mode", "difference", "tasks without both"], execution(before, after)))
     lines += [shares_report(before, after), pass_report(before, after), curve_report(store.parts["curve"])]
@@ -217,8 +230,13 @@ GAINS = ["base", "tasks", "levels 1-6", "all", *MODES]
 def greedy_gains(before: dict[str, Counts], after: dict[str, Counts]) -> list[list]:
     """Rows of GAINS: trained greedy minus the base greedy, at its best temperature, and made to think or not to."""
     best = best_of(before)
-    named = {"greedy": "T0", f"at its best, {best}": best, "forced full, greedy": "full T0",
-             "forced full, T0.6": "full T0.6", "forced direct, greedy": "direct T0"}  # fmt: skip
+    named = {
+        "greedy": "T0",
+        f"at its best, {best}": best,
+        "forced full, greedy": "full T0",
+        "forced full, T0.6": "full T0.6",
+        "forced direct, greedy": "direct T0",
+    }
     rows = []
     for name, key in named.items():
         a, b = before[key], after["T0"]
@@ -245,8 +263,11 @@ def splits(before: dict[str, Counts], after: dict[str, Counts]) -> list[list]:
 
 
 def execution(before: dict[str, Counts], after: dict[str, Counts]) -> list[list]:
-    return [[at, mode, *style_difference(before[at].of(mode), TRACED, after[at].of(mode), TRACED)]
-            for at in ("T0.6", "T1") for mode in MODES]  # fmt: skip
+    return [
+        [at, mode, *style_difference(before[at].of(mode), TRACED, after[at].of(mode), TRACED)]
+        for at in ("T0.6", "T1")
+        for mode in MODES
+    ]
 
 
 def shares_report(before: dict[str, Counts], after: dict[str, Counts]) -> str:
@@ -275,8 +296,10 @@ def pass_report(before: dict[str, Counts], after: dict[str, Counts]) -> str:
 
 
 def curve_report(curve: list) -> str:
-    rows = [[end, n, right / n, f"{tokens / n:.1f}", *(styles.get(style, 0) / n for style in STYLES)]
-            for end, n, right, tokens, styles in curve]  # fmt: skip
+    rows = [
+        [end, n, right / n, f"{tokens / n:.1f}", *(styles.get(style, 0) / n for style in STYLES)]
+        for end, n, right, tokens, styles in curve
+    ]
     return table(["training samples up to step", "answers", "right", "tokens", *STYLES], rows)
 
 
@@ -331,8 +354,11 @@ def selfplay(options: argparse.Namespace) -> str:
 
 def proposal_sizes(run: Path) -> list[list]:
     """[step, statements] of each valid proposal of a program."""
-    return [[row["step"], statements(row["task"]["program"])] for row in read_samples(run)
-            if row["role"] == "proposer" and row["task"] and row["mode"] != "induction"]  # fmt: skip
+    return [
+        [row["step"], statements(row["task"]["program"])]
+        for row in read_samples(run)
+        if row["role"] == "proposer" and row["task"] and row["mode"] != "induction"
+    ]
 
 
 def times(run: Path) -> dict[str, float]:
@@ -346,11 +372,15 @@ def selfplay_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:
     after = trained_counts(lab, store)
     lines = [training_line(store.parts["train"]), "Trained, greedy, less the base (gate f):"]
     lines.append(table(GAINS, greedy_gains(before, after)))
-    rows = [[level, *(gain(before["T0"].of(mode, [level]), after["T0"].of(mode, [level])) for mode in (None, *MODES))]
-            for level in LEVELS]  # fmt: skip
+    rows = [
+        [level, *(gain(before["T0"].of(mode, [level]), after["T0"].of(mode, [level])) for mode in (None, *MODES))]
+        for level in LEVELS
+    ]
     lines.append(table(["greedy gain at level", "all", *MODES], rows))
-    lines += ["The gain, split (gate b2):", table(["decoding", "tasks", "gain", "elicitation", "execution"],
-                                                  splits(before, after))]  # fmt: skip
+    lines += [
+        "The gain, split (gate b2):",
+        table(["decoding", "tasks", "gain", "elicitation", "execution"], splits(before, after)),
+    ]
     lines += [shares_report(before, after), pass_report(before, after), sizes_report(store.parts["proposals"])]
     lines.append(curve_report(store.parts["curve"]))
     seconds = ", ".join(f"{phase} {value:.2f}" for phase, value in store.parts["times"].items())

@@ -8,11 +8,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-from azr.fits import over_runs  # noqa: E402
-from azr.passk import pass_at_k  # noqa: E402
+from azr.fits import over_runs
+from azr.passk import pass_at_k
 
 KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -66,8 +66,12 @@ def sparsity(arms: dict, names: list[str]):
     for name in names:
         rows = [row for result in arms[name] for row in result["checkpoints"].values()]
         axes.scatter([row["U1_rms"] for row in rows], [100 * row["S1"] for row in rows], s=14, label=name)
-    every = sorted((row["U1_rms"], 100 * row["S5"]["null"]) for name in names for result in arms[name]
-                   for row in result["checkpoints"].values())  # fmt: skip
+    every = sorted(
+        (row["U1_rms"], 100 * row["S5"]["null"])
+        for name in names
+        for result in arms[name]
+        for row in result["checkpoints"].values()
+    )
     axes.plot(*zip(*every), color="black", linewidth=0.7, label="random update, same spectrum")
     axes.set_xscale("log")
     axes.set(
@@ -96,8 +100,11 @@ def rewards(arms: dict, names: dict[str, str]):
 def forgetting(points: list[dict]):
     """The drop of the untrained skill against KL, norm and sparsity."""
     figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6), sharey=True)
-    keys = {"kl_forward/untrained": "forward KL on that text, nats", "U1_rel_fro": "norm of the update / base",
-            "S1": "unchanged share S1"}  # fmt: skip
+    keys = {
+        "kl_forward/untrained": "forward KL on that text, nats",
+        "U1_rel_fro": "norm of the update / base",
+        "S1": "unchanged share S1",
+    }
     names = [name for name in ("joint", "rlvr", "sft", "off-policy") if any(p["arm"] == name for p in points)]
     for part, (key, label) in zip(axes, keys.items()):
         for name in (*names, "others"):

@@ -18,15 +18,39 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
-from azr.fits import linear_fit, over_runs  # noqa: E402
-from azr.passk import Interval, difference_interval, holm, pass_at_k, t_quantile  # noqa: E402
+from azr.fits import linear_fit, over_runs
+from azr.passk import Interval, difference_interval, holm, pass_at_k, t_quantile
 
 MODES = ("deduction", "abduction", "induction")
-REWARDS = {"learnability": "joint", "half-peak": "half-peak", "uniform": "uniform", "variance": "variance",
-           "gaussian": "gaussian", "gate": "gate", "random": "random"}  # fmt: skip
-CONTROLS = ("joint", "fresh", "answers-4", "answers-16", "temperature", "nf4", "bonus", "adaptive", "clip-cov",
-            "top-entropy", "high-advantage-clip", "minibatches", "clip-higher", "kl-cov", "off-policy",
-            "off-policy-more", "off-policy-shuffled", "off-policy-gold")  # fmt: skip
+REWARDS = {
+    "learnability": "joint",
+    "half-peak": "half-peak",
+    "uniform": "uniform",
+    "variance": "variance",
+    "gaussian": "gaussian",
+    "gate": "gate",
+    "random": "random",
+}
+CONTROLS = (
+    "joint",
+    "fresh",
+    "answers-4",
+    "answers-16",
+    "temperature",
+    "nf4",
+    "bonus",
+    "adaptive",
+    "clip-cov",
+    "top-entropy",
+    "high-advantage-clip",
+    "minibatches",
+    "clip-higher",
+    "kl-cov",
+    "off-policy",
+    "off-policy-more",
+    "off-policy-shuffled",
+    "off-policy-gold",
+)
 REFERENCE = {"clip-higher": "minibatches", "kl-cov": "minibatches"}  # what an arm is compared with, if not with joint
 SEVERAL_UPDATES = ("minibatches", "clip-higher", "kl-cov")
 MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
@@ -199,9 +223,11 @@ def sharpening(arms: dict) -> str:
         )
     counts = [f"{name} ({len(arms[name])} seeds)" for name in names]
     errors = ", ".join(f"{answer_error(arms['base'], k):.3f} at k = {k}" for k in (1, 64, 256))
-    return (f"{table(['k', 'base', *counts], rows)}\n\nThe base's figure has a standard error of its own, from its "
-            f"{len(arms['base'])} x {arms['base'][0]['held_out']['n']} answers a task: {errors}. It is common to all "
-            "columns and not in the intervals.")  # fmt: skip
+    return (
+        f"{table(['k', 'base', *counts], rows)}\n\nThe base's figure has a standard error of its own, from its "
+        f"{len(arms['base'])} x {arms['base'][0]['held_out']['n']} answers a task: {errors}. It is common to all "
+        "columns and not in the intervals."
+    )
 
 
 def per_mode(arms: dict) -> str:
@@ -238,8 +264,13 @@ def support(arms: dict) -> str:
         label = name if results == [second] else f"{name} ({len(wide)}, {len(results)})"
         columns = (pairs[:, 0], pairs[:, 1], kept, kept / different(first))
         rows.append([label, *(show(over_seeds(x), sign=False) for x in columns)])
-    head = ["(seeds with 512 answers, all seeds)", "SRR: of what the base solves, kept",
-            "NDR: of what is solved, new", "different right answers a task, of 128", "ratio to the base"]  # fmt: skip
+    head = [
+        "(seeds with 512 answers, all seeds)",
+        "SRR: of what the base solves, kept",
+        "NDR: of what is solved, new",
+        "different right answers a task, of 128",
+        "ratio to the base",
+    ]
     return table(head, rows)
 
 
@@ -266,8 +297,16 @@ def entropy(arms: dict) -> str:
             change = [at_norm(norm, values, size) - values[0] for values, norm in curves]
             cells.append(show(over_seeds(change), 2))
         rows.append([f"{name} ({len(arms[name])})", *cells, show(over_seeds(norms[name]), 3, sign=False)])
-    head = ["arm (seeds)", "proposer, own samples", "solver, own samples", "probe, proposer", "probe, solver",
-            "proposer at equal norm", "solver at equal norm", "norm of the update / base"]  # fmt: skip
+    head = [
+        "arm (seeds)",
+        "proposer, own samples",
+        "solver, own samples",
+        "probe, proposer",
+        "probe, solver",
+        "proposer at equal norm",
+        "solver at equal norm",
+        "norm of the update / base",
+    ]
     return table(head, rows)
 
 
@@ -288,18 +327,25 @@ def sparsity(arms: dict) -> str:
         columns = [
             [f"{np.mean([part['U1_rms'] for part in parts]):.1e}"],
             *([show(over_seeds([100 * part[key] for part in parts]), 2, sign=False)] for key in ("S1", "S2")),
-            *(
-                [show(over_seeds([100 * p["at_rms_3e-5"][key] for p in parts]), 2, sign=False)]
-                for key in ("S1", "S2")
-            ),
+            *([show(over_seeds([100 * p["at_rms_3e-5"][key] for p in parts]), 2, sign=False)] for key in ("S1", "S2")),
             [show(over_seeds([100 * x for x in equal]), 2, sign=False)],
             [show(over_seeds([100 * part["S5"]["excess"] for part in parts]), 3)],
             [show(over_seeds([100 * part["at_rms_3e-5"]["S5"]["excess"] for part in parts]), 3)],
             [show(over_seeds([part["R1_effective_rank"] for part in parts]), 1, sign=False)],
         ]
         rows.append([f"{name} ({len(parts)})", *(column[0] for column in columns)])
-    head = ["arm (seeds)", "U1: RMS", "S1, %", "S2, %", "S1 at RMS 3e-5, %", "S2 at RMS 3e-5, %",
-            f"S1 at RMS {size:.1e}, %", "S5, points", "S5 at RMS 3e-5", "effective rank of 16"]  # fmt: skip
+    head = [
+        "arm (seeds)",
+        "U1: RMS",
+        "S1, %",
+        "S2, %",
+        "S1 at RMS 3e-5, %",
+        "S2 at RMS 3e-5, %",
+        f"S1 at RMS {size:.1e}, %",
+        "S5, points",
+        "S5 at RMS 3e-5",
+        "effective rank of 16",
+    ]
     return table(head, rows)
 
 
@@ -332,8 +378,10 @@ def rewards(arms: dict) -> str:
     for reward, name in REWARDS.items():
         if arms.get(name):
             shares = np.mean([rate_shares(result) for result in arms[name]], axis=0)
-            cells = [show(part.mean(name), 3 if "%" not in label else 1, sign="base" in label)
-                     for label, part in columns.items()]  # fmt: skip
+            cells = [
+                show(part.mean(name), 3 if "%" not in label else 1, sign="base" in label)
+                for label, part in columns.items()
+            ]
             rows.append([f"{reward} ({len(arms[name])})", *cells, " / ".join(f"{100 * x:.0f}" for x in shares)])
     return table(["reward (seeds)", *columns, "own tasks solved never / sometimes / always, %"], rows)
 
@@ -379,19 +427,30 @@ def difficulty(arms: dict) -> str:
             continue
         base = [t["rate"]["base"][-1]["mean"] - t["rate"]["base"][0]["mean"] for t in tables]
         final = [t["rate"][t["solvers"][-1]][-1]["mean"] - t["rate"][t["solvers"][-1]][0]["mean"] for t in tables]
-        stronger = [np.mean([b["mean"] - a["mean"] for a, b in zip(t["rate"]["base"], t["rate"][t["solvers"][-1]])])
-                    for t in tables]  # fmt: skip
+        stronger = [
+            np.mean([b["mean"] - a["mean"] for a, b in zip(t["rate"]["base"], t["rate"][t["solvers"][-1]])])
+            for t in tables
+        ]
         longer = [t["tokens"]["base"][-1]["mean"] - t["tokens"]["base"][0]["mean"] for t in tables]
-        own = [ends(r, f"solver/{mode}/response_tokens")[1] - ends(r, f"solver/{mode}/response_tokens")[0]
-               for r in arms[name] for mode in MODES]  # fmt: skip
+        own = [
+            ends(r, f"solver/{mode}/response_tokens")[1] - ends(r, f"solver/{mode}/response_tokens")[0]
+            for r in arms[name]
+            for mode in MODES
+        ]
         own = np.array(own).reshape(len(arms[name]), len(MODES)).mean(axis=1)
         logged = [t["logged_rate"][-1]["mean"] - t["logged_rate"][0]["mean"] for t in tables]
         cells = [show(over_seeds(x)) for x in (logged, base, final, stronger)]
         cells += [show(over_seeds(x), 2) for x in (own, longer)]
         rows.append([f"{name} ({len(tables)})", *cells])
-    head = ["arm (seeds)", "solve rate as logged", "of the base: the tasks", "of the final model: the tasks",
-            "final minus base, same tasks: the solver", "tokens of answers, logged",
-            "tokens of the base's answers: the tasks"]  # fmt: skip
+    head = [
+        "arm (seeds)",
+        "solve rate as logged",
+        "of the base: the tasks",
+        "of the final model: the tasks",
+        "final minus base, same tasks: the solver",
+        "tokens of answers, logged",
+        "tokens of the base's answers: the tasks",
+    ]
     return table(head, rows)
 
 
@@ -403,32 +462,47 @@ def controls(arms: dict) -> str:
     frozen = pooled(arms, lambda result: np.diff(probe(result, "solver")[0][[0, -1]])[0])
     rows = []
     for name in (name for name in CONTROLS if arms.get(name)):
-        touched = [
-            x for result in arms[name] for x in result["series"].get("train/control_share", []) if x is not None
-        ]
+        touched = [x for result in arms[name] for x in result["series"].get("train/control_share", []) if x is not None]
         tokens = np.mean([np.mean(result["series"]["train/tokens"]) for result in arms[name]])
-        rows.append([
-            f"{name} ({len(arms[name])})",
-            *(show(gains[k].mean(name)) for k in gains),
-            *("" if name == "joint" else show(gains[k].minus(name, REFERENCE.get(name, "joint"))) for k in gains),
-            show(own.mean(name), 2, sign=False),
-            show(frozen.mean(name), 2),
-            f"{100 * np.mean(touched):.1f}" if touched else "",
-            f"{tokens:.0f}",
-        ])  # fmt: skip
-    head = ["arm (seeds)", "pass@1 - base", "pass@64 - base", "pass@1 - joint (*)", "pass@64 - joint (*)",
-            "solver entropy at the end", "on the probe", "tokens touched, %", "tokens a step"]  # fmt: skip
+        rows.append(
+            [
+                f"{name} ({len(arms[name])})",
+                *(show(gains[k].mean(name)) for k in gains),
+                *("" if name == "joint" else show(gains[k].minus(name, REFERENCE.get(name, "joint"))) for k in gains),
+                show(own.mean(name), 2, sign=False),
+                show(frozen.mean(name), 2),
+                f"{100 * np.mean(touched):.1f}" if touched else "",
+                f"{tokens:.0f}",
+            ]
+        )
+    head = [
+        "arm (seeds)",
+        "pass@1 - base",
+        "pass@64 - base",
+        "pass@1 - joint (*)",
+        "pass@64 - joint (*)",
+        "solver entropy at the end",
+        "on the probe",
+        "tokens touched, %",
+        "tokens a step",
+    ]
     spread = "; ".join(f"pass@{k}: {gains[k]}" for k in gains)
     names = [name for name in CONTROLS if arms.get(name) and name != "joint"]
     stand = "; ".join(f"pass@{k}: {gains[k].standing(names)}" for k in gains)
     others = ", ".join(f"{name} minus {other}" for name, other in REFERENCE.items() if arms.get(name))
-    return (f"{table(head, rows)}\n\n(*) {others}. Intervals from the spread pooled over all arms ({spread}). "
-            f"Differences to joint (*) that stand after Holm's correction: {stand}.")  # fmt: skip
+    return (
+        f"{table(head, rows)}\n\n(*) {others}. Intervals from the spread pooled over all arms ({spread}). "
+        f"Differences to joint (*) that stand after Holm's correction: {stand}."
+    )
 
 
-PREDICTORS = {"kl_forward/solver": "forward KL, solver prompts", "kl_forward/untrained": "forward KL, untrained text",
-              "kl_reverse/solver": "reverse KL, solver prompts", "U1_rel_fro": "norm of the update",
-              "S1": "sparsity S1"}  # fmt: skip
+PREDICTORS = {
+    "kl_forward/solver": "forward KL, solver prompts",
+    "kl_forward/untrained": "forward KL, untrained text",
+    "kl_reverse/solver": "reverse KL, solver prompts",
+    "U1_rel_fro": "norm of the update",
+    "S1": "sparsity S1",
+}
 
 
 def forgetting(arms: dict) -> str:
@@ -444,11 +518,21 @@ def forgetting(arms: dict) -> str:
         both = linear_fit(np.column_stack([x, text]), lost, groups=runs)
         added = both.r2.mean - linear_fit(text, lost, groups=runs).r2.mean
         fewer = linear_fit(x[once], lost[once], groups=runs[once])
-        rows.append([label, show(line.r2, 2, sign=False), "" if key == "kl_forward/untrained" else f"{added:+.2f}",
-                     show(fewer.r2, 2, sign=False)])  # fmt: skip
+        rows.append(
+            [
+                label,
+                show(line.r2, 2, sign=False),
+                "" if key == "kl_forward/untrained" else f"{added:+.2f}",
+                show(fewer.r2, 2, sign=False),
+            ]
+        )
     n = f"{len(points)} checkpoints of {len(set(runs))} runs"
-    head = [f"the drop against ({n})", "R^2", "added to forward KL on that text",
-            f"R^2 with one update a step ({once.sum()} checkpoints)"]  # fmt: skip
+    head = [
+        f"the drop against ({n})",
+        "R^2",
+        "added to forward KL on that text",
+        f"R^2 with one update a step ({once.sum()} checkpoints)",
+    ]
     return table(head, rows)
 
 
@@ -460,8 +544,15 @@ def forgetting_points(arms: dict) -> list[dict]:
             if "checkpoints" in result and not is_half(name):
                 for row in in_order(result):
                     numbers = {key: row[key] for key in PREDICTORS}
-                    points.append(numbers | {"S5": row["S5"]["excess"], "arm": name, "run": f"{name}/{result['seed']}",
-                                             "drop": result["skill_base"] - row["skill"]})  # fmt: skip
+                    points.append(
+                        numbers
+                        | {
+                            "S5": row["S5"]["excess"],
+                            "arm": name,
+                            "run": f"{name}/{result['seed']}",
+                            "drop": result["skill_base"] - row["skill"],
+                        }
+                    )
     return points
 
 
@@ -473,8 +564,14 @@ def lost_by_arm(arms: dict) -> str:
         drop = [100 * (result["skill_base"] - last(result)["skill"]) for result in results]
         kl = [last(result)["kl_forward/untrained"] for result in results]
         new = [last(result)["kl_forward/solver"] for result in results]
-        rows.append([f"{name} ({len(results)})", show(over_seeds(drop), 1), show(over_seeds(kl), 3, sign=False),
-                     show(over_seeds(new), 3, sign=False)])  # fmt: skip
+        rows.append(
+            [
+                f"{name} ({len(results)})",
+                show(over_seeds(drop), 1),
+                show(over_seeds(kl), 3, sign=False),
+                show(over_seeds(new), 3, sign=False),
+            ]
+        )
     head = ["arm (seeds)", "untrained skill lost, points", "forward KL there, nats a token", "on solver prompts"]
     return table(head, rows)
 
@@ -488,8 +585,15 @@ def seeds_and_tasks(arms: dict) -> str:
             if not len(values):
                 continue
             over_tasks = difference_interval(values.mean(axis=0))
-            rows.append([name, str(k), show(over_seeds(values.mean(axis=1))), show(over_tasks),
-                         " / ".join(f"{x:+.3f}" for x in values.mean(axis=1))])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    str(k),
+                    show(over_seeds(values.mean(axis=1))),
+                    show(over_tasks),
+                    " / ".join(f"{x:+.3f}" for x in values.mean(axis=1)),
+                ]
+            )
     return table(["arm", "k", "over training seeds", "over tasks (mean of the seeds)", "seed by seed"], rows)
 
 
@@ -497,20 +601,41 @@ def constants(arms: dict) -> str:
     """Finding 1: runs whose abduction answers are one and the same for a fifth of all tries, and what that costs."""
     names = [name for name in arms if not is_half(name) and name != "half-base"]
     part = modes_of_tasks(arms) == "abduction"
-    found = [(result["held_out"]["commonest"]["abduction"], loss, f"{name}/{result['seed']}")
-             for name in names for result, loss in zip(arms[name], gain(arms, name, 64)[:, part].mean(axis=1))]  # fmt: skip
+    found = [
+        (result["held_out"]["commonest"]["abduction"], loss, f"{name}/{result['seed']}")
+        for name in names
+        for result, loss in zip(arms[name], gain(arms, name, 64)[:, part].mean(axis=1))
+    ]
     shares, losses = (np.array(x) for x in zip(*((share, loss) for (_, share), loss, _ in found)))
-    rows = [[run, f"`{answer}`", f"{100 * share:.0f} %", f"{loss:+.3f}"]
-            for (answer, share), loss, run in sorted(found, key=lambda row: -row[0][1]) if share >= 0.2]  # fmt: skip
+    rows = [
+        [run, f"`{answer}`", f"{100 * share:.0f} %", f"{loss:+.3f}"]
+        for (answer, share), loss, run in sorted(found, key=lambda row: -row[0][1])
+        if share >= 0.2
+    ]
     fit = linear_fit(shares, losses)
     head = ["run", "commonest answer to abduction tasks", "share", "abduction pass@64 - base"]
-    return (f"{table(head, rows)}\n\nOver all {len(found)} samplings the share explains {show(fit.r2, 2, sign=False)} of the "
-            f"variance of that loss; its median is {100 * np.median(shares):.0f} %, the base has "
-            f"{100 * arms['base'][0]['held_out']['commonest']['abduction'][1]:.0f} %.")  # fmt: skip
+    return (
+        f"{table(head, rows)}\n\nOver all {len(found)} samplings the share explains {show(fit.r2, 2, sign=False)} of "
+        f"the variance of that loss; its median is {100 * np.median(shares):.0f} %, the base has "
+        f"{100 * arms['base'][0]['held_out']['commonest']['abduction'][1]:.0f} %."
+    )
 
 
-TABLES = (sharpening, seeds_and_tasks, per_mode, support, constants, entropy, sparsity, rewards, power, difficulty, controls,
-          forgetting, lost_by_arm)  # fmt: skip
+TABLES = (
+    sharpening,
+    seeds_and_tasks,
+    per_mode,
+    support,
+    constants,
+    entropy,
+    sparsity,
+    rewards,
+    power,
+    difficulty,
+    controls,
+    forgetting,
+    lost_by_arm,
+)
 
 
 # ---------------------------------------------------------------- the script

@@ -26,16 +26,22 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
-import gate_base  # noqa: E402
-import gate_proposals  # noqa: E402
-import gate_table  # noqa: E402
-import gate_training  # noqa: E402
+import gate_base
+import gate_proposals
+import gate_table
+import gate_training
+from sandbox import SandboxError
 
-from sandbox import SandboxError  # noqa: E402
-
-COMMANDS = {"base": gate_base.base, "forced": gate_base.forced, "proposals": gate_proposals.proposals,
-            "rlvr": gate_training.rlvr, "oracle": gate_training.oracle, "selfplay": gate_training.selfplay,
-            "examples": gate_proposals.examples, "table": gate_table.report}  # fmt: skip
+COMMANDS = {
+    "base": gate_base.base,
+    "forced": gate_base.forced,
+    "proposals": gate_proposals.proposals,
+    "rlvr": gate_training.rlvr,
+    "oracle": gate_training.oracle,
+    "selfplay": gate_training.selfplay,
+    "examples": gate_proposals.examples,
+    "table": gate_table.report,
+}
 TRAININGS = ("rlvr", "oracle", "selfplay")
 
 

@@ -10,18 +10,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from azr.train import checkpoint, loop, start
-from azr.train.arms import Arms
-from azr.train.config import Config, resolve
 from azr.evals.math_answers import MathGrader
 from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy
 from azr.runs import Run
 from azr.stop import StopRequest
+from azr.train import checkpoint, loop, start
+from azr.train.arms import Arms
+from azr.train.config import Config, resolve
 from sandbox import Sandbox
 
-SMALL = {"seed": 1, "prompts_per_mode": 2, "answers": 3, "max_new_tokens": 64, "eval_every": 0,
-         "eval_samples": 0, "save_every": 99, "steps": 20, "max_batch": 256}  # fmt: skip
+SMALL = {
+    "seed": 1,
+    "prompts_per_mode": 2,
+    "answers": 3,
+    "max_new_tokens": 64,
+    "eval_every": 0,
+    "eval_samples": 0,
+    "save_every": 99,
+    "steps": 20,
+    "max_batch": 256,
+}
 
 
 def reproducible(out) -> list[dict]:

@@ -2,8 +2,8 @@
 
     python tests/bench_analyze.py [--json FILE] [--quick] [--shape 3B] [--directory DIR]
 
-Writes random bf16 weights in the true shapes of Qwen2.5 (azr/machine/plan.py) shard by shard, a second checkpoint that differs
-by 3e-5 a weight, and a rank-32 adapter; then runs the command itself and waits for it: seconds, CPU seconds, peak
+Writes random bf16 weights in the true shapes of Qwen2.5 (azr/machine/plan.py) shard by shard, a second checkpoint
+that differs by 3e-5 a weight, and a rank-32 adapter; then runs the command itself: seconds, CPU seconds, peak
 memory of the process, gigabytes of weights a second. Compared, at the same shape and within one run, with
 
 - the published way: both models loaded, all differences concatenated, |d| <= 1e-5 counted (`published`, below). It
@@ -36,9 +36,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from azr.machine import plan  # noqa: E402
-from azr.weights import nf4  # noqa: E402
-from azr.weights.files import find_tensors  # noqa: E402
+from azr.machine import plan
+from azr.weights import nf4
+from azr.weights.files import find_tensors
 
 SHARD = 1 << 29  # weights
 POOL = 1 << 26  # random numbers that all tensors are cut from: drawing them takes longer than anything measured here
@@ -117,9 +117,7 @@ def write_adapter(directory: Path, shape: plan.Shape, rank: int, rms: float) -> 
             found[f"{prefix}.lora_A.weight"] = torch.randn(rank, size[1], generator=generator) / rank**0.5
             found[f"{prefix}.lora_B.weight"] = torch.randn(size[0], rank, generator=generator) * rms / 2
     save_file(found, directory / "adapter_model.safetensors")
-    (directory / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank})
-    )
+    (directory / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank}))
     info = {"quantization": "nf4", "block_size": 64, "double_quant": True, "dtype": "bfloat16"}
     (directory / "azr.json").write_text(json.dumps(info))
 
@@ -226,9 +224,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--shape", choices=list(plan.QWEN25), default="3B")
-    parser.add_argument(
-        "--directory", type=Path, help="where the weights are written (default: a temporary directory)"
-    )
+    parser.add_argument("--directory", type=Path, help="where the weights are written (default: a temporary directory)")
     args = parser.parse_args()
     small = dataclasses.replace(plan.QWEN25["0.5B"], layers=4)
     name, shape = ("0.5B, 4 layers", small) if args.quick else (args.shape, plan.QWEN25[args.shape])
@@ -278,9 +274,7 @@ def show(results: dict) -> None:
         ours = theirs["ours"]
         print(f"  the published way at {theirs['shape']}:")
         for words, r in (("models and differences", theirs), ("this one", ours)):
-            print(
-                f"    {words:22}{r['seconds']:8.1f} s {r['cpu_seconds']:8.1f} CPU s {r['peak_bytes'] / 1e9:7.2f} GB"
-            )
+            print(f"    {words:22}{r['seconds']:8.1f} s {r['cpu_seconds']:8.1f} CPU s {r['peak_bytes'] / 1e9:7.2f} GB")
         print(f"    ratios: memory {theirs['memory_ratio']:.1f}, time {theirs['time_ratio']:.2f}")
     print(f"  NF4 codes: {results['quantizer_ratio']:.1f} times faster than bitsandbytes on the CPU, equal")
 

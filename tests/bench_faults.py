@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from azr.models import model_path  # noqa: E402
-from azr.runs import newest_intact  # noqa: E402
+from azr.models import model_path
+from azr.runs import newest_intact
 
 SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 64 --save-every 2".split()
 COLD_EVERY = 10  # starts
@@ -133,9 +133,7 @@ def differences(one: Path, other: Path, steps: int) -> list[str]:
         return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
     names = ["samples.jsonl", "probe.jsonl", "eval/held_out.jsonl", "eval/base.json", f"eval/step_{steps}.json"]
-    names += [
-        f"checkpoints/step_{steps}/{name}" for name in ("adapter_model.safetensors", "state/tensors.safetensors")
-    ]
+    names += [f"checkpoints/step_{steps}/{name}" for name in ("adapter_model.safetensors", "state/tensors.safetensors")]
     names += ["checkpoints/best.json"]
     different = [] if metrics(one) == metrics(other) else ["metrics.jsonl"]
     return different + [name for name in names if (one / name).read_bytes() != (other / name).read_bytes()]

@@ -24,26 +24,44 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import torch
+import torch.nn.functional as F
 
-from azr.policy.decode_ops import rms_norm  # noqa: E402
-from azr.models import model_path  # noqa: E402
-from azr.train.ppo import gap_statistics  # noqa: E402
-from azr.policy.policy import LoraSettings, Policy, Sampling  # noqa: E402
-from azr.policy.scoring import ChunkedLogProb  # noqa: E402
+from azr.models import model_path
+from azr.policy.decode_ops import rms_norm
+from azr.policy.policy import LoraSettings, Policy, Sampling
+from azr.policy.scoring import ChunkedLogProb
+from azr.train.ppo import gap_statistics
 
 QUESTIONS = (
-    "The capital of France is", "Write a Python function that reverses a list.", "Explain why the sky is blue.",
-    "List three animals that live in the sea.", "What is 17 times 23? Think step by step.",
-    "Write a short poem about autumn.", "Translate to French: good morning, my friend.",
-    "Tell me how a bicycle works.", "Summarize the story of Little Red Riding Hood.",
-    "Name the planets of the solar system.", "How do I make a cup of tea?", "def fibonacci(n):",
-)  # fmt: skip
+    "The capital of France is",
+    "Write a Python function that reverses a list.",
+    "Explain why the sky is blue.",
+    "List three animals that live in the sea.",
+    "What is 17 times 23? Think step by step.",
+    "Write a short poem about autumn.",
+    "Translate to French: good morning, my friend.",
+    "Tell me how a bicycle works.",
+    "Summarize the story of Little Red Riding Hood.",
+    "Name the planets of the solar system.",
+    "How do I make a cup of tea?",
+    "def fibonacci(n):",
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CASES = (("fp32", "none"), ("bf16", "none"), ("bf16", "nf4"), ("fp16", "none"), ("fp16", "nf4"))
-ROUNDED = ("residual", "norm", "rotary", "qkv", "probabilities", "attention", "attention output", "gate and up",
-           "activation", "mlp output", "last norm")  # fmt: skip
+ROUNDED = (
+    "residual",
+    "norm",
+    "rotary",
+    "qkv",
+    "probabilities",
+    "attention",
+    "attention output",
+    "gate and up",
+    "activation",
+    "mlp output",
+    "last norm",
+)
 
 
 def load(model: str, dtype: str, quantization: str) -> Policy:
@@ -80,13 +98,16 @@ def gap(model: str, dtype: str, quantization: str, count: int) -> dict:
     smaller, _ = policy.score_lists(prompts, responses, token_budget=300)
     with other_order():
         reordered, _ = policy.score_lists(prompts, responses)
-    return {"sampler": compared(scored, sampled), "other micro-batches": compared(scored, smaller),
-            "other order of sums": compared(scored, reordered)}  # fmt: skip
+    return {
+        "sampler": compared(scored, sampled),
+        "other micro-batches": compared(scored, smaller),
+        "other order of sums": compared(scored, reordered),
+    }
 
 
 @contextmanager
 def other_order():
-    """Matrix products of half-precision numbers add in fp32 and in the order of fp32 products; then they are rounded."""
+    """Matrix products of half-precision numbers add in fp32, in the order of fp32 products; then they are rounded."""
     linear = F.linear
 
     def wide(x, weight, bias=None):
@@ -165,8 +186,13 @@ def parity(model: str, dtype: str, count: int, new: int = 64) -> dict:
     margins, tokens = [], 0
     for prompt, [completion] in zip(prompts, ours):
         ids = torch.tensor([prompt])
-        theirs = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                       max_new_tokens=new, pad_token_id=policy.pad_id)[0, len(prompt) :].tolist()  # fmt: skip
+        theirs = policy.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new,
+            pad_token_id=policy.pad_id,
+        )[0, len(prompt) :].tolist()
         mine = completion.ids
         at = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), None)
         tokens += len(mine) if at is None else at

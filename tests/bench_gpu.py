@@ -28,8 +28,14 @@ ROOT, HERE = Path(__file__).resolve().parents[1], Path(__file__).resolve()
 sys.path[:0] = [str(ROOT), str(HERE.parent)]
 GRACE = 20  # seconds beyond --seconds, then the process is ended
 RESTARTS = 8
-HEAVY = ("bitsandbytes", "peft", "transformers.models.qwen2.modeling_qwen2", "train_azr", "bench_rollout",
-         "torch.profiler")  # fmt: skip
+HEAVY = (
+    "bitsandbytes",
+    "peft",
+    "transformers.models.qwen2.modeling_qwen2",
+    "train_azr",
+    "bench_rollout",
+    "torch.profiler",
+)
 PARTS = {  # name: (module, function, seconds it takes, about)
     "hardware": ("parts_hardware", "hardware", 20),
     "build": ("parts_memory", "build", 15),
@@ -71,8 +77,9 @@ def measure(options) -> int:
         with contextlib.suppress(Exception):  # who needs it says what is wrong with it
             importlib.import_module(module)
     gc.freeze()  # what was imported is not looked at again after every measurement
-    bench = Bench(options.json, options.run, options.until, options.cpu, options.data, options.smollm2, options.fail,
-                  options.die)  # fmt: skip
+    bench = Bench(
+        options.json, options.run, options.until, options.cpu, options.data, options.smollm2, options.fail, options.die
+    )
     for name in options.parts:
         module, function, takes = PARTS[name]
         bench.part, begun = name, time.perf_counter()
@@ -126,8 +133,12 @@ def watch(options) -> int:
 def once(options, run: str, until: float) -> tuple[int, str]:
     """(exit code, how it ended) of one process; one that hangs beyond the time is ended, with all it started."""
     command = [sys.executable, str(HERE), *options.arguments, "--json", str(options.json), "--run", run]
-    environment = {"TOKENIZERS_PARALLELISM": "false", "TEARDOWN_CUPTI": "0",
-                   "PYTORCH_ALLOC_CONF": "expandable_segments:True", **os.environ}  # fmt: skip (as a run sets it)
+    environment = {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TEARDOWN_CUPTI": "0",
+        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+        **os.environ,
+    }
     if options.cpu:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([*command, "--until", str(until)], env=environment, start_new_session=True)
@@ -148,8 +159,9 @@ def once(options, run: str, until: float) -> tuple[int, str]:
 def card_name() -> str:
     """For the file's name; asked of the driver, so that this process needs no torch."""
     try:
-        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True,
-                              text=True, timeout=20)  # fmt: skip
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
         name = (done.stdout.strip().splitlines() or [""])[0]
     except (OSError, subprocess.SubprocessError):
         name = ""

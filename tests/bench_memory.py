@@ -26,7 +26,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-import torch  # noqa: E402
+import torch
 
 VOCABULARY, MIB, GB, CAP = 151_936, 2**20, 1e9, 24e9
 MOST_ABOVE = 300 * MIB  # bound of chunked scoring
@@ -125,9 +125,13 @@ def capped_policy(case: dict):
     if case["device"] == "cuda":
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(0).total_memory))
     policy = random_policy(
-        QWEN25.get(case["size"], small), "nf4", case["device"], 32, tokenizer=case.get("tokenizer"),
+        QWEN25.get(case["size"], small),
+        "nf4",
+        case["device"],
+        32,
+        tokenizer=case.get("tokenizer"),
         max_batch=case.get("max_batch", 8),
-    )  # fmt: skip
+    )
     policy.checkpoint_activations()
     return policy
 
@@ -158,21 +162,25 @@ def step_case(case: dict) -> dict:
     """Sampling and update of a step at the preset's sizes: proposals, eight answers to each task, one AdamW step."""
     import dataclasses
 
-    from azr.train.config import Config, resolve
+    import train_azr
     from azr.policy.backoff import Sizes
-    from azr.tasks.prompts import propose_prompt, solve_prompt
     from azr.policy.policy import Sampling
     from azr.tasks import MODES, SEED_TASKS, Sample
+    from azr.tasks.prompts import propose_prompt, solve_prompt
+    from azr.train.config import Config, resolve
     from azr.train.update import make_optimizer
-    import train_azr
 
     preset = resolve(Config(model="qwen-3b", preset="24gb", quantization="nf4"))[0]
     preset = dataclasses.replace(preset, **case.get("sizes", {}))
     policy = capped_policy({**case, "max_batch": preset.max_batch})
     optimizer, sizes = make_optimizer(policy, preset.learning_rate), Sizes(preset.token_budget)
     tasks = tasks_of(case["tasks"])[:64] if case["tasks"] else list(SEED_TASKS.values()) * 22
-    asked = [("proposer", mode, propose_prompt(mode, [SEED_TASKS["deduction"]], "azr"), 1)
-             for mode in MODES for _ in range(preset.prompts_per_mode) if mode != "induction"]  # fmt: skip
+    asked = [
+        ("proposer", mode, propose_prompt(mode, [SEED_TASKS["deduction"]], "azr"), 1)
+        for mode in MODES
+        for _ in range(preset.prompts_per_mode)
+        if mode != "induction"
+    ]
     asked += [("solver", task.mode, solve_prompt(task, "azr"), preset.answers) for task in tasks[: case["count"]]]
     start, samples, seconds = time.perf_counter(), [], {}
     for role in ("proposer", "solver"):
@@ -190,8 +198,14 @@ def step_case(case: dict) -> dict:
     metrics = train_azr.optimizer_step(train_azr.State(preset, policy, optimizer, sizes=sizes), samples)
     seconds["update"] = time.perf_counter() - start - sum(seconds.values())
     sampled = sum(len(s.completion.ids) for s in samples)
-    return {"peak": _used(case), "seconds": seconds, "samples": len(samples), "sampled_tokens": sampled,
-            "log_prob_gap": metrics["log_prob_gap"], "token_budget": sizes.token_budget}  # fmt: skip
+    return {
+        "peak": _used(case),
+        "seconds": seconds,
+        "samples": len(samples),
+        "sampled_tokens": sampled,
+        "log_prob_gap": metrics["log_prob_gap"],
+        "token_budget": sizes.token_budget,
+    }
 
 
 def tasks_of(path: str) -> list:
@@ -273,9 +287,7 @@ def training(device: str, quick: bool, tasks: str | None, tokenizer: str | None)
         row["bound"] = MOST_TRAINING.get(size)
         rows.append(row)
     sizes = (
-        {}
-        if real
-        else {"prompts_per_mode": 2, "answers": 2, "token_budget": 512, "max_batch": 4, "prompt_tokens": 64}
+        {} if real else {"prompts_per_mode": 2, "answers": 2, "token_budget": 512, "max_batch": 4, "prompt_tokens": 64}
     )
     case = {
         "device": device,
@@ -307,9 +319,7 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write all figures there")
     parser.add_argument("--quick", action="store_true", help="smaller cases, one repetition")
     parser.add_argument("--tasks", metavar="FILE", help="tasks of the whole step, JSON lines")
-    parser.add_argument(
-        "--tokenizer", metavar="DIR", help="a tokenizer for the whole step (default: the embedded one)"
-    )
+    parser.add_argument("--tokenizer", metavar="DIR", help="a tokenizer for the whole step (default: the embedded one)")
     parser.add_argument("--only", choices=("scoring", "training"))
     parser.add_argument("--cpu", action="store_true", help=argparse.SUPPRESS)  # tiny sizes, to see that training runs
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -328,9 +338,7 @@ def main() -> int:
         print("training: needs a GPU, left out")
     if options.json:
         gpu = torch.cuda.get_device_name() if device == "cuda" else None
-        Path(options.json).write_text(
-            json.dumps({"gpu": gpu, "torch": torch.__version__, **results}, indent=1) + "\n"
-        )
+        Path(options.json).write_text(json.dumps({"gpu": gpu, "torch": torch.__version__, **results}, indent=1) + "\n")
     return 0 if ok else 1
 
 

@@ -29,9 +29,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from azr.models import model_path  # noqa: E402
-from azr.machine import plan  # noqa: E402
-from azr.machine.plan import Preset, Shape  # noqa: E402
+from azr.machine import plan
+from azr.machine.plan import Preset, Shape
+from azr.models import model_path
 
 MB, MOST_OFF, MINUTES = 1e6, 0.15, 20
 # What weighs most differs: activations, weights, the vocabulary, the cache.
@@ -44,11 +44,11 @@ SHAPES = {
 SIZES = {
     "wide": dict(prompts_per_mode=2, answers=2, prompt_tokens=96, max_new_tokens=16, max_batch=12, token_budget=512),
     "deep": dict(prompts_per_mode=2, answers=2, prompt_tokens=96, max_new_tokens=32, max_batch=12, token_budget=768),
-    "vocabulary": dict(prompts_per_mode=2, answers=4, prompt_tokens=64, max_new_tokens=16, max_batch=24,
-                       token_budget=512),
-    "cache": dict(prompts_per_mode=4, answers=4, prompt_tokens=256, max_new_tokens=16, max_batch=48,
-                  token_budget=288),
-}  # fmt: skip
+    "vocabulary": dict(
+        prompts_per_mode=2, answers=4, prompt_tokens=64, max_new_tokens=16, max_batch=24, token_budget=512
+    ),
+    "cache": dict(prompts_per_mode=4, answers=4, prompt_tokens=256, max_new_tokens=16, max_batch=48, token_budget=288),
+}
 
 
 def preset_of(name: str, quantization: str) -> Preset:
@@ -94,16 +94,16 @@ class Meter:
 
 def case(given: dict) -> dict:
     """Peaks of load, rollout and training for the sizes of a preset."""
+    import bitsandbytes  # noqa: F401
     import torch
+    from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 
     import train_azr
-    from azr.train.config import Config
+    from azr.policy import backoff
     from azr.policy.policy import LoraSettings, Policy, Sampling
     from azr.tasks import MODES, Sample
-    from azr.policy import backoff
     from azr.train import update
-    import bitsandbytes, peft, transformers  # noqa: E401, F401
-    from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
+    from azr.train.config import Config
 
     device, preset = given["device"], Preset(**given["preset"])
     if device == "cuda":
@@ -160,11 +160,18 @@ def write_model(shape: Shape, directory: Path) -> None:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied, max_position_embeddings=32_768, eos_token_id=0, pad_token_id=0,
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32_768,
+        eos_token_id=0,
+        pad_token_id=0,
         bos_token_id=None,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -176,8 +183,7 @@ def child(**given) -> dict:
     environment = os.environ | ({} if given.pop("plain_malloc") else {"MALLOC_MMAP_THRESHOLD_": "65536"})
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(given)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES,
-                              env=environment)  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES, env=environment)
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {MINUTES} minutes"}
     if done.returncode:
@@ -194,8 +200,14 @@ def measure(name: str, quantization: str, directory: Path | None, device: str, p
         room = plan.capacity(preset)
     made = plan.plan_memory(shape, preset, room, device)
     row = {"shape": name, "quantization": quantization, "device": device, "plan": made.totals, "parts": made.phases}
-    row |= child(device=device, model=str(directory), preset=dataclasses.asdict(made.preset), cap=room,
-                 shape=dataclasses.asdict(shape), plain_malloc=plain_malloc)  # fmt: skip
+    row |= child(
+        device=device,
+        model=str(directory),
+        preset=dataclasses.asdict(made.preset),
+        cap=room,
+        shape=dataclasses.asdict(shape),
+        plain_malloc=plain_malloc,
+    )
     if "peaks" in row:
         row["measured"] = max(row["peaks"].values())
         row["ratio"] = made.peak / row["measured"]

@@ -57,20 +57,45 @@ def step_samples(rng: random.Random, step: int, tasks_per_mode: int, rate: float
             reward = {"reward": 0.5 if valid else -1.0, "well_formed": True, "valid": valid}
             solved = sum(right) / ANSWERS if valid else None
             text = task["program"] if task else "nothing"
-            rows.append(common | {"role": "proposer", "response": text, "tokens": 30 + len(text) // 4, "reward": reward,
-                                  "reason": reason, "solve_rate": solved})  # fmt: skip
+            rows.append(
+                common
+                | {
+                    "role": "proposer",
+                    "response": text,
+                    "tokens": 30 + len(text) // 4,
+                    "reward": reward,
+                    "reason": reason,
+                    "solve_rate": solved,
+                }
+            )
             for ok in right if valid else ():
                 response = f"</think><answer>```python\n{text}\n```</answer>"
                 reward = {"reward": 1.0 if ok else -0.5, "well_formed": True, "correct": ok}
-                answers.append(common | {"role": "solver", "response": response, "tokens": rng.randrange(20, 90),
-                                         "reward": reward, "reason": "ok" if ok else "wrong",
-                                         "solve_rate": solved})  # fmt: skip
+                answers.append(
+                    common
+                    | {
+                        "role": "solver",
+                        "response": response,
+                        "tokens": rng.randrange(20, 90),
+                        "reward": reward,
+                        "reason": "ok" if ok else "wrong",
+                        "solve_rate": solved,
+                    }
+                )
     return rows + answers
 
 
 def step_metrics(step: int, steps: int, rows: list[dict]) -> dict:
-    metrics = {"step": step, "train/log_prob_gap": 1e-3, "train/skipped": 0.0, "time/propose": 1.0, "time/solve": 3.0,
-               "time/update": 5.0, "time/step": 9.0, "time/elapsed": 9.0 * step}  # fmt: skip
+    metrics = {
+        "step": step,
+        "train/log_prob_gap": 1e-3,
+        "train/skipped": 0.0,
+        "time/propose": 1.0,
+        "time/solve": 3.0,
+        "time/update": 5.0,
+        "time/step": 9.0,
+        "time/elapsed": 9.0 * step,
+    }
     for mode in MODES:
         mine = [row for row in rows if row["mode"] == mode]
         proposals, answers = ([r for r in mine if r["role"] == role] for role in ("proposer", "solver"))
@@ -91,13 +116,22 @@ def step_metrics(step: int, steps: int, rows: list[dict]) -> dict:
     return metrics
 
 
-def write_run(path: Path, steps: int, tasks_per_mode: int, rate=lambda share: 0.3 + 0.3 * share, padding: int = 400,
-              seed: int = 0) -> int:  # fmt: skip
+def write_run(
+    path: Path, steps: int, tasks_per_mode: int, rate=lambda share: 0.3 + 0.3 * share, padding: int = 400, seed: int = 0
+) -> int:
     """Writes a run directory; `rate` gives the solve rate from the share of the run that is done. Returns the lines."""
     rng, count = random.Random(seed), 0
     path.mkdir(parents=True, exist_ok=True)
-    config = {"model": "tiny", "seed": seed, "steps": steps, "answers": ANSWERS, "recipe": "lean", "temperature": 1.0,
-              "max_new_tokens": 64, "learning_rate": 1e-3}  # fmt: skip
+    config = {
+        "model": "tiny",
+        "seed": seed,
+        "steps": steps,
+        "answers": ANSWERS,
+        "recipe": "lean",
+        "temperature": 1.0,
+        "max_new_tokens": 64,
+        "learning_rate": 1e-3,
+    }
     (path / "config.json").write_text(json.dumps(config))
     with open(path / "metrics.jsonl", "w") as metrics, open(path / "samples.jsonl", "w") as samples:
         for step in range(1, steps + 1):
@@ -118,8 +152,12 @@ def measure(run: Path) -> dict:
     if done.returncode:
         sys.exit(f"the report failed: {done.stderr}")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_seconds": wall, "cpu_seconds": cpu, "peak_gb": after.ru_maxrss * 1024 / 1e9,
-            "html_mb": (run / "report.html").stat().st_size / 1e6}  # fmt: skip
+    return {
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "peak_gb": after.ru_maxrss * 1024 / 1e9,
+        "html_mb": (run / "report.html").stat().st_size / 1e6,
+    }
 
 
 def read_only(run: Path) -> float:
@@ -144,11 +182,11 @@ def main() -> int:
         size = (run / "samples.jsonl").stat().st_size / 1e6
         result = {"steps": steps, "samples": samples, "samples_mb": size, **measure(run), "json_only": read_only(run)}
     print(f"{steps} steps, {samples:,} samples, {size:.0f} MB")
-    print(f"report: {result['wall_seconds']:.1f} s wall, {result['cpu_seconds']:.1f} s CPU (limit {LIMIT_SECONDS} s), "
-          f"{result['peak_gb']:.2f} GB (limit {LIMIT_GB} GB), page {result['html_mb']:.1f} MB")  # fmt: skip
     print(
-        f"json.loads alone: {result['json_only']:.1f} s CPU, {result['cpu_seconds'] / result['json_only']:.1f}x less"
+        f"report: {result['wall_seconds']:.1f} s wall, {result['cpu_seconds']:.1f} s CPU (limit {LIMIT_SECONDS} s), "
+        f"{result['peak_gb']:.2f} GB (limit {LIMIT_GB} GB), page {result['html_mb']:.1f} MB"
     )
+    print(f"json.loads alone: {result['json_only']:.1f} s CPU, {result['cpu_seconds'] / result['json_only']:.1f}x less")
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     good = result["cpu_seconds"] < LIMIT_SECONDS and result["peak_gb"] < LIMIT_GB and math.isfinite(result["peak_gb"])

@@ -27,12 +27,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-from azr.models import ALIASES  # noqa: E402
-from azr.policy.policy import LoraSettings, Policy  # noqa: E402
-from azr.policy.sampling import Sampling  # noqa: E402
+from azr.models import ALIASES
+from azr.policy.policy import LoraSettings, Policy
+from azr.policy.sampling import Sampling
 
 TARGETS = {
     "cpu/engine over generate": 1.5,
@@ -80,18 +80,27 @@ def run_continuous(policy: Policy, slots: int, prompts, lengths) -> None:
     """transformers' continuous batching. On a CPU it would take 60 % of the memory for its cache: there it gets what
     `slots` samples need. Its log-probs are not asked for, so it does less than the engine."""
     settings = transformers.GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=max(lengths),
-        pad_token_id=policy.pad_id, eos_token_id=-1,
-    )  # fmt: skip
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        max_new_tokens=max(lengths),
+        pad_token_id=policy.pad_id,
+        eos_token_id=-1,
+    )
     options = dict(max_requests_per_batch=slots, seed=0)
     if policy.device.type == "cpu":
         pages = -(-max(len(p) + limit for p, limit in zip(prompts, lengths)) // PAGE) + 1
         options |= dict(page_size=PAGE, num_blocks=slots * pages, max_batch_tokens=max(512, slots))
     attention, done = policy.base.config._attn_implementation, {}
     policy.model.eval()
-    with torch.no_grad(), policy.base.continuous_batching_context_manager(
-        generation_config=settings, continuous_batching_config=transformers.ContinuousBatchingConfig(**options)
-    ) as manager:
+    with (
+        torch.no_grad(),
+        policy.base.continuous_batching_context_manager(
+            generation_config=settings, continuous_batching_config=transformers.ContinuousBatchingConfig(**options)
+        ) as manager,
+    ):
         for i, (prompt, limit) in enumerate(zip(prompts, lengths)):
             manager.add_request(list(prompt), request_id=f"{i}", max_new_tokens=limit)
         while len(done) < len(prompts):
@@ -114,9 +123,15 @@ def run_generate(policy: Policy, batch_size: int, prompts, lengths) -> None:
         ids = torch.tensor([[policy.pad_id] * (width - len(row)) + row for row in rows], device=policy.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=policy.device)
         config = transformers.GenerationConfig(
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=longest,
-            pad_token_id=policy.pad_id, eos_token_id=None,
-        )  # fmt: skip
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=longest,
+            pad_token_id=policy.pad_id,
+            eos_token_id=None,
+        )
         with torch.no_grad():
             out = policy.base.generate(inputs=ids, attention_mask=mask, generation_config=config)
         assert out.shape == (len(rows), width + longest)
@@ -139,8 +154,10 @@ def cpu_part(quick: bool) -> dict:
     no_checkpoint_settings(policy)
     prompts, lengths = requests(64 if quick else 256, policy.base.config.vocab_size, 40, 256, (40, 160))
     tokens = sum(lengths)
-    print(f"CPU: embedded model, fp32, LoRA; {len(prompts)} requests, {tokens} tokens, the longest {max(lengths)}, "
-          f"median {statistics.median(lengths):.0f}; {policy.engine.attention_note}")  # fmt: skip
+    print(
+        f"CPU: embedded model, fp32, LoRA; {len(prompts)} requests, {tokens} tokens, the longest {max(lengths)}, "
+        f"median {statistics.median(lengths):.0f}; {policy.engine.attention_note}"
+    )
 
     def fastest(name, run, sizes):
         seconds = {size: measured(lambda: run(policy, size, prompts, lengths))[1] for size in sizes}
@@ -174,8 +191,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a quarter of the work; no verdict on the targets")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    figures = {"machine": f"{platform.machine()} {os.cpu_count()} cores", "load": os.getloadavg()[0],
-               "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
+    figures = {
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "load": os.getloadavg()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     figures |= cpu_part(arguments.quick)
     missed = []
     for name, value in figures.items():

@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sandbox import Job, Sandbox, literal  # noqa: E402
+from sandbox import Job, Sandbox, literal
 
 TRIVIAL = "def f(x):\n    y = x * 2\n    if y > 10:\n        y -= 1\n    return y + 1\n"
 BARE = """
@@ -116,10 +116,16 @@ def f(xs):
     ys = sorted(xs, key=lambda x: (x % K, -x))
     return {'first': ys[0], 'last': ys[-1], 'span': ys[-1] - ys[0]}
 """.split("---")
-SPELLINGS = ["return [g(xs), h(xs)]", "return list((g(xs), h(xs)))", "first = g(xs)\n    return [first, h(xs)]",
-             "out = []\n    out.append(g(xs))\n    out.append(h(xs))\n    return out",
-             "return [part(xs) for part in (g, h)]", "a, b = g(xs), h(xs)\n    return [a, b]",
-             "return [g(xs)] + [h(xs)]", "return [*map(lambda part: part(xs), (g, h))]"]
+SPELLINGS = [
+    "return [g(xs), h(xs)]",
+    "return list((g(xs), h(xs)))",
+    "first = g(xs)\n    return [first, h(xs)]",
+    "out = []\n    out.append(g(xs))\n    out.append(h(xs))\n    return out",
+    "return [part(xs) for part in (g, h)]",
+    "a, b = g(xs), h(xs)\n    return [a, b]",
+    "return [g(xs)] + [h(xs)]",
+    "return [*map(lambda part: part(xs), (g, h))]",
+]
 
 
 def candidates(program):
@@ -129,6 +135,7 @@ def candidates(program):
 
 def plain_call(lines, seconds):
     """In the worker: exec of all lines but the last, eval of the last, (text, status)."""
+
     def ring(number, frame):
         raise TimeoutError
 
@@ -196,9 +203,11 @@ def step(sandbox, programs, loops):
     for gold, outcomes in zip(golds, firsts):
         right += sum(literal.equal(literal.parse(outcomes[0].output), gold) for _ in range(8))
     hidden = [[outcome.output for outcome in outcomes] for outcomes in sandbox.run([Job(*task) for task in programs])]
-    answers = [Job(loop if number < loops and place == 7 else candidate, inputs, stop_at_failure=True)
-               for number, (program, inputs) in enumerate(programs)
-               for place, candidate in enumerate(candidates(program))]
+    answers = [
+        Job(loop if number < loops and place == 7 else candidate, inputs, stop_at_failure=True)
+        for number, (program, inputs) in enumerate(programs)
+        for place, candidate in enumerate(candidates(program))
+    ]
     for number, outcomes in enumerate(sandbox.run(answers)):
         right += [outcome.output for outcome in outcomes] == hidden[number // 8]
     if right < 17 * len(programs) - loops:  # an input answer is right, every output answer and every candidate
@@ -232,9 +241,13 @@ def children_rates(quick):
                 sandbox.run([Job(TRIVIAL, inputs)] * count)
                 rates.append(count * len(inputs) / (time.perf_counter() - started))
     ratios = [a / b for a, b in zip(one, bare)]
-    return {"bare_forks_per_second": statistics.median(bare), "children_per_second": statistics.median(one),
-            "children_share_of_bare": statistics.median(ratios), "calls_per_second_ten_inputs": statistics.median(ten),
-            "ten_inputs_speedup": statistics.median(a / b for a, b in zip(ten, one))}
+    return {
+        "bare_forks_per_second": statistics.median(bare),
+        "children_per_second": statistics.median(one),
+        "children_share_of_bare": statistics.median(ratios),
+        "calls_per_second_ten_inputs": statistics.median(ten),
+        "ten_inputs_speedup": statistics.median(a / b for a, b in zip(ten, one)),
+    }
 
 
 def step_rates(quick, loops):
@@ -299,9 +312,12 @@ def soak(quick):
         outcomes = sandbox.run([Job(TRIVIAL if i % 7 else failing, ("1", "2")) for i in range(count)])
         after = lanes_size(sandbox)
         bad = sum(outcome.status not in ("ok", "error") for job in outcomes for outcome in job)
-    return {"soak_jobs": count, "soak_bad": bad,
-            "soak_memory_kib_change": max(a[0] - b[0] for a, b in zip(after, before)),
-            "soak_descriptors_change": max(a[1] - b[1] for a, b in zip(after, before))}
+    return {
+        "soak_jobs": count,
+        "soak_bad": bad,
+        "soak_memory_kib_change": max(a[0] - b[0] for a, b in zip(after, before)),
+        "soak_descriptors_change": max(a[1] - b[1] for a, b in zip(after, before)),
+    }
 
 
 def lanes_size(sandbox):
@@ -319,9 +335,16 @@ def lanes_size(sandbox):
     return sizes
 
 
-TARGETS = {"children_share_of_bare": (">=", 0.30), "ten_inputs_speedup": (">=", 6.0), "step_speedup": (">=", 3.5),
-           "step_with_loops_speedup": (">=", 12.0), "loop_overshoot_ms_worst": ("<=", 50.0), "soak_bad": ("<=", 0),
-           "soak_memory_kib_change": ("<=", 256), "soak_descriptors_change": ("<=", 0)}
+TARGETS = {
+    "children_share_of_bare": (">=", 0.30),
+    "ten_inputs_speedup": (">=", 6.0),
+    "step_speedup": (">=", 3.5),
+    "step_with_loops_speedup": (">=", 12.0),
+    "loop_overshoot_ms_worst": ("<=", 50.0),
+    "soak_bad": ("<=", 0),
+    "soak_memory_kib_change": ("<=", 256),
+    "soak_descriptors_change": ("<=", 0),
+}
 
 
 def main():
@@ -331,8 +354,12 @@ def main():
     arguments = parser.parse_args()
     with Sandbox(workers=1) as sandbox:
         state = sandbox.state
-    figures = {"machine": f"{platform.machine()} {os.cpu_count()} cores", "system": platform.platform(),
-               "python": platform.python_version(), "load": os.getloadavg()[0]}
+    figures = {
+        "machine": f"{platform.machine()} {os.cpu_count()} cores",
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
     figures |= {key: state[key] for key in ("seccomp", "landlock", "uid")}
     figures |= children_rates(arguments.quick)
     figures |= step_rates(arguments.quick, 0) | step_rates(arguments.quick, 3)

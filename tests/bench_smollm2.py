@@ -38,22 +38,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import torch
+import transformers
 
-import bench_gap  # noqa: E402
-import bench_plan  # noqa: E402
-import bench_rollout  # noqa: E402
-from azr.machine import plan  # noqa: E402
+import bench_gap
+import bench_plan
+import bench_rollout
+from azr.machine import plan
 from azr.models import model_path
-from azr.policy.policy import Policy  # noqa: E402
+from azr.policy.policy import Policy
 
 MATRIX = "model.layers.7.mlp.down_proj.weight"  # the one that is measured here again
 # train_azr.py with fewer rounds of the seed stage and a smaller probe: this model proposes next to nothing valid, so
 # that all 20 rounds would be needed, which is minutes on a CPU
 TRAIN = "import sys, train_azr as t; t.loop.SEED_ROUNDS = t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
-FLAGS = ("--allow-cpu --steps 1 --prompts-per-mode 1 --answers 2 --max-new-tokens 32 --eval-every 0 --eval-samples 0 "
-         "--references 1 --prompt-tokens 512 --lora-rank 16 --quantization nf4 --token-budget 1024").split()
+FLAGS = (
+    "--allow-cpu --steps 1 --prompts-per-mode 1 --answers 2 --max-new-tokens 32 --eval-every 0 --eval-samples 0 "
+    "--references 1 --prompt-tokens 512 --lora-rank 16 --quantization nf4 --token-budget 1024"
+).split()
 
 
 class Missed(AssertionError):
@@ -90,9 +92,12 @@ def command(*words: str) -> tuple[str, float]:
 class Checks:
     model: str
     scratch: Path
-    texts: list[str] = dataclasses.field(default_factory=lambda: [
-        (ROOT / "README.md").read_text()[:1500], (ROOT / "azr" / "train" / "rewards.py").read_text()[:1500],
-    ])  # fmt: skip
+    texts: list[str] = dataclasses.field(
+        default_factory=lambda: [
+            (ROOT / "README.md").read_text()[:1500],
+            (ROOT / "azr" / "train" / "rewards.py").read_text()[:1500],
+        ]
+    )
 
     def load(self) -> dict:
         figures = {}
@@ -103,9 +108,11 @@ class Checks:
             policy = bench_gap.load(self.model, dtype, quantization)
             meter.stop("load")
             figures[f"{dtype} {quantization}"] = {
-                "seconds": time.perf_counter() - clock, "CPU seconds": time.process_time() - cpu,
-                "peak MB": meter.peaks["load"] / 1e6, "held MB": (meter.now() - meter.first) / 1e6,
-            }  # fmt: skip
+                "seconds": time.perf_counter() - clock,
+                "CPU seconds": time.process_time() - cpu,
+                "peak MB": meter.peaks["load"] / 1e6,
+                "held MB": (meter.now() - meter.first) / 1e6,
+            }
             del policy
         return figures
 
@@ -128,10 +135,12 @@ class Checks:
         a, b = (torch.tensor([x for row in rows for x in row], dtype=torch.float64) for rows in scores)
         return {
             "relative Frobenius": {kind: math.sqrt(e / n) for kind, (e, n) in sorted(kinds.items())},
-            "tokens": len(a), "mean |d log-prob|": (a - b).abs().mean().item(),
+            "tokens": len(a),
+            "mean |d log-prob|": (a - b).abs().mean().item(),
             "mean d log-prob": (b - a).mean().item(),
-            "perplexity": math.exp(-a.mean()), "perplexity nf4": math.exp(-b.mean()),
-        }  # fmt: skip
+            "perplexity": math.exp(-a.mean()),
+            "perplexity nf4": math.exp(-b.mean()),
+        }
 
     def parity(self) -> dict:
         figures = bench_gap.parity(self.model, "fp32", 4, 32)
@@ -146,9 +155,13 @@ class Checks:
         out, cpu = command("-c", TRAIN, "--model", self.model, *FLAGS, "--out", self.scratch / "run")
         rows = [json.loads(line) for line in (self.scratch / "run" / "metrics.jsonl").read_text().splitlines()]
         keys = ("train/log_prob_gap", "proposer/tokens", "time/step")
-        return {"steps": len(rows), "seconds": time.perf_counter() - clock, "CPU seconds": cpu,
-                "last": {key: rows[-1][key] for key in keys if key in rows[-1]},
-                "said": out.strip().splitlines()[-1]}  # fmt: skip
+        return {
+            "steps": len(rows),
+            "seconds": time.perf_counter() - clock,
+            "CPU seconds": cpu,
+            "last": {key: rows[-1][key] for key in keys if key in rows[-1]},
+            "said": out.strip().splitlines()[-1],
+        }
 
     def adapter(self) -> Path:
         """The run's last checkpoint with values in B, as one step more of the same run."""
@@ -194,8 +207,9 @@ class Checks:
         from safetensors.torch import load_file
 
         tensors, config = self.opened()
-        _, cpu = command("train_azr.py", "export", self.scratch / "run", "--out", self.scratch / "merged",
-                         "--no-verify")  # its own verification computes in bf16: minutes on a CPU  # fmt: skip
+        _, cpu = command(
+            "train_azr.py", "export", self.scratch / "run", "--out", self.scratch / "merged", "--no-verify"
+        )  # its own verification computes in bf16: minutes on a CPU
         merged, stored = load_file(self.scratch / "merged" / "model.safetensors"), checkpoint(self.model)
         figures = {"CPU seconds": cpu, "tensors": len(merged), "adapted": 0, "weights": 0, "other bits": 0}
         for name, written in merged.items():
@@ -225,8 +239,10 @@ class Checks:
             "S2": (near.abs() <= 1e-5).double().mean().item(),
             "S3_survival": (((again - before).double() * update).sum() / update.double().square().sum()).item(),
         }
-        off = {key: within(f"{key} of {MATRIX}", theirs[key] / value - 1 if value else theirs[key], 1e-4)
-               for key, value in mine.items()}  # fmt: skip
+        off = {
+            key: within(f"{key} of {MATRIX}", theirs[key] / value - 1 if value else theirs[key], 1e-4)
+            for key, value in mine.items()
+        }
         whole = {key: value for key, value in report["adapted"].items() if isinstance(value, float)}
         return {"CPU seconds": cpu, "matrix": mine, "relative difference": off, "adapted": whole}
 
@@ -253,8 +269,12 @@ class Checks:
         within("tokens", theirs["tokens"] - tokens, 0)
         within("mean entropy", value["token_mean"] - sums / tokens, 1e-5)
         within("mean -log p", value["sampled_token_mean"] - surprise / tokens, 1e-5)
-        return {"CPU seconds": cpu, "tokens": tokens, "analyze.py": value,
-                "full softmax": {"token_mean": sums / tokens, "sampled_token_mean": surprise / tokens}}  # fmt: skip
+        return {
+            "CPU seconds": cpu,
+            "tokens": tokens,
+            "analyze.py": value,
+            "full softmax": {"token_mean": sums / tokens, "sampled_token_mean": surprise / tokens},
+        }
 
     # ---- memory and speed
 
@@ -262,17 +282,27 @@ class Checks:
         """The plan and the peaks of a load, of a step's samples, and of its update."""
         figures = {}
         for quantization in ("none", "nf4"):
-            preset = dataclasses.replace(plan.TINY, name="smollm2", quantization=quantization, prompts_per_mode=1,
-                                         answers=2, prompt_tokens=96, max_new_tokens=16, max_batch=6,
-                                         token_budget=512)  # fmt: skip
+            preset = dataclasses.replace(
+                plan.TINY,
+                name="smollm2",
+                quantization=quantization,
+                prompts_per_mode=1,
+                answers=2,
+                prompt_tokens=96,
+                max_new_tokens=16,
+                max_batch=6,
+                token_budget=512,
+            )
             made = plan.plan_memory(plan.shape_of(self.model), preset, None, "cpu")
-            row = bench_plan.child(device="cpu", model=self.model, preset=dataclasses.asdict(made.preset),
-                                   plain_malloc=False)  # fmt: skip
+            row = bench_plan.child(
+                device="cpu", model=self.model, preset=dataclasses.asdict(made.preset), plain_malloc=False
+            )
             if "failed" in row:
                 raise RuntimeError(row["failed"])
             peaks = row["peaks"]
-            figures[quantization] = {phase: {"plan MB": made.totals[phase] / 1e6, "MB": peaks[phase] / 1e6}
-                                     for phase in peaks}  # fmt: skip
+            figures[quantization] = {
+                phase: {"plan MB": made.totals[phase] / 1e6, "MB": peaks[phase] / 1e6} for phase in peaks
+            }
             figures[quantization]["plan / measured"] = made.peak / max(peaks.values())
         for quantization, row in figures.items():
             within(f"plan / measured of {quantization}, less 1", row["plan / measured"] - 1, bench_plan.MOST_OFF)
@@ -283,8 +313,11 @@ class Checks:
         loaded = bench_gap.load(self.model, "fp32", "none")
         policy = Policy(loaded.model, loaded.tokenizer, loaded.info, set())  # no EOS
         bench_rollout.no_checkpoint_settings(policy)
-        prompts = [policy.encode(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" if chat else q)
-                   for chat in (True, False) for q in bench_gap.QUESTIONS][:16]  # fmt: skip
+        prompts = [
+            policy.encode(f"<|im_start|>user\n{q}<|im_end|>\n<|im_start|>assistant\n" if chat else q)
+            for chat in (True, False)
+            for q in bench_gap.QUESTIONS
+        ][:16]
         lengths = [32 + (7 * i) % 17 for i in range(len(prompts))]
         systems = {
             "engine": lambda: bench_rollout.run_engine(policy, prompts, lengths),
@@ -366,8 +399,11 @@ def main() -> int:
         return 2
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    result = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
-              "transformers": transformers.__version__}  # fmt: skip
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         checks = Checks(str(Path(arguments.model).resolve()), Path(scratch))

@@ -47,11 +47,30 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).with_name("golden.json")
 TINY = ROOT / "azr" / "tiny"
 # Set before torch is imported. One thread, because a sum over several depends on how many there are.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "COLUMNS": "100", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1",
-               "PYTHONPATH": str(ROOT)}  # fmt: skip
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "COLUMNS": "100",
+    "NO_COLOR": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+}
 # Keys of JSON that differ from one run of the same command to the next, or that name the machine.
-UNSTABLE = {"time", "seconds", "elapsed", "versions", "version", "date", "created", "machine", "hostname", "device",
-            "transformers_version", "torch_version", "peft_version"}  # fmt: skip
+UNSTABLE = {
+    "time",
+    "seconds",
+    "elapsed",
+    "versions",
+    "version",
+    "date",
+    "created",
+    "machine",
+    "hostname",
+    "device",
+    "transformers_version",
+    "torch_version",
+    "peft_version",
+}
 Parts = dict[str, str]  # a part of what a case writes, such as "step 2 solver" -> its hash
 
 
@@ -67,8 +86,11 @@ def digest(value) -> str:
 def stable(value):
     """JSON without the keys that are UNSTABLE, or are about time or memory."""
     if isinstance(value, dict):
-        return {key: stable(item) for key, item in value.items()
-                if key not in UNSTABLE and not key.startswith(("time/", "memory/"))}  # fmt: skip
+        return {
+            key: stable(item)
+            for key, item in value.items()
+            if key not in UNSTABLE and not key.startswith(("time/", "memory/"))
+        }
     return [stable(item) for item in value] if isinstance(value, list) else value
 
 
@@ -83,8 +105,10 @@ def tensors(path: Path) -> list:
     size = int.from_bytes(data[:8], "little")
     header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
     header.pop("__metadata__", None)
-    return sorted([name, entry["dtype"], entry["shape"], digest(body[slice(*entry["data_offsets"])])]
-                  for name, entry in header.items())  # fmt: skip
+    return sorted(
+        [name, entry["dtype"], entry["shape"], digest(body[slice(*entry["data_offsets"])])]
+        for name, entry in header.items()
+    )
 
 
 def file_parts(path: Path, folder: Path) -> Parts:
@@ -99,8 +123,11 @@ def file_parts(path: Path, folder: Path) -> Parts:
     if path.suffix == ".jsonl":
         return {path.name: digest([stable(json.loads(line)) for line in text.splitlines()])}
     _, *sections = re.split(r"<h2>(.*?)</h2>", re.sub(r'src="data:[^"]*"', "", text))  # the head has a date
-    return {f"{path.name} {title}": digest(body) for title, body in zip(sections[::2], sections[1::2], strict=True)
-            if title != "Settings"}  # fmt: skip
+    return {
+        f"{path.name} {title}": digest(body)
+        for title, body in zip(sections[::2], sections[1::2], strict=True)
+        if title != "Settings"
+    }
 
 
 def run_parts(run: Path, folder: Path) -> Parts:
@@ -279,8 +306,10 @@ class Work:
 
     def cases(self) -> dict[str, tuple[Callable[[str], Parts], str]]:
         """name -> (function, what it runs)."""
-        cases = {name: (self.trained, f"train_azr.py --model {model} {flags[0]}")
-                 for name, (model, flags) in self.arms.items()}  # fmt: skip
+        cases = {
+            name: (self.trained, f"train_azr.py --model {model} {flags[0]}")
+            for name, (model, flags) in self.arms.items()
+        }
         cases |= {name: (self.measured, "; ".join(commands)) for name, (commands, _) in COMMANDS.items()}
         cases["filters"] = self.filtered, ", ".join(FILTERS)
         cases["task-files"] = self.task_files, "; ".join(TASK_FILES.values())

@@ -26,8 +26,10 @@ TRAINED = {
     "bonus-default": "--entropy-control bonus",
     "adaptive-default": "--entropy-control adaptive",
     "clip-cov-strength": ("--entropy-control clip-cov=0.1", "--entropy-control clip-cov --control-fraction 0.1"),
-    "top-entropy-strength": ("--entropy-control top-entropy=0.5 --minibatches 2",
-                             "--entropy-control top-entropy --control-fraction 0.5 --minibatches 2"),
+    "top-entropy-strength": (
+        "--entropy-control top-entropy=0.5 --minibatches 2",
+        "--entropy-control top-entropy --control-fraction 0.5 --minibatches 2",
+    ),
     "off-policy-luffy": f"{OFF} base --off-policy-weight luffy --minibatches 2",
     "rlvr-tasks": "--algorithm rlvr --data tasks.jsonl",
     "rlvr-off-policy": f"--algorithm rlvr --data tasks.jsonl {OFF} gold.jsonl --off-policy-weight luffy",
@@ -37,7 +39,7 @@ TRAINED = {
     "fp16": "--algorithm sft --data gold.jsonl --dtype fp16 --max-new-tokens 4 --steps 2",
     "bf16-attention-seed": "--dtype bf16 --lora-targets attention --lora-rank 4 --lora-alpha 8 --seed 1 "
     "--max-new-tokens 24 --steps 2",
-}  # fmt: skip
+}
 
 TASK_FILES = {
     "tasks.jsonl": "-m azr.tasks make tiny tasks.jsonl --count 30",
@@ -53,7 +55,8 @@ LAST = "{run}/checkpoints/step_3"
 COMMANDS = {
     "analyze-sparsity": (["analyze.py sparsity --base tiny --adapter {run} --json out.json"], ["out.json"]),
     "analyze-spectral": (
-        [f"analyze.py sparsity --base tiny --adapter {LAST} --spectral --json out.json"], ["out.json"]
+        [f"analyze.py sparsity --base tiny --adapter {LAST} --spectral --json out.json"],
+        ["out.json"],
     ),
     "analyze-entropy": (["analyze.py entropy --run {run} --json out.json"], ["out.json"]),
     "analyze-entropy-data": (
@@ -73,10 +76,11 @@ COMMANDS = {
         ["again"],
     ),
     "eval-compare": (
-        [f"{BASE} base", f"{TUNED} tuned", "eval_passk.py compare base tuned --k 1,2 --out compared"], ["compared"]
+        [f"{BASE} base", f"{TUNED} tuned", "eval_passk.py compare base tuned --k 1,2 --out compared"],
+        ["compared"],
     ),
     "export": (["train_azr.py export {run} --out merged --verify-samples 1"], ["merged"]),
-}  # fmt: skip
+}
 PRINTED = "analyze-health"  # the case whose output on the screen is its result
 
 LOOP = "def f(x):\n    while True:\n        pass"
@@ -107,7 +111,9 @@ FILTERS = {  # lines that are right or wrong in many ways
     "-m azr.tasks judge": [
         *({"mode": "deduction", **VALUE, "answer": answer} for answer in ("[3, 1.0]", "[3,1]", "(3, 1)", "f()")),
         *({"mode": "abduction", **VALUE, "answer": answer} for answer in ("-3", "3", "2", "'a'", "exit()")),
-        *({**INDUCTION, "visible": PAIRS[:5], "hidden": PAIRS[5:], "answer": answer}
-          for answer in ("def f(x):\n    return x ** 2 % 7", "def f(x):\n    return x + x", "x")),
+        *(
+            {**INDUCTION, "visible": PAIRS[:5], "hidden": PAIRS[5:], "answer": answer}
+            for answer in ("def f(x):\n    return x ** 2 % 7", "def f(x):\n    return x + x", "x")
+        ),
     ],
-}  # fmt: skip
+}

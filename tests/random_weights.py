@@ -12,27 +12,44 @@ from pathlib import Path
 
 import torch
 
-from azr.policy.load import LoraSettings, _new_lora, _settle
 from azr.machine.plan import Shape
 from azr.models import model_path
+from azr.policy.load import LoraSettings, _new_lora, _settle
 from azr.policy.policy import Policy
 
 SCALE = 0.02
 
 
-def random_policy(shape: Shape, quantization: str, device: str, lora_rank: int | None = 32, dtype=None, tokenizer=None,
-                  context: int = 32_768, **engine_options) -> Policy:  # fmt: skip
+def random_policy(
+    shape: Shape,
+    quantization: str,
+    device: str,
+    lora_rank: int | None = 32,
+    dtype=None,
+    tokenizer=None,
+    context: int = 32_768,
+    **engine_options,
+) -> Policy:
     """A Qwen2 of this shape. tokenizer: a directory; None: that of the embedded model, whose ids are the first few
     hundred. lora_rank None: no adapter. Its B is random too, as after some training."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     config = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied, max_position_embeddings=context, dtype=dtype, attn_implementation="sdpa",
-        eos_token_id=None, pad_token_id=0, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=context,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        eos_token_id=None,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     generator = torch.Generator(device).manual_seed(0)
@@ -50,8 +67,13 @@ def random_policy(shape: Shape, quantization: str, device: str, lora_rank: int |
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.is_loaded_in_4bit = quantization == "nf4"  # peft asks for it
     _settle(model)
-    info = {"base_model": f"random {shape.parameters / 1e9:.1f}B", "revision": None, "quantization": quantization,
-            "dtype": str(dtype).removeprefix("torch."), "lora": None}  # fmt: skip
+    info = {
+        "base_model": f"random {shape.parameters / 1e9:.1f}B",
+        "revision": None,
+        "quantization": quantization,
+        "dtype": str(dtype).removeprefix("torch."),
+        "lora": None,
+    }
     if lora_rank:
         model, info["lora"] = _new_lora(model, LoraSettings(lora_rank, 2.0 * lora_rank), "random", 0)
         with torch.no_grad():
@@ -80,8 +102,14 @@ def _to_4_bit(model, dtype) -> None:
             for name, linear in list(parent.named_children()):
                 if type(linear) is torch.nn.Linear:
                     with torch.device("meta"):
-                        new = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, dtype,
-                                         compress_statistics=True, quant_type="nf4")  # fmt: skip
+                        new = Linear4bit(
+                            linear.in_features,
+                            linear.out_features,
+                            linear.bias is not None,
+                            dtype,
+                            compress_statistics=True,
+                            quant_type="nf4",
+                        )
                     setattr(parent, name, new)
 
 

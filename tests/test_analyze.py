@@ -11,13 +11,29 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import analyze
-from azr.weights.reference import AdapterUpdate, Reference
 from azr.weights.files import Adapter, Checkpoint
+from azr.weights.reference import AdapterUpdate, Reference
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "azr" / "tiny"
-KEYS = {"U1_rms", "U1_rel_fro", "U2", "S0", "S1", "S1_zero_base", "S2", "S3_code_frozen_scale", "S3_code_requantized",
-        "S3_scale_unchanged", "S3_survival", "S4", "S5", "S6", "R1_effective_rank", "R1_stable_rank"}  # fmt: skip
+KEYS = {
+    "U1_rms",
+    "U1_rel_fro",
+    "U2",
+    "S0",
+    "S1",
+    "S1_zero_base",
+    "S2",
+    "S3_code_frozen_scale",
+    "S3_code_requantized",
+    "S3_scale_unchanged",
+    "S3_survival",
+    "S4",
+    "S5",
+    "S6",
+    "R1_effective_rank",
+    "R1_stable_rank",
+}
 LINEARS = {
     "self_attn.q_proj": (64, 64),
     "self_attn.v_proj": (32, 64),
@@ -143,10 +159,16 @@ def test_scaling_to_one_size_makes_runs_of_different_size_comparable(tmp_path, b
     assert small["at_rms_3e-5"]["S1"] == pytest.approx(large["at_rms_3e-5"]["S1"], abs=1e-3)
 
 
-@pytest.mark.parametrize("settings", [
-    {"use_rslora": False}, {"use_rslora": True},
-    {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}}, {"use_dora": True},
-], ids=["lora", "rslora", "patterns", "dora"])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_rslora": False},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}},
+        {"use_dora": True},
+    ],
+    ids=["lora", "rslora", "patterns", "dora"],
+)
 def test_the_update_is_what_peft_merges(tmp_path, settings):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM

@@ -6,16 +6,29 @@ plain forward pass, and what `generate` reports of a sample is what `score` says
 
 import pytest
 import torch
-from test_rollout import made_up_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from azr.policy.hf_generate import HFGenerate
 from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
+from test_rollout import made_up_tokenizer
 
-SIZES = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=16, max_position_embeddings=256)  # fmt: skip
-HYBRID = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-              layer_types=["linear_attention", "full_attention"])  # fmt: skip
+SIZES = dict(
+    vocab_size=320,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+)
+HYBRID = dict(
+    linear_num_value_heads=4,
+    linear_num_key_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    layer_types=["linear_attention", "full_attention"],
+)
 MIXTURE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 KINDS = {
     "qwen3_5_text": HYBRID,  # linear attention, partial rotary
@@ -113,10 +126,13 @@ def refusal(directory) -> str:
         ("granite", {"logits_scaling": 8.0}, "unsupported config setting logits_scaling"),
         ("phi", {}, "head with a bias"),
         # a name that nobody has listed: found by comparing logits
-        ("falcon_h1", dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, lm_head_multiplier=0.5),
-         "its logits are not its hidden states times its head"),
+        (
+            "falcon_h1",
+            dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, lm_head_multiplier=0.5),
+            "its logits are not its hidden states times its head",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_changes_the_logits_after_the_head_is_refused(kind, settings, words, tmp_path):
     assert words in refusal(make(kind, tmp_path, **settings))
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 import train_azr
-
 from azr.analysis import rewards as rewards_plot
+from azr.policy.sampling import Completion
+from azr.tasks import Task, judge, parse_answer
+from azr.tasks.task import Parsed, Sample
 from azr.train import arms, make_data, rewards, rules, update
 from azr.train.arms import entropy_control, off_policy, sft
 from azr.train.config import Config, resolve
 from azr.train.data import draw, fill, read_data, tokens, trimmed
-from azr.tasks.task import Parsed, Sample
-from azr.policy.sampling import Completion
-from azr.tasks import Task, judge, parse_answer
+
 
 def made(length: int) -> Sample:
     return Sample("solver", "math", "", [1], Completion([0] * length, [], "stop"), "", "g")
@@ -236,9 +236,7 @@ def test_effective_sample_size_and_truncation():
 
 def answer(task: int, mode: str = "deduction") -> Sample:
     text, completion = f"response {task}", Completion([task], [-1.0 * task], "stop")
-    return Sample(
-        "solver", mode, "", [1], completion, text, f"g{task}", task=Task(mode, "p", str(task)), correct=True
-    )
+    return Sample("solver", mode, "", [1], completion, text, f"g{task}", task=Task(mode, "p", str(task)), correct=True)
 
 
 def test_shuffled_solutions_are_those_of_other_tasks_of_the_mode():
@@ -246,9 +244,7 @@ def test_shuffled_solutions_are_those_of_other_tasks_of_the_mode():
     found = off_policy.exchanged(samples)
     assert len(found) == 4 and all(s.mode == "deduction" and s.correct for s in found)
     for sample in found:
-        assert sample.response != f"response {sample.task.input}" and sample.completion.ids != [
-            int(sample.task.input)
-        ]
+        assert sample.response != f"response {sample.task.input}" and sample.completion.ids != [int(sample.task.input)]
     assert {s.task.input for s in found} == {"1", "2", "3"}
 
 
@@ -301,9 +297,12 @@ def test_task_files_of_the_generator(tmp_path, capsys):
         read_data(again, solutions=True)
     assert make_data.main(["run", str(tmp_path), str(again)]) == 2
     capsys.readouterr()
-    for flags, words in ((["--modes", "poetry"], "poetry: there are"), (["--statements", "0"], "from 1 to 8"),
-                         (["--statements", "2,x"], "from 1 to 8"),
-                         (["--style", "full"], "needs --solutions")):  # fmt: skip
+    for flags, words in (
+        (["--modes", "poetry"], "poetry: there are"),
+        (["--statements", "0"], "from 1 to 8"),
+        (["--statements", "2,x"], "from 1 to 8"),
+        (["--style", "full"], "needs --solutions"),
+    ):
         assert make_data.main(["tiny", str(again), *flags]) == 2
         [line] = capsys.readouterr().err.splitlines()
         assert words in line
@@ -311,8 +310,8 @@ def test_task_files_of_the_generator(tmp_path, capsys):
 
 def test_task_files_of_one_difficulty_and_style(tmp_path):
     """What experiments need: programs of given lengths, thoughts of a given style, nothing that is held out."""
-    from azr.train.evaluation import statements
     from azr.tiny import split
+    from azr.train.evaluation import statements
 
     def written(*flags):
         assert make_data.main(["tiny", str(tmp_path / "made.jsonl"), "--count", "30", *flags]) == 0
@@ -337,8 +336,12 @@ def test_task_files_of_one_difficulty_and_style(tmp_path):
 
 def test_a_bad_line_is_named(tmp_path):
     path = tmp_path / "tasks.jsonl"
-    for text, words in (("{", "line 1"), ("[]", "expected a JSON object"), ("\n", "holds no tasks"),
-                        ('{"mode": "math"}', "'question' is missing")):  # fmt: skip
+    for text, words in (
+        ("{", "line 1"),
+        ("[]", "expected a JSON object"),
+        ("\n", "holds no tasks"),
+        ('{"mode": "math"}', "'question' is missing"),
+    ):
         path.write_text(text + "\n")
         with pytest.raises(ValueError, match=words):
             read_data(path, False)

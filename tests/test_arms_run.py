@@ -14,10 +14,11 @@ import torch
 
 import train_azr
 from arms_world import World, reproducible
+from azr.tasks import MODES
 from azr.train import arms, loop, make_data, rewards, rules, update
 from azr.train.arms import Arms, entropy_control, off_policy
-from azr.train.data import read_data, tokens as tokens_of
-from azr.tasks import MODES
+from azr.train.data import read_data
+from azr.train.data import tokens as tokens_of
 
 GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]
 BASE = {"off_policy_gamma": 0.25, "off_policy_source": "base"}
@@ -65,9 +66,7 @@ def recorded(samples) -> list[float]:
 def test_plain_self_play_logs_nothing_of_the_arms(world):
     none = world.run()
     assert len(none.rows) == 5 and not [
-        key
-        for key in none.rows[0]
-        if any(word in key for word in ("control", "off_policy", "tokens_", "coefficient"))
+        key for key in none.rows[0] if any(word in key for word in ("control", "off_policy", "tokens_", "coefficient"))
     ]
     assert rules.describe(none.state.config) == "" and not none.state.arms.arms
     assert all(s.update and not s.objective for s in none.trained[0])
@@ -368,9 +367,7 @@ def test_what_a_controller_knows_survives_a_resume(world, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(flags, words, files, tmp_path, capsys):
-    flags = [
-        {"TASKS": files["tasks"], "MATH": files["math"], "GOLD": files["gold"]}.get(flag, flag) for flag in flags
-    ]
+    flags = [{"TASKS": files["tasks"], "MATH": files["math"], "GOLD": files["gold"]}.get(flag, flag) for flag in flags]
     try:
         code = train_azr.main(["--out", str(tmp_path / "run"), *flags])
     except SystemExit as stop:

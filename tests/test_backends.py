@@ -12,8 +12,15 @@ from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling, StopTable
 
 TINY = Path(model_path("tiny"))
-TEXTS = ["def f(x):\n    return x + 1\n", "d", "print(", "def f(a, b):\n    c = a * b\n    return c\n\n# f(3, 4) =",
-         "x = [1, 2, 3]\n", "answer", "return"]  # fmt: skip
+TEXTS = [
+    "def f(x):\n    return x + 1\n",
+    "d",
+    "print(",
+    "def f(a, b):\n    c = a * b\n    return c\n\n# f(3, 4) =",
+    "x = [1, 2, 3]\n",
+    "answer",
+    "return",
+]
 
 
 def randomize(policy: Policy, seed: int = 0, scale: float = 0.03) -> None:

@@ -10,8 +10,8 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import bench_gpu  # noqa: E402
-from gpu import pack, tables  # noqa: E402
+import bench_gpu
+from gpu import pack, tables
 
 TINY = HERE.parent / "azr" / "tiny"  # in the place of SmolLM2
 PARTS = list(bench_gpu.PARTS)
@@ -56,8 +56,12 @@ def test_what_does_not_fit_the_time_is_left_out(tmp_path):
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
-    done = subprocess.run([sys.executable, str(HERE / "bench_gpu.py"), "--json", str(tmp_path / "x.jsonl")],
-                          capture_output=True, text=True, env={"CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, str(HERE / "bench_gpu.py"), "--json", str(tmp_path / "x.jsonl")],
+        capture_output=True,
+        text=True,
+        env={"CUDA_VISIBLE_DEVICES": ""},
+    )
     assert done.returncode == 2 and "no CUDA device here" in done.stderr
 
 
@@ -106,12 +110,16 @@ def row(name: str, ok: bool = True, part: str = "decode", **more) -> str:
 
 def test_tables_of_a_small_file(tmp_path):
     file = tmp_path / "h100-2026-01-01.jsonl"
-    lines = [row("stored, 16 rows", False, error="OutOfMemoryError: no"), row("bf16, 16 rows", left_out="no time"),
-             row("stored, 16 rows", figures={"rows": 16, "ms a step": 7.25}),
-             row("kernels", figures={"steps": 8, "kernels": [{"kernel": "gemm|x", "us": 3.0}]}),
-             row("8k tokens", part="update", figures={"planned GB": 10.0, "measured GB": 8.0}),
-             row("products", part="micro", figures={"each": [{"rows": 8, "us": 2.0}, {"rows": 16, "us": 3.0}]}),
-             row("not right", False, part="gap"), '{"cut off']  # fmt: skip
+    lines = [
+        row("stored, 16 rows", False, error="OutOfMemoryError: no"),
+        row("bf16, 16 rows", left_out="no time"),
+        row("stored, 16 rows", figures={"rows": 16, "ms a step": 7.25}),
+        row("kernels", figures={"steps": 8, "kernels": [{"kernel": "gemm|x", "us": 3.0}]}),
+        row("8k tokens", part="update", figures={"planned GB": 10.0, "measured GB": 8.0}),
+        row("products", part="micro", figures={"each": [{"rows": 8, "us": 2.0}, {"rows": 16, "us": 3.0}]}),
+        row("not right", False, part="gap"),
+        '{"cut off',
+    ]
     file.write_text("\n".join(lines))
     text = tables.tables([file])
     assert "| stored, 16 rows | 16 | 7.25 |" in text and "OutOfMemoryError" not in text  # the later one counts

@@ -21,8 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = [
     {"mode": "deduction", "program": "def f(a):\n    return [a, a + 1]", "input": "4", "output": "[4, 5]"},
     {"mode": "abduction", "program": "def f(a):\n    return a % 3", "input": "4", "output": "1"},
-    {"mode": "induction", "program": "def f(a):\n    return a * 2", "message": "double it",
-     "visible": [["1", "2"], ["2", "4"]], "hidden": [["3", "6"], ["'a'", "'aa'"]]},
+    {
+        "mode": "induction",
+        "program": "def f(a):\n    return a * 2",
+        "message": "double it",
+        "visible": [["1", "2"], ["2", "4"]],
+        "hidden": [["3", "6"], ["'a'", "'aa'"]],
+    },
 ]
 
 
@@ -37,8 +42,18 @@ def test_load_tasks(tmp_path, capsys):
     assert "1 lines repeat" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", "null", '{"mode": "deduction", "program": "def f(a): return a"}',
-                                  '{"mode": "x"}', "\x00", "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[1]",
+        "null",
+        '{"mode": "deduction", "program": "def f(a): return a"}',
+        '{"mode": "x"}',
+        "\x00",
+        "[" * 100_000,
+    ],
+)
 def test_load_tasks_names_the_bad_line(tmp_path, line):
     path = write(tmp_path / "t.jsonl", [ROWS[0], line])
     with pytest.raises(ValueError, match=re.escape(f"{path}, line 2: ")) as caught:
@@ -56,6 +71,7 @@ def test_load_tasks_refuses_an_empty_or_absent_file(tmp_path):
 
 # ---------------------------------------------------------------- evaluation
 
+
 class Scripted:
     """A policy that says given texts: characters are its tokens. It keeps the seeds it was asked with."""
 
@@ -70,11 +86,17 @@ class Scripted:
 
     def generate(self, prompts, n, sampling, seeds):
         from azr.policy.engine import Completion
+
         self.seeds += seeds
         self.calls += 1
         texts = [[next(self.answers) for _ in range(n)] for _ in prompts]
-        return [[Completion([ord(c) for c in text], [0.0] * len(text), "stop" if text.endswith(">") else "length")
-                 for text in row] for row in texts]
+        return [
+            [
+                Completion([ord(c) for c in text], [0.0] * len(text), "stop" if text.endswith(">") else "length")
+                for text in row
+            ]
+            for row in texts
+        ]
 
 
 def response(tag, text):
@@ -82,22 +104,32 @@ def response(tag, text):
 
 
 ANSWERS = [
-    response("output", "[4, 5]"), response("output", "[4,5]"), response("output", "[4, 6]"), "no idea",
-    response("input", "4"), response("input", "7"), response("input", "5"), response("input", "7"),
-    response("python", "def f(a):\n    return a + a"), response("python", "def f(a):\n    return a + a"),
-    response("python", "def f(a):\n    return 2 * int(a)"), response("python", "def f(a)\n    return"),
+    response("output", "[4, 5]"),
+    response("output", "[4,5]"),
+    response("output", "[4, 6]"),
+    "no idea",
+    response("input", "4"),
+    response("input", "7"),
+    response("input", "5"),
+    response("input", "7"),
+    response("python", "def f(a):\n    return a + a"),
+    response("python", "def f(a):\n    return a + a"),
+    response("python", "def f(a):\n    return 2 * int(a)"),
+    response("python", "def f(a)\n    return"),
 ]
 
 
 @pytest.fixture(scope="module")
 def sandbox():
     from sandbox import Sandbox
+
     with Sandbox() as box:
         yield box
 
 
 def run(tmp_path, sandbox, answers, seed=0, progress=None):
     from azr.policy.engine import Sampling
+
     tasks, policy = load_tasks(write(tmp_path / "t.jsonl", ROWS)), Scripted(answers)
     return evaluate(policy, tasks, 4, Sampling(max_new_tokens=64), "azr", sandbox, seed, progress), policy
 
@@ -122,7 +154,7 @@ def test_every_sample_has_its_own_lasting_seed(tmp_path, sandbox, monkeypatch):
     first, policy = run(tmp_path, sandbox, ANSWERS)
     seeds = list(itertools.chain(*policy.seeds))
     assert len(set(seeds)) == 12 and all(0 <= seed < 2**64 for seed in seeds)
-    assert held_out.sample_seed(0, "abc", 1) == 9302858396499162942      # the same on every machine, for good
+    assert held_out.sample_seed(0, "abc", 1) == 9302858396499162942  # the same on every machine, for good
     monkeypatch.setattr(held_out, "ANSWERS_PER_CALL", 4)
     parts, other = run(tmp_path, sandbox, ANSWERS)
     assert other.calls == 3 and other.seeds == policy.seeds and parts.to_json() == first.to_json()
@@ -136,12 +168,25 @@ def test_evaluate_refuses_nothing(tmp_path, sandbox):
 
 # ---------------------------------------------------------------- comparison and plot
 
+
 def made_up(rng, gain, samples=16, problems=40):
     tasks = []
     for index in range(problems):
         correct = int(rng.binomial(samples, min(1, (index / problems) ** 2 + gain)))
-        tasks.append(TaskResult(f"{index:x}", ("deduction", "abduction")[index % 2], samples, correct, samples, correct,
-                                1, 0, 0, [5] * samples))
+        tasks.append(
+            TaskResult(
+                f"{index:x}",
+                ("deduction", "abduction")[index % 2],
+                samples,
+                correct,
+                samples,
+                correct,
+                1,
+                0,
+                0,
+                [5] * samples,
+            )
+        )
     return EvalResult(tasks, {"template": "tiny", "sampling": {"temperature": 1.0}})
 
 
@@ -179,6 +224,7 @@ def test_no_torch_is_imported():
 
 
 # ---------------------------------------------------------------- CRUXEval
+
 
 def test_cruxeval_is_read_from_its_public_file():
     from azr.evals.benchmarks import cruxeval_tasks

@@ -2,10 +2,10 @@
 
 import sys
 
-import analyze
-import eval_passk
 import pytest
 
+import analyze
+import eval_passk
 from azr.tasks.__main__ import main as tasks
 from azr.weights import export
 
@@ -20,16 +20,32 @@ def make_tiny(arguments):
 @pytest.mark.parametrize(
     ("main", "arguments", "said"),
     [
-        (analyze.main, ["health", "runs/x", "--limts"], "analyze.py: unrecognized arguments: --limts (did you mean --limits?)"),
+        (
+            analyze.main,
+            ["health", "runs/x", "--limts"],
+            "analyze.py: unrecognized arguments: --limts (did you mean --limits?)",
+        ),
         (analyze.main, ["helth"], "argument COMMAND: invalid choice"),
-        (analyze.main, ["sparsity", "--base", "tiny"], "analyze.py sparsity: one of the arguments --adapter --tuned is req"),
-        (eval_passk.main, ["run", "--benchmark", "tiny", "--sample", "x"], "argument --samples: invalid int value: 'x'"),
+        (
+            analyze.main,
+            ["sparsity", "--base", "tiny"],
+            "analyze.py sparsity: one of the arguments --adapter --tuned is req",
+        ),
+        (
+            eval_passk.main,
+            ["run", "--benchmark", "tiny", "--sample", "x"],
+            "argument --samples: invalid int value: 'x'",
+        ),
         (eval_passk.main, ["compare", "a"], "eval_passk.py compare: the following arguments are required"),
         (export.main, ["runs/x", "--uot", "y"], "train_azr.py export: the following arguments are required: --out"),
         (tasks, ["judge", "--worker"], "python -m azr.tasks: argument --workers: expected one argument"),
-        (make_tiny, ["--hiden", "3"], "python -m azr.tiny.make: unrecognized arguments: --hiden 3 (did you mean --hidden?)"),
+        (
+            make_tiny,
+            ["--hiden", "3"],
+            "python -m azr.tiny.make: unrecognized arguments: --hiden 3 (did you mean --hidden?)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_command_line_is_one_line(capsys, monkeypatch, main, arguments, said):
     monkeypatch.setattr(sys, "argv", sys.argv)
     with pytest.raises(SystemExit) as done:

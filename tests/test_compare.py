@@ -260,9 +260,7 @@ def test_what_is_not_recorded_is_said_and_a_matched_temperature_is_allowed(tmp_p
     a = write(tmp_path / "a", [0.5] * 4, 8, 1)
     scored = dict.fromkeys(("model", "base_model", "revision", "quantization", "template", "template_hash"))
     b = write(tmp_path / "b", [0.5] * 4, 8, 2, **scored, made_by="score")
-    hot = write(
-        tmp_path / "c", [0.5] * 4, 8, 3, dtype="float32", decoding={"temperature": 0.9, "match_entropy": True}
-    )
+    hot = write(tmp_path / "c", [0.5] * 4, 8, 3, dtype="float32", decoding={"temperature": 0.9, "match_entropy": True})
     assert command(a, b) == 0
     assert "quantization is not recorded in both results" in capsys.readouterr().err
     assert command(a, hot) == 0

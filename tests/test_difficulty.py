@@ -11,9 +11,9 @@ import torch
 
 from azr.analysis import difficulty
 from azr.evals.held_out import evaluate, load_tasks
-from azr.tasks.prompts import template_hash
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import STOP
+from azr.tasks.prompts import template_hash
 from sandbox import Sandbox
 
 ROOT = Path(__file__).parents[1]
@@ -94,9 +94,7 @@ def write_run(path: Path, stages: list[list], damage: float, logged: list[float]
         (directory / "azr.json").write_text(json.dumps(info))
     config = {"model": "tiny", "seed": 0, "steps": 10, "temperature": 1.0, "max_new_tokens": 96, "max_batch": 512}
     (path / "config.json").write_text(json.dumps(config))
-    metrics = [
-        {"step": s, "held_out/all/accuracy": 0.2, "solver/deduction/response_tokens": 9.0} for s in range(1, 11)
-    ]
+    metrics = [{"step": s, "held_out/all/accuracy": 0.2, "solver/deduction/response_tokens": 9.0} for s in range(1, 11)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     with open(path / "samples.jsonl", "w") as file:
         for number, tasks in enumerate(stages):
@@ -122,9 +120,7 @@ def test_a_run_whose_tasks_get_harder(ranked, tmp_path):
     assert "The proposals get harder" in done.stdout and "No change of the solver" in done.stdout, done.stdout
     again = run_command(run, *FLAGS, "--out", tmp_path / "plots")
     assert (
-        again.returncode == 0
-        and "are taken from" in again.stderr
-        and (tmp_path / "plots" / "difficulty.png").is_file()
+        again.returncode == 0 and "are taken from" in again.stderr and (tmp_path / "plots" / "difficulty.png").is_file()
     )
     first, second = (json.loads(p.read_text()) for p in (tmp_path / "d.json", tmp_path / "plots" / "difficulty.json"))
     assert first == second

@@ -149,9 +149,12 @@ def test_a_file_gets_whole_lines_at_once(tmp_path):
 
 def test_ascii_locale_does_not_end_a_run():
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, "500"], input=b"\n", capture_output=True, timeout=60,
+        [sys.executable, "-c", CHILD, "500"],
+        input=b"\n",
+        capture_output=True,
+        timeout=60,
         env=environment(LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0"),
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr.decode()[-800:]
     text = done.stdout.decode("ascii")
     assert "\\xe9t\\xe9" in text and "+---" in text and "shown" in text

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = [sys.executable, "train_azr.py", "--doctor"]
 FAILS_WITH_A_TOKEN = """
 import os
-raise ImportError(f"undefined symbol; token {os.environ['HF_TOKEN']}, by {os.environ['USER']} in {os.environ['HOME']}/x")
+raise ImportError(f"undefined symbol; {os.environ['HF_TOKEN']}, by {os.environ['USER']} in {os.environ['HOME']}/x")
 """
 WITHOUT_SECCOMP = """
 import os, sys
@@ -49,10 +49,16 @@ def test_a_machine_without_gpu_with_secrets(tmp_path):
     home = tmp_path / "home" / "margarete"
     home.mkdir(parents=True)
     done = run(
-        [*SCRIPT, "--out", str(home / "run"), "--quantization", "nf4"], HF_TOKEN="hf_secretsecret",
-        OTHER_API_KEY="sesame-open", HOME=str(home), USER="margarete", LOGNAME="margarete", HF_HUB_OFFLINE="1",
-        CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="0",
-    )  # fmt: skip
+        [*SCRIPT, "--out", str(home / "run"), "--quantization", "nf4"],
+        HF_TOKEN="hf_secretsecret",
+        OTHER_API_KEY="sesame-open",
+        HOME=str(home),
+        USER="margarete",
+        LOGNAME="margarete",
+        HF_HUB_OFFLINE="1",
+        CUDA_VISIBLE_DEVICES="",
+        TRITON_INTERPRET="0",
+    )
     text = done.stdout
     assert done.returncode == 0 and done.stderr == "" and "Traceback" not in text, done
     assert "\x1b" not in text and max(map(len, text.splitlines())) < 80
@@ -69,10 +75,14 @@ def test_a_machine_without_gpu_with_secrets(tmp_path):
 def test_a_broken_package_is_named_without_secrets(tmp_path):
     (tmp_path / "peft.py").write_text(FAILS_WITH_A_TOKEN)
     names = {"HF_TOKEN": "hf_secretsecret", "HOME": str(tmp_path / "margarete"), "USER": "margarete"}
-    code = "from azr.machine import doctor\nfor block in doctor.packages(['numpy', 'peft']).blocks: doctor.show('', block)"
+    code = (
+        "from azr.machine import doctor\nfor block in doctor.packages(['numpy', 'peft']).blocks: doctor.show('', block)"
+    )
     done = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path), LOGNAME="margarete", **names)
     text = " ".join(done.stdout.split())
-    assert text.startswith("peft cannot be imported (ImportError: undefined symbol; token <token>, by <user> in ~/x)"), done
+    assert text.startswith(
+        "peft cannot be imported (ImportError: undefined symbol; token <token>, by <user> in ~/x)"
+    ), done
     assert "pip install" in text and "numpy" not in text
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_report import write_run
 
-from azr.analysis import reader, dynamics
+from azr.analysis import dynamics, reader
 from azr.runs import RunError
+from bench_report import write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,10 +23,15 @@ def run_dir(tmp_path_factory):
 
 
 def test_distance_of_trees():
-    same, renamed, other, deep, broken = dynamics.profiles([
-        "def f(x):\n    return x + 1", "def f(value):\n    return value + 2", "def f(x):\n    return x[::-1]",
-        "def f(x):\n    return " + "(" * 5000 + "x" + ")" * 5000, "def f(:",
-    ])  # fmt: skip
+    same, renamed, other, deep, broken = dynamics.profiles(
+        [
+            "def f(x):\n    return x + 1",
+            "def f(value):\n    return value + 2",
+            "def f(x):\n    return x[::-1]",
+            "def f(x):\n    return " + "(" * 5000 + "x" + ")" * 5000,
+            "def f(:",
+        ]
+    )
     assert dynamics.tree_distance(same, same) == 0
     assert dynamics.tree_distance(same, renamed) == 0
     assert 0.3 < dynamics.tree_distance(same, other) <= 1
@@ -58,9 +63,7 @@ def test_numbers_of_a_known_run(run_dir):
     rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
     mine = [r for r in rows if r["role"] == "proposer" and r["mode"] == "deduction" and r["step"] <= 5]
     window = found["validity"]["proposer/deduction"][0]
-    assert window["n"] == len(mine) and window["ok"]["mean"] == pytest.approx(
-        np.mean([bool(r["task"]) for r in mine])
-    )
+    assert window["n"] == len(mine) and window["ok"]["mean"] == pytest.approx(np.mean([bool(r["task"]) for r in mine]))
     assert sum(window["shares"].values()) == pytest.approx(1)
     rates = [r["solve_rate"] for r in mine if r["task"]]
     assert found["solve_rate"]["deduction/first"]["mean"]["mean"] == pytest.approx(np.mean(rates))
@@ -79,8 +82,7 @@ def test_gaps_tears_and_damage_become_notes(run_dir, tmp_path):
     run = reader.read_run(tmp_path)
     values = run.column("train/log_prob_gap")
     assert (
-        run.steps.tolist() == list(range(1, 9))
-        and np.isnan(values).tolist() == [False] * 3 + [True] * 2 + [False] * 3
+        run.steps.tolist() == list(range(1, 9)) and np.isnan(values).tolist() == [False] * 3 + [True] * 2 + [False] * 3
     )
     said = " ".join(run.notes)
     assert "torn" in said and "line 4" in said and "2 step(s)" in said and not run.finished
@@ -98,8 +100,13 @@ def test_what_is_no_run_is_refused(run_dir, tmp_path):
     (tmp_path / "young").mkdir()
     (tmp_path / "young" / "config.json").write_text((run_dir / "config.json").read_text())
     (tmp_path / "young" / "metrics.jsonl").write_text('{"step": 1, "tr')
-    for name, said in (("none", "no such"), ("empty", "is empty"), ("foreign", "not a run"), ("half", "cannot be read"),
-                       ("young", "no step")):  # fmt: skip
+    for name, said in (
+        ("none", "no such"),
+        ("empty", "is empty"),
+        ("foreign", "not a run"),
+        ("half", "cannot be read"),
+        ("young", "no step"),
+    ):
         with pytest.raises(RunError, match=said) as error:
             reader.read_run(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -109,8 +116,16 @@ def test_what_is_no_run_is_refused(run_dir, tmp_path):
 
 
 def test_command(run_dir, tmp_path):
-    command = [sys.executable, str(ROOT / "analyze.py"), "dynamics", str(run_dir), "--json", str(tmp_path / "d.json"),
-               "--out", str(tmp_path / "plots")]  # fmt: skip
+    command = [
+        sys.executable,
+        str(ROOT / "analyze.py"),
+        "dynamics",
+        str(run_dir),
+        "--json",
+        str(tmp_path / "d.json"),
+        "--out",
+        str(tmp_path / "plots"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "Share of proposals that are valid" in done.stdout

@@ -11,25 +11,36 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from azr.models import model_path
 from azr.policy import decoder
-from azr.policy.decoding import Decoding
 from azr.policy import sampling as sampling_module
 from azr.policy.cache import Pages
 from azr.policy.cpu_attention import SHARED_ROWS, ByPage
+from azr.policy.decoding import Decoding
 from azr.policy.engine import Engine
-from azr.policy.scheduler import Scheduler
-from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling, inverse_cdf, sample_tokens, seed_tensor, truncate, uniform
+from azr.policy.scheduler import Scheduler
 from test_rollout import REAL_TOKENIZER, made_up_tokenizer, make_model, prompts_of, seeds_of, stirred
 
 LORA = LoraSettings(rank=4, alpha=8)
 SIZES = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=512, initializer_range=0.15,
-)  # fmt: skip
-ROPE = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64}  # fmt: skip
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.15,
+)
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 ARCHITECTURES = {
     "qwen2": lambda **o: Qwen2Config(**SIZES, **o, tie_word_embeddings=True),
     "qwen3": lambda **o: Qwen3Config(**SIZES, **o, tie_word_embeddings=True, head_dim=32),
@@ -70,9 +81,14 @@ def policy(small) -> Policy:
 def engine_of(policy: Policy, **options) -> Engine:
     """Another engine on the same policy."""
     return Engine(
-        policy.backbone, policy.engine.head, policy.base.config, policy.tokenizer, policy.eos_ids, pad_id=policy.pad_id,
+        policy.backbone,
+        policy.engine.head,
+        policy.base.config,
+        policy.tokenizer,
+        policy.eos_ids,
+        pad_id=policy.pad_id,
         **options,
-    )  # fmt: skip
+    )
 
 
 def greedy_reference(policy, prompts, new_tokens: int) -> list[list[int]]:
@@ -82,9 +98,17 @@ def greedy_reference(policy, prompts, new_tokens: int) -> list[list[int]]:
         rows = [i for i, p in enumerate(prompts) if len(p) == length]
         ids = torch.tensor([prompts[i] for i in rows])
         out = policy.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens, num_beams=1,
-            temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=policy.pad_id,
-        )[:, length:].tolist()  # fmt: skip
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            num_beams=1,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            pad_token_id=policy.pad_id,
+        )[:, length:].tolist()
         for i, row in zip(rows, out):
             end = next((t + 1 for t, token in enumerate(row) if token in policy.eos_ids), new_tokens)
             done[i] = row[:end]
@@ -143,9 +167,10 @@ OPTIONS = {
 def test_samples_do_not_depend_on_slots_pages_or_blocks(options, policy, monkeypatch):
     preempted = []
     monkeypatch.setattr(
-        Scheduler, "preempt",
+        Scheduler,
+        "preempt",
         lambda self, s, real=Scheduler.preempt: (preempted.append(s), real(self, s)),
-    )  # fmt: skip
+    )
     prompts = mixed_prompts(2) + [[7]]
     sampling, seeds = Sampling(temperature=0.9, top_p=0.95, max_new_tokens=24), seeds_of(len(prompts), 2)
     wide = policy.generate(prompts, 2, sampling, seeds)
@@ -177,13 +202,15 @@ def test_a_prompt_is_prefilled_once_and_its_full_pages_are_shared(policy, monkey
     engine = engine_of(policy, page_size=8, max_batch=6)
     prefilled, most = [], []
     monkeypatch.setattr(
-        Decoding, "prefill",
+        Decoding,
+        "prefill",
         lambda self, fresh, real=Decoding.prefill: (prefilled.extend(fresh), real(self, fresh)),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(
-        Decoding, "hidden",
+        Decoding,
+        "hidden",
         lambda self, *a, real=Decoding.hidden: (most.append(max(self.scheduler.pages.users)), real(self, *a))[1],
-    )  # fmt: skip
+    )
     a, b = prompts_of(2, low=20, high=30)
     out = engine.generate([a, b, a, b, a], 8, Sampling(max_new_tokens=6), seeds_of(5, 8))
     assert len(prefilled) == 2  # 40 samples through 6 slots, two distinct prompts
@@ -196,9 +223,7 @@ def test_limits_for_each_prompt(policy):
     sampling = Sampling(max_new_tokens=30, stop=())
     full = policy.generate(prompts, 2, sampling, seeds)
     for block in (1, 8):
-        out = engine_of(policy, block=block).generate(
-            prompts, 2, sampling, seeds, max_new_tokens=[1, 2, 3, 9, 17, 30]
-        )
+        out = engine_of(policy, block=block).generate(prompts, 2, sampling, seeds, max_new_tokens=[1, 2, 3, 9, 17, 30])
         for row, whole, limit in zip(out, full, [1, 2, 3, 9, 17, 30]):
             assert [c.ids for c in row] == [c.ids[:limit] for c in whole]
     with pytest.raises(ValueError, match="max_new_tokens"):

@@ -16,20 +16,27 @@ import torch
 
 from azr.analysis import entropy
 from azr.analysis.divergence import divergences, open_policy, token_divergences
-from azr.policy.opening import agree
 from azr.fits import difference_of_means, linear_fit, ratio_of_sums
-from azr.train.metrics import entropy_metrics
+from azr.policy.opening import agree
 from azr.policy.policy import LoraSettings, Policy
+from azr.train.metrics import entropy_metrics
 
 ROOT = Path(__file__).parents[1]
 TEXTS = [
-    ("User: solve deduction\n```python\ndef f(x):\n    return x+1\n```\n```input\n3\n```\nAssistant: <think>",
-     "</think><answer>```output\n4\n```\n</answer>"),
-    ("User: solve abduction\n```python\ndef f(x):\n    return x[::-1]\n```\n```output\n'ab'\n```\nAssistant: <think>",
-     "</think><answer>```input\n'ba'\n```\n</answer>"),
-    ("User: propose deduction\n```python\ndef f(x):\n    return x-4\n```\n```input\n3\n```\nAssistant: <think>",
-     "</think><answer>```python\ndef f(x):\n    return x*2\n```\n```input\n5\n```\n</answer>"),
-]  # fmt: skip
+    (
+        "User: solve deduction\n```python\ndef f(x):\n    return x+1\n```\n```input\n3\n```\nAssistant: <think>",
+        "</think><answer>```output\n4\n```\n</answer>",
+    ),
+    (
+        "User: solve abduction\n```python\ndef f(x):\n    return x[::-1]\n```\n"
+        "```output\n'ab'\n```\nAssistant: <think>",
+        "</think><answer>```input\n'ba'\n```\n</answer>",
+    ),
+    (
+        "User: propose deduction\n```python\ndef f(x):\n    return x-4\n```\n```input\n3\n```\nAssistant: <think>",
+        "</think><answer>```python\ndef f(x):\n    return x*2\n```\n```input\n5\n```\n</answer>",
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from azr.models import model_path
 from azr.evals import run, score
 from azr.evals.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
 from azr.evals.grade import Answer, Grader, program_text, task_answer
+from azr.models import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data" / "benchmarks"
@@ -116,9 +116,7 @@ def test_templates(tmp_path):
     tiny = load("tiny")
     assert len(tiny.items) == 2100 and prompt(tiny.items[0], "tiny").startswith("User: solve deduction")
     assert prompt(code.items[0], "plain") == HALF["prompt"] and HALF["prompt"] in prompt(code.items[0], "azr")
-    assert "[4, 5]" not in prompt(crux.items[0], "plain") and prompt(maths.items[0], "direct").endswith(
-        "The answer is"
-    )
+    assert "[4, 5]" not in prompt(crux.items[0], "plain") and prompt(maths.items[0], "direct").endswith("The answer is")
     assert stop_strings(code, "plain") and stop_strings(crux, "azr") == ("</answer>",)
     hashes = {template_hash(b, t) for b in (crux, code) for t in ("azr", "plain")} | {template_hash(maths, "direct")}
     assert len(hashes) == 5 and template_hash(crux, "azr") == template_hash(maths, "azr")
@@ -227,9 +225,7 @@ def test_base_and_plus_are_both_reported(tmp_path):
 
 
 def test_whatever_an_answer_holds_it_is_graded(tmp_path):
-    rows = [
-        {"task_id": "a", "answer": text} for text in ("\ud800", "\0", None, 17, "9" * 10_000_000, "[" * 1_000_000)
-    ]
+    rows = [{"task_id": "a", "answer": text} for text in ("\ud800", "\0", None, 17, "9" * 10_000_000, "[" * 1_000_000)]
     _, graded = scored(tmp_path, "cruxeval-o", write(tmp_path / "c.jsonl", CRUX), rows, [1])
     reasons = [row["reason"] for row in graded]
     assert reasons == ["syntax", "syntax", "no_answer", "wrong", "too_large", "too_large"]
@@ -289,9 +285,7 @@ def test_score_needs_no_torch_and_k_above_n_is_refused(tmp_path):
     )
     arguments = ["score", str(samples), "--benchmark", f"cruxeval-o={file}", "--out", str(out)]
     for more, said in (([], "exit 0 False"), (["--k", "2"], "exit 2 False")):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments, *more], capture_output=True, text=True, cwd=ROOT
-        )
+        done = subprocess.run([sys.executable, "-c", code, *arguments, *more], capture_output=True, text=True, cwd=ROOT)
         assert done.stdout.splitlines()[-1] == said, done.stderr
     assert "has only 1 samples" in done.stderr and done.stderr.count("\n") == 1
     assert json.loads((out / "result.json").read_text())["made_by"] == "score"
@@ -390,8 +384,8 @@ def adapter(tmp_path_factory):
     """A sharpened model: the base with its answers pushed by random LoRA weights."""
     import torch
 
-    from azr.tasks.prompts import template_hash as hash_of
     from azr.policy.policy import LoraSettings, Policy
+    from azr.tasks.prompts import template_hash as hash_of
 
     directory = tmp_path_factory.mktemp("adapter")
     policy = Policy.load(model_path("tiny"), "none", LoraSettings(4, 8.0))
@@ -420,16 +414,12 @@ def test_an_adapter_is_measured_as_it_was_trained(adapter):
 
 def test_the_temperature_that_gives_the_bases_entropy(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "MATCH_ANSWERS", 40)
-    _, info = run.run(
-        settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path
-    )
+    _, info = run.run(settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path)
     matched = info["matched"]
     assert matched["temperature"] >= 0.5 and info["decoding"]["match_entropy"]
     close = abs(matched["entropy"] - matched["base_entropy"]) <= 0.05 * matched["base_entropy"]
     assert close or matched["temperature"] == 0.5 and matched["entropy"] >= matched["base_entropy"]
-    _, again = run.run(
-        settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path
-    )
+    _, again = run.run(settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path)
     assert again == info
     with pytest.raises(ValueError, match="needs --adapter"):
         settings(match_entropy=True)
@@ -505,9 +495,7 @@ def test_maths_references_are_right_and_others_wrong(tmp_path):
             own = grader.grade(
                 [Answer(a.task_id, f"So it is $\\boxed{{{a.task.answer}}}$.", "completion") for a in items]
             )
-            other = grader.grade(
-                [Answer(a.task_id, f"So \\boxed{{{b.task.answer}}}", "completion") for a, b in pairs]
-            )
+            other = grader.grade([Answer(a.task_id, f"So \\boxed{{{b.task.answer}}}", "completion") for a, b in pairs])
         assert all(grade.correct for grade in own), name
         assert sum(grade.correct for grade in other) <= 0.02 * len(pairs), name
 

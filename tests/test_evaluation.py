@@ -10,19 +10,19 @@ import pytest
 
 import train_azr
 from azr.evals import benchmarks
-from azr.train import evaluation, start
-from azr.train.arms import Arms
-from azr.train.rollouts import judged
-from azr.train.config import Config, resolve
-from azr.train.evaluation import Evaluation, evenly, statements
 from azr.evals.held_out import load_tasks
-from azr.train.metrics import step_metrics
-from azr.tasks.program import skeleton
 from azr.models import model_path
-from azr.tasks.prompts import fence
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.policy.sampling import Completion
 from azr.tasks import MODES, SEED_TASKS, Buffers, Sample, Task, parse_answer, parse_proposal
+from azr.tasks.program import skeleton
+from azr.tasks.prompts import fence
+from azr.train import evaluation, start
+from azr.train.arms import Arms
+from azr.train.config import Config, resolve
+from azr.train.evaluation import Evaluation, evenly, statements
+from azr.train.metrics import step_metrics
+from azr.train.rollouts import judged
 from sandbox import Sandbox
 
 TINY = Path(model_path("tiny"))
@@ -52,11 +52,16 @@ def filled() -> Buffers:
 
 
 def test_skeletons_know_structure_and_nothing_else():
-    same = ["def f(a):\n    p=a+3\n    return p", "def f(x): # add\n  q = x+70\n\n  return q",
-            "def f(x):\n    'adds'\n    y=x+0.5e3\n    return y"]  # fmt: skip
+    same = [
+        "def f(a):\n    p=a+3\n    return p",
+        "def f(x): # add\n  q = x+70\n\n  return q",
+        "def f(x):\n    'adds'\n    y=x+0.5e3\n    return y",
+    ]
     assert len(set(map(skeleton, same))) == 1
-    others = [f"def f({names}):\n    p={value}\n    return p" for names, value in
-              (("a", "a-3"), ("a", "3+a"), ("a, b", "a+3"), ("a", "a+'c'"), ("a", "a+a"))]  # fmt: skip
+    others = [
+        f"def f({names}):\n    p={value}\n    return p"
+        for names, value in (("a", "a-3"), ("a", "3+a"), ("a, b", "a+3"), ("a", "a+'c'"), ("a", "a+a"))
+    ]
     assert len(set(map(skeleton, others + same))) == 6
     texts = ["def f(a):\n    return a+'c'", 'def f(b):\n    return b + "it"', "def f(a):\n    return a+r'\\d'"]
     assert len(set(map(skeleton, texts))) == 1
@@ -124,9 +129,12 @@ def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_
     policy = Policy.load(str(TINY), "none", LoraSettings(2, 4.0))
     free = "def f(x):\n    p=x+3\n    q=p-x\n    return [q, p, x]"
     by_mode = {mode: next(t for t in held_out if t.mode == mode and statements(t.program) == 2) for mode in MODES}
-    rows = [("deduction", by_mode["deduction"].program.replace("p", "other"), by_mode["deduction"].input),
-            ("abduction", by_mode["abduction"].program, by_mode["abduction"].input),
-            ("induction", by_mode["induction"].program, ""), ("deduction", free, "2")]  # fmt: skip
+    rows = [
+        ("deduction", by_mode["deduction"].program.replace("p", "other"), by_mode["deduction"].input),
+        ("abduction", by_mode["abduction"].program, by_mode["abduction"].input),
+        ("induction", by_mode["induction"].program, ""),
+        ("deduction", free, "2"),
+    ]
     samples = []
     for i, (mode, program, given) in enumerate(rows):
         text = fence("python", program) + fence("input", given)
@@ -141,7 +149,9 @@ def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_
     with Sandbox(1) as sandbox:
         state = start.make_state(train_azr.State, config, policy, sandbox, tmp_path, Arms())
         train_azr.validate_all(state, samples)
-        assert [s.reason for s in samples] == ["held_out"] * 3 + ["ok"] and [s for s in samples if s.task] == samples[3:]
+        assert [s.reason for s in samples] == ["held_out"] * 3 + ["ok"] and [s for s in samples if s.task] == samples[
+            3:
+        ]
         answers = judged(state, [answer(samples[3].task, text) for text in ("[3, 5, 2]", "0")])
         train_azr.set_rewards(state, samples, answers, answers)
     assert [s.reward for s in samples[:3]] == [-1] * 3 and samples[3].reward == 0.5

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr.weights import export, export_check, model_card, nf4
-from azr.weights.reference import AdapterUpdate
 from azr.evals.held_out import EvalResult, TaskResult, load_tasks
+from azr.models import model_path
 from azr.policy.load import LoraSettings
 from azr.policy.opening import Opening
-from azr.models import model_path
-from azr.tasks.prompts import solve_prompt, template_hash
 from azr.policy.policy import Policy
 from azr.runs import Run
+from azr.tasks.prompts import solve_prompt, template_hash
+from azr.weights import export, export_check, model_card, nf4
+from azr.weights.reference import AdapterUpdate
 from azr.weights.sizes import compare
 
 ROOT = Path(__file__).parents[1]
@@ -445,9 +445,7 @@ def test_the_card_says_what_was_measured(tiny_run, tmp_path):
 def test_licences_as_far_as_known(tmp_path):
     licence = lambda base: model_card.licence(base, tmp_path)  # noqa: E731
     assert licence("Qwen/Qwen2.5-Coder-3B")["license_name"] == "qwen-research"
-    assert (
-        licence("Qwen/Qwen2.5-Coder-7B") == licence("Qwen/Qwen2.5-Coder-1.5B-Instruct") == {"license": "apache-2.0"}
-    )
+    assert licence("Qwen/Qwen2.5-Coder-7B") == licence("Qwen/Qwen2.5-Coder-1.5B-Instruct") == {"license": "apache-2.0"}
     assert licence("some/model") == {"license": "unknown"}
     (tmp_path / "README.md").write_text("---\nlicense: llama3.2\ntags:\n- x\n---\n# A model\n")
     assert licence("some/model") == {"license": "llama3.2"}  # the base's own card comes first

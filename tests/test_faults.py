@@ -21,14 +21,14 @@ import torch
 
 import train_azr
 from azr import runs
-from azr.policy import backoff
-from azr.train import checkpoint, loop, rollouts, update
-from azr.train.config import Config, completed, resolve
-from azr.policy.engine import Engine
-from azr.train.evaluation import Evaluation
 from azr.models import model_path
+from azr.policy import backoff
+from azr.policy.engine import Engine
 from azr.policy.policy import Policy
 from azr.runs import Run, newest_intact
+from azr.train import checkpoint, loop, rollouts, update
+from azr.train.config import Config, completed, resolve
+from azr.train.evaluation import Evaluation
 from sandbox import Sandbox, SandboxError
 from sandbox.outcomes import Job
 
@@ -103,9 +103,7 @@ def assert_same(out, whole) -> None:
     for name in ("samples.jsonl", "checkpoints/best.json", "probe.jsonl"):
         assert (out / name).read_bytes() == (whole[0] / name).read_bytes(), name
     for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
-        assert (out / "checkpoints/step_3" / name).read_bytes() == (
-            whole[0] / "checkpoints/step_3" / name
-        ).read_bytes()
+        assert (out / "checkpoints/step_3" / name).read_bytes() == (whole[0] / "checkpoints/step_3" / name).read_bytes()
 
 
 def lines_of(text: str, words: str) -> list[str]:

@@ -10,11 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
 
-import first_run  # noqa: E402
-from first_run import FORCED, TEMPERATURES, THINKING, Figures  # noqa: E402
-from gate_numbers import BEYOND, level, stratified  # noqa: E402
-
-from azr.evals.held_out import load_tasks  # noqa: E402
+import first_run
+from azr.evals.held_out import load_tasks
+from first_run import FORCED, TEMPERATURES, THINKING, Figures
+from gate_numbers import BEYOND, level, stratified
 
 SAMPLES = 8
 README = "a\n<!-- first-run -->\nold\n<!-- end -->\nb\n"
@@ -33,12 +32,22 @@ def made_up(tmp_path: Path, after: float, forced: float) -> dict:
     """first_run.json about a model directory with 18 tasks, two seeds. The base solves .2 of them, greedily half."""
     lines = [f"    {name}=x+{i}\n" for i, name in enumerate("pqrstu", 1)]
     programs = [f"def f(x):\n{''.join(lines[:size])}    return {'pqrstu'[size - 1]}" for size in range(1, 7)]
-    tasks = [{"mode": mode, "program": program, "input": "1", "output": str(size + 1)}
-             for mode in ("deduction", "abduction") for size, program in enumerate(programs, 1)]  # fmt: skip
+    tasks = [
+        {"mode": mode, "program": program, "input": "1", "output": str(size + 1)}
+        for mode in ("deduction", "abduction")
+        for size, program in enumerate(programs, 1)
+    ]
     for size in range(1, 7):
         pairs = [[str(i), str(i + size)] for i in range(10)]
-        tasks.append({"mode": "induction", "program": programs[size - 1], "message": "m",
-                      "visible": pairs[:5], "hidden": pairs[5:]})  # fmt: skip
+        tasks.append(
+            {
+                "mode": "induction",
+                "program": programs[size - 1],
+                "message": "m",
+                "visible": pairs[:5],
+                "hidden": pairs[5:],
+            }
+        )
     (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
     rng = np.random.default_rng(0)
 
@@ -80,8 +89,12 @@ def test_an_abduction_cannot_be_forced_and_counts_as_the_base_at_its_best(tmp_pa
 
 def test_the_pages_are_filled_and_filled_again(tmp_path):
     data = made_up(tmp_path, 1.0, 0.5)
-    data["parts"]["example"] = {"model": "seed 0", "before": "</think>1", "after": "p=1;</think>2",
-                                "task": {"program": "def f(x): ...", "input": "1", "output": "2"}}  # fmt: skip
+    data["parts"]["example"] = {
+        "model": "seed 0",
+        "before": "</think>1",
+        "after": "p=1;</think>2",
+        "task": {"program": "def f(x): ...", "input": "1", "output": "2"},
+    }
     out = tmp_path / "out"
     out.mkdir()
     (out / "first_run.json").write_text(json.dumps(data))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from azr.analysis import forgetting
-from azr.tasks.prompts import template_hash
 from azr.policy.policy import LoraSettings, Policy
+from azr.tasks.prompts import template_hash
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "azr" / "tiny"
@@ -78,8 +78,11 @@ def run_dir(tmp_path_factory):
     (path / "config.json").write_text(json.dumps(config))
     (path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     prompt = "User: {} deduction\n```python\ndef f(x):\n    return x+1\n```\n```input\n3\n```\nAssistant: <think>"
-    rows = [{"role": role, "mode": "deduction", "prompt": prompt.format(verb), "response": "</think><answer>"}
-            for role, verb in (("proposer", "propose"), ("solver", "solve")) for _ in range(4)]  # fmt: skip
+    rows = [
+        {"role": role, "mode": "deduction", "prompt": prompt.format(verb), "response": "</think><answer>"}
+        for role, verb in (("proposer", "propose"), ("solver", "solve"))
+        for _ in range(4)
+    ]
     (path / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from azr.policy.cpu_attention import ByPage
 from azr.models import model_path
+from azr.policy.cpu_attention import ByPage
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from random_weights import with_values_in_B
 
@@ -45,7 +45,7 @@ def test_with_the_trainers_attention_the_sampler_computes_the_trainers_bits(dtyp
         decoder.release()
         theirs = policy.backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
     assert ours.dtype == theirs.dtype == dtype
-    # In fp16 LoRA's product with zeros between the blocks of its B adds in another order: 17 % on the CPU it was written on
+    # In fp16 LoRA's product with zeros between the blocks of its B adds in another order: 17 % on the CPU of its author
     assert (ours != theirs).float().mean() < 0.3
 
 
@@ -93,8 +93,10 @@ def test_the_residual_is_fp32_in_half_precision_only():
     for dtype in (torch.bfloat16, torch.float32):
         policy = load(dtype=dtype)
         layers = policy.backbone.layers
-        hooks = [part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-                 for part in (layers[-1].input_layernorm, layers[-1].mlp)]  # fmt: skip
+        hooks = [
+            part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+            for part in (layers[-1].input_layernorm, layers[-1].mlp)
+        ]
         again = Policy(policy.model, policy.tokenizer, policy.info, policy.eos_ids)  # hooks are not added twice
         again.score_lists(texts(1), [[5, 6]])
         for hook in hooks:

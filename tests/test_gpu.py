@@ -6,22 +6,28 @@ import io
 import pytest
 import torch
 
-from azr.policy import load, gpu
-from azr.policy.gpu import Facts, has_kernels, library_problem, why_unusable
 from azr.models import model_path
+from azr.policy import gpu, load
+from azr.policy.gpu import Facts, has_kernels, library_problem, why_unusable
 from azr.policy.policy import ModelError, Policy
 
 CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 CU126 = ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 # torch's own words: c10/cuda/CUDAFunctions.cpp, torch/csrc/cuda/Module.cpp, torch/cuda/__init__.py
-NO_DRIVER = ("Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver "
-             "from http://www.nvidia.com/Download/index.aspx")  # fmt: skip
-TOO_OLD = ("The NVIDIA driver on your system is too old (found version {}). Please update your GPU driver by "
-           "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
-           "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your "
-           "version of the CUDA driver.")  # fmt: skip
-COUNT = ("Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices() "
-         "that might have already set an error? Error {}")  # fmt: skip
+NO_DRIVER = (
+    "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver "
+    "from http://www.nvidia.com/Download/index.aspx"
+)
+TOO_OLD = (
+    "The NVIDIA driver on your system is too old (found version {}). Please update your GPU driver by "
+    "downloading and installing a new version from the URL: http://www.nvidia.com/Download/index.aspx "
+    "Alternatively, go to: https://pytorch.org to install a PyTorch version that has been compiled with your "
+    "version of the CUDA driver."
+)
+COUNT = (
+    "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices() "
+    "that might have already set an error? Error {}"
+)
 NEW_FOR_CU130 = "pip install torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"
 NEW_FOR_CU126 = "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
 
@@ -41,10 +47,14 @@ def test_cards_that_the_pinned_torch_has_kernels_for(name, capability):
 @pytest.mark.parametrize(
     "given, words",
     [
-        (facts("2.13.0+cpu", None, error="Torch not compiled with CUDA enabled"),
-         ["this torch is a CPU build (2.13.0+cpu)", "there is no NVIDIA driver"]),
-        (facts("2.13.0+cpu", None, error="Torch not compiled with CUDA enabled", driver="580.65.06"),
-         ["CPU build", NEW_FOR_CU130]),
+        (
+            facts("2.13.0+cpu", None, error="Torch not compiled with CUDA enabled"),
+            ["this torch is a CPU build (2.13.0+cpu)", "there is no NVIDIA driver"],
+        ),
+        (
+            facts("2.13.0+cpu", None, error="Torch not compiled with CUDA enabled", driver="580.65.06"),
+            ["CPU build", NEW_FOR_CU130],
+        ),
         (facts("2.13.0+cpu", None, error="Torch not compiled with CUDA enabled", driver="550.54.15"), [NEW_FOR_CU126]),
         (facts(error=NO_DRIVER), ["torch says: Found no NVIDIA driver on your system;", "docker run --gpus all"]),
         (facts(error=TOO_OLD.format(12080)), ["is too old (found version 12080)", NEW_FOR_CU126]),
@@ -52,21 +62,29 @@ def test_cards_that_the_pinned_torch_has_kernels_for(name, capability):
         (facts(error=TOO_OLD.format(11040)), ["update the NVIDIA driver to 525 or newer"]),
         (facts("2.16.0+cu132", error=TOO_OLD.format(12080)), [NEW_FOR_CU126]),  # 2.15 has no build for CUDA 12
         (facts("2.11.0+cu130", error=TOO_OLD.format(12080)), ["torch==2.11.0+cu126 "]),
-        (facts(error=COUNT.format("804: forward compatibility was attempted on non supported HW"), driver="535.1.2"),
-         ["Error 804: forward compatibility was attempted on non supported HW", NEW_FOR_CU126]),
+        (
+            facts(error=COUNT.format("804: forward compatibility was attempted on non supported HW"), driver="535.1.2"),
+            ["Error 804: forward compatibility was attempted on non supported HW", NEW_FOR_CU126],
+        ),
         (facts(error=COUNT.format("802: system not yet initialized")), ["start nvidia-fabricmanager"]),
         (facts(error="No CUDA GPUs are available", visible=""), ["unset CUDA_VISIBLE_DEVICES"]),
         (facts(error="No CUDA GPUs are available", visible="-1"), ["unset CUDA_VISIBLE_DEVICES"]),
         (facts(error="No CUDA GPUs are available"), ["No CUDA GPUs are available", "nvidia-smi"]),
-        (facts(name="V100", capability=(7, 0), kernels=CU130, driver="580.65.06"),
-         ["torch 2.13.0+cu130 has no kernels for V100 (compute capability 7.0), only for sm_75", NEW_FOR_CU126]),
-        (facts("2.13.0+cu126", "12.6", name="5090", capability=(12, 0), kernels=CU126, driver="580.65.06"),
-         ["5090", NEW_FOR_CU130]),
-        (facts("2.6.0+cu124", "12.4", name="5090", capability=(12, 0), kernels=CU126, driver="570.86.10"),
-         ["update the NVIDIA driver to 580"]),
+        (
+            facts(name="V100", capability=(7, 0), kernels=CU130, driver="580.65.06"),
+            ["torch 2.13.0+cu130 has no kernels for V100 (compute capability 7.0), only for sm_75", NEW_FOR_CU126],
+        ),
+        (
+            facts("2.13.0+cu126", "12.6", name="5090", capability=(12, 0), kernels=CU126, driver="580.65.06"),
+            ["5090", NEW_FOR_CU130],
+        ),
+        (
+            facts("2.6.0+cu124", "12.4", name="5090", capability=(12, 0), kernels=CU126, driver="570.86.10"),
+            ["update the NVIDIA driver to 580"],
+        ),
         (facts(name="K80", capability=(3, 7), kernels=CU130, driver="470.1.1"), ["take a newer card"]),
     ],
-)  # fmt: skip
+)
 def test_machines_that_are_refused(given, words):
     line = why_unusable(given)
     assert all(word in line for word in words), line
@@ -94,14 +112,22 @@ def test_these_facts_are_about_this_machine():
     "problem, words",
     [
         (library_problem(None, "No module named 'bitsandbytes'", None), ["pip install bitsandbytes", "none"]),
-        (library_problem("0.50.2", "No compatible CUDA binary found at /x.so", "14.0", ("12.6", "13.0")),
-         ["bitsandbytes 0.50.2 has no library for CUDA 14.0 (it has 12.6, 13.0)", "pip install -U bitsandbytes"]),
-        (library_problem("0.50.2", "No compatible CUDA binary found at /x.so", "13.0", ("12.6",), "99"),
-         ["unset BNB_CUDA_VERSION"]),
-        (library_problem("0.50.2", "libcublas.so.13: cannot open shared object file: No such file", "13.0", ("13.0",)),
-         ["libcublas.so.13", "install torch again"]),
+        (
+            library_problem("0.50.2", "No compatible CUDA binary found at /x.so", "14.0", ("12.6", "13.0")),
+            ["bitsandbytes 0.50.2 has no library for CUDA 14.0 (it has 12.6, 13.0)", "pip install -U bitsandbytes"],
+        ),
+        (
+            library_problem("0.50.2", "No compatible CUDA binary found at /x.so", "13.0", ("12.6",), "99"),
+            ["unset BNB_CUDA_VERSION"],
+        ),
+        (
+            library_problem(
+                "0.50.2", "libcublas.so.13: cannot open shared object file: No such file", "13.0", ("13.0",)
+            ),
+            ["libcublas.so.13", "install torch again"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_bitsandbytes_without_its_library(problem, words):
     assert all(word in problem for word in words) and "\n" not in problem
 
@@ -189,7 +215,9 @@ def test_what_bitsandbytes_puts_in_place_of_a_missing_library(monkeypatch):
     from bitsandbytes import cextension
 
     monkeypatch.delenv("BNB_CUDA_VERSION", raising=False)
-    lost = cextension.ErrorHandlerMockBNBNativeLibrary("No compatible CUDA binary found at /x/libbitsandbytes_cuda140.so")
+    lost = cextension.ErrorHandlerMockBNBNativeLibrary(
+        "No compatible CUDA binary found at /x/libbitsandbytes_cuda140.so"
+    )
     monkeypatch.setattr(cextension, "lib", lost)
     line = gpu.why_no_four_bit()
     assert "pip install -U bitsandbytes" in line and "(it has 1" in line and "\n" not in line

@@ -13,15 +13,25 @@ from types import SimpleNamespace
 import pytest
 
 from azr.analysis import health
-from azr.train.config import Config
 from azr.analysis.conditions import WINDOW
 from azr.analysis.health import CHECKS, Health, Watch, example
+from azr.train.config import Config
 from azr.train.metrics import commonest_share
 
 ROOT = Path(__file__).parents[1]
-CONFIG = {"learning_rate": 1e-3, "references": 2, "answers": 8, "temperature": 1.0, "max_new_tokens": 128,
-          "token_budget": 4096, "max_batch": None, "attn": "auto", "rollout_weights": "stored",
-          "proposer_reward": "learnability", "entropy_control": "none"}  # fmt: skip
+CONFIG = {
+    "learning_rate": 1e-3,
+    "references": 2,
+    "answers": 8,
+    "temperature": 1.0,
+    "max_new_tokens": 128,
+    "token_budget": 4096,
+    "max_batch": None,
+    "attn": "auto",
+    "rollout_weights": "stored",
+    "proposer_reward": "learnability",
+    "entropy_control": "none",
+}
 # role, mode: rates as logged; 16 proposals a mode, those refused by reason
 LOGGED = {
     "deduction": (0.8125, {"error": 1, "forbidden": 1, "no_program": 1}, 0.77, 0.087),
@@ -142,8 +152,10 @@ CASES = {  # name: (steps, what triggers it, what just does not, words of the wa
     "one-answer": (
         5,
         lambda s: {"solver/abduction/commonest_share": 0.5},
-        lambda s: {"solver/abduction/commonest_share": 0.38}
-        | {"solver/deduction/commonest_share": 1.0, "solver/deduction/tasks": 2},
+        lambda s: (
+            {"solver/abduction/commonest_share": 0.38}
+            | {"solver/deduction/commonest_share": 1.0, "solver/deduction/tasks": 2}
+        ),
         "the same answer to everything (abduction 50 %)",
         ["--learning-rate 0.0005"],
     ),
@@ -203,7 +215,7 @@ CASES = {  # name: (steps, what triggers it, what just does not, words of the wa
         "tokens of a micro-batch 4096 -> 1024",
         ["--preset"],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -300,18 +312,22 @@ def test_runs_without_proposers():
 
 def test_flags_that_are_named_exist():
     known = {"--" + field.name.replace("_", "-") for field in fields(Config)}
-    settings = [CONFIG, {}, CONFIG | {"rollout_weights": "bf16", "attn": "sdpa", "entropy_control": "kl-cov"},
-                CONFIG | {"temperature": 2.0, "proposer_reward": "gate"},
-                CONFIG | {"temperature": 0.6, "attn": "sdpa"}]  # fmt: skip
+    settings = [
+        CONFIG,
+        {},
+        CONFIG | {"rollout_weights": "bf16", "attn": "sdpa", "entropy_control": "kl-cov"},
+        CONFIG | {"temperature": 2.0, "proposer_reward": "gate"},
+        CONFIG | {"temperature": 0.6, "attn": "sdpa"},
+    ]
     reasons = "no_format duplicate too_long infra timeout memory not_literal syntax".split()
     texts = []
     for config in settings:
         for steps, past, *_ in CASES.values():
             texts += [f.text() for f in run(steps, past, config).said]
         for reason in reasons:
-            texts += [f.text() for f in run(9, lambda s: refuse("deduction", reason, 16), config).said]  # noqa: B023
+            texts += [f.text() for f in run(9, lambda s: refuse("deduction", reason, 16), config).said]
         easy = {"solver/induction/zero_advantage_rate": 1.0, "solver/induction/accuracy": 0.99}
-        texts += [f.text() for f in run(9, lambda s: easy, config).said]  # noqa: B023
+        texts += [f.text() for f in run(9, lambda s: easy, config).said]
     named = {flag for text in texts for flag in re.findall(r"--[a-z-]+", text)}
     assert len(named) > 10 and named <= known, named - known
 
@@ -342,14 +358,15 @@ def test_a_resumed_run_says_what_an_undisturbed_one_does(tmp_path, stopped_after
 
 
 def test_the_example_is_the_last_of_its_reason(tmp_path):
-    rows = [(1, "proposer", "induction", "wrong_count", "one"),
-            (2, "proposer", "induction", "wrong_count", "two\nlines"),
-            (2, "proposer", "deduction", "wrong_count", "no"), (2, "solver", "induction", "wrong_count", "no"),
-            (3, "proposer", "induction", "wrong_count", "later")]  # fmt: skip
+    rows = [
+        (1, "proposer", "induction", "wrong_count", "one"),
+        (2, "proposer", "induction", "wrong_count", "two\nlines"),
+        (2, "proposer", "deduction", "wrong_count", "no"),
+        (2, "solver", "induction", "wrong_count", "no"),
+        (3, "proposer", "induction", "wrong_count", "later"),
+    ]
     names = ("step", "role", "mode", "reason", "response")
-    (tmp_path / "samples.jsonl").write_text(
-        "".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows) + '{"st'
-    )
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows) + '{"st')
     f = health.Finding("refused", 2, "", "", 1.0, ("induction",), ("induction", "wrong_count"))
     assert example(tmp_path, f) == repr("two\nlines")
     assert example(tmp_path / "none", f) is None

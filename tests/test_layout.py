@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = ({"ground"}, {"tasks"}, {"policy", "tiny"}, {"machine"}, {"evals"}, {"train", "weights"}, {"analysis"}, {"scripts"})
+FLOORS = (
+    {"ground"},
+    {"tasks"},
+    {"policy", "tiny"},
+    {"machine"},
+    {"evals"},
+    {"train", "weights"},
+    {"analysis"},
+    {"scripts"},
+)
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
@@ -31,8 +40,8 @@ def room(module: str) -> str:
 
 
 def imports(module: str, annotations: bool = True) -> list[tuple[str, str | None]]:
-    """(module of azr, name taken from it) of every import in a file, also inside functions; without `annotations`, those
-    under TYPE_CHECKING are left out."""
+    """(module of azr, name taken from it) of every import in a file, also inside functions; without `annotations`,
+    those under TYPE_CHECKING are left out."""
     found, tree = [], ast.parse(MODULES[module].read_text(encoding="utf-8"))
     skipped = set()
     for node in ast.walk(tree):

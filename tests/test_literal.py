@@ -21,14 +21,34 @@ WIDE = Limits(1_000_000, 200_000, depth=100, int_bits=100_000, complex_numbers=T
 # --- examples ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, text", [
-    (None, "None"), (True, "True"), (-5, "-5"), (0.1 + 0.2, "0.30000000000000004"), (-0.0, "-0.0"),
-    ("it's", '"it\'s"'),
-    (b"\x00a", "b'\\x00a'"), ([], "[]"), ((), "()"), ((1,), "(1,)"), ([1, (2, 3)], "[1, (2, 3)]"), (set(), "set()"),
-    ({30, 4, 5}, "{4, 5, 30}"), (frozenset(), "frozenset()"), (frozenset({2, 1}), "frozenset({1, 2})"),
-    ({"b": 1, "a": [None]}, "{'b': 1, 'a': [None]}"), (float("inf"), "float('inf')"), (-math.inf, "float('-inf')"),
-    (float("nan"), "float('nan')"), ("\ud800", "'\\ud800'"), (Counter("aab"), "{'a': 2, 'b': 1}"),
-    (OrderedDict(x=1), "{'x': 1}"), (defaultdict(int, {1: 2}), "{1: 2}")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "None"),
+        (True, "True"),
+        (-5, "-5"),
+        (0.1 + 0.2, "0.30000000000000004"),
+        (-0.0, "-0.0"),
+        ("it's", '"it\'s"'),
+        (b"\x00a", "b'\\x00a'"),
+        ([], "[]"),
+        ((), "()"),
+        ((1,), "(1,)"),
+        ([1, (2, 3)], "[1, (2, 3)]"),
+        (set(), "set()"),
+        ({30, 4, 5}, "{4, 5, 30}"),
+        (frozenset(), "frozenset()"),
+        (frozenset({2, 1}), "frozenset({1, 2})"),
+        ({"b": 1, "a": [None]}, "{'b': 1, 'a': [None]}"),
+        (float("inf"), "float('inf')"),
+        (-math.inf, "float('-inf')"),
+        (float("nan"), "float('nan')"),
+        ("\ud800", "'\\ud800'"),
+        (Counter("aab"), "{'a': 2, 'b': 1}"),
+        (OrderedDict(x=1), "{'x': 1}"),
+        (defaultdict(int, {1: 2}), "{1: 2}"),
+    ],
+)
 def test_canonical_text(value, text):
     assert canon(value) == text
     assert canon(parse(text)) == text
@@ -41,10 +61,26 @@ class Always(int):
     __hash__ = int.__hash__
 
 
-@pytest.mark.parametrize("value", [
-    ..., 1j, range(3), iter([]), (x for x in ()), bytearray(b"a"), Always(1), [Always(1)], {1: Always(2)}, object(),
-    int,
-    {}.keys(), type("S", (str,), {})("a"), type("L", (list,), {})(), math])
+@pytest.mark.parametrize(
+    "value",
+    [
+        ...,
+        1j,
+        range(3),
+        iter([]),
+        (x for x in ()),
+        bytearray(b"a"),
+        Always(1),
+        [Always(1)],
+        {1: Always(2)},
+        object(),
+        int,
+        {}.keys(),
+        type("S", (str,), {})("a"),
+        type("L", (list,), {})(),
+        math,
+    ],
+)
 def test_other_types_are_refused(value):
     with pytest.raises(NotLiteral):
         canon(value)
@@ -63,17 +99,45 @@ def shared():
     return value
 
 
-@pytest.mark.parametrize("value", ["a" * 20_000, b"a" * 20_000, 1 << 5000, list(range(5000)), cyclic(), shared(),
-                                   ["x" * 9000, "y" * 9000], {i: i for i in range(4000)}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a" * 20_000,
+        b"a" * 20_000,
+        1 << 5000,
+        list(range(5000)),
+        cyclic(),
+        shared(),
+        ["x" * 9000, "y" * 9000],
+        {i: i for i in range(4000)},
+    ],
+)
 def test_too_large_values_are_refused(value):
     with pytest.raises(TooLarge):
         canon(value)
 
 
-@pytest.mark.parametrize("text", [
-    "[" * 30 + "]" * 30, "(" * 5000 + "1" + ")" * 5000, "-" * 16_000 + "1", "9**9**9", "9" * 2000, "0x" + "f" * 1100,
-    "[" + "1, " * 5000 + "]", "'" + "a" * 20_000 + "'", "[" * 16_000, "{" * 16_000, "'" * 16_001, "\\" * 10_000,
-    "1e" * 8000, "((((" * 4000, "'\\" * 8000, "#" * 16_385])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 30 + "]" * 30,
+        "(" * 5000 + "1" + ")" * 5000,
+        "-" * 16_000 + "1",
+        "9**9**9",
+        "9" * 2000,
+        "0x" + "f" * 1100,
+        "[" + "1, " * 5000 + "]",
+        "'" + "a" * 20_000 + "'",
+        "[" * 16_000,
+        "{" * 16_000,
+        "'" * 16_001,
+        "\\" * 10_000,
+        "1e" * 8000,
+        "((((" * 4000,
+        "'\\" * 8000,
+        "#" * 16_385,
+    ],
+)
 def test_bombs_are_refused_at_once(text):
     with pytest.raises(LiteralError):
         parse(text)
@@ -81,49 +145,158 @@ def test_bombs_are_refused_at_once(text):
         parse_args(text)
 
 
-@pytest.mark.parametrize("text", [
-    "", " ", "1 2", "1,,2", "[1", "1]", "{1: }", "{1, 2: 3}", "{[]}", "{{}: 1}", "{[1]: 2}", "01", "0x", "1_", "1__0",
-    "1if 1 else 2",
-    "'a", "'''a'", "'a\nb'", "b'\xe9'", "'a' b'b'", "f'a'", "rb'a' 'b'", "'\\x4'", "'\\u12'", "'\\N{no such name}'",
-    "'\\U00110000'", "True.real", "x", "None()", "range(5)", "f(5)", "lambda: 1", "[x for x in []]", "1 + 2", "2 * 3",
-    "1 + 2j",
-    "not 1", "-True", "--1", "-'a'", "*[1]", "**{}", "...", "1 if 1 else 2", "__import__('os')", "float('1')",
-    "float(1)",
-    "set(1)", "frozenset('ab')", "1) or (True", "[1](0)", "'a'.upper()", "1;2", "a=1", "\0", "'\0'", "'\ud800'", "$",
-    "1\\ 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "1 2",
+        "1,,2",
+        "[1",
+        "1]",
+        "{1: }",
+        "{1, 2: 3}",
+        "{[]}",
+        "{{}: 1}",
+        "{[1]: 2}",
+        "01",
+        "0x",
+        "1_",
+        "1__0",
+        "1if 1 else 2",
+        "'a",
+        "'''a'",
+        "'a\nb'",
+        "b'\xe9'",
+        "'a' b'b'",
+        "f'a'",
+        "rb'a' 'b'",
+        "'\\x4'",
+        "'\\u12'",
+        "'\\N{no such name}'",
+        "'\\U00110000'",
+        "True.real",
+        "x",
+        "None()",
+        "range(5)",
+        "f(5)",
+        "lambda: 1",
+        "[x for x in []]",
+        "1 + 2",
+        "2 * 3",
+        "1 + 2j",
+        "not 1",
+        "-True",
+        "--1",
+        "-'a'",
+        "*[1]",
+        "**{}",
+        "...",
+        "1 if 1 else 2",
+        "__import__('os')",
+        "float('1')",
+        "float(1)",
+        "set(1)",
+        "frozenset('ab')",
+        "1) or (True",
+        "[1](0)",
+        "'a'.upper()",
+        "1;2",
+        "a=1",
+        "\0",
+        "'\0'",
+        "'\ud800'",
+        "$",
+        "1\\ 2",
+    ],
+)
 def test_texts_that_are_no_literals(text):
     with pytest.raises(LiteralError):
         parse(text)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("5 # five", 5), ("# five\n5", 5), ("1, 2", (1, 2)), ("1,", (1,)), ("[1, 2,]", [1, 2]), ("(1)", 1), ("-(1)", -1),
-    ("'a' \"b\"", "ab"), ("'''a\r\nb'''", "a\nb"), (r"r'\d'", "\\d"),
-    (r"'\x41\101\u0042\N{BULLET}\q'", "AAB\u2022\\q"),
-    (r"b'\x41\u0042\777'", b"A\\u0042\xff"), ("'a\\\nb'", "ab"), ("0x_ff", 255), ("1_0.5e-1", 1.05), (".5", 0.5),
-    ("5.", 5.0),
-    ("1e400", math.inf), ("{1: 2, 1: 3}", {1: 3}), ("'\u00e9'", "\u00e9"), ("(\n1,\n)", (1,)), ("set([1])", {1}),
-    ("frozenset((1,))", frozenset({1})), ("float('-inf')", -math.inf)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("5 # five", 5),
+        ("# five\n5", 5),
+        ("1, 2", (1, 2)),
+        ("1,", (1,)),
+        ("[1, 2,]", [1, 2]),
+        ("(1)", 1),
+        ("-(1)", -1),
+        ("'a' \"b\"", "ab"),
+        ("'''a\r\nb'''", "a\nb"),
+        (r"r'\d'", "\\d"),
+        (r"'\x41\101\u0042\N{BULLET}\q'", "AAB\u2022\\q"),
+        (r"b'\x41\u0042\777'", b"A\\u0042\xff"),
+        ("'a\\\nb'", "ab"),
+        ("0x_ff", 255),
+        ("1_0.5e-1", 1.05),
+        (".5", 0.5),
+        ("5.", 5.0),
+        ("1e400", math.inf),
+        ("{1: 2, 1: 3}", {1: 3}),
+        ("'\u00e9'", "\u00e9"),
+        ("(\n1,\n)", (1,)),
+        ("set([1])", {1}),
+        ("frozenset((1,))", frozenset({1})),
+        ("float('-inf')", -math.inf),
+    ],
+)
 def test_readings(text, value):
     assert parse(text) == value and type(parse(text)) is type(value)
 
 
-@pytest.mark.parametrize("text, args, kwargs", [
-    ("", (), {}), ("1", (1,), {}), ("1, 'a', k=[2], ", (1, "a"), {"k": [2]}), ("dict(a=1), 'u'", ({"a": 1}, "u"), {}),
-    ("''.join(['A'] * 3)", ("AAA",), {}), ("'a-b'.upper().split('-'), n=1", (["A", "B"],), {"n": 1}),
-    ("'a' + 'b' * 2", ("abb",), {}),
-    ("[[0]] * 2 + [[1]]", ([[0], [0], [1]],), {}), ("caf\u00e9=1", (), {"caf\u00e9": 1})])
+@pytest.mark.parametrize(
+    "text, args, kwargs",
+    [
+        ("", (), {}),
+        ("1", (1,), {}),
+        ("1, 'a', k=[2], ", (1, "a"), {"k": [2]}),
+        ("dict(a=1), 'u'", ({"a": 1}, "u"), {}),
+        ("''.join(['A'] * 3)", ("AAA",), {}),
+        ("'a-b'.upper().split('-'), n=1", (["A", "B"],), {"n": 1}),
+        ("'a' + 'b' * 2", ("abb",), {}),
+        ("[[0]] * 2 + [[1]]", ([[0], [0], [1]],), {}),
+        ("caf\u00e9=1", (), {"caf\u00e9": 1}),
+    ],
+)
 def test_arguments(text, args, kwargs):
     assert parse_args(text) == (args, kwargs)
 
 
-@pytest.mark.parametrize("text", [
-    "k=1, 2", "k=1, k=2", "None=1", "if=2", "*[1]", "**{}", "1 2", ")", "1)(2", "x for x in []", "1 + 2",
-    "[0] * 10 ** 9",
-    "[0] * 100000", "'a' * 100000 * 100000", "''.join(['a' * 16000] * 4000)", "'a'.format(1)", "'a'.__class__",
-    "'%s' % 1",
-    "[1].pop()", "'a'.split('')", "(lambda x: x)(1)", "dict(1)", "dict(a=1, a=2)", "dict([(1, 2)])", "range(5)",
-    "open('x')"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "k=1, 2",
+        "k=1, k=2",
+        "None=1",
+        "if=2",
+        "*[1]",
+        "**{}",
+        "1 2",
+        ")",
+        "1)(2",
+        "x for x in []",
+        "1 + 2",
+        "[0] * 10 ** 9",
+        "[0] * 100000",
+        "'a' * 100000 * 100000",
+        "''.join(['a' * 16000] * 4000)",
+        "'a'.format(1)",
+        "'a'.__class__",
+        "'%s' % 1",
+        "[1].pop()",
+        "'a'.split('')",
+        "(lambda x: x)(1)",
+        "dict(1)",
+        "dict(a=1, a=2)",
+        "dict([(1, 2)])",
+        "range(5)",
+        "open('x')",
+    ],
+)
 def test_arguments_that_are_refused(text):
     with pytest.raises(LiteralError):
         parse_args(text)
@@ -149,6 +322,7 @@ def test_large_integers_are_hexadecimal():
 
 def test_benchmark_values():
     import re
+
     assert canon([1 - 2j, re.match("a", "ab")], WIDE) == "[complex(1.0, -2.0), True]"
     assert parse("[complex(1.0, -2.0), 1-2j, (3)+(4j), -0-1j]", WIDE) == [1 - 2j, 1 - 2j, 3 + 4j, -1j]
     for text in ("1+2", "1j+2j", "1+-2j", "complex('1')"):
@@ -166,45 +340,123 @@ def test_colliding_keys_are_refused():
 
 def sys_hash_modulus():
     import sys
+
     return sys.hash_info.modulus
 
 
-@pytest.mark.parametrize("a, b, same", [
-    (1, 1.0, True), (1, True, True), ([1], (1,), False), ("1", 1, False), ({1}, frozenset({1}), True),
-    (0.0, -0.0, True),
-    (0.1 + 0.2, 0.3, True), (1.0, 1.0 + 1e-6, False), (1e-300, 0.0, False), (math.nan, math.nan, True),
-    ([math.nan], [math.nan], True),
-    ({math.nan}, {math.nan}, True), ({"a": 0.1 + 0.2}, {"a": 0.3}, True), ({0.1 + 0.2: 1}, {0.3: 1}, True),
-    (2 ** 60, float(2 ** 60), True),
-    (2 ** 60 + 1, float(2 ** 60), False), (10 ** 400, math.inf, False), ({(0.1 + 0.2, 1), (5, 6)}, {(5, 6), (0.3, 1)},
-                                                                         True),
-    ({0.3: 1, 0.1 + 0.2: 2}, {0.3: 2, 0.1 + 0.2: 1}, False), ({1: 2}, {1: 2, 3: 4}, False), (b"a", "a", False),
-    (None, 0, False),
-    ({1.0, 2.0}, {1.0, 2.5}, False), (1, 1 + 1e-12, False), (math.inf, math.inf, True), (math.inf, 1e308, False)])
+@pytest.mark.parametrize(
+    "a, b, same",
+    [
+        (1, 1.0, True),
+        (1, True, True),
+        ([1], (1,), False),
+        ("1", 1, False),
+        ({1}, frozenset({1}), True),
+        (0.0, -0.0, True),
+        (0.1 + 0.2, 0.3, True),
+        (1.0, 1.0 + 1e-6, False),
+        (1e-300, 0.0, False),
+        (math.nan, math.nan, True),
+        ([math.nan], [math.nan], True),
+        ({math.nan}, {math.nan}, True),
+        ({"a": 0.1 + 0.2}, {"a": 0.3}, True),
+        ({0.1 + 0.2: 1}, {0.3: 1}, True),
+        (2**60, float(2**60), True),
+        (2**60 + 1, float(2**60), False),
+        (10**400, math.inf, False),
+        ({(0.1 + 0.2, 1), (5, 6)}, {(5, 6), (0.3, 1)}, True),
+        ({0.3: 1, 0.1 + 0.2: 2}, {0.3: 2, 0.1 + 0.2: 1}, False),
+        ({1: 2}, {1: 2, 3: 4}, False),
+        (b"a", "a", False),
+        (None, 0, False),
+        ({1.0, 2.0}, {1.0, 2.5}, False),
+        (1, 1 + 1e-12, False),
+        (math.inf, math.inf, True),
+        (math.inf, 1e308, False),
+    ],
+)
 def test_equality(a, b, same):
     assert equal(a, b) is same and equal(b, a) is same
 
 
 # --- against ast.literal_eval --------------------------------------------------------------------------------
 
-ALPHABET = ["[", "]", "(", ")", "{", "}", ",", ":", "'", '"', "'''", "\\", "\n", " ", "\t", "#", "0", "1", "9", "_",
-            ".", "e", "E", "x", "j",
-            "-", "+", "True", "None", "b", "r", "u", "f", "N", "set()", "...", "a", "\u00e9", "\\x41", "\\u00e9",
-            "\\N{DASH}", "*", "=", "\r",
-            "float('nan')", "frozenset(", "0x1f", "1e5", "\f"]
+ALPHABET = [
+    "[",
+    "]",
+    "(",
+    ")",
+    "{",
+    "}",
+    ",",
+    ":",
+    "'",
+    '"',
+    "'''",
+    "\\",
+    "\n",
+    " ",
+    "\t",
+    "#",
+    "0",
+    "1",
+    "9",
+    "_",
+    ".",
+    "e",
+    "E",
+    "x",
+    "j",
+    "-",
+    "+",
+    "True",
+    "None",
+    "b",
+    "r",
+    "u",
+    "f",
+    "N",
+    "set()",
+    "...",
+    "a",
+    "\u00e9",
+    "\\x41",
+    "\\u00e9",
+    "\\N{DASH}",
+    "*",
+    "=",
+    "\r",
+    "float('nan')",
+    "frozenset(",
+    "0x1f",
+    "1e5",
+    "\f",
+]
 NAMES = {"__builtins__": {}, "float": float, "set": set, "frozenset": frozenset, "dict": dict}
 
 
 def random_value(rng, depth=0):
     kind = rng.randrange(12 if depth < 4 else 6)
     if kind < 6:
-        return rng.choice([None, True, rng.randrange(-1000, 1000), rng.getrandbits(200), rng.gauss(0, 1e6),
-                           "\u00e9'\"\\\n\x00z"[rng.randrange(8):],
-                           bytes([rng.randrange(256)]), 1e300 * rng.choice([1, 1e300]), "text", float("nan")])
+        return rng.choice(
+            [
+                None,
+                True,
+                rng.randrange(-1000, 1000),
+                rng.getrandbits(200),
+                rng.gauss(0, 1e6),
+                "\u00e9'\"\\\n\x00z"[rng.randrange(8) :],
+                bytes([rng.randrange(256)]),
+                1e300 * rng.choice([1, 1e300]),
+                "text",
+                float("nan"),
+            ]
+        )
     items = [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
     hashable = [item for item in items if not literal.has_set(item) and type(item) not in (list, dict, tuple)]
-    return [list(items), tuple(items), set(hashable), frozenset(hashable), {key: items for key in hashable},
-            items][kind - 6]
+    return [list(items), tuple(items), set(hashable), frozenset(hashable), {key: items for key in hashable}, items][
+        kind - 6
+    ]
 
 
 def random_text(rng):
@@ -216,14 +468,14 @@ def random_text(rng):
         place = rng.randrange(len(text) + 1)
         change = rng.randrange(4)
         if change == 0:
-            text = text[:place] + text[place + rng.randrange(1, 3):]
+            text = text[:place] + text[place + rng.randrange(1, 3) :]
         elif change == 1:
             text = text[:place] + rng.choice(ALPHABET) + text[place:]
         elif change == 2:
             other = rng.randrange(len(text) + 1)
-            text = text[:place] + text[min(place, other):max(place, other)] + text[place:]
+            text = text[:place] + text[min(place, other) : max(place, other)] + text[place:]
         else:
-            text = text[:place] + rng.choice(ALPHABET) + text[place + 1:]
+            text = text[:place] + rng.choice(ALPHABET) + text[place + 1 :]
     return text
 
 
@@ -258,8 +510,7 @@ def test_fuzz_against_literal_eval():
 def test_fuzz_of_arguments():
     rng, accepted = random.Random(7), 0
     for _ in range(20_000 if LONG else 8_000):
-        parts = [rng.choice(["", "", "k=", "x = ", "k=",
-                             "*"]) + random_text(rng)[:60] for _ in range(rng.randrange(3))]
+        parts = [rng.choice(["", "", "k=", "x = ", "k=", "*"]) + random_text(rng)[:60] for _ in range(rng.randrange(3))]
         text = rng.choice([", ", ",", " ", ", ,"]).join(parts)
         good, value = reading(parse_args, text)
         if good:
@@ -273,9 +524,16 @@ def test_fuzz_of_arguments():
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20) | st.binary(max_size=20)
 keys = st.recursive(scalars, lambda part: st.tuples(part, part) | st.frozensets(part, max_size=3), max_leaves=5)
-values = st.recursive(scalars, lambda part: st.lists(part, max_size=4) | st.tuples(part, part) | st.sets(keys,
-                                                                                                         max_size=4)
-                      | st.dictionaries(keys, part, max_size=4), max_leaves=20)
+values = st.recursive(
+    scalars,
+    lambda part: (
+        st.lists(part, max_size=4)
+        | st.tuples(part, part)
+        | st.sets(keys, max_size=4)
+        | st.dictionaries(keys, part, max_size=4)
+    ),
+    max_leaves=20,
+)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import get_peft_model_state_dict
 
-from azr.policy import lora
 from azr.models import model_path
+from azr.policy import lora
 from azr.policy.policy import LoraSettings, Policy
 from random_weights import with_values_in_B
 

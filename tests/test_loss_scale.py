@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import train_azr
-from azr.train import loop, loss_scale
-from azr.policy.backoff import Sizes
-from azr.train.config import Config, resolve
-from azr.train.loss_scale import FIRST, GROW_AFTER, MOST, LossScale
 from azr.models import model_path
-from azr.tasks.prompts import solve_prompt
+from azr.policy.backoff import Sizes
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
+from azr.tasks.prompts import solve_prompt
+from azr.train import loop, loss_scale
+from azr.train.config import Config, resolve
+from azr.train.loss_scale import FIRST, GROW_AFTER, MOST, LossScale
 
 
 def stirred(dtype: str) -> Policy:

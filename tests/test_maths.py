@@ -82,7 +82,8 @@ RIGHT = [
     (r"\text{Evelyn}", "Evelyn"),
     ("x^2-1", "(x-1)(x+1)"),
     (r"\{1,2\}", r"\{2, 1\}"),
-    ("4.5e33", r"4.5 \times 10^{33}"), ("12", "+".join(["1"] * 12)),
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    ("12", "+".join(["1"] * 12)),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]
 WRONG = [
@@ -129,7 +130,8 @@ def test_a_worker_that_was_killed_is_started_again(grader):
 def test_sympy_stays_out_of_this_process():
     pytest.importorskip("math_verify")
     code = (
-        "import sys; from azr.evals.math_answers import MathGrader\nwith MathGrader(1) as g: print(g.grade([('1/2', '0.5')])[0].ok, "
+        "import sys; from azr.evals.math_answers import MathGrader\nwith MathGrader(1) as g: "
+        "print(g.grade([('1/2', '0.5')])[0].ok, "
         "'sympy' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

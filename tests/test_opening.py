@@ -3,12 +3,12 @@
 import json
 import re
 
-import analyze
-import eval_passk
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import analyze
+import eval_passk
 from azr.models import model_path
 from azr.policy.opening import ModelError, agree, check_base, check_template, checkpoints_of
 from azr.policy.policy import LoraSettings, Policy
@@ -76,10 +76,11 @@ def refusals(capsys, adapter, flags, tmp_path):
         "eval_passk.py": (eval_passk.main, [*run, "--out", tmp_path / "eval", "--adapter", adapter, *flags]),
         "analyze.py sparsity": (analyze.main, ["sparsity", "--base", "tiny", "--adapter", adapter, *flags]),
         "analyze.py entropy": (
-            analyze.main, ["entropy", "--model", "tiny", "--data", probe, "--adapter", adapter, *flags],
+            analyze.main,
+            ["entropy", "--model", "tiny", "--data", probe, "--adapter", adapter, *flags],
         ),
         "train_azr.py export": (export.main, [adapter, "--base", "tiny", "--out", tmp_path / "merged"]),
-    }  # fmt: skip
+    }
     if flags:  # export has no flag that could contradict azr.json
         del commands["train_azr.py export"]
     lines = {}
@@ -137,8 +138,9 @@ def test_a_commit_and_a_fingerprint_are_no_contradiction_and_another_wording_is(
     assert "cannot be compared" in check_base(hub, {"revision": "sha256:1"})[0]
     assert check_base(hub, {"revision": "c" * 40, "tokenizer_hash": None}) == []
     with pytest.raises(ModelError, match="another base than .*double_quant"):
-        check_base(agree("tiny", changed(checkpoint, tmp_path / "b", record={"double_quant": True})),
-                   {"double_quant": False})  # fmt: skip
+        check_base(
+            agree("tiny", changed(checkpoint, tmp_path / "b", record={"double_quant": True})), {"double_quant": False}
+        )
     check_template(hub, "azr", "new")
     with pytest.raises(ModelError, match="another wording of the tiny prompts"):
         check_template(hub, "tiny", "new")

@@ -15,12 +15,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the child
 
-from azr.policy import attention as paged_attention  # noqa: E402
-from azr.policy.attention import AttentionError, choose_attention, paged_decode, unusable  # noqa: E402
+from azr.policy import attention as paged_attention
+from azr.policy.attention import AttentionError, choose_attention, paged_decode, unusable
 
 LENGTHS = [1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 256, 257, 300]
-SHAPES = {"qwen-3b": (16, 2, 128), "qwen-7b": (28, 4, 128), "qwen-0.5b": (14, 2, 64), "tiny": (4, 2, 32),
-          "no groups": (3, 3, 16)}  # fmt: skip
+SHAPES = {
+    "qwen-3b": (16, 2, 128),
+    "qwen-7b": (28, 4, 128),
+    "qwen-0.5b": (14, 2, 64),
+    "tiny": (4, 2, 32),
+    "no groups": (3, 3, 16),
+}
 
 
 def make_case(lengths, heads, kv_heads, dim, page_size, dtype=torch.float32, shared=0, seed=0):
@@ -140,8 +145,9 @@ def test_flash_attn_is_called_as_it_must_be_and_wrong_values_are_noticed(probe_o
         wrong = 0.0
 
         @classmethod
-        def flash_attn_with_kvcache(cls, q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal,
-                                    num_splits):  # fmt: skip
+        def flash_attn_with_kvcache(
+            cls, q, k_cache, v_cache, *, cache_seqlens, block_table, softmax_scale, causal, num_splits
+        ):
             calls.append((q.shape, k_cache.shape[1] % 256, num_splits, int(block_table.min()), causal))
             out = paged_decode("sdpa", q[:, 0], k_cache, v_cache, block_table, cache_seqlens, softmax_scale)
             return out[:, None] + cls.wrong
@@ -206,8 +212,7 @@ def test_a_backend_with_wrong_values_is_refused(interpreted):
     """The interpreter multiplies the bits of bfloat16 as integers, so it is a real wrong backend."""
     assert interpreted["fp32"][:2] == ["triton", 64]
     assert (
-        interpreted["bf16"][0] == "sdpa"
-        and "triton cannot be used: it differs from SDPA by" in interpreted["bf16"][2]
+        interpreted["bf16"][0] == "sdpa" and "triton cannot be used: it differs from SDPA by" in interpreted["bf16"][2]
     )
 
 
@@ -221,10 +226,28 @@ def test_triton_kernel_compiles_for_gpus(capability, tmp_path, monkeypatch):
 
     from azr.policy import triton_attention as kernels
 
-    sizes = dict(HEADS=16, GROUP=8, ROWS=16, DIM=128, COLUMNS=128, PAGE=64, SPLIT=kernels.SPLIT, BLOCK=kernels.BLOCK,
-                 TOGETHER=kernels.TOGETHER)  # fmt: skip
-    types = dict(q="*bf16", k_pages="*bf16", v_pages="*bf16", out="*bf16", partial="*fp32", log_sum="*fp32",
-                 block_table="*i32", lengths="*i32", scale="fp32")  # fmt: skip
+    sizes = dict(
+        HEADS=16,
+        GROUP=8,
+        ROWS=16,
+        DIM=128,
+        COLUMNS=128,
+        PAGE=64,
+        SPLIT=kernels.SPLIT,
+        BLOCK=kernels.BLOCK,
+        TOGETHER=kernels.TOGETHER,
+    )
+    types = dict(
+        q="*bf16",
+        k_pages="*bf16",
+        v_pages="*bf16",
+        out="*bf16",
+        partial="*fp32",
+        log_sum="*fp32",
+        block_table="*i32",
+        lengths="*i32",
+        scale="fp32",
+    )
     for kernel in (kernels._split_kernel, kernels._combine_kernel):
         names = kernel.arg_names
         signature = {n: "constexpr" if n in sizes else types.get(n, "i32") for n in names}

@@ -195,6 +195,5 @@ def test_the_file_needs_numpy_alone():
     code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); before = set(sys.modules); import azr.passk
 print(sorted(name for name in set(sys.modules) - before if name.startswith("azr") or name in ("torch", "scipy")))"""
     assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-        == "['azr', 'azr.passk']\n"
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "['azr', 'azr.passk']\n"
     )

@@ -7,16 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from azr.models import model_path
 from azr.machine import plan
 from azr.machine.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
+from azr.models import model_path
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("size, total", [
-    ("0.5B", 494_032_768), ("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512),
-    ("14B", 14_770_033_664)])
+@pytest.mark.parametrize(
+    "size, total",
+    [
+        ("0.5B", 494_032_768),
+        ("1.5B", 1_543_714_304),
+        ("3B", 3_085_938_688),
+        ("7B", 7_615_616_512),
+        ("14B", 14_770_033_664),
+    ],
+)
 def test_parameter_totals_are_those_of_the_published_checkpoints(size, total):
     assert QWEN25[size].parameters == total
     assert shape_of(f"Qwen/Qwen2.5-Coder-{size}") == shape_of(f"Qwen/Qwen2.5-{size}-Instruct") == QWEN25[size]
@@ -27,8 +34,15 @@ def test_parameters_equal_those_of_a_real_model(tmp_path):
     import peft
     import torch
     import transformers
-    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 96, "vocab_size": 100}
+
+    sizes = {
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "vocab_size": 100,
+    }
     for kind, tied in (("Qwen2", True), ("Qwen2", False), ("Llama", False)):
         config = getattr(transformers, f"{kind}Config")(**sizes, tie_word_embeddings=tied)
         config.save_pretrained(tmp_path)
@@ -39,7 +53,8 @@ def test_parameters_equal_those_of_a_real_model(tmp_path):
         for targets, names in (("all-linear", "all-linear"), ("attention", ["q_proj", "k_proj", "v_proj", "o_proj"])):
             adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=names))
             assert shape.lora_parameters(4, targets) == sum(
-                p.numel() for p in adapted.parameters() if p.requires_grad), (kind, targets)
+                p.numel() for p in adapted.parameters() if p.requires_grad
+            ), (kind, targets)
             model = adapted.unload()
 
 
@@ -54,8 +69,8 @@ def test_bytes_against_reference_figures():
 
 @pytest.mark.parametrize("tokens, peak", [(8192, 5.28), (32768, 13.1)])
 def test_training_totals_against_what_an_h200_measured(tokens, peak):
-    """The peak of a micro-batch of a 3B, which had no moments of Adam yet (results/gpu/h200-2026-11-26-second.jsonl) and
-    a residual stream in bf16: in fp32 each layer's input takes two bytes more."""
+    """The peak of a micro-batch of a 3B, which had no moments of Adam yet (results/gpu/h200-2026-11-26-second.jsonl),
+    and a residual stream in bf16: in fp32 each layer's input takes two bytes more."""
     preset = dataclasses.replace(PRESETS["24gb"], token_budget=tokens)
     shape = QWEN25["3B"]
     later = (8 * shape.lora_parameters(32) + 2 * shape.hidden * shape.layers * tokens) / GB
@@ -86,8 +101,21 @@ def test_what_is_unknown_is_said(tmp_path):
         choose_preset("9gb", "qwen-3b", None)
 
 
-@pytest.mark.parametrize("free_gib, name", [(7.6, "8gb"), (11.5, "12gb"), (15.6, "16gb"), (23.3, "24gb"), (31.4, "32gb"), (39.3, "40gb"),
-                                            (47, "48gb"), (79, "80gb"), (139, "80gb"), (4, "8gb")])
+@pytest.mark.parametrize(
+    "free_gib, name",
+    [
+        (7.6, "8gb"),
+        (11.5, "12gb"),
+        (15.6, "16gb"),
+        (23.3, "24gb"),
+        (31.4, "32gb"),
+        (39.3, "40gb"),
+        (47, "48gb"),
+        (79, "80gb"),
+        (139, "80gb"),
+        (4, "8gb"),
+    ],
+)
 def test_auto_takes_the_largest_that_is_free(free_gib, name):
     preset, why = choose_preset("auto", "qwen-3b", int(free_gib * GIB))
     assert preset.name == name and name in why and f"{free_gib:.1f} GiB" in why
@@ -167,8 +195,10 @@ def test_rendering_is_plain_and_narrow():
 
 
 def test_no_torch_is_imported_and_aliases_stay_next_to_the_file():
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); from azr.machine import plan; "
-            "plan.render(plan.plan_memory(plan.shape_of('qwen-3b'), plan.PRESETS['24gb'], 2e10)); "
-            "print('torch' in sys.modules)")
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from azr.machine import plan; "
+        "plan.render(plan.plan_memory(plan.shape_of('qwen-3b'), plan.PRESETS['24gb'], 2e10)); "
+        "print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
     assert model_path("tiny") == str(ROOT / "azr" / "tiny") and model_path("some/where") == "some/where"

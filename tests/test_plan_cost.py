@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 
 import bench_plan
-from azr.models import model_path
 from azr.machine import cost, plan
+from azr.machine.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
+from azr.models import model_path
 from azr.policy import backoff
+from azr.policy.policy import SHARED_ROW, LoraSettings, Policy
 from azr.train import memory_probe, update
 from azr.train.config import Config, resolve
-from azr.machine.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
-from azr.policy.policy import SHARED_ROW, LoraSettings, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -94,9 +94,7 @@ def test_disk_counts_adapters_that_stay_and_states_that_are_pruned():
     plan_ = made()
     adapter = 4 * QWEN25["3B"].lora_parameters(32)
     parts = cost.disk(plan_, "qwen-3b", 500, 25, keep_states=2)
-    assert (
-        parts["adapters"] == 21 * adapter and parts["states"] == 9 * adapter
-    )  # steps 0, 25, ... 500; one is written
+    assert parts["adapters"] == 21 * adapter and parts["states"] == 9 * adapter  # steps 0, 25, ... 500; one is written
     assert parts["download"] > 2 * QWEN25["3B"].parameters
     assert cost.disk(plan_, str(ROOT / "azr" / "tiny"), 500, 0)["download"] == 0
 
@@ -109,8 +107,23 @@ def test_dry_run_of_a_large_model_needs_no_gpu_and_no_network():
     config, end = json.JSONDecoder().raw_decode(out)
     assert (code, err) == (0, "") and config["max_new_tokens"] == 2048 and config["quantization"] == "nf4"
     rest = out[end:]
-    for word in ("weights", "LoRA + Adam", "KV cache", "activations", "logits", "overhead", "head-room", "propose",
-                 "solve", "validate", "update", "500 steps", "$0.44/h", "samples.jsonl", "model files"):  # fmt: skip
+    for word in (
+        "weights",
+        "LoRA + Adam",
+        "KV cache",
+        "activations",
+        "logits",
+        "overhead",
+        "head-room",
+        "propose",
+        "solve",
+        "validate",
+        "update",
+        "500 steps",
+        "$0.44/h",
+        "samples.jsonl",
+        "model files",
+    ):
         assert word in rest, word
     assert "computed, not measured on this card" in rest and "assumed" in rest
     assert all(len(line) <= 80 for line in rest.splitlines()), max(rest.splitlines(), key=len)

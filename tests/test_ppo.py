@@ -49,8 +49,12 @@ def test_proposer_advantages_by_hand():
 def test_the_published_advantages_are_whitened_over_tokens():
     rewards, lengths = tensor(1, -0.5, -1, 0.25, -1), torch.tensor([3, 10, 1, 7, 5])
     roles = ["solver"] * 3 + ["proposer"] * 2
-    a = torch.tensor(advantages([sample(role, "deduction", r, "", n) for role, r, n in
-                                 zip(roles, rewards.tolist(), lengths.tolist())], "azr"))  # fmt: skip
+    a = torch.tensor(
+        advantages(
+            [sample(role, "deduction", r, "", n) for role, r, n in zip(roles, rewards.tolist(), lengths.tolist())],
+            "azr",
+        )
+    )
     for rows in (slice(0, 3), slice(3, 5)):
         tokens = rewards[rows].repeat_interleave(lengths[rows])  # the reward written on every token
         expected = (tokens - tokens.mean()) / (tokens.var() + 1e-8).sqrt()

@@ -9,10 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from bench_report import write_run
 
 from azr.analysis import report
-from azr.analysis.reader import same_model, read_run
+from azr.analysis.reader import read_run, same_model
+from bench_report import write_run
 
 ROOT = Path(__file__).parents[1]
 

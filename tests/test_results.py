@@ -10,11 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
 
-import experiments  # noqa: E402
-import tables  # noqa: E402
-
-from azr.train.config import parse, resolve  # noqa: E402
-from azr.passk import Interval  # noqa: E402
+import experiments
+import tables
+from azr.passk import Interval
+from azr.train.config import parse, resolve
 
 
 @pytest.mark.parametrize("arm", experiments.ARMS)
@@ -37,8 +36,12 @@ def test_the_order_has_every_run_and_ends_with_what_each_needs():
 def made_up(arm: str, seed: int, gain: float) -> dict:
     """A file of results as experiments.py writes it: 12 tasks, one answer in four right, `gain` more after training."""
     rng, n = np.random.default_rng([seed, len(arm)]), 512
-    held_out = {"n": n, "correct": [int(x) for x in rng.binomial(n, 0.25 + gain, 12)], "distinct_correct": [2] * 12,
-                "commonest": {mode: ["0", 0.3] for mode in tables.MODES}}  # fmt: skip
+    held_out = {
+        "n": n,
+        "correct": [int(x) for x in rng.binomial(n, 0.25 + gain, 12)],
+        "distinct_correct": [2] * 12,
+        "commonest": {mode: ["0", 0.3] for mode in tables.MODES},
+    }
     if arm == "base":
         return {"arm": arm, "seed": seed, "held_out": held_out}
     noise = lambda mean: float(mean + 0.01 * rng.standard_normal())  # noqa: E731
@@ -47,16 +50,25 @@ def made_up(arm: str, seed: int, gain: float) -> dict:
     ends = lambda value: [{"mean": noise(value)} for _ in range(4)]  # noqa: E731
     names = [*experiments.SERIES, "proposer/all/entropy", "solver/all/entropy"]
     return {
-        "arm": arm, "seed": seed, "flags": "", "held_out": held_out, "skill_base": 0.9,
+        "arm": arm,
+        "seed": seed,
+        "flags": "",
+        "held_out": held_out,
+        "skill_base": 0.9,
         "series": {name: [noise(0.5) for _ in range(20)] for name in names},
         "checkpoints": {at: step() for at in ("40", "80")},
         "probe_entropy": {at: {"proposer/all": noise(0.5), "solver/all": noise(0.5)} for at in ("0", "40", "80")},
         "update": {"adapted": sizes | {"at_rms_3e-5": sizes, "R1_effective_rank": 12.0}},
-        "greedy": {"accuracy": {"80": [noise(0.3)] * 3}}, "diversity": [{"program_distance": noise(0.5)}],
+        "greedy": {"accuracy": {"80": [noise(0.3)] * 3}},
+        "diversity": [{"program_distance": noise(0.5)}],
         "solve_rate": {f"{mode}/last": [1, *[2] * 7, 1] for mode in tables.MODES},
-        "difficulty": {"solvers": ["base", "80"], "rate": {"base": ends(0.3), "80": ends(0.4)},
-                       "tokens": {"base": ends(12)}, "logged_rate": ends(0.3)},
-    }  # fmt: skip
+        "difficulty": {
+            "solvers": ["base", "80"],
+            "rate": {"base": ends(0.3), "80": ends(0.4)},
+            "tokens": {"base": ends(12)},
+            "logged_rate": ends(0.3),
+        },
+    }
 
 
 KLS = ("kl_forward/solver", "kl_forward/untrained", "kl_reverse/solver")
@@ -96,11 +108,18 @@ def test_results_of_a_run(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "result.json").write_text(json.dumps({"samples_per_problem": 2, "decoding": {}, "quantization": "none"}))
-    rows = [("deduction/b", 0, True, "1"), ("abduction/a", 0, True, "[1,2]"), ("abduction/a", 1, True, "[1, 2]"),
-            ("deduction/b", 1, False, "2")]  # fmt: skip
-    (out / "graded.jsonl").write_text("".join(
-        json.dumps({"task_id": task, "sample": i, "correct": right, "answer": answer}) + "\n"
-        for task, i, right, answer in rows))  # fmt: skip
+    rows = [
+        ("deduction/b", 0, True, "1"),
+        ("abduction/a", 0, True, "[1,2]"),
+        ("abduction/a", 1, True, "[1, 2]"),
+        ("deduction/b", 1, False, "2"),
+    ]
+    (out / "graded.jsonl").write_text(
+        "".join(
+            json.dumps({"task_id": task, "sample": i, "correct": right, "answer": answer}) + "\n"
+            for task, i, right, answer in rows
+        )
+    )
     found = experiments.counts(out)
     assert found["n"] == 2 and found["correct"] == [2, 1] and found["distinct_correct"] == [1, 1]
     assert found["commonest"] == {"abduction": ["[1,2]", 0.5], "deduction": ["1", 0.5]}

@@ -16,7 +16,11 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
@@ -49,9 +53,17 @@ def made_up_tokenizer():
 def make_model(directory: Path, tokenizer, vocab: int, tie: bool = True) -> str:
     torch.manual_seed(0)
     config = Qwen2Config(
-        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie, initializer_range=0.15,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tie,
+        initializer_range=0.15,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
     # a checkpoint's own sampling settings must never be used
@@ -204,7 +216,11 @@ def packed(policy) -> dict[str, torch.Tensor]:
 def test_nf4_loads_with_double_quantization_and_leaves_head_and_embeddings_alone(small):
     policy = Policy.load(small, "nf4", lora=LORA)
     assert {k: policy.info[k] for k in ("quantization", "block_size", "double_quant", "dtype")} == {
-        "quantization": "nf4", "block_size": 64, "double_quant": True, "dtype": "float32"}
+        "quantization": "nf4",
+        "block_size": 64,
+        "double_quant": True,
+        "dtype": "float32",
+    }
     assert len(packed(policy)) == 14  # 2 layers x 7 linears
     assert policy.head.weight.dtype == torch.float32 and policy.head.weight is policy.backbone.embed_tokens.weight
     assert {p.dtype for p in policy.trainable_parameters()} == {torch.float32}
@@ -252,8 +268,12 @@ def test_a_saved_adapter_loads_with_peft(small, tmp_path, quantization):
     assert sorted(f.name for f in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                bnb_4bit_compute_dtype=torch.float32)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     options = {"quantization_config": config} if quantization == "nf4" else {}
     base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32, device_map={"": "cpu"}, **options)
     peft_model = PeftModel.from_pretrained(base, tmp_path / "a").train()
@@ -388,8 +408,9 @@ def test_samples_of_one_prompt_share_a_row_and_change_nothing(policy):
     for policy.shared_row, budget in ((0, 100_000), (512, 100_000), (512, 120), (60, 200)):
         rows = share_prompts(prompts, responses, min(policy.shared_row, budget))
         assert sorted(i for row in rows for i in row) == list(range(20))
-        assert (len(rows) == 20) == (policy.shared_row == 0) and all(len({*map(tuple, (prompts[i] for i in row))}) == 1
-                                                                     for row in rows)  # fmt: skip
+        assert (len(rows) == 20) == (policy.shared_row == 0) and all(
+            len({*map(tuple, (prompts[i] for i in row))}) == 1 for row in rows
+        )
         gradients = gradient(policy, prompts, responses, advantage, budget)
         results.append((gradients, policy.score_lists(prompts, responses, 0.9, budget)))
     policy.shared_row = 512

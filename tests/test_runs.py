@@ -26,11 +26,13 @@ def save_adapter(directory):
 def make_steps(run, last, keep=()):
     """Runs `run` to step `last`, with a checkpoint at each step; what it writes depends on the step only."""
     import torch
+
     for step in range(run.step + 1, last + 1):
         run.log({"step": step, "train/loss": 1 / step, "train/bad": float("nan")})
         run.log_samples([{"step": step, "role": "solver", "response": "x" * step} for _ in range(3)])
-        run.save_checkpoint(step, save_adapter, {"w": torch.full((50,), float(step))}, {"step": step}, INFO,
-                            keep=step in keep)
+        run.save_checkpoint(
+            step, save_adapter, {"w": torch.full((50,), float(step))}, {"step": step}, INFO, keep=step in keep
+        )
 
 
 def names(run_dir):
@@ -40,11 +42,17 @@ def names(run_dir):
 def start(code, *arguments, **options):
     """A real child process that can import this module; its first line says that it is ready."""
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n" + textwrap.dedent(code)
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 # ---------------------------------------------------------------- opening
+
 
 def test_none_takes_an_absent_or_empty_directory_only(tmp_path):
     (tmp_path / "empty").mkdir()
@@ -69,7 +77,7 @@ def test_none_takes_an_absent_or_empty_directory_only(tmp_path):
 
 def test_auto_without_a_run_starts_afresh_and_says_so(tmp_path, capsys):
     with Run.open(tmp_path / "r", CONFIG, "auto") as run:
-        run.log({"step": 1, "x": 1})                # dies before its first checkpoint
+        run.log({"step": 1, "x": 1})  # dies before its first checkpoint
     assert "step 0" in capsys.readouterr().err
     with Run.open(tmp_path / "r", {**CONFIG, "seed": 4}, "auto") as run:
         assert run.step == 0
@@ -104,25 +112,31 @@ def test_resume_refuses_other_settings_and_names_them(tmp_path):
 
 
 def test_a_run_is_held_by_one_process(tmp_path):
-    child = start("""
+    child = start(
+        """
         from test_runs import *
         run = Run.open(Path(sys.argv[1]), CONFIG)
         print("ready", flush=True)
         sys.stdin.read()
-        """, tmp_path, stdin=subprocess.PIPE)
+        """,
+        tmp_path,
+        stdin=subprocess.PIPE,
+    )
     assert child.stdout.readline() == "ready\n", child.stderr.read()
     with pytest.raises(RunError, match=f"process {child.pid} "):
         Run.open(tmp_path, CONFIG, "auto")
     child.kill()
     child.communicate()
-    Run.open(tmp_path, CONFIG, "auto").close()      # the kernel freed it
+    Run.open(tmp_path, CONFIG, "auto").close()  # the kernel freed it
 
 
 # ---------------------------------------------------------------- logs
 
+
 def test_log_lines(tmp_path):
     import numpy
     import torch
+
     with Run.open(tmp_path, CONFIG) as run:
         run.log({"b": float("inf"), "step": 1, "a": numpy.float32(0.5), "n": torch.tensor(2.0), "histogram": (1, 2)})
         run.log_samples([{"step": 1, "response": "lone \udc80 and é", "reward": {"total": float("nan")}}])
@@ -155,7 +169,7 @@ def test_resume_cuts_the_logs_byte_exactly(tmp_path):
         run.log({"step": 3, "train/loss": 1.0})
         run.log_samples([{"step": 3}])
     with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 1')                   # torn where it reads like an older step
+        file.write(b'{"step": 1')  # torn where it reads like an older step
     with Run.open(tmp_path, CONFIG, "auto") as run:
         assert run.step == 2 and run.resumed
     assert [(tmp_path / name).read_bytes() for name in runs.LOGS] == expected
@@ -175,12 +189,17 @@ def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(tmp_path):
 
 # ---------------------------------------------------------------- checkpoints
 
+
 def test_pruning_keeps_two_states_and_the_adapters_of_eval_steps(tmp_path):
     with Run.open(tmp_path, CONFIG) as run:
         make_steps(run, 6, keep=(2, 5))
     assert names(tmp_path) == ["step_2", "step_5", "step_6"]
     assert sorted(path.name for path in (tmp_path / "checkpoints" / "step_2").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "azr.json", "keep"]
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "azr.json",
+        "keep",
+    ]
     assert json.loads((tmp_path / "checkpoints" / "step_2" / "azr.json").read_text()) == INFO
     assert (tmp_path / "checkpoints" / "step_5" / "state" / "state.json").exists()
 
@@ -189,6 +208,7 @@ def test_a_kept_checkpoint_is_kept_from_its_first_instant(tmp_path, monkeypatch)
     def rename_and_die(source, target):
         os.replace(source, target)
         raise StopNow("killed")
+
     with Run.open(tmp_path, CONFIG) as run:
         monkeypatch.setattr(runs.os, "rename", rename_and_die)
         with pytest.raises(StopNow):
@@ -210,10 +230,17 @@ def test_a_step_saved_twice_is_the_same_checkpoint_and_can_still_become_kept(tmp
 
 def test_tensors_and_state_come_back_exactly(tmp_path):
     import torch
+
     flat = torch.randn(64, generator=torch.Generator().manual_seed(0))
-    tensors = {"a": flat[:32].view(4, 8).t(), "b": flat[16:], "bf16": flat.bfloat16(), "count": torch.tensor(7),
-               "empty": torch.zeros(0, 3), "bytes": torch.arange(9, dtype=torch.uint8),
-               "leaf": flat.clone().requires_grad_()}
+    tensors = {
+        "a": flat[:32].view(4, 8).t(),
+        "b": flat[16:],
+        "bf16": flat.bfloat16(),
+        "count": torch.tensor(7),
+        "empty": torch.zeros(0, 3),
+        "bytes": torch.arange(9, dtype=torch.uint8),
+        "leaf": flat.clone().requires_grad_(),
+    }
     state = {"elapsed": 0.1 + 0.2, "baseline": float("nan"), "limit": float("-inf"), "text": "\udc80é", "list": [None]}
     with Run.open(tmp_path, CONFIG) as run:
         run.save_checkpoint(1, save_adapter, tensors, state, INFO)
@@ -225,11 +252,15 @@ def test_tensors_and_state_come_back_exactly(tmp_path):
     assert repr(again) == repr(state)
 
 
-@pytest.mark.parametrize("name, damage", [
-    ("state/tensors.safetensors", lambda data: data[:-10]),
-    ("state/state.json", lambda data: data.replace(b"2", b"3")),
-    ("adapter_model.safetensors", lambda data: data[:50] + b"!" + data[51:]),
-    ("state/checksums.json", lambda data: b"{")])
+@pytest.mark.parametrize(
+    "name, damage",
+    [
+        ("state/tensors.safetensors", lambda data: data[:-10]),
+        ("state/state.json", lambda data: data.replace(b"2", b"3")),
+        ("adapter_model.safetensors", lambda data: data[:50] + b"!" + data[51:]),
+        ("state/checksums.json", lambda data: b"{"),
+    ],
+)
 def test_a_broken_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys, name, damage):
     with Run.open(tmp_path, CONFIG) as run:
         make_steps(run, 2)
@@ -260,6 +291,7 @@ def test_an_error_or_a_stop_inside_the_write_leaves_the_older_checkpoint(tmp_pat
     def fail(directory):
         save_adapter(directory)
         raise problem
+
     with Run.open(tmp_path, CONFIG) as run:
         make_steps(run, 1)
         for problem in (OSError(28, "No space left on device"), StopNow("SIGTERM"), KeyError("x")):
@@ -275,7 +307,8 @@ def test_an_error_or_a_stop_inside_the_write_leaves_the_older_checkpoint(tmp_pat
 
 def test_full_disk_by_file_size_limit(tmp_path):
     """Every file over 4 KB fails to be written, in a real process: the adapter, the tensors, or a log line."""
-    child = start("""
+    child = start(
+        """
         import resource, torch
         from test_runs import *
         run = Run.open(Path(sys.argv[1]), CONFIG)
@@ -290,7 +323,9 @@ def test_full_disk_by_file_size_limit(tmp_path):
                 attempt()
             except RunError as error:
                 print(error)
-        """, tmp_path)
+        """,
+        tmp_path,
+    )
     output, error = child.communicate(timeout=120)
     lines = output.splitlines()
     assert len(lines) == 4 and all(str(tmp_path / "checkpoints" / "step_2") in line for line in lines), output + error
@@ -304,6 +339,7 @@ def test_full_disk_by_file_size_limit(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
 def test_full_disk_on_a_small_file_system(tmp_path):
     import torch
+
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", tmp_path], capture_output=True).returncode:
         pytest.skip("this machine does not allow mounts")
     try:
@@ -316,7 +352,7 @@ def test_full_disk_on_a_small_file_system(tmp_path):
             with pytest.raises(RunError, match="metrics.jsonl failed.*step_3"):
                 while True:
                     run.log({"step": 4, "text": "x" * 999})
-        with Run.open(tmp_path / "run", CONFIG, "auto") as run:     # cutting the log makes room again
+        with Run.open(tmp_path / "run", CONFIG, "auto") as run:  # cutting the log makes room again
             make_steps(run, 4)
         assert len(read_metrics(tmp_path / "run")) == 4
     finally:
@@ -325,7 +361,8 @@ def test_full_disk_on_a_small_file_system(tmp_path):
 
 def test_kill_9_at_random_moments(tmp_path):
     """Grandchildren work on one run and are killed, 15 times; the files equal those of an undisturbed run."""
-    child = start("""
+    child = start(
+        """
         import os, random, signal, time, torch
         from test_runs import *
         torch.set_num_threads(1)
@@ -352,12 +389,15 @@ def test_kill_9_at_random_moments(tmp_path):
             assert (killed / name).read_bytes() == (undisturbed / name).read_bytes(), name
         assert names(killed) == names(undisturbed)
         print(int(last) + 1)
-        """, tmp_path)
+        """,
+        tmp_path,
+    )
     output, error = child.communicate(timeout=200)
     assert child.returncode == 0 and int(output) > 4, error
 
 
 # ---------------------------------------------------------------- environment
+
 
 def test_environment_keeps_earlier_ones_and_tells_changes(tmp_path, capsys):
     with Run.open(tmp_path, CONFIG) as run:
@@ -369,7 +409,9 @@ def test_environment_keeps_earlier_ones_and_tells_changes(tmp_path, capsys):
         run.environment(), run.environment()
     assert "torch 1.0 -> " in capsys.readouterr().err
     assert [old["versions"]["torch"] for old in json.loads(path.read_text())["previous"]] == [
-        "1.0", first["versions"]["torch"]]
+        "1.0",
+        first["versions"]["torch"],
+    ]
 
 
 def test_readers_do_not_import_torch():

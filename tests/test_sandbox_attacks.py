@@ -40,6 +40,7 @@ def attack(tmp_path, *options):
 def test_corpus_is_large_and_has_no_double():
     sys.path.insert(0, str(HARNESS.parent))
     import harness
+
     corpus = harness.read_corpus()
     assert len(corpus) >= 200 and len({(kind, name) for kind, name, _ in corpus}) == len(corpus)
     assert {kind for kind, _, _ in corpus} == set(harness.KINDS)
@@ -60,8 +61,7 @@ def test_kernel_alone(tmp_path):
     assert len(kinds) == 7 and len([record for record in killed if record["kind"] == "processes"]) > 25
 
 
-@pytest.mark.parametrize("options", [("--user", "nocaps"), ("--user", "nobody"), ("--user", "nocaps",
-                                                                                  "--no-landlock")])
+@pytest.mark.parametrize("options", [("--user", "nocaps"), ("--user", "nobody"), ("--user", "nocaps", "--no-landlock")])
 def test_with_less_privilege(tmp_path, options):
     if os.geteuid() != 0:
         pytest.skip("only root can give privileges up")

@@ -29,16 +29,30 @@ def test_good_lines():
     assert code == 0 and answers == [
         {"id": "first", "outcomes": [{"status": "ok", "output": "2"}, {"status": "ok", "output": "'aa'"}]},
         {"outcomes": [{"status": "error", "detail": "ZeroDivisionError"}]},
-        {"outcomes": [{"status": "ok", "output": "3"}]}]
+        {"outcomes": [{"status": "ok", "output": "3"}]},
+    ]
 
 
-BAD = [b"nonsense\n", b"\xff\xfe\n", b"[]\n", b"{}\n", b'{"code": 1, "inputs": []}\n', b'{"code": "x"}\n',
-       b'{"code": "x", "inputs": "1"}\n', b'{"code": "x", "inputs": [1]}\n', b'{"code": "a\\u0000b", "inputs": []}\n',
-       b'{"code": "\\ud800", "inputs": []}\n', b'{"code": "x", "inputs": ["\\udfff"]}\n',
-       b'{"code": "x", "inputs": [], "entry": "a b"}\n',
-       b"\n", b"\0\n", b"[" * 100_000 + b"\n",
-       b'{"code": "x", "inputs": [], "cpu_seconds": 0}\n', b'{"code": "x", "inputs": [], "cpu_seconds": NaN}\n',
-       b'{"code": "' + b"#" * 50_000_000 + b'", "inputs": []}\n']
+BAD = [
+    b"nonsense\n",
+    b"\xff\xfe\n",
+    b"[]\n",
+    b"{}\n",
+    b'{"code": 1, "inputs": []}\n',
+    b'{"code": "x"}\n',
+    b'{"code": "x", "inputs": "1"}\n',
+    b'{"code": "x", "inputs": [1]}\n',
+    b'{"code": "a\\u0000b", "inputs": []}\n',
+    b'{"code": "\\ud800", "inputs": []}\n',
+    b'{"code": "x", "inputs": ["\\udfff"]}\n',
+    b'{"code": "x", "inputs": [], "entry": "a b"}\n',
+    b"\n",
+    b"\0\n",
+    b"[" * 100_000 + b"\n",
+    b'{"code": "x", "inputs": [], "cpu_seconds": 0}\n',
+    b'{"code": "x", "inputs": [], "cpu_seconds": NaN}\n',
+    b'{"code": "' + b"#" * 50_000_000 + b'", "inputs": []}\n',
+]
 
 
 def test_bad_lines_spoil_nothing():

@@ -15,7 +15,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
-from sandbox import BENCHMARK, Job, Sandbox, contained, gate, literal, outcomes, pool, wire, worker  # noqa: E402
+from sandbox import BENCHMARK, Job, Sandbox, contained, gate, literal, outcomes, pool, wire, worker
 
 ATTACKS = Path(__file__).parent / "attacks"
 DATA = Path(__file__).parents[1].parent / "shared" / "data" / "benchmarks" / "cruxeval.jsonl"
@@ -63,7 +63,8 @@ def children(sandbox, jobs):
         "from typing import List, Optional\ndef f(x: List[int], k: Optional[int] = None) -> list:\n"
         "    if k is not None and x is None: return []\n    return [i for i in x if i % 2 and not (i is True)]",
         "def f(x):\n    n = 0\n    def g():\n        nonlocal n\n        n += 1\n        yield n\n    return list(g())",
-        "def f(a, *b, k=1, **c):\n    a[k:], (x, *y) = b, b\n    del a[0]\n    assert k, f'{a!r:>3}'\n    raise ValueError(x)",
+        "def f(a, *b, k=1, **c):\n    a[k:], (x, *y) = b, b\n    del a[0]\n    assert k, f'{a!r:>3}'\n"
+        "    raise ValueError(x)",
         "from functools import lru_cache\n@lru_cache(None)\ndef g(n): return n if n < 2 else g(n - 1) + g(n - 2)\n"
         "def f(x): return g(x)",
         "def f(s): return ''.join(sorted(s, key=lambda c: (-s.count(c), c))).replace('a', 'b')",

@@ -58,8 +58,13 @@ def test_the_base_knows_the_capital_and_greedy_tokens_are_those_of_generate(poli
     with policy.disable_adapter():
         [[ours]] = policy.generate([prompt], 1, sampling, [[0]])
         ids = torch.tensor([prompt])
-        theirs = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                       max_new_tokens=12, pad_token_id=policy.pad_id)[0, len(prompt) :]  # fmt: skip
+        theirs = policy.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            pad_token_id=policy.pad_id,
+        )[0, len(prompt) :]
     assert ours.ids == theirs.tolist()
     assert "Paris" in policy.decode(ours.ids)
 

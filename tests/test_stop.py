@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from test_runs import start
 
 from azr.stop import StopNow, StopRequest
+from test_runs import start
 
 TRAINER = """
     import time
@@ -49,7 +49,7 @@ def signalled(numbers, *arguments, pause=0.3):
     assert child.stdout.readline() == "ready\n", child.stderr.read()
     for number in numbers:
         child.send_signal(number)
-        time.sleep(pause)                           # so that the second one is no duplicate of the first
+        time.sleep(pause)  # so that the second one is no duplicate of the first
     output, error = child.communicate(timeout=30)
     return child.returncode, output.splitlines(), error
 
@@ -73,14 +73,15 @@ def test_second_signal_quits_at_once_even_when_shielded():
 def test_a_forwarded_duplicate_is_one_request():
     child = start(TRAINER, 0, "slow-save")
     assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT), child.send_signal(signal.SIGTERM)      # as Ctrl-C under a launcher
+    child.send_signal(signal.SIGINT), child.send_signal(signal.SIGTERM)  # as Ctrl-C under a launcher
     output, _ = child.communicate(timeout=30)
     assert child.returncode == 0 and output.splitlines()[-1] == "saved"
 
 
 def test_sigterm_at_random_moments(tmp_path):
     """A loop of unshielded work and shielded records, stopped 15 times: exit 0 each time, nothing lost or doubled."""
-    child = start("""
+    child = start(
+        """
         import hashlib, os, random, signal, time, torch
         from test_runs import *
         from azr.stop import StopNow, StopRequest
@@ -124,7 +125,9 @@ def test_sigterm_at_random_moments(tmp_path):
             total += digest
             assert found == total, step
         print(len(totals))
-        """, tmp_path)
+        """,
+        tmp_path,
+    )
     output, error = child.communicate(timeout=120)
     assert child.returncode == 0 and int(output) > 10, error
 
@@ -143,17 +146,18 @@ def test_stop_reaches_the_caller_past_an_error_in_the_shield_and_handlers_come_b
                 os.kill(os.getpid(), signal.SIGTERM)
                 raise MemoryError("out of memory")
         assert isinstance(caught.value.__context__, MemoryError)
-        with stop.shield():                         # saving afterwards is not stopped again
+        with stop.shield():  # saving afterwards is not stopped again
             pass
         with pytest.raises(StopNow):
             stop.check()
     assert signal.getsignal(signal.SIGTERM) == old
 
+
 def test_sighup_stops_but_is_ignored_under_nohup_and_never_is_the_second_request():
     assert signalled([signal.SIGHUP], 0)[:2] == (0, ["stopped by SIGHUP", "saved"])
     code, lines, _ = signalled([signal.SIGTERM, signal.SIGHUP, signal.SIGHUP], 1, "shielded")
     assert (code, lines[-1]) == (0, "saved")
-    code, lines, _ = signalled([signal.SIGHUP, signal.SIGTERM], 1, "shielded")      # a session that is closed
+    code, lines, _ = signalled([signal.SIGHUP, signal.SIGTERM], 1, "shielded")  # a session that is closed
     assert (code, lines[-1]) == (0, "saved")
     child = start(TRAINER, 0, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     assert child.stdout.readline() == "ready\n", child.stderr.read()
@@ -204,7 +208,7 @@ def test_a_stop_that_comes_in_a_finalizer_is_not_lost():
         end = time.monotonic() + 30
         while time.monotonic() < end:
             time.sleep(0.01)
-    with StopRequest() as stop, pytest.raises(StopNow):         # and in a shield it waits for the end
+    with StopRequest() as stop, pytest.raises(StopNow):  # and in a shield it waits for the end
         with stop.shield():
             Finalized()
             time.sleep(0.2)

@@ -17,11 +17,18 @@ TEXTS = [("def f(x):\n    return x + 1\n", "f(3) == 4"), ("answer", " is 12"), (
 
 def store(source: str, directory: Path, **settings) -> str:
     """The model as transformers saves it in 4 bits, with a dtype of computation that is not ours."""
-    config = BitsAndBytesConfig(**{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
-                                   "bnb_4bit_compute_dtype": torch.float16,
-                                   "bnb_4bit_use_double_quant": True} | settings)  # fmt: skip
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, device_map={"": "cpu"},
-                                                 quantization_config=config)  # fmt: skip
+    config = BitsAndBytesConfig(
+        **{
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": torch.float16,
+            "bnb_4bit_use_double_quant": True,
+        }
+        | settings
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, device_map={"": "cpu"}, quantization_config=config
+    )
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(source).save_pretrained(directory)
     return str(directory)

@@ -10,10 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from azr import tasks
+from azr.tasks import (
+    MODES,
+    SEED_PROGRAM,
+    SEED_TASKS,
+    Buffers,
+    Proposal,
+    Task,
+    judge,
+    parse_answer,
+    parse_proposal,
+    validate,
+)
 from azr.tasks.parse import fences, leaked_code
 from azr.tasks.program import read_program, skeleton
-from azr.tasks import (MODES, SEED_PROGRAM, SEED_TASKS, Buffers, Proposal, Task, judge, parse_answer, parse_proposal,
-                       validate)
 from sandbox import PROPOSAL, Outcome, Sandbox
 
 DOUBLE = "def f(x):\n    return x * 2"
@@ -33,7 +43,7 @@ def deduction(program, given="3", mode="deduction"):
     return Proposal(mode, program, (given,))
 
 
-def induction(program=DOUBLE, inputs=tuple(map(str, range(10))), message="do something with a number"):
+def induction(program=DOUBLE, inputs=tuple("0123456789"), message="do something with a number"):
     return Proposal("induction", program, tuple(inputs), message)
 
 
@@ -50,20 +60,31 @@ def test_task_json_round_trip_has_only_the_fields_of_its_mode():
     assert solved.hash == Task("deduction", DOUBLE, "1", "2").hash != Task("abduction", DOUBLE, "1", "2").hash
 
 
-@pytest.mark.parametrize("row, wrong", [
-    ([], "JSON object"), ({}, "mode"), ({"mode": "deduce"}, "deduce"), ({"mode": ["deduction"]}, "mode"),
-    ({"mode": "deduction", "program": DOUBLE, "input": "1"}, "'output' is missing"),
-    ({"mode": "deduction", "program": 3, "input": "1", "output": "2"}, "'program' must be text"),
-    ({"mode": "deduction", "program": "a\0b", "input": "1", "output": "2"}, "NUL"),
-    ({"mode": "deduction", "program": "'\ud800'", "input": "1", "output": "2"}, "surrogate"),
-    ({"mode": "deduction", "program": "x" * 1_000_001, "input": "1", "output": "2"}, "1,000,001"),
-    ({"mode": "deduction", "program": DOUBLE, "input": "1", "output": "2 +"}, "no literal"),
-    ({"mode": "induction", "program": DOUBLE, "message": "", "visible": [["1"]], "hidden": [["1", "2"]]}, "visible"),
-    ({"mode": "induction", "program": DOUBLE, "message": "", "visible": [], "hidden": [["1", "2"]]}, "visible"),
-    ({"mode": "induction", "program": DOUBLE, "message": "", "visible": [["1", 2]], "hidden": [["1", "2"]]},
-     "visible"),
-    ({"mode": "math", "question": "1+1", "answer": "2", "log_probs": [float("nan")]}, "log_probs"),
-])
+@pytest.mark.parametrize(
+    "row, wrong",
+    [
+        ([], "JSON object"),
+        ({}, "mode"),
+        ({"mode": "deduce"}, "deduce"),
+        ({"mode": ["deduction"]}, "mode"),
+        ({"mode": "deduction", "program": DOUBLE, "input": "1"}, "'output' is missing"),
+        ({"mode": "deduction", "program": 3, "input": "1", "output": "2"}, "'program' must be text"),
+        ({"mode": "deduction", "program": "a\0b", "input": "1", "output": "2"}, "NUL"),
+        ({"mode": "deduction", "program": "'\ud800'", "input": "1", "output": "2"}, "surrogate"),
+        ({"mode": "deduction", "program": "x" * 1_000_001, "input": "1", "output": "2"}, "1,000,001"),
+        ({"mode": "deduction", "program": DOUBLE, "input": "1", "output": "2 +"}, "no literal"),
+        (
+            {"mode": "induction", "program": DOUBLE, "message": "", "visible": [["1"]], "hidden": [["1", "2"]]},
+            "visible",
+        ),
+        ({"mode": "induction", "program": DOUBLE, "message": "", "visible": [], "hidden": [["1", "2"]]}, "visible"),
+        (
+            {"mode": "induction", "program": DOUBLE, "message": "", "visible": [["1", 2]], "hidden": [["1", "2"]]},
+            "visible",
+        ),
+        ({"mode": "math", "question": "1+1", "answer": "2", "log_probs": [float("nan")]}, "log_probs"),
+    ],
+)
 def test_a_broken_task_is_one_clear_line(row, wrong):
     with pytest.raises(ValueError, match=wrong) as error:
         Task.from_json(row)
@@ -73,28 +94,40 @@ def test_a_broken_task_is_one_clear_line(row, wrong):
 # --- reading responses -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode, response, well_formed, value", [
-    ("deduction", "so 4</think> <answer>```output\n4\n```\n</answer>", True, "4"),
-    ("deduction", "</think><answer>4</answer> and so on", True, "4"),
-    ("deduction", "</think>\n\n<answer>```\n[1,\n 2]\n```</answer>", True, "[1,\n 2]"),
-    ("deduction", "</think><answer>```output\n1\n``` or ```output\n2\n```</answer>", True, "2"),
-    ("deduction", "</think><answer>```output\n'a```b'\n```</answer>", True, "'a```b'"),
-    ("deduction", "</think><answer>```output 7```</answer>", True, "7"),
-    ("deduction", "</think><answer>```OUTPUT\n7```</answer>", True, "7"),
-    ("deduction", "</think>so<answer>4</answer>", False, "4"),
-    ("deduction", "<answer>3</answer> no, <answer>4</answer>", False, "4"),
-    ("deduction", "</think><answer>```output\n4\n```", False, "4"),
-    ("deduction", "</think><answer>4", False, None),
-    ("deduction", "</think><answer></answer>", True, None),
-    ("deduction", "</think><answer>```output\n4</answer>", True, None),
-    ("deduction", "4", False, None),
-    ("abduction", "</think><answer>```input\n'a', k=2\n```</answer>", True, "'a', k=2"),
-    ("induction", "</think><answer>```python\ndef f(a):\n    return a\n```</answer>", True, "def f(a):\n    return a"),
-    ("induction", "</think><answer>```python\n1\n```\n```py\ndef f(a):\n    return 2\n```</answer>", True,
-     "def f(a):\n    return 2"),
-    ("induction", "</think><answer>def f(a): return a</answer>", True, None),
-    ("math", "</think><answer> \\boxed{4} </answer>", True, "\\boxed{4}"),
-])
+@pytest.mark.parametrize(
+    "mode, response, well_formed, value",
+    [
+        ("deduction", "so 4</think> <answer>```output\n4\n```\n</answer>", True, "4"),
+        ("deduction", "</think><answer>4</answer> and so on", True, "4"),
+        ("deduction", "</think>\n\n<answer>```\n[1,\n 2]\n```</answer>", True, "[1,\n 2]"),
+        ("deduction", "</think><answer>```output\n1\n``` or ```output\n2\n```</answer>", True, "2"),
+        ("deduction", "</think><answer>```output\n'a```b'\n```</answer>", True, "'a```b'"),
+        ("deduction", "</think><answer>```output 7```</answer>", True, "7"),
+        ("deduction", "</think><answer>```OUTPUT\n7```</answer>", True, "7"),
+        ("deduction", "</think>so<answer>4</answer>", False, "4"),
+        ("deduction", "<answer>3</answer> no, <answer>4</answer>", False, "4"),
+        ("deduction", "</think><answer>```output\n4\n```", False, "4"),
+        ("deduction", "</think><answer>4", False, None),
+        ("deduction", "</think><answer></answer>", True, None),
+        ("deduction", "</think><answer>```output\n4</answer>", True, None),
+        ("deduction", "4", False, None),
+        ("abduction", "</think><answer>```input\n'a', k=2\n```</answer>", True, "'a', k=2"),
+        (
+            "induction",
+            "</think><answer>```python\ndef f(a):\n    return a\n```</answer>",
+            True,
+            "def f(a):\n    return a",
+        ),
+        (
+            "induction",
+            "</think><answer>```python\n1\n```\n```py\ndef f(a):\n    return 2\n```</answer>",
+            True,
+            "def f(a):\n    return 2",
+        ),
+        ("induction", "</think><answer>def f(a): return a</answer>", True, None),
+        ("math", "</think><answer> \\boxed{4} </answer>", True, "\\boxed{4}"),
+    ],
+)
 def test_answers(mode, response, well_formed, value):
     parsed = parse_answer(mode, response)
     assert (parsed.well_formed, parsed.value) == (well_formed, value)
@@ -113,15 +146,21 @@ def test_a_fence_inside_a_string_does_not_end_the_program():
 
 def test_proposals():
     answer = f"```input\n5\n```\nfor example\n```python\nprint(1)\n```\n```python\n{DOUBLE}\n```\n```input\n6\n```"
-    assert parse_proposal("abduction", f"</think><answer>{answer}</answer>").value == Proposal("abduction", DOUBLE,
-                                                                                               ("5",))
-    assert parse_proposal("deduction",
-                          f"</think><answer>```\n{DOUBLE}\n```\n```input\n1\n```</answer>").value.program == DOUBLE
+    assert parse_proposal("abduction", f"</think><answer>{answer}</answer>").value == Proposal(
+        "abduction", DOUBLE, ("5",)
+    )
+    assert (
+        parse_proposal("deduction", f"</think><answer>```\n{DOUBLE}\n```\n```input\n1\n```</answer>").value.program
+        == DOUBLE
+    )
     ten = "".join(f"```input\n{i}\n```\n" for i in range(10)) + "```message\ndon't think\n```"
     parsed = parse_proposal("induction", f"</think><answer>{ten}</answer>", DOUBLE)
     assert parsed.reason == "ok" and parsed.value == induction(message="don't think")
-    for text, reason in [(f"```python\n{DOUBLE}\n```", "no_input"), ("```input\n1\n```", "no_program"),
-                         ("", "no_program")]:
+    for text, reason in [
+        (f"```python\n{DOUBLE}\n```", "no_input"),
+        ("```input\n1\n```", "no_program"),
+        ("", "no_program"),
+    ]:
         parsed = parse_proposal("deduction", f"</think><answer>{text}</answer>")
         assert (parsed.value, parsed.reason, parsed.well_formed) == (None, reason, True)
     assert parse_proposal("induction", "</think><answer>```input\n1\n```</answer>", DOUBLE).reason == "no_message"
@@ -130,10 +169,34 @@ def test_proposals():
         parse_proposal("induction", "</think><answer></answer>")
 
 
-PIECES = ["</think>", "<answer>", "</answer>", "```", "```python\n", "```input\n", "```output", "\n", " ", '"""', "'",
-          "'''",
-          "\\", "#", "def f(x):\n    return x", "1", "[", "`", "message", "\ud800", "\0", "\r\n", "é", "{", "f'{",
-          "lambda x:"]
+PIECES = [
+    "</think>",
+    "<answer>",
+    "</answer>",
+    "```",
+    "```python\n",
+    "```input\n",
+    "```output",
+    "\n",
+    " ",
+    '"""',
+    "'",
+    "'''",
+    "\\",
+    "#",
+    "def f(x):\n    return x",
+    "1",
+    "[",
+    "`",
+    "message",
+    "\ud800",
+    "\0",
+    "\r\n",
+    "é",
+    "{",
+    "f'{",
+    "lambda x:",
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -155,22 +218,43 @@ def test_a_fenced_literal_survives_any_thought(thought, value):
         assert parsed.well_formed and parsed.value == shown
 
 
-@pytest.mark.parametrize("piece", ["```python\n", "``` x ", '```\n"""\n', "</think><answer>", "<answer>", "'", "`",
-                                   "#", "\\",
-                                   "```input\n1\n```\n", " ", "```python\n'''", "</think> ", '"\\"'])
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "```python\n",
+        "``` x ",
+        '```\n"""\n',
+        "</think><answer>",
+        "<answer>",
+        "'",
+        "`",
+        "#",
+        "\\",
+        "```input\n1\n```\n",
+        " ",
+        "```python\n'''",
+        "</think> ",
+        '"\\"',
+    ],
+)
 def test_reading_is_linear(piece):
     text = "</think><answer>" + (piece * 200_000)[:200_000] + "</answer>"
     started = time.process_time()
     for mode in MODES:
-        assert parse_answer(mode, text).reason and parse_proposal(mode, text, ""
-                                                                  if mode == "induction" else None).reason
+        assert (
+            parse_answer(mode, text).reason and parse_proposal(mode, text, "" if mode == "induction" else None).reason
+        )
     assert time.process_time() - started < 3.0
 
 
 def test_fences_keep_their_order_and_tags():
     text = "a ```python\nx\n```\n````text\n```\ninner\n```\n````\n  ```\n  y\n  ```\nb ```Input\n\n1\n```"
     assert [(block.tag, block.text) for block in fences(text)] == [
-        ("python", "x"), ("text", "```\ninner\n```"), ("", "  y"), ("input", "\n1")]
+        ("python", "x"),
+        ("text", "```\ninner\n```"),
+        ("", "  y"),
+        ("input", "\n1"),
+    ]
     assert fences("```input\n1\n```input\n2\n```") == fences("```input\n2\n```"), "the first was never closed"
 
 
@@ -229,8 +313,9 @@ def test_a_valid_proposal_makes_its_task(sandbox):
     one, ten = validate([deduction(DOUBLE, " 'a'  , # x", "abduction"), induction()], sandbox)
     assert one.task == Task("abduction", DOUBLE, "'a'", "'aa'")
     pairs = tuple((str(i), str(2 * i)) for i in range(10))
-    assert ten.task == Task("induction", DOUBLE, message="do something with a number", visible=pairs[:5],
-                            hidden=pairs[5:])
+    assert ten.task == Task(
+        "induction", DOUBLE, message="do something with a number", visible=pairs[:5], hidden=pairs[5:]
+    )
 
 
 def test_duplicates_by_name_and_layout_only(sandbox):
@@ -242,10 +327,14 @@ def test_duplicates_by_name_and_layout_only(sandbox):
     assert reasons([deduction(DOUBLE), same], sandbox, known=None) == ["ok", "ok"]
     bad = deduction("def f(x):\n    return x / 0")
     assert reasons([bad, bad], sandbox) == ["error", "error"]  # a repeated failure is that failure
-    assert reasons([induction(), induction(inputs=map(str, range(9, -1, -1)), message="other")],
-                   sandbox) == ["ok", "duplicate"]
-    names = deduction("def f(x, y):\n    return x - y", "y=1, x=2"), deduction("def f(a, b):\n    return a - b",
-                                                                               "a=2, b=1")
+    assert reasons([induction(), induction(inputs=map(str, range(9, -1, -1)), message="other")], sandbox) == [
+        "ok",
+        "duplicate",
+    ]
+    names = (
+        deduction("def f(x, y):\n    return x - y", "y=1, x=2"),
+        deduction("def f(a, b):\n    return a - b", "a=2, b=1"),
+    )
     assert reasons(names, sandbox) == ["ok", "duplicate"]
 
 
@@ -273,24 +362,37 @@ def test_limits_of_output_can_be_set(sandbox):
 
 def test_messages():
     program = "def f(items, k):\n    best = sorted(items)[::-1]\n    return [x + k for x in best if x % 2 == 0]"
-    for message in ["", "Sort, then add k to the even ones.",
-                    "sorted (descending); 3 - 4 values / items, and/or none!",
-                    "f([1, 2], 3) gives [5]", "It's x + k", "sorted(items)", "[x for x in best]"]:
+    for message in [
+        "",
+        "Sort, then add k to the even ones.",
+        "sorted (descending); 3 - 4 values / items, and/or none!",
+        "f([1, 2], 3) gives [5]",
+        "It's x + k",
+        "sorted(items)",
+        "[x for x in best]",
+    ]:
         assert not leaked_code(program, message), message
-    for message in ["use [v + z for v in rows if v % 2 == 0]", "```\ncode\n```", "a function def go(x): ...",
-                    "lambda v: v + 1",
-                    "don't forget 'sorted(xs)[::-1]' here", "return [x+k for x in best if x%2==0]"]:
+    for message in [
+        "use [v + z for v in rows if v % 2 == 0]",
+        "```\ncode\n```",
+        "a function def go(x): ...",
+        "lambda v: v + 1",
+        "don't forget 'sorted(xs)[::-1]' here",
+        "return [x+k for x in best if x%2==0]",
+    ]:
         assert leaked_code(program, message), message
-    assert leaked_code("def f(x):\n    return x // 2", "n // 2") and not leaked_code("def f(x):\n    return x // 2",
-                                                                                     "half")
+    assert leaked_code("def f(x):\n    return x // 2", "n // 2") and not leaked_code(
+        "def f(x):\n    return x // 2", "half"
+    )
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
 
 
 def judged(task, answers, sandbox, **options):
-    return [(verdict.ok, verdict.reason)
-            for verdict in judge([(task, answer) for answer in answers], sandbox, **options)]
+    return [
+        (verdict.ok, verdict.reason) for verdict in judge([(task, answer) for answer in answers], sandbox, **options)
+    ]
 
 
 def test_deduction_compares_values(sandbox):
@@ -298,8 +400,7 @@ def test_deduction_compares_values(sandbox):
     right = ["{'b': {'y', 'x'}, 'a': (1, 2)}", "{'a': (True, 2.0000000001), 'b': {'x', 'y'}}"]
     wrong = ["{'a': [1, 2.0], 'b': {'x', 'y'}}", "{'a': (1, 2.1), 'b': {'x', 'y'}}", "'{}'"]
     assert judged(task, right + wrong, sandbox) == [(True, "ok")] * 2 + [(False, "wrong")] * 3
-    refused = ["eval(gold)", "1) or (True", "9**9**9", "type('A', (), {'__eq__': lambda a, b: True})()", "",
-               "(" * 9000]
+    refused = ["eval(gold)", "1) or (True", "9**9**9", "type('A', (), {'__eq__': lambda a, b: True})()", "", "(" * 9000]
     verdicts = judged(task, refused + [None], sandbox)
     assert not any(ok for ok, _ in verdicts) and [reason for _, reason in verdicts[:3]] == ["not_literal"] * 3
     assert verdicts[-1] == (False, "no_answer")
@@ -307,12 +408,26 @@ def test_deduction_compares_values(sandbox):
 
 
 def test_abduction_runs_the_program_on_the_answer(sandbox):
-    task = Task("abduction",
-                "def f(a, b=2):\n    if a == 9:\n        while True:\n            pass\n    return [a * b]", "3",
-                "[6]")
+    task = Task(
+        "abduction",
+        "def f(a, b=2):\n    if a == 9:\n        while True:\n            pass\n    return [a * b]",
+        "3",
+        "[6]",
+    )
     answers = ["3", "6, 1", "b=3, a=2", "2.0, 3.0", "4", "'x'", "9", "1) or (True", "f(3)", "10**9**9", None]
-    expected = ["ok", "ok", "ok", "ok", "wrong", "wrong", "timeout", "not_literal", "not_literal", "not_literal",
-                "no_answer"]
+    expected = [
+        "ok",
+        "ok",
+        "ok",
+        "ok",
+        "wrong",
+        "wrong",
+        "timeout",
+        "not_literal",
+        "not_literal",
+        "not_literal",
+        "no_answer",
+    ]
     assert [reason for _, reason in judged(task, answers, sandbox)] == expected
     assert [reason for _, reason in judged(task, answers[::-1], sandbox)] == expected[::-1]
 
@@ -325,22 +440,29 @@ def test_answers_cannot_help_or_harm_each_other(sandbox):
     greedy = Task("abduction", "def f(x):\n    return len('a' * x)", "20000000", "20000000")
     assert read_program(greedy.program).stateless
     # 20 MB: touching its pages must not cost a slow machine the second of CPU time that an input has
-    assert judged(greedy, ["1000000000", "20000000", "7"], sandbox) == [(False, "memory"), (True, "ok"),
-                                                                         (False, "wrong")]
+    assert judged(greedy, ["1000000000", "20000000", "7"], sandbox) == [
+        (False, "memory"),
+        (True, "ok"),
+        (False, "wrong"),
+    ]
 
 
-@pytest.mark.parametrize("program", [
-    "n = 0\ndef f(x):\n    global n\n    n += x\n    return n",
-    "def f(x, seen=[]):\n    seen.append(x)\n    return seen",
-    "def f(x):\n    f.n = x\n    return x", "def f(x):\n    setattr(f, 'n', x)\n    return x",
-    "import math\ndef f(x):\n    math.pi, y = x, 1\n    return y",
-    "class A:\n    n = 0\ndef f(x):\n    A.n += x\n    return A.n",
-    "from functools import lru_cache\n@lru_cache\ndef f(x):\n    return x",
-    "def f(x):\n    f.__dict__.update(a=x)\n    return x",
-    "import decimal\ndef f(x):\n    return f'{decimal.getcontext()}'",
-    "def g(i=iter(range(9))):\n    return next(i)\ndef f(x):\n    return g()",
-    "import copy\ndef f(x):\n    copy._deepcopy_dispatch[int] = x",
-])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "n = 0\ndef f(x):\n    global n\n    n += x\n    return n",
+        "def f(x, seen=[]):\n    seen.append(x)\n    return seen",
+        "def f(x):\n    f.n = x\n    return x",
+        "def f(x):\n    setattr(f, 'n', x)\n    return x",
+        "import math\ndef f(x):\n    math.pi, y = x, 1\n    return y",
+        "class A:\n    n = 0\ndef f(x):\n    A.n += x\n    return A.n",
+        "from functools import lru_cache\n@lru_cache\ndef f(x):\n    return x",
+        "def f(x):\n    f.__dict__.update(a=x)\n    return x",
+        "import decimal\ndef f(x):\n    return f'{decimal.getcontext()}'",
+        "def g(i=iter(range(9))):\n    return next(i)\ndef f(x):\n    return g()",
+        "import copy\ndef f(x):\n    copy._deepcopy_dispatch[int] = x",
+    ],
+)
 def test_programs_that_could_carry_state_are_seen(program):
     assert not read_program(program).stateless
 
@@ -348,20 +470,29 @@ def test_programs_that_could_carry_state_are_seen(program):
 def test_induction_is_all_or_nothing(sandbox):
     hidden = tuple((str(i), str(2 * i)) for i in range(5, 10))
     task = Task("induction", DOUBLE, message="", visible=(("1", "2"),), hidden=hidden)
-    programs = ["def f(n):\n    return n + n", "def f(n):\n    return n + n if n < 9 else 1 / 0",
-                "def f(n):\n    return {1: 2}[n]",
-                "def g(n):\n    return n", "def f(n)", "import os\ndef f(n):\n    return 2 * n", "x" * 10_000,
-                "def f(n):\n    return '\ud800'"]
+    programs = [
+        "def f(n):\n    return n + n",
+        "def f(n):\n    return n + n if n < 9 else 1 / 0",
+        "def f(n):\n    return {1: 2}[n]",
+        "def g(n):\n    return n",
+        "def f(n)",
+        "import os\ndef f(n):\n    return 2 * n",
+        "x" * 10_000,
+        "def f(n):\n    return '\ud800'",
+    ]
     expected = ["ok", "error", "error", "no_entry", "syntax", "forbidden", "too_large", "syntax"]
     assert [reason for _, reason in judged(task, programs, sandbox)] == expected
-    scores = [verdict.score for verdict in judge([(task, program) for program in programs[:3]], sandbox,
-                                                 fraction=True)]
+    scores = [verdict.score for verdict in judge([(task, program) for program in programs[:3]], sandbox, fraction=True)]
     assert scores == pytest.approx([1.0, 0.8, 0.0])
-    liar = ("class A:\n    def __eq__(self, other):\n        return True\n"
-            "    def __repr__(self):\n        return '10'\n"
-            "def f(n):\n    return A()")
-    assert judged(task, [liar, "def f(n):\n    raise SystemExit(0)"], sandbox) == [(False, "not_literal"),
-                                                                                   (False, "error")]
+    liar = (
+        "class A:\n    def __eq__(self, other):\n        return True\n"
+        "    def __repr__(self):\n        return '10'\n"
+        "def f(n):\n    return A()"
+    )
+    assert judged(task, [liar, "def f(n):\n    raise SystemExit(0)"], sandbox) == [
+        (False, "not_literal"),
+        (False, "error"),
+    ]
 
 
 class Recorder:
@@ -373,9 +504,13 @@ class Recorder:
     def run(self, jobs):
         self.jobs += jobs
         rows = self.sandbox.run(jobs)
-        return [[Outcome("infra", None, "lost") if text in self.broken else outcome for text,
-                 outcome in zip(job.inputs, row)]
-                for job, row in zip(jobs, rows)]
+        return [
+            [
+                Outcome("infra", None, "lost") if text in self.broken else outcome
+                for text, outcome in zip(job.inputs, row)
+            ]
+            for job, row in zip(jobs, rows)
+        ]
 
 
 def test_expected_answers_stay_outside_and_equal_answers_run_once(sandbox):
@@ -392,10 +527,14 @@ def test_a_failing_sandbox_is_infra_and_never_a_right_answer(sandbox):
     recorder = Recorder(sandbox, broken=("6",))
     abduction = Task("abduction", DOUBLE, "6", "12")
     hidden = Task("induction", DOUBLE, message="m", visible=(("1", "2"),), hidden=(("6", "12"), ("7", "14")))
-    verdicts = judge([(abduction, "6"), (hidden, DOUBLE), (hidden, "def f(x):\n    return 12")], recorder,
-                     fraction=True)
-    assert [(v.ok, v.reason, v.score) for v in verdicts] == [(False, "infra", 0.0), (False, "infra", 0.0),
-                                                             (False, "wrong", 0.0)]
+    verdicts = judge(
+        [(abduction, "6"), (hidden, DOUBLE), (hidden, "def f(x):\n    return 12")], recorder, fraction=True
+    )
+    assert [(v.ok, v.reason, v.score) for v in verdicts] == [
+        (False, "infra", 0.0),
+        (False, "infra", 0.0),
+        (False, "wrong", 0.0),
+    ]
 
 
 def test_judging_what_is_no_task_of_ours(sandbox):
@@ -416,8 +555,9 @@ def number_task(i, mode="deduction"):
 def test_the_oldest_leaves_and_nothing_comes_twice():
     buffers = Buffers(capacity=3)
     assert [buffers.add(number_task(i), i) for i in (0, 1, 1, 2, 3)] == [True, True, False, True, True]
-    assert [step for _,
-            step in buffers.tasks("deduction")] == [1, 2, 3] and buffers.size("deduction") == len(buffers) == 3
+    assert [step for _, step in buffers.tasks("deduction")] == [1, 2, 3] and buffers.size("deduction") == len(
+        buffers
+    ) == 3
     assert not buffers.add(Task("deduction", "def f(n):  # renamed\n    return n + 3", "3", "6"), 9)
     assert buffers.add(number_task(0), 4), "a task that has left may come back"
     assert buffers.keys("deduction") == {tasks.duplicate_key(number_task(i)) for i in (2, 3, 0)}
@@ -429,9 +569,11 @@ def test_the_oldest_leaves_and_nothing_comes_twice():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["deduction", "abduction"])), max_size=40),
-       st.integers(1, 8),
-       st.integers(0, 9))
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from(["deduction", "abduction"])), max_size=40),
+    st.integers(1, 8),
+    st.integers(0, 9),
+)
 def test_buffer_state_restores_exactly(added, capacity, seed):
     buffers = Buffers(capacity)
     for step, (i, mode) in enumerate(added):
@@ -468,8 +610,17 @@ def test_induction_programs_come_from_both_buffers_and_the_seed_only_when_alone(
 
 
 def test_the_seed_tasks_are_right(sandbox):
-    assert judge([(SEED_TASKS["deduction"], "'Hello world'"), (SEED_TASKS["abduction"], '"Hello world"'),
-                  (SEED_TASKS["induction"], SEED_PROGRAM)], sandbox) == [tasks.Verdict(True, "ok", score=1.0)] * 3
+    assert (
+        judge(
+            [
+                (SEED_TASKS["deduction"], "'Hello world'"),
+                (SEED_TASKS["abduction"], '"Hello world"'),
+                (SEED_TASKS["induction"], SEED_PROGRAM),
+            ],
+            sandbox,
+        )
+        == [tasks.Verdict(True, "ok", score=1.0)] * 3
+    )
     seed = SEED_TASKS["induction"]
     inputs = tuple(given for given, _ in seed.visible + seed.hidden)
     verdict = validate([Proposal("induction", SEED_PROGRAM, inputs, seed.message)], sandbox, exempt={SEED_PROGRAM})[0]

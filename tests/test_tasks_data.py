@@ -1,4 +1,4 @@
-"""azr/tasks/__init__.py on published data: CRUXEval, and seed tasks that a real model proposed. Skipped without the data."""
+"""azr/tasks/__init__.py on published data: CRUXEval, and seed tasks of a real model. Skipped without the data."""
 
 import json
 from collections import Counter
@@ -27,13 +27,16 @@ def sandbox():
 
 def test_cruxeval_outputs_and_inputs_judge_correct(sandbox):
     rows = rows_of("benchmarks/cruxeval.jsonl")
-    tasks = {mode: [Task(mode, row["code"], row["input"], row["output"]) for row in rows]
-             for mode in ("deduction", "abduction")}
+    tasks = {
+        mode: [Task(mode, row["code"], row["input"], row["output"]) for row in rows]
+        for mode in ("deduction", "abduction")
+    }
     verdicts = judge([(task, task.output) for task in tasks["deduction"]], sandbox)
     assert Counter(verdict.reason for verdict in verdicts) == {"ok": 800}
     verdicts = judge([(task, task.input) for task in tasks["abduction"]], sandbox)
     assert {i: verdict.reason for i, verdict in enumerate(verdicts) if not verdict.ok} == dict.fromkeys(
-        (258, 344, 364, 522), "not_literal")
+        (258, 344, 364, 522), "not_literal"
+    )
 
 
 @pytest.mark.parametrize("name, valid", [("7b_coder_seed_io", 110)])
@@ -61,7 +64,10 @@ def test_every_published_output_that_was_cut_off_is_refused(sandbox):
     for name in ("3b_coder_seed_io", "3b_coder_code_f_seed_io", "7b_coder_seed_io", "7b_coder_code_f_seed_io"):
         for row in rows_of(f"azr_seeds/{name}.jsonl"):
             pairs = zip(row["inputs"], row["outputs"]) if "inputs" in row else [(row["input"], row["output"])]
-            cut += [Proposal("deduction", "\n".join([*row["imports"], row["snippet"]]), (given,))
-                    for given, output in pairs if len(output) == 403 and output[200:203] == "..."]
+            cut += [
+                Proposal("deduction", "\n".join([*row["imports"], row["snippet"]]), (given,))
+                for given, output in pairs
+                if len(output) == 403 and output[200:203] == "..."
+            ]
     reasons = Counter(verdict.reason for verdict in validate(cut, sandbox, known=None))
     assert reasons == {"too_large": 56, "not_literal": 11, "nondeterministic": 1}

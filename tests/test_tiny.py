@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from azr.train.evaluation import statements
 from azr.evals.held_out import load_tasks
 from azr.models import model_path
-from azr.tasks.prompts import template_hash
-from azr.tasks.parse import fences
 from azr.tasks import MODES, Proposal, judge, parse_answer, parse_proposal, validate
+from azr.tasks.parse import fences
+from azr.tasks.prompts import template_hash
 from azr.tiny import documents as recipe
 from azr.tiny import make, programs, split
+from azr.train.evaluation import statements
 from sandbox import Job, Sandbox, literal
 
 TINY = Path(model_path("tiny"))
@@ -72,8 +72,11 @@ def test_computed_values_and_traces_are_what_the_programs_compute(sandbox, drawn
         for step in "".join(example.steps).rstrip(";").split(";"):
             if not step.endswith((" yes", " no")):  # a condition
                 traced[step.partition("=")[0]] = literal.parse(step.rpartition("=")[2])
-        assert traced == literal.parse(outcome.output) == {s.name: example.values[s.name] for s in
-                                                           example.program.statements}  # fmt: skip
+        assert (
+            traced
+            == literal.parse(outcome.output)
+            == {s.name: example.values[s.name] for s in example.program.statements}
+        )
 
 
 def test_every_operation_loop_and_test_is_drawn_for_every_type():
@@ -336,9 +339,7 @@ def test_tokenizer_gives_the_ids_the_model_was_trained_with(tokenizer):
     check = json.loads((TINY / "tokenizer_check.json").read_text())
     assert tokenizer(check["text"], add_special_tokens=False)["input_ids"] == check["ids"]
     for prompt, response in recipe.documents(5, 200):
-        ids = [
-            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response, prompt + response)
-        ]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response, prompt + response)]
         assert ids[0] + ids[1] == ids[2] == raw.encode(prompt + response, add_special_tokens=False).ids
         assert tokenizer.decode(ids[2]) == prompt + response
 

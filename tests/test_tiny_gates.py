@@ -12,18 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
 
-import gate_base  # noqa: E402
-import gate_numbers as numbers  # noqa: E402
-import gate_proposals  # noqa: E402
-import gate_table  # noqa: E402
-import gate_training  # noqa: E402
-import tiny_gates  # noqa: E402
-from gate_lab import DIRECT, Lab, Store  # noqa: E402
-
-from azr.tasks import MODES, Task  # noqa: E402
-from azr.tiny import documents  # noqa: E402
-from azr.tiny.programs import arguments_text  # noqa: E402
-
+import gate_base
+import gate_numbers as numbers
+import gate_proposals
+import gate_table
+import gate_training
+import tiny_gates
+from azr.tasks import MODES, Task
+from azr.tiny import documents
+from azr.tiny.programs import arguments_text
+from gate_lab import DIRECT, Lab, Store
 
 # ---------------------------------------------------------------- reading thoughts and programs
 
@@ -241,8 +239,10 @@ def test_gates_pass_where_the_numbers_say_so():
     store = argparse.Namespace(parts={mode: part for mode in MODES})
     passed = {(gate.gate, gate.what): gate.passed for gate in gate_table.proposal_gates(store)}
     assert len(passed) == 8 and all(passed.values())
-    worse = {"rows": rows[:7] + [[4, 1, "ok", False, "b"]] * 7 + [[4, None, "syntax", False, None]] * 20,
-             "solved": [[2, 2, 8, 8]] * 5}  # fmt: skip
+    worse = {
+        "rows": rows[:7] + [[4, 1, "ok", False, "b"]] * 7 + [[4, None, "syntax", False, None]] * 20,
+        "solved": [[2, 2, 8, 8]] * 5,
+    }
     store = argparse.Namespace(parts={mode: worse for mode in MODES})
     assert not any(gate.passed for gate in gate_table.proposal_gates(store))
 

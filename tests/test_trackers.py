@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from azr.runs import Run, RunError
 from azr.train import trackers
 from azr.train.config import Config
-from azr.runs import Run, RunError
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"model": "tiny", "seed": 3, "steps": 4, "tracker": "none"}

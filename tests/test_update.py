@@ -11,13 +11,21 @@ import pytest
 import torch
 
 import train_azr
-from azr.train import loop, update
-from azr.policy.backoff import DoesNotFit, Sizes, halve_rollout, is_out_of_memory, retry, rollout_sizes, set_rollout_sizes
-from azr.train.config import Config, completed, resolve
 from azr.models import model_path
-from azr.tasks.prompts import solve_prompt
+from azr.policy.backoff import (
+    DoesNotFit,
+    Sizes,
+    halve_rollout,
+    is_out_of_memory,
+    retry,
+    rollout_sizes,
+    set_rollout_sizes,
+)
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
+from azr.tasks.prompts import solve_prompt
+from azr.train import loop, update
+from azr.train.config import Config, completed, resolve
 
 TOO_MUCH = 1 << 50  # elements
 GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]
@@ -218,8 +226,20 @@ def gradient_of_nothing(policy, samples, config):
 # ------------------------------------------------------------------------------------------------- in a training run
 
 
-SMALL = ["--prompts-per-mode", "2", "--answers", "2", "--eval-samples", "0", "--eval-every", "0", "--save-every", "1",
-         "--max-new-tokens", "48"]  # fmt: skip
+SMALL = [
+    "--prompts-per-mode",
+    "2",
+    "--answers",
+    "2",
+    "--eval-samples",
+    "0",
+    "--eval-every",
+    "0",
+    "--save-every",
+    "1",
+    "--max-new-tokens",
+    "48",
+]
 
 
 def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
@@ -257,8 +277,10 @@ def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(tmp_path, m
     assert texts[0] == texts[1]
     for a, b in zip(whole, tight):
         assert a.keys() == b.keys()
-        assert all((x is None) == (b[k] is None) and (x is None or math.isclose(x, b[k], rel_tol=1e-4, abs_tol=1e-5))
-                   for k, x in a.items())  # fmt: skip
+        assert all(
+            (x is None) == (b[k] is None) and (x is None or math.isclose(x, b[k], rel_tol=1e-4, abs_tol=1e-5))
+            for k, x in a.items()
+        )
     state = json.loads((tmp_path / "tight/checkpoints/step_2/state/state.json").read_text())
     assert state["sizes"]["scoring"]["token_budget"] <= 512 and state["sizes"]["rollout"]["max_batch"] <= 3
     train(tmp_path / "halves", monkeypatch, "--steps", 1, tokens=250, rows=3)

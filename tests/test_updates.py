@@ -203,16 +203,12 @@ def test_concentration_from_bins_equals_that_of_the_sorted_entries():
 
 
 def test_gini_of_gaussian_squares_and_of_stripes():
-    found = sizes.concentration(
-        *sizes.binned_energy(sizes.sizes(gaussian(500, 500), gaussian(500, 500)).histogram)
-    )
+    found = sizes.concentration(*sizes.binned_energy(sizes.sizes(gaussian(500, 500), gaussian(500, 500)).histogram))
     assert found["gini"] == pytest.approx(2 / math.pi, abs=0.005)
     delta = torch.zeros(100, 50)
     delta[:10] = 1.0
     rows, columns = sizes.axis_energies(delta)
-    assert sizes.profile(rows)["gini"] == pytest.approx(0.9) and sizes.profile(columns)["gini"] == pytest.approx(
-        0
-    )
+    assert sizes.profile(rows)["gini"] == pytest.approx(0.9) and sizes.profile(columns)["gini"] == pytest.approx(0)
     assert np.allclose(rows, 50 * (np.arange(100) < 10)) and np.allclose(columns, 10)
 
 

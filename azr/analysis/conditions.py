@@ -1,4 +1,4 @@
-"""The conditions of the table in azr/analysis/health.py: what is measured over the last rows of a run, and the words for it.
+"""The conditions of the table in azr/analysis/health.py: what is measured over the last rows of a run, and its words.
 
 A measure takes a Window and returns {place: value}, place being a mode, a role or "" for the run as a whole; a sentence
 and an advice take the Window and the places that are past their limit. Neither knows a limit, but for two that decide

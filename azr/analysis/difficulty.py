@@ -24,11 +24,11 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
+from azr.analysis.reader import MODES, RunData, read_run, same_model, stages
 from azr.console import note, warn
 from azr.fits import as_json, difference_of_means, linear_fit, over_runs
-from azr.passk import Interval, bootstrap_interval, share_interval
-from azr.analysis.reader import MODES, RunData, read_run, same_model, stages
 from azr.jsonl import read_object, tolerant_lines, write_json_atomic
+from azr.passk import Interval, bootstrap_interval, share_interval
 
 STAGES, ANSWERS = 4, 8
 QUESTIONS, QUESTIONS_EMBEDDED = 800, 480
@@ -91,21 +91,30 @@ def verdict(result: dict) -> list[str]:
     agree = [name for name, row in by.items() if row["mean"] * tasks["mean"] > 0]
     # only the base was trained on none of these tasks: without its consent nothing is said
     if tasks["high"] < 0 and base["mean"] < 0:
-        said.append(f"The proposals get harder: fixed solvers solve {shown(tasks)} fewer of the last stage's tasks"
-                    f" (negative: fewer), {len(agree)} of {len(by)} solvers agree.")  # fmt: skip
+        said.append(
+            f"The proposals get harder: fixed solvers solve {shown(tasks)} fewer of the last stage's tasks"
+            f" (negative: fewer), {len(agree)} of {len(by)} solvers agree."
+        )
     elif tasks["low"] > 0 and base["mean"] > 0:
-        said.append(f"The proposals get easier: fixed solvers solve {shown(tasks)} more of the last stage's tasks, "
-                    f"{len(agree)} of {len(by)} solvers agree.")  # fmt: skip
+        said.append(
+            f"The proposals get easier: fixed solvers solve {shown(tasks)} more of the last stage's tasks, "
+            f"{len(agree)} of {len(by)} solvers agree."
+        )
     else:
         said.append(f"No change of difficulty is shown: fixed solvers, last stage minus first, {shown(tasks)}.")
     word = "weaker" if solver["high"] < 0 else "stronger" if solver["low"] > 0 else None
-    said.append(f"The solver gets {word} on these tasks: final minus base, same tasks, {shown(solver)}." if word
-                else f"No change of the solver is shown on these tasks: final minus base {shown(solver)}.")  # fmt: skip
+    said.append(
+        f"The solver gets {word} on these tasks: final minus base, same tasks, {shown(solver)}."
+        if word
+        else f"No change of the solver is shown on these tasks: final minus base {shown(solver)}."
+    )
     lead = result["lead_grows"]
     if lead["low"] > 0:
-        said.append(f"The final solver's lead over the base grows by {shown(lead)} from the first stage's tasks to "
-                    "the last stage's, which it was trained on; for the base, trained on none, the change is "
-                    f"{shown(base)}.")  # fmt: skip
+        said.append(
+            f"The final solver's lead over the base grows by {shown(lead)} from the first stage's tasks to "
+            "the last stage's, which it was trained on; for the base, trained on none, the change is "
+            f"{shown(base)}."
+        )
     rates = [row["mean"] for rows in result["rate"].values() for row in (rows[0], rows[-1])]
     if min(rates) < FLOOR or max(rates) > 1 - FLOOR:
         said.append("Some solve rates are near 0 or 1, where a change of difficulty hardly shows.")
@@ -298,8 +307,10 @@ def print_result(run: RunData, result: dict) -> None:
     for name, row in result["tokens"].items():
         print(f"{name + ' length':17s}" + "".join(f"{shown(c, 1) if c else '-':24s}" for c in row))
     split = result["split"]
-    print(f"\nlast stage and final solver minus first stage and base: tasks {shown(split['tasks'])}, "
-          f"solver {shown(split['solver'])}")  # fmt: skip
+    print(
+        f"\nlast stage and final solver minus first stage and base: tasks {shown(split['tasks'])}, "
+        f"solver {shown(split['solver'])}"
+    )
     modes = {m: row for m, row in result["tasks_by_mode"].items() if row}
     print("tasks, by mode: " + "; ".join(f"{m} {shown(row)} (n {row['n']})" for m, row in modes.items()))
     print(f"trend of the fixed solvers' rate per 100 steps: {shown(result['trend_per_100_steps'])}\n")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from azr.analysis.reader import RunData
 from azr.models import model_path
 from azr.policy.opening import Opening, agree, check_template
 from azr.tasks.prompts import template_hash
-from azr.analysis.reader import RunData
 
 if TYPE_CHECKING:
     import torch
@@ -98,9 +98,7 @@ def token_divergences(
     with torch.no_grad():
         for indices in micro_batches([len(p) + len(r) for p, r in zip(prompts, responses)], token_budget):
             ids, position, counts = _batch(policy, [prompts[i] for i in indices], [responses[i] for i in indices])
-            hidden = [
-                _hidden(policy, ids, context)[position] for context in (policy.disable_adapter(), nullcontext())
-            ]
+            hidden = [_hidden(policy, ids, context)[position] for context in (policy.disable_adapter(), nullcontext())]
             columns = [[], []]
             for start in range(0, len(position), chunk):
                 logits = (head_logits(h[start : start + chunk], weight) / temperature for h in hidden)

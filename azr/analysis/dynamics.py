@@ -20,10 +20,10 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
+from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, stages
 from azr.console import warn
 from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
 from azr.passk import bootstrap_interval, share_interval
-from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, stages
 
 WINDOWS = 10
 PROGRAMS = 100  # a window, whose distances are measured
@@ -67,9 +67,12 @@ def profiles(programs: list[str]) -> list[Counter | None] | None:
     """The pq-grams of every program, None for one that does not parse; None for all if the child process died."""
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _PROFILES], input=json.dumps(programs), capture_output=True, text=True,
+            [sys.executable, "-I", "-c", _PROFILES],
+            input=json.dumps(programs),
+            capture_output=True,
+            text=True,
             timeout=60,
-        )  # fmt: skip
+        )
         if done.returncode:
             return None
         return [None if row is None else Counter(row) for row in json.loads(done.stdout)]
@@ -94,8 +97,8 @@ def mean_distances(rows: list[Counter], keys: list, same: bool, seed: int) -> np
 
 def diversity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
     """Per window: distances among proposed programs and among induction answers, distinct programs, duplicates."""
-    from azr.tasks.program import read_program
     from azr.tasks import parse_answer
+    from azr.tasks.program import read_program
 
     proposed, answered, counts = [], [], []
     for number, (a, b) in enumerate(bounds):
@@ -271,17 +274,21 @@ def print_result(run: RunData, result: dict) -> None:
     for mode in MODES:
         first, last = (result["solve_rate"].get(f"{mode}/{end}") for end in ("first", "last"))
         if first and last:
-            print(f"  {mode:10s}{shown(first['mean'])} -> {shown(last['mean'])};  {shown(first['learnable'])} -> "
-                  f"{shown(last['learnable'])}  (n {first['n']}, {last['n']})")  # fmt: skip
+            print(
+                f"  {mode:10s}{shown(first['mean'])} -> {shown(last['mean'])};  {shown(first['learnable'])} -> "
+                f"{shown(last['learnable'])}  (n {first['n']}, {last['n']})"
+            )
     print("Answer length in tokens, controlled for being right: drift per 100 steps, right minus wrong:")
     for mode, row in result["lengths"].items():
         print(f"  {mode:10s}{shown(row['per_100_steps'], 2)};  {shown(row['right_minus_wrong'], 2)}  (n {row['n']})")
     first, last = result["diversity"]["windows"][0], result["diversity"]["windows"][-1]
     print("Distance of syntax trees (0 same, 1 nothing in common) and duplicates:")
-    for key, name in (("program_distance", "between proposed programs"),
-                      ("answer_distance_other_task", "between induction answers, other tasks"),
-                      ("answer_distance_same_task", "between induction answers, same task"),
-                      ("duplicate_rate", "proposals refused as duplicates")):  # fmt: skip
+    for key, name in (
+        ("program_distance", "between proposed programs"),
+        ("answer_distance_other_task", "between induction answers, other tasks"),
+        ("answer_distance_same_task", "between induction answers, same task"),
+        ("duplicate_rate", "proposals refused as duplicates"),
+    ):
         if first.get(key) and last.get(key):
             print(f"  {name:40s}{shown(first[key])} -> {shown(last[key])}  (n {first[key]['n']}, {last[key]['n']})")
     print("Mean rewards:")
@@ -289,12 +296,16 @@ def print_result(run: RunData, result: dict) -> None:
         print(f"  {key.removesuffix('/reward'):22s}{shown(row['first'])} -> {shown(row['last'])}")
     if result["log_prob_gap"]:
         gap = result["log_prob_gap"]
-        print(f"Sampler-trainer gap, mean |log-prob gap|: {gap['mean']:.1e} [{gap['low']:.1e}, {gap['high']:.1e}]"
-              f", worst step {gap['max']:.1e}")  # fmt: skip
+        print(
+            f"Sampler-trainer gap, mean |log-prob gap|: {gap['mean']:.1e} [{gap['low']:.1e}, {gap['high']:.1e}]"
+            f", worst step {gap['max']:.1e}"
+        )
     if result["gap_outside_10"]:
         print(f"Tokens whose ratio of trainer to sampler is outside [0.9, 1.1]: {shown(result['gap_outside_10'])}")
-    print("Seconds a step: " + ", ".join(f"{n} {row['mean']:.2f} ({100 * row['share']:.0f} %)"
-                                         for n, row in result["time"].items()))  # fmt: skip
+    print(
+        "Seconds a step: "
+        + ", ".join(f"{n} {row['mean']:.2f} ({100 * row['share']:.0f} %)" for n, row in result["time"].items())
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- plots
@@ -364,9 +375,7 @@ def draw_diversity(result: dict):
     for i, (key, name) in enumerate(zip(names, ("answers to other tasks", "answers to the same task"))):
         figures.points(middle, x, [w.get(key) for w in windows], name, figures.CYCLE[i])
     figures.points(right, x, [w["duplicate_rate"] for w in windows], "refused as duplicates", figures.CYCLE[1])
-    for one, title in zip(
-        (left, middle, right), ("tree distance of proposals", "of induction answers", "duplicates")
-    ):
+    for one, title in zip((left, middle, right), ("tree distance of proposals", "of induction answers", "duplicates")):
         one.set_ylim(0, 1 if one is not right else None)
         figures.label(one, title, "step", "0 same, 1 nothing in common" if one is not right else "share of proposals")
     return drawn

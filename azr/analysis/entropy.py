@@ -26,11 +26,11 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
+from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, read_run, same_model
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
-from azr.passk import answer_entropy, bootstrap_interval
-from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, read_run, same_model
 from azr.jsonl import tolerant_lines, write_json_atomic
+from azr.passk import answer_entropy, bootstrap_interval
 from azr.policy.opening import agree
 
 if TYPE_CHECKING:
@@ -75,9 +75,7 @@ def read_rows(path: str | Path, limit: int | None = None, steps: tuple[int, int]
     for note in notes:
         warn(f"{path.parent.name}/{note}")
     if not rows:
-        raise ValueError(
-            f"{path}: no line has a prompt and a response (or task_id and completion)" + steps_text(steps)
-        )
+        raise ValueError(f"{path}: no line has a prompt and a response (or task_id and completion)" + steps_text(steps))
     return rows
 
 
@@ -285,8 +283,8 @@ def offset(args, rows: list[Row], info: dict, entropy: list) -> dict | None:
     """
     import torch
 
-    from azr.policy.backoff import free
     from azr.analysis.divergence import open_policy
+    from azr.policy.backoff import free
 
     if args.adapter:
         raise ValueError("--offset compares the base in 4 bits and unquantized: leave --adapter out")
@@ -437,9 +435,7 @@ def print_offset(result: dict) -> None:
 
 def print_curves(result: dict) -> None:
     for path, run in result["runs"].items():
-        print(
-            f"{path}: entropy while training, nats a token, first and last tenth of the steps [interval over steps]"
-        )
+        print(f"{path}: entropy while training, nats a token, first and last tenth of the steps [interval over steps]")
         for name, row in run["training"].items():
             print(
                 f"  {name:22s}{shown(row['first'])} -> {shown(row['last'])}  "
@@ -457,17 +453,13 @@ def print_curves(result: dict) -> None:
                     print(f"  {name:22s}{shown(ends[0])} -> {shown(ends[1])}  (n {ends[0]['n']} responses)")
     for name, fit in result["fits"].items():
         print(f"\nR = -a exp(H) + b with R = {name.replace('_', ' ')}, H = solver entropy, n = {fit['n']}:")
-        print(
-            f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}"
-        )
+        print(f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}")
         if fit["resampled_units"] < FEW:
             print(f"  {fit['resampled_units']} points are too few for intervals: give several runs or evaluate more.")
         low, high = fit["entropy_range"]
         print(f"  H was between {low:.2f} and {high:.2f}; the value at H = 0 lies outside of what was seen.")
         if fit["a"]["low"] is not None and fit["a"]["low"] <= 0:
-            print(
-                "  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy."
-            )
+            print("  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy.")
     if "held_out_accuracy" not in result["fits"]:
         print("\nToo few held-out evaluations for the fit of R = -a exp(H) + b: three are needed (--eval-every).")
 

@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import hashlib
+import io
 from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
-from azr.models import model_path
 from azr.analysis import figures
 from azr.analysis.figures import shown
+from azr.analysis.reader import ROLES, RunData, read_run, same_model
 from azr.console import note, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
-from azr.passk import difference_interval, share_interval
-from azr.analysis.reader import ROLES, RunData, read_run, same_model
 from azr.jsonl import read_object, strict_lines, write_json_atomic
+from azr.models import model_path
+from azr.passk import difference_interval, share_interval
 from azr.policy.opening import ModelError
 
 PROBE_ROWS, HELD_OUT, CHECKPOINTS, TEXTS = 96, 300, 6, 200
@@ -59,8 +59,8 @@ def questions(run: RunData, policy, args) -> dict:
     RunError or ValueError if the run has no probe. Prompts and responses are token ids; "untrained" of a --text file
     has fixed responses, that of the skill is written by the base here.
     """
-    from azr.evals.held_out import load_tasks
     from azr.analysis.entropy import read_rows
+    from azr.evals.held_out import load_tasks
     from azr.tasks.prompts import solve_prompt
 
     rows = read_rows(run.path / "probe.jsonl")
@@ -148,9 +148,9 @@ def kl_at(policy, run: RunData, asked: dict) -> dict:
 def scores(policy, run: RunData, asked: dict, sandbox) -> dict[str, list[int]]:
     """Greedy answers: 1 or 0 for every held-out task and every question of the skill."""
     from azr.evals.held_out import evaluate
-    from azr.tasks.prompts import solve_prompt
     from azr.policy.policy import Sampling
     from azr.tasks import STOP, parse_answer
+    from azr.tasks.prompts import solve_prompt
 
     greedy = Sampling(0.0, max_new_tokens=run.config["max_new_tokens"], stop=(STOP,))
     template, result = run.base()["template"], {}
@@ -201,8 +201,7 @@ def measure(run: RunData, args) -> dict:
         if (r := kept.get("checkpoints", {}).get(str(s), {})).get("adapter") == mark
     }
     if missing := [step for step in wanted if step not in rows]:
-        base = kept.get("base")
-        for step, row, base in _measure(run, args, {s: wanted[s][0] for s in missing}, base):
+        for step, row, base in _measure(run, args, {s: wanted[s][0] for s in missing}, kept.get("base")):
             rows[step] = row | {"adapter": wanted[step][1]}
             done = {str(s): rows[s] for s in sorted(rows)}
             write_json_atomic(path, {"settings": settings, "base": base, "checkpoints": done})
@@ -314,8 +313,10 @@ def fits(measured: dict[str, dict]) -> dict:
 def print_result(measured: dict[str, dict], found: dict) -> None:
     for name, entry in measured.items():
         base = {o: share_interval(np.array(v, float)) for o, v in entry["base"].items() if v}
-        print(f"{name}: base solves, greedy, " + ", ".join(
-            f"{o.replace('_', '-')} {shown(i)} (n {len(entry['base'][o])})" for o, i in base.items()))  # fmt: skip
+        print(
+            f"{name}: base solves, greedy, "
+            + ", ".join(f"{o.replace('_', '-')} {shown(i)} (n {len(entry['base'][o])})" for o, i in base.items())
+        )
         lost = drops(entry)
         heads = "".join(f"{OUTCOMES[o].replace('drop on ', 'drop: '):27s}" for o in lost)
         print(
@@ -344,11 +345,11 @@ def print_result(measured: dict[str, dict], found: dict) -> None:
     if not found:
         print("Too few checkpoints to ask what predicts the drop: three are needed.")
         return
+    print("The untrained text is the skill itself unless --text gave another: KL there is close to the drop by design.")
     print(
-        "The untrained text is the skill itself unless --text gave another: KL there is close to the drop by design."
+        "Checkpoints of one run are not independent: the intervals are too narrow unless several runs are given"
+        f" (from {RUNS_AS_UNITS} runs on, whole runs are resampled)."
     )
-    print("Checkpoints of one run are not independent: the intervals are too narrow unless several runs are given"
-          f" (from {RUNS_AS_UNITS} runs on, whole runs are resampled).")  # fmt: skip
 
 
 def draw(measured: dict[str, dict], found: dict) -> dict:
@@ -383,13 +384,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
     parser.add_argument("--text", metavar="FILE", help="text never trained on: plain, or JSON lines with text")
     parser.add_argument("--probe", type=int, default=PROBE_ROWS, help=f"prompts a role (default {PROBE_ROWS})")
-    parser.add_argument(
-        "--held-out", type=int, default=HELD_OUT, help=f"held-out tasks (default {HELD_OUT}; 0: none)"
-    )
+    parser.add_argument("--held-out", type=int, default=HELD_OUT, help=f"held-out tasks (default {HELD_OUT}; 0: none)")
     parser.add_argument("--checkpoints", type=int, default=CHECKPOINTS, help=f"of each run (default {CHECKPOINTS})")
-    parser.add_argument(
-        "--fresh", action="store_true", help="measure again instead of using RUN/eval/forgetting.json"
-    )
+    parser.add_argument("--fresh", action="store_true", help="measure again instead of using RUN/eval/forgetting.json")
     figures.add_output_arguments(parser)
 
 

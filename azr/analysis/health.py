@@ -94,7 +94,7 @@ class Check:
 
 
 # "Healthy": the worst 10-step mean of a run of the embedded model that learned: three of 80 to 100 steps of the present
-# base, and ten of 80 to 120 steps of the one before it, where that one was worse. What is common in those is no warning.
+# base, and ten of 80 to 120 steps of the one before it, where that one was worse. What those have is no warning.
 # The gap was measured on a CPU, sampled at temperature 1, LoRA of rank 16: mean |difference|, share of tokens whose
 # ratio is outside [0.9, 1.1]. SmolLM2-135M: fp32 3.2e-6, 0 % (n 461; NF4 3.2e-6, 0 %, n 470); fp16 3.9e-3, 0 % (n 461;
 # NF4 4.6e-3, 0 %, n 480); bf16 2.8e-2, 4.1 % (n 461; NF4 3.6e-2, 8.3 %, n 480). The embedded model before this one (n

@@ -112,9 +112,7 @@ def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
             found[step] = row
     rows = [found[step] for step in sorted(found)]
     if rows and (missing := rows[-1]["step"] - rows[0]["step"] + 1 - len(rows)):
-        notes.append(
-            f"metrics.jsonl: {missing} step(s) between the first and the last are missing: gaps in the curves"
-        )
+        notes.append(f"metrics.jsonl: {missing} step(s) between the first and the last are missing: gaps in the curves")
     return rows
 
 

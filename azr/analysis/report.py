@@ -24,15 +24,13 @@ import numpy as np
 from azr.analysis import dynamics, entropy, figures, html, report_plots
 from azr.analysis.figures import shown, warn
 from azr.analysis.health import Health
+from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, same_model
 from azr.evals.held_out import EvalResult, difference
 from azr.fits import difference_of_means, over_runs
 from azr.passk import powers_of_two
-from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, same_model
 
 STAGES_SHOWN = 4
-CONFIG_SHOWN = (
-    "model seed steps recipe algorithm learning_rate prompts_per_mode answers lora_rank quantization".split()
-)
+CONFIG_SHOWN = "model seed steps recipe algorithm learning_rate prompts_per_mode answers lora_rank quantization".split()
 
 
 @dataclass
@@ -115,7 +113,7 @@ def warnings_of(entry: Entry) -> list[str]:
     run, lines = entry.run, []
     if not run.finished:
         lines.append(
-            f"Step {run.steps[-1]} of {run.config.get('steps')}: the run is going on or was stopped. All below is of the "
+            f"Step {run.steps[-1]} of {run.config.get('steps')}: the run goes on or was stopped. All below is of the "
             "steps so far."
         )
     health = Health(run.config)
@@ -135,8 +133,10 @@ def facts_of(entry: Entry) -> list[str]:
         n = len(base.tasks)
         for k in dict.fromkeys((1, powers_of_two(samples)[-1])):
             before, after, gain = base.pass_at_k(k), trained.pass_at_k(k), difference(base, trained, k)
-            said.append(f"pass@{k} on {n} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after {step} "
-                        f"steps, difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}].")  # fmt: skip
+            said.append(
+                f"pass@{k} on {n} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after {step} "
+                f"steps, difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]."
+            )
     tenth = max(1, len(run.steps) // 10)
     for role in ROLES:
         values = np.mean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0)
@@ -153,8 +153,10 @@ def facts_of(entry: Entry) -> list[str]:
         for outcome, lost in forgetting.drops(forgetting_of(entry)).items():
             step, row = list(lost.items())[-1]
             before = np.mean(entry.extra["forgetting"]["base"][outcome])
-            said.append(f"{forgetting.OUTCOMES[outcome].capitalize()}, greedy, at step {step}: {shown(row)} of "
-                        f"{before:.3f} before (n {row['n']}).")  # fmt: skip
+            said.append(
+                f"{forgetting.OUTCOMES[outcome].capitalize()}, greedy, at step {step}: {shown(row)} of "
+                f"{before:.3f} before (n {row['n']})."
+            )
     said += entry.extra.get("difficulty", {}).get("verdict", [])
     return said
 
@@ -204,8 +206,13 @@ CAVEATS = [
 
 def summary_table(entries: list[Entry]) -> str:
     """A row a run: settings, steps, hours."""
-    heads = ["run", *[key.replace("_", " ") for key in CONFIG_SHOWN if any(key in e.run.config for e in entries)],
-             "steps done", "hours", "samples"]  # fmt: skip
+    heads = [
+        "run",
+        *[key.replace("_", " ") for key in CONFIG_SHOWN if any(key in e.run.config for e in entries)],
+        "steps done",
+        "hours",
+        "samples",
+    ]
     rows = []
     for entry in entries:
         run = entry.run
@@ -308,9 +315,13 @@ def update_section(entry: Entry) -> str:
     """Size and sparsity at the end, and what was forgotten, if measured."""
     body, row = "", entry.extra.get("sparsity", {}).get("adapted")
     if row:
-        names = {"U1_rms": "U1, RMS of the change", "U1_rel_fro": "U1, relative to the weights",
-                 "S1": "S1, unchanged in bf16",
-                 "S2": "S2, within 1e-5", "R1_effective_rank": "R1, effective rank"}  # fmt: skip
+        names = {
+            "U1_rms": "U1, RMS of the change",
+            "U1_rel_fro": "U1, relative to the weights",
+            "S1": "S1, unchanged in bf16",
+            "S2": "S2, within 1e-5",
+            "R1_effective_rank": "R1, effective rank",
+        }
         cells = [[text, f"{row[key]:.4g}"] for key, text in names.items() if isinstance(row.get(key), (int, float))]
         body += html.table(["what", "value, adapted matrices"], cells)
     if "forgetting" in entry.extra:
@@ -319,10 +330,14 @@ def update_section(entry: Entry) -> str:
         known = forgetting_of(entry)
         lost = forgetting.drops(known)
         rows = [
-            [step, *(shown(lost[o][step]) for o in lost), *(shown(r.get(f"kl_forward/{k}") or {"mean": None}) for k in
-             forgetting.KINDS), *(f"{forgetting.value_of(r, p):.4f}" for p in ("U1_rel_fro", "S1", "S5"))]
+            [
+                step,
+                *(shown(lost[o][step]) for o in lost),
+                *(shown(r.get(f"kl_forward/{k}") or {"mean": None}) for k in forgetting.KINDS),
+                *(f"{forgetting.value_of(r, p):.4f}" for p in ("U1_rel_fro", "S1", "S5")),
+            ]
             for step, r in known["checkpoints"].items()
-        ]  # fmt: skip
+        ]
         heads = [
             "step",
             *(forgetting.OUTCOMES[o] for o in lost),
@@ -344,8 +359,10 @@ def missing_of(entries: list[Entry]) -> list[str]:
         if "forgetting" not in entry.extra:
             said.append(f"python analyze.py forgetting {path}")
         if "sparsity" not in entry.extra:
-            said.append(f"python analyze.py sparsity --base {entry.run.config['model']} --adapter {path} --json "
-                        f"{path}/eval/sparsity.json")  # fmt: skip
+            said.append(
+                f"python analyze.py sparsity --base {entry.run.config['model']} --adapter {path} --json "
+                f"{path}/eval/sparsity.json"
+            )
     return said
 
 
@@ -364,17 +381,17 @@ def run_section(entry: Entry, drawn: dict) -> str:
         }
         for title, fig in made.items():
             parts.append(html.image(fig, captions[title]) + html.paragraph(captions[title], "quiet"))
-        rows = [[m, shown(r["per_100_steps"], 2), shown(r["right_minus_wrong"], 2), r["n"]]
-                for m, r in entry.dynamics["lengths"].items()]  # fmt: skip
+        rows = [
+            [m, shown(r["per_100_steps"], 2), shown(r["right_minus_wrong"], 2), r["n"]]
+            for m, r in entry.dynamics["lengths"].items()
+        ]
         parts.append(html.paragraph("Answer length in tokens, controlled for being right:"))
         parts.append(html.table(["mode", "drift per 100 steps", "right minus wrong", "answers"], rows))
     if "difficulty" in entry.extra:
         from azr.analysis import difficulty
 
         drawn[f"{name}_difficulty"] = fig = difficulty.draw(name, entry.extra["difficulty"])
-        parts.append(
-            "<h3>Harder tasks, or a weaker solver?</h3>" + html.bullets(entry.extra["difficulty"]["verdict"])
-        )
+        parts.append("<h3>Harder tasks, or a weaker solver?</h3>" + html.bullets(entry.extra["difficulty"]["verdict"]))
         parts.append(html.image(fig, "fixed solvers on the proposals of each stage"))
     if body := update_section(entry):
         parts.append("<h3>The update, and what it cost</h3>" + body)
@@ -426,9 +443,7 @@ def curves(entries: list[Entry], drawn: dict) -> list[str]:
     """Entropy, held-out accuracy, the probe and pass@k; adds their figures to `drawn`."""
     drawn["overview"] = report_plots.draw_overview(entries)
     parts = ["<h2>Entropy and held-out accuracy</h2>" + html.image(drawn["overview"], "entropy, held-out accuracy")]
-    text = (
-        "Exact token entropy of the training samples; faint: every step, strong: running mean. A grey bar is a step "
-    )
+    text = "Exact token entropy of the training samples; faint: every step, strong: running mean. A grey bar is a step "
     parts.append(html.paragraph(text + "without a line in metrics.jsonl.", "quiet"))
     parts += fit_section(entries)
     if with_probe := [entry for entry in entries if "probe" in entry.extra]:
@@ -437,9 +452,7 @@ def curves(entries: list[Entry], drawn: dict) -> list[str]:
     if with_pass := [entry for entry in entries if entry.passes]:
         drawn["pass_at_k"] = report_plots.draw_pass_at_k(with_pass)
         parts.append("<h2>pass@k, before and after</h2>" + html.image(drawn["pass_at_k"], "pass@k"))
-        text = (
-            "The band is the 95 % interval of the paired difference from the base, drawn around the trained curve: "
-        )
+        text = "The band is the 95 % interval of the paired difference from the base, drawn around the trained curve: "
         parts.append(html.paragraph(text + "where it leaves the base's curve, a difference is shown.", "quiet"))
         for entry in with_pass:
             inside = pass_table(entry)
@@ -453,12 +466,12 @@ def fit_section(entries: list[Entry]) -> list[str]:
     if not fit:
         return [html.paragraph("Fewer than three held-out evaluations: no fit of accuracy against entropy.", "quiet")]
     if fit["a"]["low"] is None or math.isnan(fit["a"]["low"]):
-        text = (
-            f"{fit['n']} evaluations are too few to fit accuracy against entropy, R = -a exp(H) + b, with intervals."
-        )
+        text = f"{fit['n']} evaluations are too few to fit accuracy against entropy, R = -a exp(H) + b, with intervals."
         return [html.paragraph(text, "quiet")]
-    text = (f"R = -a exp(H) + b with R the held-out accuracy and H the solver's entropy, {fit['n']} evaluations: "
-            f"a = {shown(fit['a'])}, b = {shown(fit['b'])}, R^2 = {shown(fit['r2'], 2)}.")  # fmt: skip
+    text = (
+        f"R = -a exp(H) + b with R the held-out accuracy and H the solver's entropy, {fit['n']} evaluations: "
+        f"a = {shown(fit['a'])}, b = {shown(fit['b'])}, R^2 = {shown(fit['r2'], 2)}."
+    )
     if fit["a"]["low"] <= 0:
         text += " The interval of a holds 0 or less: no exchange of entropy for accuracy is shown."
     return [html.paragraph(text)]
@@ -475,6 +488,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
     """Returns the exit code."""
+
     def work() -> int:
         same_model([read_run(path) for path in args.run])
         entries = [read_entry(path) for path in args.run]
@@ -490,9 +504,7 @@ def main(args) -> int:
                 print(f"  {line}")
             for line in entry.warnings:
                 warn(line)
-        result = {
-            str(e.run.path): {"facts": e.facts, "warnings": e.warnings, "dynamics": e.dynamics} for e in entries
-        }
+        result = {str(e.run.path): {"facts": e.facts, "warnings": e.warnings, "dynamics": e.dynamics} for e in entries}
         figures.write_outputs(args, "report", result, drawn)
         print(
             f"\nreport: {out / 'report.html'} ({(out / 'report.html').stat().st_size / 1e6:.1f} MB, "

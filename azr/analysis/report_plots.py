@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from azr.analysis import entropy, figures
-from azr.fits import as_json
-from azr.evals.held_out import difference
-from azr.passk import Interval, powers_of_two, share_interval
 from azr.analysis.reader import MODES, ROLES, RunData
+from azr.evals.held_out import difference
+from azr.fits import as_json
 from azr.jsonl import tolerant_lines
+from azr.passk import Interval, powers_of_two, share_interval
 
 if TYPE_CHECKING:
     from azr.analysis.report import Entry
@@ -87,9 +87,7 @@ def draw_proposer(entries: list[Entry]):
 def draw_pass_at_k(entries: list[Entry]):
     """pass@k of the base and of every run over k; for one run also by mode. Bands: paired differences from the base."""
     one_run = len(entries) == 1
-    panels = (
-        [(entries[0], m) for m in [None, *entries[0].passes[0].modes]] if one_run else [(e, None) for e in entries]
-    )
+    panels = [(entries[0], m) for m in [None, *entries[0].passes[0].modes]] if one_run else [(e, None) for e in entries]
     drawn, axes = figures.figure(1, len(panels), 2.8 if one_run else 3.4, 2.8)
     for one, (entry, mode) in zip(axes, panels):
         base, trained, step = entry.passes

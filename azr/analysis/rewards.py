@@ -1,7 +1,7 @@
 """The expected reward of a valid proposal against the true solve rate of its task, for every shape of the reward.
 
-    python analyze.py rewards --out plots
-    python analyze.py rewards --answers 4 --ends-penalty 0.5
+python analyze.py rewards --out plots
+python analyze.py rewards --answers 4 --ends-penalty 0.5
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def main(args) -> int:
     for i, shape in enumerate(SHAPES):
         best = max(found[shape])
         at = "everywhere" if best - min(found[shape]) < 1e-9 else f"at p = {found['p'][found[shape].index(best)]:.3f}"
-        print(
-            f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}"
-        )
+        print(f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}")
         axes.plot(found["p"], found[shape], color=figures.CYCLE[i], linewidth=1.6, label=shape)
     penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""
     title = f"expected proposer reward, {args.answers} answers a task{penalty}"

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from azr.jsonl import strict_lines
-from azr.models import model_path
 from azr.evals import code_answers
 from azr.evals.math_answers import last_boxed
+from azr.jsonl import strict_lines
+from azr.models import model_path
 from azr.tasks import prompts
 from azr.tasks.prompts import STOP, TEMPLATES, WRAPPER, fence, solve_prompt
 from azr.tasks.task import Task, text_field
@@ -125,9 +125,7 @@ def _math(row: dict, where: str, number: int) -> Item:
     answer = last_boxed(_one_of(row, "answer", "solution")) if answer is None else str(answer)
     answer = (answer or "").rpartition("####")[2].strip().strip("$").strip()
     if not answer:
-        raise ValueError(
-            "there is no reference answer: neither 'answer', 'final_answer' nor a \\boxed{} in 'solution'"
-        )
+        raise ValueError("there is no reference answer: neither 'answer', 'final_answer' nor a \\boxed{} in 'solution'")
     return Item(_id(row, number), Task.from_json({"mode": "math", "question": question, "answer": answer}))
 
 
@@ -317,7 +315,7 @@ def _fill(text: str, item: Item) -> str:
         "message": fence("message", task.message),
         "pairs": "".join(fence("input", given) + fence("output", wanted) for given, wanted in task.visible),
     }
-    names = re.compile("|".join("{%s}" % name for name in fields))
+    names = re.compile("|".join("{" + name + "}" for name in fields))
     return names.sub(lambda match: fields[match[0][1:-1]], text)
 
 

@@ -25,13 +25,20 @@ from azr.console import warn
 from azr.jsonl import strict_lines
 from sandbox import BENCHMARK, Job, Sandbox, literal
 
-TIME_FACTOR, LEAST_SECONDS = 4.0, 1.0       # evalplus: limit = max(1 s, 4 x the reference solution's time)
-REFERENCE_SECONDS = 30.0                    # CPU time of one input of a reference solution
-ATOL, RTOL = 1e-6, 1e-7                     # floats where a problem gives no tolerance; relative part, for all
-JOBS_PER_CALL = 64                          # so that the inputs and outputs in memory stay few
+TIME_FACTOR, LEAST_SECONDS = 4.0, 1.0  # evalplus: limit = max(1 s, 4 x the reference solution's time)
+REFERENCE_SECONDS = 30.0  # CPU time of one input of a reference solution
+ATOL, RTOL = 1e-6, 1e-7  # floats where a problem gives no tolerance; relative part, for all
+JOBS_PER_CALL = 64  # so that the inputs and outputs in memory stay few
 
-_FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "canonical_solution": str, "base_input": list,
-           "plus_input": list, "atol": (int, float)}
+_FIELDS = {
+    "task_id": str,
+    "prompt": str,
+    "entry_point": str,
+    "canonical_solution": str,
+    "base_input": list,
+    "plus_input": list,
+    "atol": (int, float),
+}
 
 # What the arguments of MBPP+ were before they became JSON: a shape per argument, the last one for all that follow.
 # A shape reads from outside to inside: t list to tuple, l stays a list, * tuples all the way down, { values of a dict,
@@ -39,8 +46,16 @@ _FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "canonical_solutio
 _SHAPES = {
     "t": (2, 116, 132, 143, 222, 261, 273, 394, 399, 421, 424, 429, 470, 560, 579, 596, 616, 630, 726, 740, 744, 809),
     "lt": (63, 64, 70, 94, 120, 237, 272, 299, 400, 409, 417, 438, 473, 614, 780),
-    "tt": (259, 278, 401, 445), "*": (580, 615, 791), "lt .": (75, 413, 444, 753), ". t": (106, 750),
-    "t .": (250, 307, 405, 446, 617, 720, 763, 808), "ls": (115,), "f c": (124,), "c": (252,), "{t .": (722,)}
+    "tt": (259, 278, 401, 445),
+    "*": (580, 615, 791),
+    "lt .": (75, 413, 444, 753),
+    ". t": (106, 750),
+    "t .": (250, 307, 405, 446, 617, 720, 763, 808),
+    "ls": (115,),
+    "f c": (124,),
+    "c": (252,),
+    "{t .": (722,),
+}
 _SHAPE_OF = {f"Mbpp/{number}": shape.split() for shape, numbers in _SHAPES.items() for number in numbers}
 
 # Tasks whose statement leaves the order, or the kind of a true value, open.
@@ -87,6 +102,7 @@ class Grade:
 
 # ---------------------------------------------------------------- problems
 
+
 def load_problems(path: str | Path) -> list[Problem]:
     """The problems of evalplus's file, .jsonl or .jsonl.gz. ValueError with file, line and field for a bad one."""
     problems: dict[str, Problem] = {}
@@ -101,7 +117,7 @@ def load_problems(path: str | Path) -> list[Problem]:
 
 
 def _problem(row: dict, where: str) -> Problem:
-    if row.get("plus_input") == {}:         # Mbpp/793 of version 0.2.0 has no plus inputs, and says so like that
+    if row.get("plus_input") == {}:  # Mbpp/793 of version 0.2.0 has no plus inputs, and says so like that
         row["plus_input"] = []
     for name, kind in _FIELDS.items():
         if name not in row:
@@ -114,10 +130,20 @@ def _problem(row: dict, where: str) -> Problem:
         raise ValueError(f"{where}, field atol: {row['atol']} is no tolerance")
     if not row["base_input"]:
         raise ValueError(f"{where}, field base_input: there is no input")
-    inputs = [_call(row["task_id"], arguments, f"{where}, field {name}")
-              for name in ("base_input", "plus_input") for arguments in row[name]]
-    return Problem(row["task_id"], row["prompt"], row["entry_point"], row["canonical_solution"], tuple(inputs),
-                   len(row["base_input"]), float(row["atol"]))
+    inputs = [
+        _call(row["task_id"], arguments, f"{where}, field {name}")
+        for name in ("base_input", "plus_input")
+        for arguments in row[name]
+    ]
+    return Problem(
+        row["task_id"],
+        row["prompt"],
+        row["entry_point"],
+        row["canonical_solution"],
+        tuple(inputs),
+        len(row["base_input"]),
+        float(row["atol"]),
+    )
 
 
 def _call(task_id: str, arguments: Any, where: str) -> str:
@@ -126,7 +152,7 @@ def _call(task_id: str, arguments: Any, where: str) -> str:
         raise ValueError(f"{where}: an input is {type(arguments).__name__}, expected the list of arguments")
     try:
         return literal.canon_args(convert(task_id, arguments), {}, BENCHMARK.limits)
-    except (ValueError, TypeError, AttributeError) as error:        # LiteralError is a ValueError
+    except (ValueError, TypeError, AttributeError) as error:  # LiteralError is a ValueError
         raise ValueError(f"{where}: an input cannot be used ({error})") from error
 
 
@@ -143,7 +169,7 @@ def _record():
     check(candidate)
     return calls
 """
-_OFFICIAL_ATOL = {"HumanEval/32": 1e-4}         # as its test has it
+_OFFICIAL_ATOL = {"HumanEval/32": 1e-4}  # as its test has it
 
 
 def official_problems(rows: Iterable[tuple[str, dict]]) -> list[Problem]:
@@ -172,8 +198,15 @@ def _official(texts: dict, outcome: Any, where: str) -> Problem:
         raise ValueError(f"{where}: the tests of {texts['task_id']} cannot be run ({outcome.status} {outcome.detail})")
     calls = literal.parse(outcome.output, BENCHMARK.limits)
     inputs = tuple(dict.fromkeys(literal.canon_args(call, {}, BENCHMARK.limits) for call in calls))
-    return Problem(texts["task_id"], texts["prompt"], texts["entry_point"], texts["canonical_solution"], inputs,
-                   len(inputs), _OFFICIAL_ATOL.get(texts["task_id"], 0.0))
+    return Problem(
+        texts["task_id"],
+        texts["prompt"],
+        texts["entry_point"],
+        texts["canonical_solution"],
+        inputs,
+        len(inputs),
+        _OFFICIAL_ATOL.get(texts["task_id"], 0.0),
+    )
 
 
 def convert(task_id: str, arguments: list) -> tuple:
@@ -201,6 +234,7 @@ def _shaped(value: Any, shape: str) -> Any:
 
 # ---------------------------------------------------------------- running
 
+
 def program_of(problem: Problem, answer: str) -> str:
     """The program of an answer: the answer alone where it defines the entry point at its top level, and the prompt
     with the answer as its completion elsewhere (a function's body, or helpers of a function that the prompt begins).
@@ -210,8 +244,9 @@ def program_of(problem: Problem, answer: str) -> str:
     first = re.search(r"^[ \t]*[^\s#]", answer, re.MULTILINE)
     indented = first is not None and first.group()[0] in " \t"
     name = re.escape(problem.entry_point)
-    defined = re.search(rf"^(?:(?:async[ \t]+)?def[ \t]+{name}[ \t]*[(\[]|{name}[ \t]*(?::[^=\n]*)?=(?!=))", answer,
-                        re.MULTILINE)
+    defined = re.search(
+        rf"^(?:(?:async[ \t]+)?def[ \t]+{name}[ \t]*[(\[]|{name}[ \t]*(?::[^=\n]*)?=(?!=))", answer, re.MULTILINE
+    )
     return answer if defined and not indented else problem.prompt + answer
 
 
@@ -229,18 +264,28 @@ def calibrate(problems: Iterable[Problem], sandbox: Sandbox) -> dict[str, Refere
 def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
     outcomes, used = _measured(problem, problem.inputs, sandbox)
     good = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
-    faults = [f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
-              for place, outcome in enumerate(outcomes) if outcome.status != "ok"]
+    faults = [
+        f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
+        for place, outcome in enumerate(outcomes)
+        if outcome.status != "ok"
+    ]
     inputs, base = tuple(problem.inputs[place] for place in good), sum(place < problem.base for place in good)
     if not base:
         raise ValueError(f"{problem.task_id}: its reference solution answers no base input ({faults[0]})")
     if faults:
-        warn(f"{problem.task_id}: {len(faults)} of {len(outcomes)} inputs are left out, the reference solution gives no "
-             f"value for them ({faults[0]})")
-    if used > LEAST_SECONDS / TIME_FACTOR:      # of all inputs together; the limit is about the slowest one
+        warn(
+            f"{problem.task_id}: {len(faults)} of {len(outcomes)} inputs are left out, the reference solution gives no "
+            f"value for them ({faults[0]})"
+        )
+    if used > LEAST_SECONDS / TIME_FACTOR:  # of all inputs together; the limit is about the slowest one
         used = max(_measured(problem, (text,), sandbox)[1] for text in inputs)
-    return Reference(inputs, base, tuple(outcomes[place].output for place in good),
-                     max(LEAST_SECONDS, TIME_FACTOR * used), tuple(faults))
+    return Reference(
+        inputs,
+        base,
+        tuple(outcomes[place].output for place in good),
+        max(LEAST_SECONDS, TIME_FACTOR * used),
+        tuple(faults),
+    )
 
 
 def _measured(problem: Problem, inputs: tuple[str, ...], sandbox: Sandbox) -> tuple[list, float]:
@@ -250,8 +295,11 @@ def _measured(problem: Problem, inputs: tuple[str, ...], sandbox: Sandbox) -> tu
     return outcomes, sandbox.state["children_cpu_seconds"] - before
 
 
-def grade(problem_answers: Sequence[tuple[Problem, str | None]], sandbox: Sandbox,
-          references: dict[str, Reference] | None = None) -> list[Grade]:
+def grade(
+    problem_answers: Sequence[tuple[Problem, str | None]],
+    sandbox: Sandbox,
+    references: dict[str, Reference] | None = None,
+) -> list[Grade]:
     """The grade of each answer, in order; None (or what is no text) is no answer. Equal answers to a problem run once.
 
     references: what `calibrate` gave; problems that are not in it are calibrated here. Raises what it raises.
@@ -261,16 +309,25 @@ def grade(problem_answers: Sequence[tuple[Problem, str | None]], sandbox: Sandbo
     references |= calibrate(missing.values(), sandbox)
     grades = {}
     todo = {(problem.task_id, answer): problem for problem, answer in problem_answers if isinstance(answer, str)}
-    keys = sorted(todo, key=lambda key: key[0])     # the sandbox keeps the inputs of the last problems in mind
+    keys = sorted(todo, key=lambda key: key[0])  # the sandbox keeps the inputs of the last problems in mind
     for start in range(0, len(keys), JOBS_PER_CALL):
-        part = keys[start:start + JOBS_PER_CALL]
-        jobs = [Job(program_of(todo[key], key[1]), references[key[0]].inputs, references[key[0]].cpu_seconds,
-                    todo[key].entry_point, stop_at_failure=True) for key in part]
+        part = keys[start : start + JOBS_PER_CALL]
+        jobs = [
+            Job(
+                program_of(todo[key], key[1]),
+                references[key[0]].inputs,
+                references[key[0]].cpu_seconds,
+                todo[key].entry_point,
+                stop_at_failure=True,
+            )
+            for key in part
+        ]
         for key, outcomes in zip(part, sandbox.run(jobs), strict=True):
             grades[key] = _grade(todo[key], references[key[0]], outcomes)
     nothing = Grade(False, False, "no_answer", "the response holds no program")
-    return [grades[problem.task_id, answer] if isinstance(answer, str) else nothing
-            for problem, answer in problem_answers]
+    return [
+        grades[problem.task_id, answer] if isinstance(answer, str) else nothing for problem, answer in problem_answers
+    ]
 
 
 def _grade(problem: Problem, reference: Reference, outcomes: list) -> Grade:
@@ -292,13 +349,14 @@ def _name(base: int, place: int) -> str:
 
 # ---------------------------------------------------------------- comparing
 
+
 def accepts(problem: Problem, arguments: str, output: str, wanted: str) -> bool:
     """Whether `output` is right for the call with `arguments`, where the reference solution gives `wanted`: canonical
     texts all three. Special oracles as in evalplus/eval/_special_oracle.py."""
     if output == wanted and problem.task_id != "Mbpp/164":
         return True
     value, expected = (literal.parse(text, BENCHMARK.limits) for text in (output, wanted))
-    if problem.task_id == "Mbpp/164":       # "equivalent" is not defined there, so either bool is right
+    if problem.task_id == "Mbpp/164":  # "equivalent" is not defined there, so either bool is right
         return type(value) is bool
     if problem.task_id in _FOUND_OR_NONE:
         return _found(value) == _found(expected)
@@ -311,14 +369,15 @@ def accepts(problem: Problem, arguments: str, output: str, wanted: str) -> bool:
         return False
     try:
         return bool(oracle(value, expected, literal.parse_args(arguments, BENCHMARK.limits)[0], problem.atol))
-    except (TypeError, ValueError, ArithmeticError):        # a value of another kind than the oracle is about
+    except (TypeError, ValueError, ArithmeticError):  # a value of another kind than the oracle is about
         return False
 
 
 def close(value: Any, expected: Any, atol: float = 0.0) -> bool:
     """Equal, or of the same kind with floats that differ by at most atol + 1e-7 |expected| (atol 0: 1e-6)."""
-    return literal.equal(value, expected, rel=0) or type(value) is type(expected) and _near(
-        value, expected, atol or ATOL)
+    return (
+        literal.equal(value, expected, rel=0) or type(value) is type(expected) and _near(value, expected, atol or ATOL)
+    )
 
 
 def _near(a: Any, b: Any, atol: float) -> bool:
@@ -326,9 +385,9 @@ def _near(a: Any, b: Any, atol: float) -> bool:
     if kinds <= {int, float, complex} and kinds != {int}:
         try:
             return a == b or abs(a - b) <= atol + RTOL * abs(b) < float("inf") or literal.equal(a, b, rel=0)
-        except OverflowError:               # an integer beyond all floats
+        except OverflowError:  # an integer beyond all floats
             return False
-    if kinds == {list} or kinds == {tuple}:
+    if kinds in ({list}, {tuple}):
         return len(a) == len(b) and all(_near(x, y, atol) for x, y in zip(a, b))
     if kinds == {dict}:
         return a.keys() == b.keys() and all(_near(a[key], b[key], atol) for key in a)
@@ -357,7 +416,7 @@ def _is_zero(value, _expected, _arguments, _atol):
 def _is_surface(value, _expected, arguments, atol):
     """Mbpp/581: of a square pyramid, with the height read as that of the apex instead of the slant height."""
     edge, height = arguments
-    slant = ((edge / 2)**2 + height**2)**0.5
+    slant = ((edge / 2) ** 2 + height**2) ** 0.5
     return abs(value - round(edge**2 + 2 * edge * slant)) <= atol
 
 

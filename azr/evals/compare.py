@@ -80,9 +80,7 @@ def read(where: str | Path) -> Graded:
     n = min(counts)
     if n < max(counts):
         if 2 * n < statistics.median(counts):
-            raise ValueError(
-                f"{where}: one problem has only {n} samples, another {max(counts)}: finish the run first"
-            )
+            raise ValueError(f"{where}: one problem has only {n} samples, another {max(counts)}: finish the run first")
         warn(f"{where}: between {n} and {max(counts)} samples a problem; only the first {n} of each are used")
     ids = sorted(problems)
     kept = [[problems[name][sample] for sample in sorted(problems[name])[:n]] for name in ids]
@@ -193,9 +191,7 @@ def _check_decoding(base: Graded, tuned: Graded, notes: list[str]) -> list[str]:
     said = []
     for key in sorted((set(a) | set(b)) - {"seed", "match_entropy"}):
         if key == "temperature" and matched and a.get(key) != b.get(key):
-            said.append(
-                f"the tuned model's temperature {b.get(key)} was matched to the base's entropy at {a.get(key)}"
-            )
+            said.append(f"the tuned model's temperature {b.get(key)} was matched to the base's entropy at {a.get(key)}")
         elif a.get(key) != b.get(key):
             _same(f"decoding ({key})", a.get(key, "none"), b.get(key, "none"), base, tuned, notes)
     return said
@@ -429,9 +425,7 @@ def answer_figures(base: Graded, tuned: Graded, draws: int) -> dict:
     if not all(any(answer is not None for row in each.answers for answer in row) for each in (base, tuned)):
         return result | {"distinct_correct": None, "entropy": None}
     distinct = [
-        np.array(
-            [passk.distinct_correct(*rows) for rows in zip(each.answers, each.correct, strict=True)], dtype=float
-        )
+        np.array([passk.distinct_correct(*rows) for rows in zip(each.answers, each.correct, strict=True)], dtype=float)
         for each in (base, tuned)
     ]
     entropy = np.array([[passk.answer_entropy(row) for row in each.answers] for each in (base, tuned)])

@@ -18,9 +18,9 @@ from typing import NamedTuple
 from azr.evals import code_answers, math_answers
 from azr.evals.benchmarks import DIRECT_PREFIX, Benchmark, Item
 from azr.evals.held_out import answer_key
-from azr.tasks.task import bad_characters
-from azr.tasks.parse import answer_text, fences
 from azr.tasks import judge, parse_answer
+from azr.tasks.parse import answer_text, fences
+from azr.tasks.task import bad_characters
 from sandbox import BENCHMARK, Sandbox
 
 PART = 2_048  # answers between two reports of progress

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from azr.tasks import Task
     from sandbox import Sandbox
 
-ANSWERS_PER_CALL = 2048     # samples between two reports of progress
+ANSWERS_PER_CALL = 2048  # samples between two reports of progress
 
 
 # ---------------------------------------------------------------- tasks
+
 
 def load_tasks(path: str | Path) -> list[Task]:
     """The tasks of a JSON-lines file. ValueError with file and line for a bad one; repeats are left out, loudly."""
@@ -60,6 +61,7 @@ def load_tasks(path: str | Path) -> list[Task]:
 
 # ---------------------------------------------------------------- results
 
+
 @dataclass
 class TaskResult:
     """What n answers to one task came to."""
@@ -67,13 +69,13 @@ class TaskResult:
     hash: str
     mode: str
     n: int
-    correct: int                        # once parsed, whatever their format
-    well_formed: int                    # in the think/answer format
+    correct: int  # once parsed, whatever their format
+    well_formed: int  # in the think/answer format
     correct_well_formed: int
-    distinct_correct: int               # different correct answers
-    truncated: int                      # ended by the length limit
-    infra: int                          # no verdict because of the machine; counted as wrong
-    tokens: list[int] = field(default_factory=list)     # length of each response
+    distinct_correct: int  # different correct answers
+    truncated: int  # ended by the length limit
+    infra: int  # no verdict because of the machine; counted as wrong
+    tokens: list[int] = field(default_factory=list)  # length of each response
 
 
 @dataclass
@@ -81,7 +83,7 @@ class EvalResult:
     """Results of every task, in order, and what they were made with."""
 
     tasks: list[TaskResult]
-    settings: dict                      # samples, seed, template, template_hash, sampling
+    settings: dict  # samples, seed, template, template_hash, sampling
 
     @property
     def modes(self) -> list[str]:
@@ -157,14 +159,23 @@ def check_comparable(a: EvalResult, b: EvalResult) -> None:
 
 # ---------------------------------------------------------------- evaluation
 
+
 def sample_seed(seed: int, task_hash: str, sample: int) -> int:
     """A 64-bit seed that depends on nothing else, so any answer can be made again alone, on any machine."""
     text = json.dumps([seed, task_hash, sample]).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def evaluate(policy: Policy, tasks: list[Task], n: int, sampling: Sampling, template: str, sandbox: Sandbox, seed: int,
-             progress: Callable[[int, int], None] | None = None) -> EvalResult:
+def evaluate(
+    policy: Policy,
+    tasks: list[Task],
+    n: int,
+    sampling: Sampling,
+    template: str,
+    sandbox: Sandbox,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> EvalResult:
     """n answers to each task, judged. progress(tasks done, tasks) is called as it goes.
 
     ValueError if there is nothing to do or a prompt does not fit the model's context.
@@ -180,57 +191,73 @@ def evaluate(policy: Policy, tasks: list[Task], n: int, sampling: Sampling, temp
             progress(len(results), len(tasks))
     if missing := sum(result.infra for result in results):
         warn(f"{missing} of {n * len(tasks)} answers could not be judged (machine too busy?) and count as wrong")
-    settings = {"samples": n, "seed": seed, "template": template, "template_hash": template_hash(template),
-                "sampling": json.loads(json.dumps(dataclasses.asdict(sampling)))}
+    settings = {
+        "samples": n,
+        "seed": seed,
+        "template": template,
+        "template_hash": template_hash(template),
+        "sampling": json.loads(json.dumps(dataclasses.asdict(sampling))),
+    }
     return EvalResult(results, settings)
 
 
 def _parts(items: list, size: int) -> Iterator[list]:
-    return (items[start:start + size] for start in range(0, len(items), size))
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _evaluate_part(policy: Policy, tasks: list[Task], n: int, sampling: Sampling, template: str, sandbox: Sandbox,
-                   seed: int) -> list[TaskResult]:
-    from azr.tasks.prompts import solve_prompt
+def _evaluate_part(
+    policy: Policy, tasks: list[Task], n: int, sampling: Sampling, template: str, sandbox: Sandbox, seed: int
+) -> list[TaskResult]:
     from azr.tasks import judge, parse_answer
+    from azr.tasks.prompts import solve_prompt
 
     prompts = [policy.encode(solve_prompt(task, template)) for task in tasks]
     seeds = [[sample_seed(seed, task.hash, sample) for sample in range(n)] for task in tasks]
     completions = policy.generate(prompts, n, sampling, seeds)
-    parsed = [[parse_answer(task.mode, policy.decode(completion.ids)) for completion in row]
-              for task, row in zip(tasks, completions, strict=True)]
+    parsed = [
+        [parse_answer(task.mode, policy.decode(completion.ids)) for completion in row]
+        for task, row in zip(tasks, completions, strict=True)
+    ]
     # Equal answers to a task are judged once: the sandbox is the slow part.
     pairs = list({(i, answer.value): None for i, row in enumerate(parsed) for answer in row})
     verdicts = dict(zip(pairs, judge([(tasks[i], value) for i, value in pairs], sandbox), strict=True))
-    return [_task_result(task, row, answers, [verdicts[i, answer.value] for answer in answers])
-            for i, (task, row, answers) in enumerate(zip(tasks, completions, parsed))]
+    return [
+        _task_result(task, row, answers, [verdicts[i, answer.value] for answer in answers])
+        for i, (task, row, answers) in enumerate(zip(tasks, completions, parsed))
+    ]
 
 
 def _task_result(task: Task, completions: list, answers: list, verdicts: list) -> TaskResult:
     """One task's rows: completions, parsed answers and verdicts, each (n,)."""
     correct = [verdict.ok for verdict in verdicts]
     return TaskResult(
-        hash=task.hash, mode=task.mode, n=len(answers), correct=sum(correct),
+        hash=task.hash,
+        mode=task.mode,
+        n=len(answers),
+        correct=sum(correct),
         well_formed=sum(answer.well_formed for answer in answers),
         correct_well_formed=sum(ok and answer.well_formed for ok, answer in zip(correct, answers)),
         distinct_correct=len({answer_key(task.mode, answer.value) for ok, answer in zip(correct, answers) if ok}),
         truncated=sum(completion.finish_reason == "length" for completion in completions),
         infra=sum(verdict.reason == "infra" for verdict in verdicts),
-        tokens=[len(completion.ids) for completion in completions])
+        tokens=[len(completion.ids) for completion in completions],
+    )
 
 
 def answer_key(mode: str, answer: str) -> str:
     """Equal for answers that differ in layout only: literals in canonical form, programs without line-end spaces."""
     if mode in ("deduction", "abduction"):
         from sandbox import literal
+
         try:
             return literal.canon_args(*literal.parse_args(answer))
         except literal.LiteralError:
-            pass                                    # an answer the judge reads in another way stands for itself
+            pass  # an answer the judge reads in another way stands for itself
     return "\n".join(line.rstrip() for line in answer.strip().splitlines())
 
 
 # ---------------------------------------------------------------- the plot
+
 
 def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequence[int] | None = None) -> None:
     """pass@k over k as PNG: a panel a mode and one for all tasks; the first result is the base of the comparison.
@@ -270,6 +297,12 @@ def _draw_panel(axes: Any, results: dict[str, EvalResult], ks: list[int], mode: 
         axes.plot(ks, curve.mean, marker="o", markersize=3.5, color=color, label=name)
         if result is not base:
             gap = difference(base, result, ks, mode)
-            around = curve.mean - gap.mean          # the base's curve
-            axes.fill_between(ks, np.clip(around + gap.low, 0, 1), np.clip(around + gap.high, 0, 1),
-                              color=color, alpha=0.2, linewidth=0)
+            around = curve.mean - gap.mean  # the base's curve
+            axes.fill_between(
+                ks,
+                np.clip(around + gap.low, 0, 1),
+                np.clip(around + gap.high, 0, 1),
+                color=color,
+                alpha=0.2,
+                linewidth=0,
+            )

@@ -260,9 +260,7 @@ class _Worker:
         )
         if self.process.stdout.readline() != b"ready\n":
             self.close()
-            raise MathError(
-                f"math-verify does not start (its error is above); install it again: pip install {PACKAGE}"
-            )
+            raise MathError(f"math-verify does not start (its error is above); install it again: pip install {PACKAGE}")
 
     def close(self) -> None:
         if self.process is not None:

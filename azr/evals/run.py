@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azr.console import bar, warn
-from azr.models import base_description, model_path
 from azr.evals import benchmarks
-from azr.machine import plan
 from azr.evals.benchmarks import Benchmark
-from azr.evals.score import Row, read_samples
 from azr.evals.held_out import sample_seed
+from azr.evals.score import Row, read_samples
 from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
+from azr.machine import plan
+from azr.models import base_description, model_path
 from azr.policy.opening import Opening, agree, check_template, origin
 
 SAMPLES_PER_CELL = 16
@@ -64,9 +64,7 @@ def settings_of(options, benchmark: Benchmark) -> tuple[Settings, list[str]]:
     if benchmark.kind != "code" and template in benchmarks.TEMPLATES:
         check_template(opening, template, benchmarks.template_hash(benchmark, template))
     if options.match_entropy and not opening.adapter:
-        raise ValueError(
-            "--match-entropy raises a tuned model's temperature to its base's entropy: it needs --adapter"
-        )
+        raise ValueError("--match-entropy raises a tuned model's temperature to its base's entropy: it needs --adapter")
     if options.match_entropy and not options.temperature > 0:
         raise ValueError("--match-entropy needs a --temperature above 0")
     longest = options.max_new_tokens or (plan.TINY.max_new_tokens if described else MAX_NEW_TOKENS)
@@ -89,9 +87,11 @@ def slots(opening: Opening, longest: int, lines: list[str]) -> int | None:
     try:
         free = plan.free_gpu_bytes()
         preset = dataclasses.replace(
-            plan.choose_preset("auto", opening.model, free)[0], max_new_tokens=longest,
-            quantization=opening.quantization, dtype="fp32" if opening.dtype == "float32" else "auto",
-        )  # fmt: skip
+            plan.choose_preset("auto", opening.model, free)[0],
+            max_new_tokens=longest,
+            quantization=opening.quantization,
+            dtype="fp32" if opening.dtype == "float32" else "auto",
+        )
         size = plan.plan_memory(plan.shape_of(opening.model), preset, plan.capacity(preset, free)).preset.max_batch
     except plan.PlanError as error:
         lines.append(f"slots: the engine's default ({error})")
@@ -236,9 +236,12 @@ def missing_of(rows: dict, names: list[str], samples: range) -> list[int]:
 def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> None:
     """Rewrites the file in the order of the cells, if it has another: they finish in any."""
     wanted = [
-        rows[name, j] for part, samples in cells(names, n, longest) for name in part for j in samples
+        rows[name, j]
+        for part, samples in cells(names, n, longest)
+        for name in part
+        for j in samples
         if (name, j) in rows
-    ]  # fmt: skip
+    ]
     if wanted != list(rows.values()):
         write_jsonl_atomic(path, map(sample_line, wanted))
 
@@ -338,9 +341,7 @@ def check_same(stored: dict | None, info: dict, out: Path) -> None:
         return
     matched = info["decoding"].get("match_entropy")
     old, new = (flat(settings, bool(matched)) for settings in (stored, info))
-    if changed := [
-        f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
-    ]:
+    if changed := [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]:
         raise ValueError(
             f"{out}: holds samples made in another way ({'; '.join(changed)}); repeat the old settings, or "
             "give another --out"

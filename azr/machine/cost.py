@@ -36,15 +36,37 @@ class Card:
     tflops: float
 
 
-CARDS = {card.name: card for card in (
-    Card("3070", 8, 448, 41), Card("3060", 12, 360, 25), Card("t4", 16, 320, 65), Card("a4000", 16, 448, 77),
-    Card("4080", 16, 717, 97), Card("3090", 24, 936, 71), Card("4090", 24, 1008, 165), Card("a10", 24, 600, 125),
-    Card("l4", 24, 300, 121), Card("5090", 32, 1792, 210), Card("a6000", 48, 768, 155), Card("l40s", 48, 864, 362),
-    Card("a100-40", 40, 1555, 312),
-    Card("a100", 80, 1935, 312), Card("h100", 80, 3350, 989), Card("h200", 141, 4800, 989),
-)}  # fmt: skip
-OF_PRESET = {"8gb": "3070", "12gb": "3060", "16gb": "a4000", "24gb": "3090", "32gb": "5090", "40gb": "a100-40",
-             "48gb": "a6000", "80gb": "a100"}
+CARDS = {
+    card.name: card
+    for card in (
+        Card("3070", 8, 448, 41),
+        Card("3060", 12, 360, 25),
+        Card("t4", 16, 320, 65),
+        Card("a4000", 16, 448, 77),
+        Card("4080", 16, 717, 97),
+        Card("3090", 24, 936, 71),
+        Card("4090", 24, 1008, 165),
+        Card("a10", 24, 600, 125),
+        Card("l4", 24, 300, 121),
+        Card("5090", 32, 1792, 210),
+        Card("a6000", 48, 768, 155),
+        Card("l40s", 48, 864, 362),
+        Card("a100-40", 40, 1555, 312),
+        Card("a100", 80, 1935, 312),
+        Card("h100", 80, 3350, 989),
+        Card("h200", 141, 4800, 989),
+    )
+}
+OF_PRESET = {
+    "8gb": "3070",
+    "12gb": "3060",
+    "16gb": "a4000",
+    "24gb": "3090",
+    "32gb": "5090",
+    "40gb": "a100-40",
+    "48gb": "a6000",
+    "80gb": "a100",
+}
 
 
 @dataclass(frozen=True)
@@ -60,11 +82,17 @@ class Pace:
     valid: float
 
 
-PACES = (Pace("middle", 0.6, 0.3, 400, 400, 0.75), Pace("fast", 0.8, 0.4, 200, 200, 0.5),
-         Pace("slow", 0.4, 0.2, 1000, 1000, 1.0))  # fmt: skip
+PACES = (
+    Pace("middle", 0.6, 0.3, 400, 400, 0.75),
+    Pace("fast", 0.8, 0.4, 200, 200, 0.5),
+    Pace("slow", 0.4, 0.2, 1000, 1000, 1.0),
+)
 # The embedded model writes one-line programs; its runs here had 20 to 75 tokens a proposal and 7 to 16 an answer.
-TINY_PACES = (Pace("middle", 0.45, 0.45, 40, 10, 0.75), Pace("fast", 0.6, 0.6, 30, 8, 0.6),
-              Pace("slow", 0.3, 0.3, 60, 20, 1.0))  # fmt: skip
+TINY_PACES = (
+    Pace("middle", 0.45, 0.45, 40, 10, 0.75),
+    Pace("fast", 0.6, 0.6, 30, 8, 0.6),
+    Pace("slow", 0.3, 0.3, 60, 20, 1.0),
+)
 LONGEST_OVER_MEAN = 4  # of the responses of a phase; when few are left, slots stand empty
 PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, tokens
 # s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
@@ -250,8 +278,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h" if seconds >= 36000 else f"{seconds / 3600:.1f} h"
 
 
-def render(plan: Plan, model: str, card: Card | None, why: str, steps: int, price: float | None,
-           eval_every: int = 25, keep_states: int = 2, out: str = ".") -> str:  # fmt: skip
+def render(
+    plan: Plan,
+    model: str,
+    card: Card | None,
+    why: str,
+    steps: int,
+    price: float | None,
+    eval_every: int = 25,
+    keep_states: int = 2,
+    out: str = ".",
+) -> str:
     """Time, cost and disk as plain text, 80 columns."""
     chosen = paces(plan)
     times = [step_time(plan, card, pace) for pace in chosen]

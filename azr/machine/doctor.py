@@ -46,7 +46,7 @@ def system() -> Findings:
     """Operating system and Python; where the sandbox has nothing to confine programs with, training cannot run."""
     text = f"{platform.platform()}, Python {platform.python_version()}, {cores():g} cores"
     findings = Findings([("system", text)])
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 (whoever asks may run an older one)
         findings.blocks.append(f"Python {platform.python_version()} is too old: take 3.11 or newer")
     if sys.platform == "darwin":
         findings.blocks.append(
@@ -186,9 +186,15 @@ def settings(arguments: list[str], parse) -> SimpleNamespace:
         shape = None
     name = Path(config.model.rstrip("/")).name
     return SimpleNamespace(
-        model=config.model, path=path, shape=shape, tiny=tiny, attn=config.attn, out=config.out or f"runs/{name}-0",
-        quantization=config.quantization or ("none" if tiny else "nf4"), allow_cpu=getattr(config, "allow_cpu", False),
-    )  # fmt: skip
+        model=config.model,
+        path=path,
+        shape=shape,
+        tiny=tiny,
+        attn=config.attn,
+        out=config.out or f"runs/{name}-0",
+        quantization=config.quantization or ("none" if tiny else "nf4"),
+        allow_cpu=getattr(config, "allow_cpu", False),
+    )
 
 
 def examine(chosen: SimpleNamespace) -> Iterator[Findings]:

@@ -25,17 +25,17 @@ from azr.policy.rollout_weights import copies_pay
 
 GB = 1e9
 GIB = 2**30
-CUDA_CONTEXT = 0.9e9        # of the driver and the libraries' work spaces, before the first tensor
-NF4_BYTES = 0.516           # a weight: 4 bits, and block scales that are quantized themselves
-ADAPTER_STATE = 16          # bytes a LoRA parameter: weight, gradient and two Adam moments in fp32
-COPIES = 12                 # bytes a LoRA parameter: a CPU holds what a stopped step goes back to in the same memory
-BACKWARD_FACTOR = 4 / 3     # memory of a recomputed layer's backward pass over what its forward pass saves
-SAMPLING_BYTES = 16         # a logit: raw, tempered and normalised in fp32, one of them twice
-PREFILL_TOKENS = 8192       # engine.py: tokens of one prefill, and bytes that it leaves free for what is not planned
+CUDA_CONTEXT = 0.9e9  # of the driver and the libraries' work spaces, before the first tensor
+NF4_BYTES = 0.516  # a weight: 4 bits, and block scales that are quantized themselves
+ADAPTER_STATE = 16  # bytes a LoRA parameter: weight, gradient and two Adam moments in fp32
+COPIES = 12  # bytes a LoRA parameter: a CPU holds what a stopped step goes back to in the same memory
+BACKWARD_FACTOR = 4 / 3  # memory of a recomputed layer's backward pass over what its forward pass saves
+SAMPLING_BYTES = 16  # a logit: raw, tempered and normalised in fp32, one of them twice
+PREFILL_TOKENS = 8192  # engine.py: tokens of one prefill, and bytes that it leaves free for what is not planned
 SPARE = GIB
-HOST_OVERHEAD = 25e6       # of sampling on a CPU: tables of stop tokens, lists, code loaded at the first use
-LOADERS = 4                 # matrices that transformers reads at the same time
-LEAST_SLOTS = 8             # below, decoding is so slow that another model is the better answer
+HOST_OVERHEAD = 25e6  # of sampling on a CPU: tables of stop tokens, lists, code loaded at the first use
+LOADERS = 4  # matrices that transformers reads at the same time
+LEAST_SLOTS = 8  # below, decoding is so slow that another model is the better answer
 
 
 class PlanError(ValueError):
@@ -43,6 +43,7 @@ class PlanError(ValueError):
 
 
 # ---------------------------------------------------------------- shapes
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -54,17 +55,23 @@ class Shape:
     kv_heads: int
     intermediate: int
     vocabulary: int
-    tied: bool                  # the head shares the embedding's weights
+    tied: bool  # the head shares the embedding's weights
     head_dim: int
-    qkv_bias: bool = True       # as Qwen2 has it
+    qkv_bias: bool = True  # as Qwen2 has it
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """(in, out) of the quantized matrices of a layer; LoRA goes on these."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {"q_proj": (self.hidden, q), "k_proj": (self.hidden, kv), "v_proj": (self.hidden, kv),
-                "o_proj": (q, self.hidden), "gate_proj": (self.hidden, self.intermediate),
-                "up_proj": (self.hidden, self.intermediate), "down_proj": (self.intermediate, self.hidden)}
+        return {
+            "q_proj": (self.hidden, q),
+            "k_proj": (self.hidden, kv),
+            "v_proj": (self.hidden, kv),
+            "o_proj": (q, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
 
     @property
     def linear_parameters(self) -> int:
@@ -98,11 +105,17 @@ class Shape:
         """From a config.json of transformers. PlanError if it lacks a size."""
         try:
             heads = config["num_attention_heads"]
-            return cls(config["hidden_size"], config["num_hidden_layers"], heads,
-                       config.get("num_key_value_heads") or heads, config["intermediate_size"], config["vocab_size"],
-                       bool(config.get("tie_word_embeddings", False)),
-                       config.get("head_dim") or config["hidden_size"] // heads,
-                       config.get("attention_bias", config.get("model_type") == "qwen2"))
+            return cls(
+                config["hidden_size"],
+                config["num_hidden_layers"],
+                heads,
+                config.get("num_key_value_heads") or heads,
+                config["intermediate_size"],
+                config["vocab_size"],
+                bool(config.get("tie_word_embeddings", False)),
+                config.get("head_dim") or config["hidden_size"] // heads,
+                config.get("attention_bias", config.get("model_type") == "qwen2"),
+            )
         except (KeyError, TypeError, ZeroDivisionError) as error:
             raise PlanError(f"the model's config.json does not give its sizes ({error!r})") from error
 
@@ -128,47 +141,66 @@ def shape_of(model: str) -> Shape:
     if match := re.fullmatch(r"Qwen/Qwen2\.5(?:-Coder)?-([\d.]+B)(?:-Instruct)?", path):
         if match[1] in QWEN25:
             return QWEN25[match[1]]
-    raise PlanError(f"the shape of {model} is not known offline; download it and give its directory, or take one of "
-                    f"{', '.join(ALIASES)}, Qwen/Qwen2.5-Coder-{{{','.join(QWEN25)}}}")
+    raise PlanError(
+        f"the shape of {model} is not known offline; download it and give its directory, or take one of "
+        f"{', '.join(ALIASES)}, Qwen/Qwen2.5-Coder-{{{','.join(QWEN25)}}}"
+    )
 
 
 # ---------------------------------------------------------------- presets
+
 
 @dataclass(frozen=True)
 class Preset:
     """The sizes of a run for one class of machine; every one can be given as a flag."""
 
     name: str
-    gib: int                    # of GPU memory; 0: none needed
-    prompts_per_mode: int       # proposals a mode and step
-    max_new_tokens: int         # longest response
-    max_batch: int              # sequences decoded at once ("slots")
-    token_budget: int           # padded tokens of a training micro-batch
-    prompt_tokens: int = 2048   # longest prompt that is planned for
-    answers: int = 8            # a valid task
+    gib: int  # of GPU memory; 0: none needed
+    prompts_per_mode: int  # proposals a mode and step
+    max_new_tokens: int  # longest response
+    max_batch: int  # sequences decoded at once ("slots")
+    token_budget: int  # padded tokens of a training micro-batch
+    prompt_tokens: int = 2048  # longest prompt that is planned for
+    answers: int = 8  # a valid task
     references: int = 6
     lora_rank: int = 32
     lora_targets: str = "all-linear"
     quantization: str = "nf4"
-    rollout_weights: str = "auto"   # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
-    dtype: str = "auto"         # of computation: fp32 takes 4 bytes on a GPU too
+    rollout_weights: str = "auto"  # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
+    dtype: str = "auto"  # of computation: fp32 takes 4 bytes on a GPU too
     learning_rate: float = 2e-5
     steps: int = 500
-    eval_samples: int = 0       # answers a held-out task before and after, for pass@k
+    eval_samples: int = 0  # answers a held-out task before and after, for pass@k
 
 
-PRESETS = {preset.name: preset for preset in (
-    Preset("8gb", 8, 8, 512, 32, 3072, 1536, references=3),
-    Preset("12gb", 12, 12, 1024, 64, 4096),
-    Preset("16gb", 16, 16, 1024, 96, 4096),
-    Preset("24gb", 24, 32, 2048, 192, 8192),
-    Preset("32gb", 32, 40, 2048, 256, 12288),
-    Preset("40gb", 40, 48, 2048, 256, 16384),
-    Preset("48gb", 48, 48, 2048, 256, 16384),
-    Preset("80gb", 80, 64, 4096, 384, 32768),
-)}
-TINY = Preset("tiny", 0, 8, 192, 512, 2048, 320, references=2, lora_rank=16, quantization="none", learning_rate=1e-3,
-              steps=80, eval_samples=64)
+PRESETS = {
+    preset.name: preset
+    for preset in (
+        Preset("8gb", 8, 8, 512, 32, 3072, 1536, references=3),
+        Preset("12gb", 12, 12, 1024, 64, 4096),
+        Preset("16gb", 16, 16, 1024, 96, 4096),
+        Preset("24gb", 24, 32, 2048, 192, 8192),
+        Preset("32gb", 32, 40, 2048, 256, 12288),
+        Preset("40gb", 40, 48, 2048, 256, 16384),
+        Preset("48gb", 48, 48, 2048, 256, 16384),
+        Preset("80gb", 80, 64, 4096, 384, 32768),
+    )
+}
+TINY = Preset(
+    "tiny",
+    0,
+    8,
+    192,
+    512,
+    2048,
+    320,
+    references=2,
+    lora_rank=16,
+    quantization="none",
+    learning_rate=1e-3,
+    steps=80,
+    eval_samples=64,
+)
 
 
 def free_gpu_bytes() -> float | None:
@@ -211,15 +243,16 @@ def capacity(preset: Preset, free: int | None = None) -> float | None:
 
 # ---------------------------------------------------------------- memory
 
+
 @dataclass(frozen=True)
 class Plan:
     """Bytes by phase and part, for sizes that were lowered until they fit (or could not be)."""
 
     shape: Shape
-    preset: Preset              # with the sizes that will be used
+    preset: Preset  # with the sizes that will be used
     capacity: float | None
     phases: dict[str, dict[str, float]]
-    lowered: list[str]          # "token_budget 8192 -> 4096", ...
+    lowered: list[str]  # "token_budget 8192 -> 4096", ...
     device: str = "cuda"
 
     @property
@@ -289,13 +322,23 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     load = {"weights": weights, "LoRA + Adam": 4 * adapter, "checkpoint": 2 * shape.parameters}
     if on_gpu:
         load["checkpoint"] = LOADERS * value * largest
-    rollout = {"weights": weights, "LoRA + Adam": adapter * (ADAPTER_STATE - 4), **copies, **unpacked,
-               **sampling(shape, preset, device)}
+    rollout = {
+        "weights": weights,
+        "LoRA + Adam": adapter * (ADAPTER_STATE - 4),
+        **copies,
+        **unpacked,
+        **sampling(shape, preset, device),
+    }
     if not on_gpu:
         rollout["overhead"] = HOST_OVERHEAD
-    training = {"weights": weights, "LoRA + Adam": adapter * ADAPTER_STATE, **copies, **unpacked,
-                **scoring(shape, preset, device)}
-    wanted = min(preset.max_batch, in_flight(preset)) + 1       # and a prompt that is held
+    training = {
+        "weights": weights,
+        "LoRA + Adam": adapter * ADAPTER_STATE,
+        **copies,
+        **unpacked,
+        **scoring(shape, preset, device),
+    }
+    wanted = min(preset.max_batch, in_flight(preset)) + 1  # and a prompt that is held
     cache, copied = cache_bytes(shape, preset, wanted, device), value * shape.linear_parameters
     left = math.inf if room is None else room - sum(rollout.values()) - SPARE
     pays = on_gpu and preset.rollout_weights == "auto" and copies_pay(left, copied, cache)
@@ -326,7 +369,7 @@ def sampling(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
 def scoring(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
     """Bytes of the forward and backward pass of the largest micro-batch; its logits come in blocks (scoring.py)."""
     longest = preset.prompt_tokens + preset.max_new_tokens
-    tokens = max(preset.token_budget, longest)              # a longer sequence goes alone
+    tokens = max(preset.token_budget, longest)  # a longer sequence goes alone
     rows, columns, each = (1024, 16384, 16) if device == "cuda" else (1024, 4096, 12)
     if shape.vocabulary < columns:
         rows, columns = rows * columns // shape.vocabulary, shape.vocabulary
@@ -357,12 +400,12 @@ def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = 
     for phase, name, least in (("rollout", "max_batch", LEAST_SLOTS), ("training", "token_budget", longest)):
         asked = size = getattr(preset, name)
         while room is not None and size > least and short(phase):
-            size = max(least, size // 2)                    # as backoff.py does it
+            size = max(least, size // 2)  # as backoff.py does it
             preset = dataclasses.replace(preset, **{name: size})
         if size != asked:
             lowered.append(f"{name} {asked} -> {size}")
     phases = memory(shape, preset, device, room)
-    if room is not None:                                    # what would be needed, where it does not fit
+    if room is not None:  # what would be needed, where it does not fit
         phases["rollout"]["KV cache"] = max(phases["rollout"]["KV cache"], needed)
     return Plan(shape, preset, room, phases, lowered, device)
 
@@ -420,17 +463,21 @@ def render(plan: Plan, model: str = "") -> str:
     base = {"nf4": f"nf4 + {dtype}", "none": dtype}[preset.quantization]
     unit, name = (GB, "GB") if plan.peak > GB else (1e6, "MB")
     digits = 2 if unit == GB else 1
-    lines = [f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "
-             f"{plan.shape.parameters:,} parameters, {base}",
-             f"adapter      LoRA rank {preset.lora_rank}, {preset.lora_targets}: {lora:,} parameters in fp32",
-             f"a step       {3 * preset.prompts_per_mode} proposals, up to {in_flight(preset)} answers of up to "
-             f"{preset.max_new_tokens} tokens",
-             f"sizes        {preset.max_batch} slots, {preset.token_budget} tokens a micro-batch, prompts of up to "
-             f"{preset.prompt_tokens}",
-             *(f"lowered      {change}: a run does so too, and learns the same" for change in plan.lowered)]
+    lines = [
+        f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "
+        f"{plan.shape.parameters:,} parameters, {base}",
+        f"adapter      LoRA rank {preset.lora_rank}, {preset.lora_targets}: {lora:,} parameters in fp32",
+        f"a step       {3 * preset.prompts_per_mode} proposals, up to {in_flight(preset)} answers of up to "
+        f"{preset.max_new_tokens} tokens",
+        f"sizes        {preset.max_batch} slots, {preset.token_budget} tokens a micro-batch, prompts of up to "
+        f"{preset.prompt_tokens}",
+        *(f"lowered      {change}: a run does so too, and learns the same" for change in plan.lowered),
+    ]
     if plan.full_length < (wanted := min(preset.max_batch, in_flight(preset))):
-        lines += [f"cache        {plan.full_length} responses of full length at once, {wanted} are decoded:",
-                  "             the newest wait if more than that grow so long"]
+        lines += [
+            f"cache        {plan.full_length} responses of full length at once, {wanted} are decoded:",
+            "             the newest wait if more than that grow so long",
+        ]
     lines += ["", f"{f'{name}, computed':16}" + "".join(f"{phase:>12}" for phase in phases)]
     for part in dict.fromkeys(part for parts in phases.values() for part in parts):
         cells = (f"{parts[part] / unit:12.{digits}f}" if part in parts else " " * 12 for parts in phases.values())
@@ -447,8 +494,10 @@ def render(plan: Plan, model: str = "") -> str:
 def verdict(plan: Plan) -> str:
     """Whether it fits; if not, what would, each of which was planned to see whether it does."""
     if plan.capacity is None:
-        return (f"fits         in ordinary memory: {plan.peak / GB:.2f} GB in use besides Python and its libraries;\n"
-                "             glibc keeps what is freed, so that the process may show two to three times that")
+        return (
+            f"fits         in ordinary memory: {plan.peak / GB:.2f} GB in use besides Python and its libraries;\n"
+            "             glibc keeps what is freed, so that the process may show two to three times that"
+        )
     if plan.fits:
         return f"fits         {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB"
     phase = max(plan.totals, key=plan.totals.get)

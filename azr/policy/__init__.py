@@ -1,6 +1,6 @@
 """A 4-bit base with its LoRA adapter: load, sample, score.
 
-    from azr.policy import Policy, Sampling, LoraSettings
+from azr.policy import Policy, Sampling, LoraSettings
 """
 
 HOME = {"Policy": "policy", "LoraSettings": "load", "Sampling": "sampling"}

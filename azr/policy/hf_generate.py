@@ -31,8 +31,9 @@ class HFGenerate:
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.config = self.base.config.get_text_config()  # of a model that also sees, the part that reads
 
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None,
-                 on_finish=None):  # fmt: skip
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None, on_finish=None
+    ):
         """n completions for each prompt, list[list[Completion]]; seeds[i][j] as for the engine (see above).
 
         max_new_tokens: a limit for each prompt instead of sampling's. A prompt that exceeds the model's context with
@@ -93,11 +94,21 @@ class HFGenerate:
         """Every setting that changes what is sampled, written out."""
         greedy = sampling.temperature == 0
         return GenerationConfig(
-            do_sample=not greedy, temperature=1.0 if greedy else sampling.temperature, top_p=sampling.top_p,
-            top_k=sampling.top_k, min_p=None, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, num_beams=1,
-            repetition_penalty=1.0, no_repeat_ngram_size=0, max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.eos_ids) or None, pad_token_id=self.pad_id,
-        )  # fmt: skip
+            do_sample=not greedy,
+            temperature=1.0 if greedy else sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=None,
+            typical_p=1.0,
+            epsilon_cutoff=0.0,
+            eta_cutoff=0.0,
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.eos_ids) or None,
+            pad_token_id=self.pad_id,
+        )
 
     def _generate(self, prompts, n, sampling, limits, table, seed) -> list[Completion]:
         torch.manual_seed(seed)
@@ -116,9 +127,12 @@ class HFGenerate:
         settings = self._settings(sampling)
         settings.max_new_tokens = max(limits)
         out = self.base.generate(
-            inputs=ids, attention_mask=mask, generation_config=settings, logits_processor=[record],
+            inputs=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            logits_processor=[record],
             stopping_criteria=[_RowEnds(table, width, limits)],
-        )[:, width:]  # fmt: skip
+        )[:, width:]
         log_probs = record.finish(out)
         return [cut(row, p, table, limit) for row, p, limit in zip(out.tolist(), log_probs.tolist(), limits)]
 

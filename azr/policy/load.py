@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 
-from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
-from azr.policy.gpu import look, why_no_four_bit, why_unusable
 from azr.console import warn
 from azr.models import ALIASES, only_cached
+from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
+from azr.policy.gpu import look, why_no_four_bit, why_unusable
 from azr.policy.lora import fuse
 from azr.policy.opening import ModelError, check_adapter, fingerprint, not_finite
-
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,8 +41,17 @@ class LoraSettings:
     targets: str = "all-linear"  # "all-linear" | "attention"
 
 
-def load_model(name: str, quantization: str, lora: LoraSettings | None, adapter, dtype, device, seed: int,
-               revision: str | None, need_gpu: bool = False):
+def load_model(
+    name: str,
+    quantization: str,
+    lora: LoraSettings | None,
+    adapter,
+    dtype,
+    device,
+    seed: int,
+    revision: str | None,
+    need_gpu: bool = False,
+):
     """(model, tokenizer, info, eos_ids) of a hub id or a directory; see `Policy.load`. Raises ModelError."""
     if lora is not None and adapter is not None:
         raise ModelError("give new LoRA settings or a saved adapter, not both: an adapter brings its own settings")
@@ -181,8 +189,10 @@ def _check_name(name: str) -> None:
         raise ModelError(f"no model {name!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
     if "/" not in name:
         near = difflib.get_close_matches(name, ALIASES, 1)
-        raise ModelError(f"no model {name!r}: {f'did you mean {near[0]}? Known:' if near else 'give'} "
-                         f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory")  # fmt: skip
+        raise ModelError(
+            f"no model {name!r}: {f'did you mean {near[0]}? Known:' if near else 'give'} "
+            f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory"
+        )
 
 
 def _where(name: str, revision: str | None) -> dict:
@@ -283,9 +293,14 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
 
     def load(attention: str):
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=attention, device_map={"": device}, output_loading_info=True,
-            ignore_mismatched_sizes=True, **options,
-        )  # fmt: skip
+            name,
+            dtype=dtype,
+            attn_implementation=attention,
+            device_map={"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
 
     failed_before = _failed_allocations(device)
     try:
@@ -431,7 +446,11 @@ def _new_lora(model, settings: LoraSettings, name: str, seed: int):
     if settings.rank < 1 or not settings.alpha > 0:
         raise ModelError(f"LoRA needs rank >= 1 and alpha > 0, not {settings.rank} and {settings.alpha}")
     config = LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
         target_modules=ATTENTION if settings.targets == "attention" else "all-linear",
     )
     if model.config.get_text_config() is not model.config:  # it also sees or hears, which no update would change
@@ -459,8 +478,11 @@ def _load_adapter(model, directory: Path, base_name: str):
         state = load_file(weights)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"the adapter in {directory} cannot be read: {_one_line(error)}") from error
-    linear = {f"{key}.weight": (m.out_features, m.in_features) for key, m in model.named_modules()
-              if hasattr(m, "in_features")}  # fmt: skip
+    linear = {
+        f"{key}.weight": (m.out_features, m.in_features)
+        for key, m in model.named_modules()
+        if hasattr(m, "in_features")
+    }
     check_adapter(directory, {key: tuple(tensor.shape) for key, tensor in state.items()}, linear, base_name)
     if config.use_dora:
         raise ModelError(f"the adapter in {directory} is DoRA, which can be measured but not sampled from")

@@ -26,9 +26,16 @@ DTYPES = ("float32", "bfloat16", "float16")  # of computation, as azr.json names
 BASE_FACTS = ("revision", "tokenizer_hash", "quantization", "block_size", "double_quant")
 PREFIX = "base_model.model."  # of the names that PEFT gives
 NOT_PLAIN = (
-    "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora", "layer_replication", "use_bdlora",
-    "trainable_token_indices", "target_parameters", "alora_invocation_tokens",
-)  # fmt: skip
+    "fan_in_fan_out",
+    "lora_bias",
+    "modules_to_save",
+    "use_qalora",
+    "layer_replication",
+    "use_bdlora",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
 
 
 class ModelError(ValueError):

@@ -13,18 +13,18 @@ Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
 
 import json
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
 from azr.console import note, warn
-from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
-from azr.policy.hf_generate import HFGenerate
-from azr.policy.engine import Completion, Engine, Sampling, Unsupported
-from azr.policy.load import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
 from azr.policy.attention import AttentionError
+from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
+from azr.policy.engine import Completion, Engine, Sampling, Unsupported
+from azr.policy.hf_generate import HFGenerate
+from azr.policy.load import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
 from azr.policy.opening import Opening, check_base
 from azr.policy.residual import keep_in_fp32
 from azr.policy.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
@@ -55,8 +55,19 @@ class Policy:
         self.engine = self._engine(engine_options)
 
     @classmethod
-    def load(cls, model, quantization="nf4", lora: LoraSettings | None = None, adapter=None, dtype=None, device=None,
-             seed: int = 0, revision: str | None = None, need_gpu: bool = False, **engine_options) -> "Policy":
+    def load(
+        cls,
+        model,
+        quantization="nf4",
+        lora: LoraSettings | None = None,
+        adapter=None,
+        dtype=None,
+        device=None,
+        seed: int = 0,
+        revision: str | None = None,
+        need_gpu: bool = False,
+        **engine_options,
+    ) -> "Policy":
         """Load a hub id or a directory; put new LoRA (`lora`) or a saved adapter (`adapter`) on it, or neither.
 
         quantization: "nf4" (double quantization, blocks of 64; embeddings and head stay as they are) or "none".
@@ -96,8 +107,13 @@ class Policy:
         head = self.head  # not `self`, which would be in a reference cycle with its engine and outlive its last user
         try:
             engine = Engine(
-                self.backbone, lambda hidden: head_logits(hidden, head.weight), self.base.config, self.tokenizer,
-                self.eos_ids, pad_id=self.pad_id, **options,
+                self.backbone,
+                lambda hidden: head_logits(hidden, head.weight),
+                self.base.config,
+                self.tokenizer,
+                self.eos_ids,
+                pad_id=self.pad_id,
+                **options,
             )
         except Unsupported as error:
             self._check_head()
@@ -143,8 +159,15 @@ class Policy:
 
     # -- sampling and scoring
 
-    def generate(self, prompt_ids: list[list[int]], n: int, sampling: Sampling, seeds,
-                 max_new_tokens: list[int] | None = None, on_finish=None) -> list[list[Completion]]:
+    def generate(
+        self,
+        prompt_ids: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds,
+        max_new_tokens: list[int] | None = None,
+        on_finish=None,
+    ) -> list[list[Completion]]:
         """n completions of each prompt from the current weights; seeds[i][j], 64 bits, decides sample j of prompt i.
 
         max_new_tokens: a limit for each prompt instead of sampling's. on_finish(i, j, completion): called as each ends
@@ -159,13 +182,21 @@ class Policy:
         try:
             return retry(
                 lambda: self.engine.generate(prompt_ids, n, sampling, seeds, max_new_tokens, on_finish),
-                lambda: halve_rollout(self.engine, longest, n * len(prompt_ids)), "sampling",
+                lambda: halve_rollout(self.engine, longest, n * len(prompt_ids)),
+                "sampling",
             )
         finally:
             self.model.train(training)
 
-    def score(self, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0,
-              token_budget: int = 8192, with_grad: bool = False, chunk: int | None = None) -> Iterator[Scored]:
+    def score(
+        self,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        temperature: float = 1.0,
+        token_budget: int = 8192,
+        with_grad: bool = False,
+        chunk: int | None = None,
+    ) -> Iterator[Scored]:
         """Log-prob and entropy of every response token, micro-batch by micro-batch, longest samples first.
 
         Rows are right-padded; rows x longest row <= token_budget; chunk: see ChunkedLogProb. Call backward on

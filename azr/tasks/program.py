@@ -3,8 +3,8 @@
 Text from a model is never handed to `ast` or `compile` here: a deeply nested program can take the interpreter down,
 and the process that calls this holds the weights. Instead a small regular-expression tokenizer (lines.py), linear in
 the text and never raising, cuts a program into logical lines, and names are resolved to the scope that binds them
-(module, function, lambda, comprehension). That is enough to tell whether two programs are the same but for names, comments,
-docstrings, annotations and layout.
+(module, function, lambda, comprehension). That is enough to tell whether two programs are the same but for names,
+comments, docstrings, annotations and layout.
 
 Left out: the grammar. What is not Python gets some normal form too; whether it runs is the sandbox's business. Two
 programs with one normal form behave alike, the converse is not promised: redundant brackets, other spellings of a

@@ -23,8 +23,8 @@ import functools
 import random
 from typing import NamedTuple
 
-from azr.tasks.prompts import INDUCTION_INPUTS, fence, propose_prompt, solve_prompt
 from azr.tasks import SEED_TASKS, Task
+from azr.tasks.prompts import INDUCTION_INPUTS, fence, propose_prompt, solve_prompt
 from azr.tiny.programs import (
     LAST,
     MAX_STATEMENTS,
@@ -76,8 +76,13 @@ class Example(NamedTuple):
         return self.values[self.program.statements[-1].name]
 
 
-def draw(rng: random.Random, stage: Stage = STAGES[LAST], count: int | None = None, hold: bool = False,
-         like: frozenset[str] = frozenset()) -> Example:
+def draw(
+    rng: random.Random,
+    stage: Stage = STAGES[LAST],
+    count: int | None = None,
+    hold: bool = False,
+    like: frozenset[str] = frozenset(),
+) -> Example:
     """A program and arguments: of `count` statements (drawn if None), from the held-out skeletons if `hold`. Its result
     depends on more than half of its statements there."""
     count = count or rng.choices(range(1, len(STATEMENTS) + 1), STATEMENTS)[0]
@@ -248,8 +253,9 @@ class Drawn(NamedTuple):
     pairs: list[tuple]  # visible ones of an induction task
 
 
-def draw_task(mode: str, rng: random.Random, stage: Stage = STAGES[LAST], count: int | None = None,
-              hold: bool = False) -> Drawn:
+def draw_task(
+    mode: str, rng: random.Random, stage: Stage = STAGES[LAST], count: int | None = None, hold: bool = False
+) -> Drawn:
     """A right and solvable task of one of the three modes."""
     while True:
         if mode == "induction" and count is None:
@@ -285,8 +291,11 @@ def answer(task: Task) -> str:
     """What stands between the answer tags of a right answer."""
     if task.mode == "math":
         return task.answer
-    tag, text = {"deduction": ("output", task.output), "abduction": ("input", task.input),
-                 "induction": ("python", task.program)}[task.mode]
+    tag, text = {
+        "deduction": ("output", task.output),
+        "abduction": ("input", task.input),
+        "induction": ("python", task.program),
+    }[task.mode]
     return fence(tag, text)
 
 
@@ -306,7 +315,9 @@ HELD_OUT_SKILL = 50  # one question in so many
 # --- documents -------------------------------------------------------------------------------------------------------
 
 
-def solve_document(mode: str, rng: random.Random, stage: Stage = STAGES[LAST], progress: float = 1.0) -> tuple[str, str]:
+def solve_document(
+    mode: str, rng: random.Random, stage: Stage = STAGES[LAST], progress: float = 1.0
+) -> tuple[str, str]:
     """A solver's prompt and a right answer to it, with a thought in a style of the ladder."""
     if mode == "math":
         task = skill_task(rng)

@@ -126,7 +126,7 @@ def loss_sum(model: Qwen2ForCausalLM, batch: list[Row], device) -> tuple[torch.T
 
 
 def thought_rows(tokenizer: Tokenizer, mode: str, style: str, stage: int, count: int = 150) -> list[Row]:
-    """Solving documents of one style never trained on, with the trained part cut to the thought ("none": the answer)."""
+    """Solving documents of one style never trained on, the trained part cut to the thought ("none": the answer)."""
     rng = random.Random(f"{VALIDATION_SEED}/{mode}/{style}/{stage}")
     rows = []
     for _ in range(count):
@@ -242,8 +242,8 @@ def train(model, tokenizer, args, device, shards: Shards) -> dict:
             save_work(args.work, model, pairs, state)
             left = (args.tokens - state["tokens"]) * state["seconds"] / state["tokens"]
             print(
-                f"chunk {state['chunk']:3d}  {state['tokens'] / 1e6:5.1f} M tokens  response loss {losses / counts:.4f}  "
-                f"full trace {trace_loss:.4f}  stage {state['stage']}  "
+                f"chunk {state['chunk']:3d}  {state['tokens'] / 1e6:5.1f} M tokens  loss {losses / counts:.4f} "
+                f" full trace {trace_loss:.4f}  stage {state['stage']}  "
                 f"{(state['tokens'] - before) / (time.time() - start):.0f} tokens/s (drawing {drawing:.0f} s)  "
                 f"{max(left, 0) / 60:.0f} min left",
                 flush=True,
@@ -295,7 +295,10 @@ def write_held_out(out: Path) -> None:
     """held_out.jsonl and skill.jsonl, and the behaviours that training text must not have."""
     draws = recipe.held_out_draws()
     split.write_behaviours(drawn.example.program for drawn in draws)
-    for name, tasks in (("held_out.jsonl", [drawn.task for drawn in draws]), ("skill.jsonl", recipe.held_out_skill(200))):
+    for name, tasks in (
+        ("held_out.jsonl", [drawn.task for drawn in draws]),
+        ("skill.jsonl", recipe.held_out_skill(200)),
+    ):
         (out / name).write_text("".join(json.dumps(task.to_json()) + "\n" for task in tasks))
 
 
@@ -303,7 +306,9 @@ def work(rank: int, world: int, args: argparse.Namespace, device: str) -> None:
     """One process of the training."""
     if world > 1:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{args.work.resolve()}/meeting", rank=rank, world_size=world)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{args.work.resolve()}/meeting", rank=rank, world_size=world
+        )
     tokenizer = Tokenizer.from_file(str(args.out / "tokenizer.json"))
     shape = Shape(args.hidden, args.layers, mlp=3 * args.hidden)
     model = new_model(shape, tokenizer.get_vocab_size(), tokenizer.token_to_id(EOS)).to(device)
@@ -320,7 +325,9 @@ def work(rank: int, world: int, args: argparse.Namespace, device: str) -> None:
 
 
 def main() -> None:
-    parser = Parser(prog="python -m azr.tiny.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m azr.tiny.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
     parser.add_argument("--tokens", type=float, default=36e6, help="training tokens, prompts included")

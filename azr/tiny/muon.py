@@ -2,8 +2,8 @@
 
     optimizer = Muon([p for p in model.parameters() if p.ndim == 2], lr=0.01)
 
-torch.optim.Muon does its Newton-Schulz iterations in bfloat16, which a CPU without instructions for it emulates: 0.8 s a
-step for the embedded model, more than its gradient takes. This one computes in the parameters' dtype, matrices of one
+torch.optim.Muon does its Newton-Schulz iterations in bfloat16, which a CPU without instructions for it emulates: 0.8 s
+a step for the embedded model, more than its gradient takes. This one computes in the parameters' dtype, matrices of one
 shape together: 0.06 s. Left out: everything that a single small model does not need.
 """
 

@@ -21,17 +21,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from azr.models import base_description, model_path
 from azr import console
 from azr.evals.benchmarks import cruxeval_tasks
 from azr.evals.held_out import EvalResult, evaluate, load_tasks
-from azr.tasks.program import skeleton
+from azr.models import base_description, model_path
 from azr.runs import read_lines, write_json_atomic, write_jsonl_atomic
 from azr.tasks import MODES, Buffers, Task
+from azr.tasks.program import skeleton
 
 if TYPE_CHECKING:
-    from azr.train.config import Config
     from azr.policy.policy import Policy, Sampling
+    from azr.train.config import Config
     from sandbox import Sandbox
 
 BEST = "held-out greedy accuracy, mean over modes"

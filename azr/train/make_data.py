@@ -4,7 +4,7 @@
     python -m azr.tasks make tiny gold.jsonl --count 3000 --solutions       the same with right responses (off-policy)
     python -m azr.tasks make tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
     python -m azr.tasks make run RUN tasks.jsonl                            the tasks in a run's buffers
-    python -m azr.tasks make run RUN own.jsonl --solutions                  its own verified answers (rejection sampling)
+    python -m azr.tasks make run RUN own.jsonl --solutions                  own verified answers (rejection sampling)
     python -m azr.tasks make benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
 
 A file lists each task once; with --solutions, each (task, response). No program of the generator is among the embedded
@@ -25,9 +25,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from azr.train.data import by_mode
 from azr.runs import newest_intact, read_metrics, read_samples, write_jsonl_atomic
 from azr.tasks import MODES, SEED_PROGRAM, Task
+from azr.train.data import by_mode
 
 STYLES = ("none", "junk", "coarse", "full", "check", "ladder")  # see azr/tiny/documents.py
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from azr.policy.backoff import Sizes, retry
 from azr.console import prose
+from azr.policy.backoff import Sizes, retry
 from azr.train.metrics import memory
 
 if TYPE_CHECKING:
-    from azr.train.config import Config
     from azr.policy.policy import Policy
+    from azr.train.config import Config
 
 BONUS = ("bonus", "adaptive")  # entropy controls whose gradient goes through the entropies too
 

@@ -8,10 +8,10 @@ from rich.table import Table
 from rich.text import Text
 
 from azr.console import INDENT, console, duration, prose, say
-from azr.train import rules
 from azr.evals.held_out import EvalResult, difference, well_formed_difference
-from azr.train.metrics import mean
 from azr.tasks import MODES, Sample
+from azr.train import rules
+from azr.train.metrics import mean
 
 PROJECT_AFTER = 3  # steps of this process, then what the whole run takes
 TIMING_EVERY = 10  # steps between two lines of what the time and the memory go to

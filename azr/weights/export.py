@@ -28,17 +28,17 @@ from pathlib import Path
 
 import torch
 
-from azr.weights import model_card, nf4
-from azr.weights.reference import Reference, reference_of
 from azr.command import Parser
 from azr.console import bar, say, warn
 from azr.models import only_cached
 from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of
 from azr.runs import RunError, fault, read_metrics, write_json_atomic
-from azr.weights.sparsity import describe, row_pieces
 from azr.tasks import MODES
-from azr.weights.sizes import Additive
+from azr.weights import model_card, nf4
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of
+from azr.weights.reference import Reference, reference_of
+from azr.weights.sizes import Additive
+from azr.weights.sparsity import describe, row_pieces
 
 SHARD_BYTES = 4e9  # of the largest file: one upload that fails costs no more than that
 WELL_STORED = 0.9  # share of the update along its own direction, below which a warning says that rounding lost it
@@ -90,9 +90,7 @@ def find_source(path: Path, asked: str | None) -> Source:
         number = path.name.removeprefix("step_")
         run = path.absolute().parent.parent
         return _intact(
-            Source(
-                path, int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None
-            )
+            Source(path, int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None)
         )
     found = checkpoints_of(path)
     if not found:
@@ -340,9 +338,7 @@ def write_files(merge: Merge, directory: Path) -> None:
             shutil.copyfile(file, directory / file.name)
     if not (directory / "generation_config.json").is_file():
         ids = {
-            key: config[key]
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if config.get(key) is not None
+            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
         }
         (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
 

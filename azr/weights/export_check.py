@@ -3,8 +3,8 @@
     report, failures = check(merge, directory, run, samples=2)      # failures: [] if the model may be used
     show(report)
 
-The reference is the live policy (quantized base + adapter, azr/policy/policy.py) in fp32 arithmetic, on prompts and answers
-of the run. Four things must hold:
+The reference is the live policy (quantized base + adapter, azr/policy/policy.py) in fp32 arithmetic, on prompts and
+answers of the run. Four things must hold:
 
 1. `base`: the matrices of the first layer, applied to the identity, are what the merge dequantised.
 2. `fp32 merge`: with every linear layer replaced by its merged fp32 weights the logits are those of the policy, 1e-3.
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 
 from azr.console import console, say, warn
 from azr.policy.load import ModelError, load_tokenizer, quiet, tokenizer_hash
-from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.policy.policy import Policy
 from azr.policy.scoring import head_logits
 from azr.tasks import MODES, SEED_TASKS
+from azr.tasks.prompts import propose_prompt, solve_prompt
 from azr.weights.files import layer_of
 
 EXACT = 1e-3  # largest logit difference of two fp32 computations of the same weights
@@ -58,9 +58,7 @@ def texts(run: Path | None, template: str, count: int) -> list[tuple[str, str]]:
         warn("no run directory with a probe.jsonl: verified on the prompts of the seed tasks, without answers")
         tasks = list(SEED_TASKS.values())
         prompts = [propose_prompt(mode, tasks[:1], template) for mode in MODES]
-        return [
-            (prompt, "</think> <answer>") for prompt in prompts + [solve_prompt(task, template) for task in tasks]
-        ]
+        return [(prompt, "</think> <answer>") for prompt in prompts + [solve_prompt(task, template) for task in tasks]]
     found: dict[tuple, list] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -184,13 +182,9 @@ def load(directory: Path, need: int):
     """The model as transformers loads it, in bf16, on a GPU if it fits. ModelError: a tensor is missing or new."""
     from transformers import AutoModelForCausalLM
 
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * need else "cpu"
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > 1.2 * need else "cpu")
     if device.type == "cpu" and torch.cuda.is_available():
-        warn(
-            f"the bf16 model needs {need / 1e9:.1f} GB and the GPU has less free: computed on the CPU, which is slow"
-        )
+        warn(f"the bf16 model needs {need / 1e9:.1f} GB and the GPU has less free: computed on the CPU, which is slow")
     with quiet():
         model, found = AutoModelForCausalLM.from_pretrained(
             directory,

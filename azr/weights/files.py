@@ -255,9 +255,7 @@ class Adapter:
         directory = Path(directory)
         file = directory / "adapter_model.safetensors"
         if not (directory / "adapter_config.json").is_file() or not file.is_file():
-            raise WeightsError(
-                f"{directory} is no adapter: it needs adapter_config.json and adapter_model.safetensors"
-            )
+            raise WeightsError(f"{directory} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
         entries = read_header(file)
         shapes = ({name: entry.shape for name, entry in table.items()} for table in (entries, base.entries))
         config, targets = check_adapter(directory, *shapes, base.name)

@@ -52,8 +52,8 @@ out = model.generate(**ids, max_new_tokens={tokens}, do_sample=True, temperature
 print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
 ```
 
-The model knows one prompt format, `{template}` (hash {template_hash}), and has no chat template. Quantizing it to 4 bits
-again loses most of the update. It writes programs: they are untrusted code, to be run in a sandbox only.
+The model knows one prompt format, `{template}` (hash {template_hash}), and has no chat template. Quantizing it to 4
+bits again loses most of the update. It writes programs: they are untrusted code, to be run in a sandbox only.
 """
 
 
@@ -130,16 +130,23 @@ def header(base: str, terms: dict[str, str]) -> str:
 def training(source, merge, config: dict) -> str:
     """Step, seed, learning rate, rank, quantization and time, as far as the run says."""
     lora = merge.adapter.config
-    parts = [f"LoRA rank {lora.get('r')} on {len(merge.adapter.targets)} matrices of a base held as "
-             f"{merge.reference.quantization}"]
+    parts = [
+        f"LoRA rank {lora.get('r')} on {len(merge.adapter.targets)} matrices of a base held as "
+        f"{merge.reference.quantization}"
+    ]
     if config:
-        parts += [f"step {source.step} of {config.get('steps')}", f"seed {config.get('seed')}",
-                  f"learning rate {config.get('learning_rate')}"]
+        parts += [
+            f"step {source.step} of {config.get('steps')}",
+            f"seed {config.get('seed')}",
+            f"learning rate {config.get('learning_rate')}",
+        ]
     if rows := rows_of(source):
         gpu = read_json(source.run / "environment.json").get("gpu")
         tokens = sum(row.get("train/tokens") or 0 for row in rows)
-        parts += [f"{tokens:,.0f} response tokens", f"{(rows[-1].get('time/elapsed') or 0) / 3600:.2f} h on "
-                  f"{gpu or 'a CPU'}"]
+        parts += [
+            f"{tokens:,.0f} response tokens",
+            f"{(rows[-1].get('time/elapsed') or 0) / 3600:.2f} h on {gpu or 'a CPU'}",
+        ]
     return ", ".join(parts)
 
 

@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from azr.weights import sizes, spectra
-from azr.weights.reference import Change, Reference, energy_of
 from azr.weights.files import Adapter, Checkpoint, WeightsError
+from azr.weights.reference import Change, Reference, energy_of
 
 PATH_ROWS = 256  # of a matrix that the path along checkpoints looks at
 
@@ -74,9 +74,7 @@ def path_of(base: Checkpoint, reference: Reference, checkpoints: dict[int, Adapt
         found["energy"][i], found["moved"][i] = weight * energy_of(delta), weight * energy_of(step)
         found["same"][i], found["near"][i] = weight * shares.same, weight * shares.near
         if magnitude is None and (found["energy"][i] > 0):
-            summary = spectra.rank_summary(
-                spectra.factor_spectrum(factors.b, factors.a, factors.scale), len(factors.a)
-            )
+            summary = spectra.rank_summary(spectra.factor_spectrum(factors.b, factors.a, factors.scale), len(factors.a))
             found["effective"][i], found["ranked"][i] = summary["R1_effective_rank"], 1
         absolute += step.abs()
         up, down, ever, last = up | (step > 0), down | (step < 0), ever | changed, delta
@@ -113,9 +111,7 @@ def cross_report(crosses: list[dict], second: str) -> dict:
     n, ours, theirs, both = (int(x) for x in sum(cross["counts"] for cross in counted))
     p, q = ours / n, theirs / n
     spans = [cross for cross in counted if "mean_cos2" in cross]
-    mean = {
-        key: sizes.ratio(sum(cross[key] for cross in spans), len(spans)) for key in ("mean_cos2", "random_cos2")
-    }
+    mean = {key: sizes.ratio(sum(cross[key] for cross in spans), len(spans)) for key in ("mean_cos2", "random_cos2")}
     return {
         "other": second,
         "X1_jaccard": sizes.ratio(both, ours + theirs - both),

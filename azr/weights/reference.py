@@ -163,8 +163,10 @@ def open_pair(base: Checkpoint, tuned: Checkpoint) -> list[str]:
         if name in base.excluded:
             del base.entries[name]
     if base.dtypes() != tuned.dtypes():
-        return [f"stored dtypes differ: {base.dtypes()} and {tuned.dtypes()}; U and S0 compare the stored values, "
-                "S1 and S2 both rounded to bf16"]  # fmt: skip
+        return [
+            f"stored dtypes differ: {base.dtypes()} and {tuned.dtypes()}; U and S0 compare the stored values, "
+            "S1 and S2 both rounded to bf16"
+        ]
     return []
 
 

@@ -103,7 +103,7 @@ def sizes(w0: torch.Tensor, delta: torch.Tensor) -> Sizes:
     return Sizes(delta.numel(), zeros, energy, base_energy, within, relative, histogram)
 
 
-def untouched(w0: torch.Tensor, quantized: bool) -> tuple[Sizes, "Shares"]:
+def untouched(w0: torch.Tensor, quantized: bool) -> tuple[Sizes, Shares]:
     """Counts of a tensor that the update leaves as it is; only its norm and its zeros have to be read."""
     n, base_energy, zero_base = w0.numel(), 0.0, 0
     for start, end in pieces(n):
@@ -197,8 +197,9 @@ def bf16_bits(x: torch.Tensor) -> torch.Tensor:
     return x.bfloat16().view(torch.int16)
 
 
-def compare(w0: torch.Tensor, delta: torch.Tensor, original: torch.Tensor, factor: float = 1.0,
-            stored: NF4 | None = None) -> Shares:  # fmt: skip
+def compare(
+    w0: torch.Tensor, delta: torch.Tensor, original: torch.Tensor, factor: float = 1.0, stored: NF4 | None = None
+) -> Shares:
     """Counts of one matrix for factor * delta. original: the checkpoint's weights, w0 itself for an unquantized base;
     stored: the NF4 codes of the base, whose S3 is then counted too."""
     n, alone = w0.numel(), original is w0
@@ -264,8 +265,13 @@ def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Te
     return torch.linalg.qr(torch.randn(rows, columns, generator=generator))[0]
 
 
-def null_draws(w0: torch.Tensor, singular: torch.Tensor, factor: float, generator: torch.Generator,
-               masks: dict[str, torch.Tensor] | None = None) -> NullDraws:  # fmt: skip
+def null_draws(
+    w0: torch.Tensor,
+    singular: torch.Tensor,
+    factor: float,
+    generator: torch.Generator,
+    masks: dict[str, torch.Tensor] | None = None,
+) -> NullDraws:
     """S1 of DRAWS updates U diag(s) V^T with the given singular values (k,) and random orthonormal U, V.
 
     w0: (m, n). Compared on SAMPLE random rows x SAMPLE random columns, other ones in every draw: the spread of the

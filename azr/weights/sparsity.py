@@ -31,6 +31,7 @@ from azr.jsonl import write_json_atomic
 from azr.models import model_path
 from azr.policy.opening import agree, check_base, checkpoints_of, read_record, settle
 from azr.weights import sizes, spectra
+from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
 from azr.weights.path import cross_report, cross_run, path_along
 from azr.weights.reference import (
     AdapterUpdate,
@@ -41,7 +42,6 @@ from azr.weights.reference import (
     open_pair,
     reference_of,
 )
-from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
 
 WHOLE_TENSOR = 1 << 26  # entries; larger ones (embeddings) are read in pieces of rows
 MATCHED = "at_rms_3e-5"
@@ -252,10 +252,7 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
     found = {
         "whole": group_report(parts, base.parameters),
         "adapted": group_report(adapted, base.parameters) | (spectral_report(adapted) if spectral else {}),
-        **{
-            kind: {key: group_report(group, base.parameters) for key, group in groups[kind].items()}
-            for kind in groups
-        },
+        **{kind: {key: group_report(group, base.parameters) for key, group in groups[kind].items()} for kind in groups},
         "modules": {
             part.name.removesuffix(".weight") if part.adapted else part.name: module_report(part, base.parameters)
             for part in parts
@@ -284,22 +281,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA, rsLoRA or DoRA adapter, or a run directory: its last checkpoint, and the path along all of them",
     )
     which.add_argument("--tuned", metavar="M", help="a merged or fully fine-tuned checkpoint in safetensors")
-    parser.add_argument(
-        "--other", metavar="DIR", help="a second update of the same kind and base: how much they share"
-    )
+    parser.add_argument("--other", metavar="DIR", help="a second update of the same kind and base: how much they share")
     parser.add_argument(
         "--spectral",
         action="store_true",
         help="singular vectors of base and tuned matrices: intruders, rotation, principal energy; also the null (S5) "
         "of full-rank updates; minutes",
     )
-    parser.add_argument(
-        "--quantization", choices=("nf4", "none"), help="of the base in training; default: azr.json's"
-    )
+    parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base in training; default: azr.json's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write plots and sparsity.json here")
-    parser.add_argument("--workers", type=int, default=min(2, len(os.sched_getaffinity(0))), help="matrices at a time "
-                        "(default 2, or 1 on one processor; each adds up to 600 MB for a 3B model)")  # fmt: skip
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(2, len(os.sched_getaffinity(0))),
+        help="matrices at a time (default 2, or 1 on one processor; each adds up to 600 MB for a 3B model)",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -408,8 +405,10 @@ def open_other(args, base: Checkpoint, update):
     if base.entries.keys() != counted.keys() or list(other.adapted) != list(update.adapted):
         raise WeightsError(f"{args.other} changes other matrices than the first update: they cannot be compared")
     if other.reference != update.reference:
-        raise WeightsError(f"{args.other} was trained on a base held as {describe(other.reference)}, the first on "
-                           f"{describe(update.reference)}: they cannot be compared")  # fmt: skip
+        raise WeightsError(
+            f"{args.other} was trained on a base held as {describe(other.reference)}, the first on "
+            f"{describe(update.reference)}: they cannot be compared"
+        )
     return other
 
 

@@ -74,9 +74,7 @@ def main_part(report: dict) -> list[str]:
     out.append(fact("its norm, of the norm of the base", percent(adapted["U1_rel_fro"], 2), "U1"))
     changed = f"{percent(1 - adapted['S1'])} / {percent(1 - whole['S1'])}"
     out.append(
-        fact(
-            "weights that a merge to bf16 would change: adapted / whole", changed, f"1 - S1 = 1 - {adapted['S1']:.4f}"
-        )
+        fact("weights that a merge to bf16 would change: adapted / whole", changed, f"1 - S1 = 1 - {adapted['S1']:.4f}")
     )
     if adapted["zero_base_share"] > 0.001:
         words = f"  of the weights whose base is not 0 (it is for {percent(adapted['zero_base_share'])})"
@@ -151,9 +149,7 @@ def spectral_part(adapted: dict) -> list[str]:
     scale = adapted["R2_critical_scale"]
     energy, angle = adapted["G1_both"], adapted["G2_left_angle"]
     out = ["singular vectors, means of the matrices"]
-    out.append(
-        fact("intruders among the leading 10 at 0.5", count, f"R2, least margin {number(adapted['R2_margin'])}")
-    )
+    out.append(fact("intruders among the leading 10 at 0.5", count, f"R2, least margin {number(adapted['R2_margin'])}"))
     first = (
         "not below 1024 times" if scale is None else "is there" if scale == 1 else f"at {scale:.1f} times the update"
     )

@@ -208,9 +208,7 @@ def shared_span(b1: torch.Tensor, b2: torch.Tensor) -> dict:
     Of B only: A stays near its random start, and the same seed gives the same A. Chance: larger rank / rows.
     """
     cosines = torch.linalg.svdvals(column_space(b1).T @ column_space(b2))
-    shared = (
-        {"mean_cos2": cosines.square().mean().item(), "largest_cos": cosines.max().item()} if len(cosines) else {}
-    )
+    shared = {"mean_cos2": cosines.square().mean().item(), "largest_cos": cosines.max().item()} if len(cosines) else {}
     return {**shared, "random_cos2": max(b1.shape[1], b2.shape[1]) / b1.shape[0]}
 
 

@@ -26,30 +26,58 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sandbox import PROPOSAL, Job, Profile, Sandbox  # noqa: E402
-from sandbox import confine, pool  # noqa: E402
+from sandbox import PROPOSAL, Job, Profile, Sandbox, confine, pool
 
 KINDS = ("time", "memory", "processes", "files", "forging", "sharing", "nondeterminism")
 STATUSES = {"ok", "timeout", "memory", "error", "forbidden", "killed", "not_literal", "too_large", "syntax", "infra"}
 LIMITS = {"cpu_seconds": 0.05, "wall_seconds": 1.0}
 GATE = replace(PROPOSAL, **LIMITS)
 RAW_MODULES = PROPOSAL.modules + (
-    "_thread", "atexit", "builtins", "codecs", "ctypes", "gc", "io", "linecache", "mmap", "multiprocessing",
-    "multiprocessing.process", "os", "pathlib", "random", "resource", "select", "signal", "socket",
-    "struct", "subprocess", "sys", "threading", "time", "zlib")
+    "_thread",
+    "atexit",
+    "builtins",
+    "codecs",
+    "ctypes",
+    "gc",
+    "io",
+    "linecache",
+    "mmap",
+    "multiprocessing",
+    "multiprocessing.process",
+    "os",
+    "pathlib",
+    "random",
+    "resource",
+    "select",
+    "signal",
+    "socket",
+    "struct",
+    "subprocess",
+    "sys",
+    "threading",
+    "time",
+    "zlib",
+)
 RAW = Profile("raw", RAW_MODULES, gate=False, **LIMITS)
-HONEST = Job("from collections import Counter\nimport math\n"
-             "def f(x):\n    return [math.sqrt(x), Counter('aab').most_common(1), len('abc')]", ("4",), 2.0)
+HONEST = Job(
+    "from collections import Counter\nimport math\n"
+    "def f(x):\n    return [math.sqrt(x), Counter('aab').most_common(1), len('abc')]",
+    ("4",),
+    2.0,
+)
 HONEST_OUTPUT = "[2.0, [('a', 2)], 3]"
-NEIGHBOUR = Job("import math, heapq\nfrom collections import Counter\nfrom typing import List\n"
-                "def f(x: List[int], seen=[]):\n    def down(n):\n        return 0 if n == 0 else 1 + down(n - 1)\n"
-                "    seen.append(x)\n    big = [0] * 250_000\n    print(len(big))\n"
-                "    return [math.sqrt(x), Counter('aab').most_common(1), len('abc'), down(900), len(big), seen,\n"
-                "            heapq.nlargest(1, [1, 2]), sorted({'b', 'a'}), f'{x / 3:.3f}', str([x]), sum(range(x))]",
-                ("4", "9"))
-NEIGHBOUR_OUTPUTS = [f"[{root}, [('a', 2)], 3, 900, 250000, {seen}, [2], ['a', 'b'], '{third}', '[{x}]', {total}]"
-                     for x, root, seen, third, total in ((4, "2.0", "[4]", "1.333", 6),
-                                                         (9, "3.0", "[4, 9]", "3.000", 36))]
+NEIGHBOUR = Job(
+    "import math, heapq\nfrom collections import Counter\nfrom typing import List\n"
+    "def f(x: List[int], seen=[]):\n    def down(n):\n        return 0 if n == 0 else 1 + down(n - 1)\n"
+    "    seen.append(x)\n    big = [0] * 250_000\n    print(len(big))\n"
+    "    return [math.sqrt(x), Counter('aab').most_common(1), len('abc'), down(900), len(big), seen,\n"
+    "            heapq.nlargest(1, [1, 2]), sorted({'b', 'a'}), f'{x / 3:.3f}', str([x]), sum(range(x))]",
+    ("4", "9"),
+)
+NEIGHBOUR_OUTPUTS = [
+    f"[{root}, [('a', 2)], 3, 900, 250000, {seen}, [2], ['a', 'b'], '{third}', '[{x}]', {total}]"
+    for x, root, seen, third, total in ((4, "2.0", "[4]", "1.333", 6), (9, "3.0", "[4, 9]", "3.000", 36))
+]
 SECRET = "the-secret-of-the-trainer"
 GOLD = "the-expected-output-9137"  # stands for what a trainer knows and no lane may
 
@@ -61,7 +89,8 @@ LONG = {  # what @LONG name@ stands for in a program
     "parser_nested_lambda": "lambda: " * 800 + "1",
     "parser_nested_lists": "[" * 150 + "]" * 150,
     "parser_nested_comprehensions": "[0 for _ in " * 60 + "x" + "]" * 60,
-    "form_feeds": "\f" * 4000 + "1"}
+    "form_feeds": "\f" * 4000 + "1",
+}
 
 
 def read_corpus(kinds=KINDS) -> list[tuple[str, str, str]]:
@@ -212,8 +241,16 @@ def run(mode, kinds, directory, workers=2, report=None) -> list[dict]:
                 outcomes, violations = attempt(sandbox, kind, mode, job)
                 violations += judge(kind, mode, outcomes) + world.violations(sandbox, name == corpus[-1][1])
                 statuses = [f"{outcome.status} {outcome.detail}".strip()[:60] for outcome in outcomes]
-                records.append({"mode": mode, "kind": kind, "name": name, "statuses": statuses,
-                                "violations": violations, "seconds": round(time.monotonic() - started, 3)})
+                records.append(
+                    {
+                        "mode": mode,
+                        "kind": kind,
+                        "name": name,
+                        "statuses": statuses,
+                        "violations": violations,
+                        "seconds": round(time.monotonic() - started, 3),
+                    }
+                )
                 if report:
                     report(records[-1])
             records[-1]["state"] = sandbox.state
@@ -223,6 +260,7 @@ def run(mode, kinds, directory, workers=2, report=None) -> list[dict]:
 
 
 # --- lesser privileges --------------------------------------------------------------------------------------
+
 
 def drop_capabilities():
     """Root without any capability, and without a way to get one back by exec."""
@@ -242,8 +280,12 @@ def refuse_calls(numbers, prctl_option=None):
         program += [confine._op(confine._JEQ, number, 0, 1), confine._ret(confine._RET_EPERM)]
     if prctl_option is not None:
         prctl = 157 if os.uname().machine == "x86_64" else 167
-        program += [confine._op(confine._JEQ, prctl, 0, 3), confine._op(confine._LOAD, confine._LOW_WORD),
-                    confine._op(confine._JEQ, prctl_option, 0, 1), confine._ret(confine._RET_EPERM)]
+        program += [
+            confine._op(confine._JEQ, prctl, 0, 3),
+            confine._op(confine._LOAD, confine._LOW_WORD),
+            confine._op(confine._JEQ, prctl_option, 0, 1),
+            confine._ret(confine._RET_EPERM),
+        ]
     program.append(confine._ret(confine._RET_ALLOW))
     filter_ = confine.Seccomp(library, 1)
     filter_.load(b"".join(program))

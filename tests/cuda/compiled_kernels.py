@@ -16,19 +16,29 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from azr.policy import triton_attention, decode_triton
 from azr.machine.plan import Shape
+from azr.policy import decode_triton, triton_attention
 
 PAGE = 64
 # compute capability -> KiB of shared memory a program at most, and of a multiprocessor; warps and programs that one
 # holds at most (CUDA's table of technical specifications)
-LIMITS = {80: (163, 164, 64, 32), 86: (99, 100, 48, 16), 89: (99, 100, 48, 24), 90: (227, 228, 64, 32),
-          120: (99, 100, 48, 24)}  # fmt: skip
+LIMITS = {
+    80: (163, 164, 64, 32),
+    86: (99, 100, 48, 16),
+    89: (99, 100, 48, 24),
+    90: (227, 228, 64, 32),
+    120: (99, 100, 48, 24),
+}
 CARDS = {80: "A100", 86: "3090, A10", 89: "4090, L4", 90: "H100", 120: "5090"}
 REGISTERS, RESERVED = 65_536, 1 << 10  # of a multiprocessor; of shared memory a program, taken by the system
 # every other argument is a stride, or a pointer to bf16; x of a norm is the residual stream
-TYPES = {"*fp32": ("partial", "log_sum", "x"), "*i32": ("block_table", "lengths"), "*i64": ("page", "offset"),
-         "fp32": ("scale", "eps"), "i32": ("splits", "size")}  # fmt: skip
+TYPES = {
+    "*fp32": ("partial", "log_sum", "x"),
+    "*i32": ("block_table", "lengths"),
+    "*i64": ("page", "offset"),
+    "fp32": ("scale", "eps"),
+    "i32": ("splits", "size"),
+}
 
 
 @dataclass(frozen=True)
@@ -52,18 +62,30 @@ class Report:
 def compile_for(capability: int, shape: Shape) -> dict[str, Report]:
     """All kernels of a decode step by name, with the sizes and options that their callers give."""
     group, dim, power = shape.heads // shape.kv_heads, shape.head_dim, triton.next_power_of_2
-    attention = dict(HEADS=shape.heads, GROUP=group, ROWS=max(16, power(group)), DIM=dim, COLUMNS=max(16, power(dim)),
-                     PAGE=PAGE, SPLIT=triton_attention.SPLIT, BLOCK=triton_attention.BLOCK,
-                     TOGETHER=triton_attention.TOGETHER)  # fmt: skip
+    attention = dict(
+        HEADS=shape.heads,
+        GROUP=group,
+        ROWS=max(16, power(group)),
+        DIM=dim,
+        COLUMNS=max(16, power(dim)),
+        PAGE=PAGE,
+        SPLIT=triton_attention.SPLIT,
+        BLOCK=triton_attention.BLOCK,
+        TOGETHER=triton_attention.TOGETHER,
+    )
     rotary, columns = dict(HEADS=shape.heads, DIM=dim, BLOCK=power(dim // 2)), power(shape.hidden)
     return {
         "splits": _compile(triton_attention._split_kernel, attention, capability, num_warps=4, num_stages=2),
         "combined": _compile(triton_attention._combine_kernel, attention, capability, num_warps=2),
-        "norm": _compile(decode_triton._norm_kernel, dict(ADD=True, BLOCK=columns), capability,
-                         num_warps=max(1, min(8, columns // 256))),
+        "norm": _compile(
+            decode_triton._norm_kernel,
+            dict(ADD=True, BLOCK=columns),
+            capability,
+            num_warps=max(1, min(8, columns // 256)),
+        ),
         "SwiGLU": _compile(decode_triton._silu_mul_kernel, dict(BLOCK=decode_triton.COLUMNS), capability, num_warps=4),
         "rotary": _compile(decode_triton._rotate_store_kernel, rotary, capability, num_warps=1),
-    }  # fmt: skip
+    }
 
 
 def _compile(kernel, sizes: dict, capability: int, **options) -> Report:
@@ -75,8 +97,13 @@ def _compile(kernel, sizes: dict, capability: int, **options) -> Report:
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     compiled = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     used = _resources(compiled.asm["cubin"])
-    return Report(used["REG"], compiled.metadata.shared, used["LOCAL"] + used["STACK"], options["num_warps"],
-                  "mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"])  # fmt: skip
+    return Report(
+        used["REG"],
+        compiled.metadata.shared,
+        used["LOCAL"] + used["STACK"],
+        options["num_warps"],
+        "mma.sync" in compiled.asm["ptx"] or "wgmma" in compiled.asm["ptx"],
+    )
 
 
 def _type(name: str) -> str:

@@ -14,15 +14,15 @@ import types
 from unittest.mock import patch
 
 import torch
-from fake_policy import fake_cuda, fake_policy
-from kernel_count import KernelCount, scaled
 
+from azr.machine.plan import Shape
 from azr.policy import decode_triton, lora, triton_attention
 from azr.policy.cache import Group, Sequence, pages_for
 from azr.policy.decoding import Decoding, Results
-from azr.machine.plan import Shape
 from azr.policy.sampling import Sampling, sample_without_wait
 from azr.policy.scoring import ChunkedLogProb
+from fake_policy import fake_cuda, fake_policy
+from kernel_count import KernelCount, scaled
 
 CONTEXT = 600  # tokens of a row in the cache: a prompt of 350 and half of an answer of 500
 PROMPT, PROMPTS = 350, 23  # tokens, and what fits into a prefill of 8,192
@@ -114,8 +114,14 @@ def each_layer(run, shape: Shape, layers: int | None = None) -> KernelCount:
 
 
 @functools.cache
-def decode_step(shape: Shape, weights: str, rows: int, lora_rank: int | None = RANK,
-                sampling: Sampling = SAMPLING, layers: int | None = None) -> KernelCount:  # fmt: skip
+def decode_step(
+    shape: Shape,
+    weights: str,
+    rows: int,
+    lora_rank: int | None = RANK,
+    sampling: Sampling = SAMPLING,
+    layers: int | None = None,
+) -> KernelCount:
     """Hidden states, logits and a token of `rows` sequences. weights: a key of WEIGHTS."""
     quantization, rollout = WEIGHTS[weights]
 

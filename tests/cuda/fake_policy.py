@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, masking_utils
 
-from azr.policy import decode_ops, decode_triton, decoder
-from azr.policy.load import LoraSettings, _new_lora, _settle
 from azr.machine.plan import Shape
 from azr.models import model_path
+from azr.policy import decode_ops, decode_triton, decoder
+from azr.policy.load import LoraSettings, _new_lora, _settle
 from azr.policy.policy import Policy
 
 BLOCK, NESTED = 64, 256  # weights that share a scale, scales that share one
@@ -38,12 +38,16 @@ class Stream:
 @contextlib.contextmanager
 def fake_cuda():
     """In here new tensors are fake and may be on "cuda", and attention takes the kernel that a GPU would take."""
-    patches = [(torch.cuda, "_lazy_init", lambda: None), (torch.cuda, "current_device", lambda: 0),
-               (torch.cuda, "Stream", Stream), (torch.cuda, "graph_pool_handle", lambda: (0, 1)),
-               (F, "scaled_dot_product_attention", attention_of_a_gpu),
-               (decoder, "operations", lambda device, dtype: decode_triton if device.type == "cuda" else decode_ops),
-               # transformers builds a mask where it cannot look whether one is needed, as it can on a GPU
-               (masking_utils, "is_tracing", lambda tensor=None: False)]  # fmt: skip
+    patches = [
+        (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.cuda, "Stream", Stream),
+        (torch.cuda, "graph_pool_handle", lambda: (0, 1)),
+        (F, "scaled_dot_product_attention", attention_of_a_gpu),
+        (decoder, "operations", lambda device, dtype: decode_triton if device.type == "cuda" else decode_ops),
+        # transformers builds a mask where it cannot look whether one is needed, as it can on a GPU
+        (masking_utils, "is_tracing", lambda tensor=None: False),
+    ]
     with contextlib.ExitStack() as stack:
         for patched in patches:
             stack.enter_context(patch.object(*patched))
@@ -68,8 +72,14 @@ def _tokenizer():
     return AutoTokenizer.from_pretrained(model_path("tiny"))
 
 
-def fake_policy(shape: Shape, quantization: str, lora_rank: int | None = None, layers: int | None = None,
-                device: str = "cuda", **engine_options) -> Policy:  # fmt: skip
+def fake_policy(
+    shape: Shape,
+    quantization: str,
+    lora_rank: int | None = None,
+    layers: int | None = None,
+    device: str = "cuda",
+    **engine_options,
+) -> Policy:
     """A Qwen2 of this shape in bf16, its layers in 4 bits or not, with fp32 LoRA or without; inside of `fake_cuda()`.
 
     layers: fewer than the shape has. device "cpu": for a backward pass, which PyTorch refuses on a pretended device.
@@ -89,21 +99,37 @@ def fake_policy(shape: Shape, quantization: str, lora_rank: int | None = None, l
 def _on_meta(shape: Shape, quantization: str):
     """The modules, without tensors; what `from_pretrained` makes first, too."""
     config = Qwen2Config(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        tie_word_embeddings=shape.tied, max_position_embeddings=32_768, dtype=torch.bfloat16,
-        attn_implementation="sdpa", eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
+        max_position_embeddings=32_768,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
         for layer in model.model.layers if quantization == "nf4" else ():
             for parent in (layer.self_attn, layer.mlp):
                 for name, linear in list(parent.named_children()):
                     if type(linear) is nn.Linear:
-                        setattr(parent, name, Linear4bit(
-                            linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16,
-                            compress_statistics=True, quant_type="nf4",
-                        ))  # fmt: skip
+                        setattr(
+                            parent,
+                            name,
+                            Linear4bit(
+                                linear.in_features,
+                                linear.out_features,
+                                linear.bias is not None,
+                                torch.bfloat16,
+                                compress_statistics=True,
+                                quant_type="nf4",
+                            ),
+                        )
     model.is_loaded_in_4bit = quantization == "nf4"  # peft asks for it
     _settle(model)
     return model
@@ -117,9 +143,13 @@ def _materialize(model, device: torch.device) -> None:
             if id(old) not in made:
                 four_bit = key == "weight" and isinstance(module, Linear4bit)
                 dtype = torch.float32 if ".lora_" in f"{name}.{key}" else torch.bfloat16
-                made[id(old)] = _four_bit(module, device) if four_bit else nn.Parameter(
-                    torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad
-                )  # fmt: skip
+                made[id(old)] = (
+                    _four_bit(module, device)
+                    if four_bit
+                    else nn.Parameter(
+                        torch.empty(old.shape, dtype=dtype, device=device), requires_grad=old.requires_grad
+                    )
+                )
             setattr(module, key, made[id(old)])
         for key, old in list(module.named_buffers(recurse=False)):
             setattr(module, key, torch.empty(old.shape, dtype=old.dtype, device=device))
@@ -129,12 +159,22 @@ def _four_bit(linear: Linear4bit, device: torch.device) -> nn.Parameter:
     """What bitsandbytes keeps of a matrix: half a byte a weight, and scales that are quantized themselves."""
     shape = torch.Size((linear.out_features, linear.in_features))
     blocks = shape.numel() // BLOCK
-    scales = QuantState(torch.empty(-(-blocks // NESTED), device=device), code=torch.empty(256, device=device),
-                        blocksize=NESTED, dtype=torch.float32)  # fmt: skip
+    scales = QuantState(
+        torch.empty(-(-blocks // NESTED), device=device),
+        code=torch.empty(256, device=device),
+        blocksize=NESTED,
+        dtype=torch.float32,
+    )
     weight = nn.Parameter(torch.empty(shape.numel() // 2, 1, dtype=torch.uint8, device=device), requires_grad=False)
     weight.quant_state = QuantState(
-        torch.empty(blocks, dtype=torch.uint8, device=device), shape, torch.empty(16, device=device), BLOCK, "nf4",
-        torch.bfloat16, torch.empty((), device=device), scales,
-    )  # fmt: skip
+        torch.empty(blocks, dtype=torch.uint8, device=device),
+        shape,
+        torch.empty(16, device=device),
+        BLOCK,
+        "nf4",
+        torch.bfloat16,
+        torch.empty((), device=device),
+        scales,
+    )
     linear.quant_state, linear.compute_type_is_set = weight.quant_state, True
     return weight

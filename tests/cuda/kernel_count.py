@@ -13,15 +13,39 @@ looked up in, the rows looked up count.
 from collections import Counter
 
 import torch
-from four_bit_rule import UNPACKED, launches
-from operations import WAITS, name_of, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode
 
-NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh",
-             "detach", "_reshape_alias", "resize_", "set_"}  # fmt: skip
+from four_bit_rule import UNPACKED, launches
+from operations import WAITS, name_of, tensors_in
+
+NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "lift_fresh",
+    "detach",
+    "_reshape_alias",
+    "resize_",
+    "set_",
+}
 LOOK_UP = {"embedding", "index", "index_select", "gather"}
-WRITE_ONLY = {"fill_", "zero_", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "arange", "new_zeros",
-              "new_full", "scalar_tensor"}  # fmt: skip
+WRITE_ONLY = {
+    "fill_",
+    "zero_",
+    "zeros",
+    "ones",
+    "full",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "arange",
+    "new_zeros",
+    "new_full",
+    "scalar_tensor",
+}
 PRODUCT = "4-bit product"
 
 

@@ -3,8 +3,18 @@
 import torch
 
 # operations after which the host needs a number, or a shape, that only the device has
-WAITS = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique_dim", "_unique2",
-         "bincount", "repeat_interleave"}  # fmt: skip
+WAITS = {
+    "_local_scalar_dense",
+    "item",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "unique_dim",
+    "_unique2",
+    "bincount",
+    "repeat_interleave",
+}
 
 
 def tensors_in(tree) -> list[torch.Tensor]:
@@ -19,5 +29,5 @@ def tensors_in(tree) -> list[torch.Tensor]:
 
 
 def name_of(func) -> str:
-    """"add" of aten::add.Tensor."""
+    """ "add" of aten::add.Tensor."""
     return func._schema.name.split("::")[1] if hasattr(func, "_schema") else func.__name__

@@ -35,10 +35,9 @@ GROUPS = {
 
 
 def decode_table() -> str:
-    from counted_steps import decode_step
-
     from azr.machine.cost import CARDS
     from azr.machine.plan import QWEN25
+    from counted_steps import decode_step
 
     lines = [["model", "weights", "rows", *NAMES.values()]]
     for model in MODELS:
@@ -55,9 +54,8 @@ def decode_table() -> str:
 
 
 def kinds_table() -> str:
-    from counted_steps import decode_step
-
     from azr.machine.plan import QWEN25
+    from counted_steps import decode_step
 
     counts = [decode_step(QWEN25["3B"], weights, 128) for weights in SHOWN]
     kernels, sizes = [c.kernels_on("h100") for c in counts], [c.bytes_on("h100") for c in counts]
@@ -74,10 +72,9 @@ def kinds_table() -> str:
 
 
 def passes_table() -> str:
-    from counted_steps import PROMPT, PROMPTS, SCORED, UPDATE, log_probs, prefill_step, scoring, update
-
     from azr.machine.cost import CARDS
     from azr.machine.plan import QWEN25
+    from counted_steps import PROMPT, PROMPTS, SCORED, UPDATE, log_probs, prefill_step, scoring, update
 
     rates = [f"{name}, tokens/s" for name in NAMES.values()]
     lines = [["model", "pass", "weights", "tokens", "kernels", "MB a token", *rates]]
@@ -99,9 +96,8 @@ def passes_table() -> str:
 
 
 def compiled_table() -> str:
-    from compiled_kernels import CARDS, compile_for
-
     from azr.machine.plan import QWEN25
+    from compiled_kernels import CARDS, compile_for
 
     lines = [["kernel", "model", *(f"sm_{capability} ({cards})" for capability, cards in CARDS.items())]]
     reports = {(model, c): compile_for(c, QWEN25[model]) for model in MODELS for c in CARDS}
@@ -141,6 +137,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="put the tables into the page")
     options = parser.parse_args()
     import triton
+
     from guard import why_no_guard
 
     reason = why_no_guard()

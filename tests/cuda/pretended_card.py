@@ -24,10 +24,10 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from operations import WAITS, name_of, tensors_in
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from azr.policy.policy import Policy
+from operations import WAITS, name_of, tensors_in
 
 CARD = torch.device("cuda", 0)
 COPIES = ("_to_copy", "copy_")

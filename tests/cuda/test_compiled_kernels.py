@@ -4,10 +4,9 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="no Triton, whose kernels these are (pip install triton)")
 
-import performance_page  # noqa: E402
-from compiled_kernels import LIMITS, compile_for  # noqa: E402
-
-from azr.machine.plan import QWEN25  # noqa: E402
+import performance_page
+from azr.machine.plan import QWEN25
+from compiled_kernels import LIMITS, compile_for
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,6 +3,7 @@ and how many kernels and bytes. docs/performance.md shows the counts and must ag
 
 import pytest
 import torch
+
 from guard import why_no_guard
 
 pytest.importorskip("triton", reason="the attention of a decode step is a Triton kernel (pip install triton)")
@@ -11,14 +12,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
 ]
 
-import performance_page  # noqa: E402
-from counted_steps import RANK, WEIGHTS, decode_step, log_probs, prefill_step, scoring, update  # noqa: E402
-from fake_policy import attention_of_a_gpu, fake_cuda  # noqa: E402
-from four_bit_rule import CARDS, RuleNotFound, launches  # noqa: E402
-from kernel_count import KernelCount  # noqa: E402
-
-from azr.machine.plan import QWEN25  # noqa: E402
-from azr.policy.sampling import Sampling  # noqa: E402
+import performance_page
+from azr.machine.plan import QWEN25
+from azr.policy.sampling import Sampling
+from counted_steps import RANK, WEIGHTS, decode_step, log_probs, prefill_step, scoring, update
+from fake_policy import attention_of_a_gpu, fake_cuda
+from four_bit_rule import CARDS, RuleNotFound, launches
+from kernel_count import KernelCount
 
 MODELS = {name: QWEN25[name] for name in performance_page.MODELS}
 # Kernels that a step may take, on the card where it takes most. Lower them when a step gets shorter.

@@ -10,17 +10,16 @@ import weakref
 
 import pytest
 import torch
-from guard import why_no_guard
-from pretended_card import CARD, HostWait, PretendedCard, on_card
 
-from test_rollout import made_up_tokenizer, make_model, stirred
-
-from azr.policy.decoding import Decoding
 from azr.policy import attention
 from azr.policy import sampling as sampling_module
 from azr.policy.backoff import DoesNotFit
+from azr.policy.decoding import Decoding
 from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling
+from guard import why_no_guard
+from pretended_card import CARD, HostWait, PretendedCard, on_card
+from test_rollout import made_up_tokenizer, make_model, stirred
 
 pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=str(why_no_guard()))
 
@@ -96,8 +95,10 @@ def test_graphs_sample_what_plain_steps_sample(name, watched, monkeypatch, on_cp
         with no_collection():
             found = policy.generate(**asked, sampling=sampling, max_new_tokens=limits)
             assert not alive(watched) and card.live == before
-        assert policy.engine.block == 8 and card.captures and set(card.waits) == {"_to_copy"} | (
-            {"_local_scalar_dense"} if sampling.top_p < 1 else set()
+        assert (
+            policy.engine.block == 8
+            and card.captures
+            and set(card.waits) == {"_to_copy"} | ({"_local_scalar_dense"} if sampling.top_p < 1 else set())
         )
         assert sum(card.waits.values()) <= 3 * (sampling.max_new_tokens // 8 + 1 + 2) * (1 + ("pages" in options))
     pairs = [(a, b) for one, two in zip(expected, found) for a, b in zip(one, two)]
@@ -210,11 +211,16 @@ def test_a_card_on_which_nothing_fits_says_so(on_cpu):
 
 def test_what_waits_is_counted_and_refused_under_capture():
     waits = {
-        "item": lambda x: x.sum().item(), "bool": lambda x: bool(x.any()), "nonzero": lambda x: x.nonzero(),
-        "mask": lambda x: x[x > 1], "equal": lambda x: torch.equal(x, x), "cpu": lambda x: x.cpu(),
-        "tolist": lambda x: x.tolist(), "to host": lambda x: torch.zeros(3).copy_(x),
+        "item": lambda x: x.sum().item(),
+        "bool": lambda x: bool(x.any()),
+        "nonzero": lambda x: x.nonzero(),
+        "mask": lambda x: x[x > 1],
+        "equal": lambda x: torch.equal(x, x),
+        "cpu": lambda x: x.cpu(),
+        "tolist": lambda x: x.tolist(),
+        "to host": lambda x: torch.zeros(3).copy_(x),
         "from host": lambda x: x.copy_(torch.zeros(3)),
-    }  # fmt: skip
+    }
     with PretendedCard() as card:
         x = torch.arange(3.0, device="cuda")
         for name, wait in waits.items():

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from azr.policy.backoff import is_out_of_memory
 from azr.machine.plan import QWEN25, Shape
+from azr.policy.backoff import is_out_of_memory
 from gpu.lines import LOST, append, read_lines, shown
 
 SMALL = Shape(64, 2, 4, 2, 128, 1000, True, 16)  # in place of every true shape in the dry mode on a CPU
@@ -54,8 +54,16 @@ class Bench:
 
     def line(self, name: str, figures: dict, seconds: float = 0.0, ok: bool = True, table: str | None = None, **more):
         """Appends the line and shows it."""
-        row = {"run": self.run, "part": self.part, "name": name, "table": table or self.part, "ok": ok,
-               "seconds": round(seconds, 3), **more, "figures": figures}  # fmt: skip
+        row = {
+            "run": self.run,
+            "part": self.part,
+            "name": name,
+            "table": table or self.part,
+            "ok": ok,
+            "seconds": round(seconds, 3),
+            **more,
+            "figures": figures,
+        }
         append(self.path, row)
         self.failed += not ok
         print(shown(row), flush=True)
@@ -151,9 +159,11 @@ class Bench:
         if self.cpu:
             return {"allocated GB": 0.0, "reserved GB": 0.0, "inactive split GB": 0.0}
         stats = torch.cuda.memory_stats()
-        return {"allocated GB": stats["allocated_bytes.all.current"] / GB,
-                "reserved GB": stats["reserved_bytes.all.current"] / GB,
-                "inactive split GB": stats.get("inactive_split_bytes.all.current", 0) / GB}  # fmt: skip
+        return {
+            "allocated GB": stats["allocated_bytes.all.current"] / GB,
+            "reserved GB": stats["reserved_bytes.all.current"] / GB,
+            "inactive split GB": stats.get("inactive_split_bytes.all.current", 0) / GB,
+        }
 
     @contextmanager
     def peak(self, figures: dict):
@@ -167,8 +177,11 @@ class Bench:
         before = torch.cuda.memory_allocated() / GB
         yield
         torch.cuda.synchronize()
-        figures |= {"before GB": before, "peak GB": torch.cuda.max_memory_allocated() / GB,
-                    "peak reserved GB": torch.cuda.max_memory_reserved() / GB}  # fmt: skip
+        figures |= {
+            "before GB": before,
+            "peak GB": torch.cuda.max_memory_allocated() / GB,
+            "peak reserved GB": torch.cuda.max_memory_reserved() / GB,
+        }
 
     # ---------------------------------------------------------------- models
 
@@ -191,8 +204,9 @@ class Bench:
         if key not in self.policies:
             self.drop()
             try:
-                self.policies[key] = random_policy(self.shape(size), quantization, self.device, 32,
-                                                   tokenizer=self.tokenizer(), max_batch=384)  # fmt: skip
+                self.policies[key] = random_policy(
+                    self.shape(size), quantization, self.device, 32, tokenizer=self.tokenizer(), max_batch=384
+                )
             except Exception as error:
                 if not is_out_of_memory(error):
                     self.policies[key] = RuntimeError(f"no policy: {type(error).__name__}: {first_line(error)}")

@@ -50,6 +50,8 @@ def summary(rows: list[dict]) -> str:
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = [row for row in rows if row["part"] == part]
         left, failed = sum("left_out" in row for row in mine), [row["name"] for row in mine if not row["ok"]]
-        lines.append(f"{part:9} {len(mine) - left - len(failed):3} hold {len(failed):3} failed {left:3} left out "
-                     f"{sum(row['seconds'] for row in mine):7.1f} s  {'; '.join(failed)}".rstrip())  # fmt: skip
+        lines.append(
+            f"{part:9} {len(mine) - left - len(failed):3} hold {len(failed):3} failed {left:3} left out "
+            f"{sum(row['seconds'] for row in mine):7.1f} s  {'; '.join(failed)}".rstrip()
+        )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""PEFT's own chain of casts, products and sums in place of azr/policy/lora.py, and one adapted layer against float64."""
+"""PEFT's chain of casts, products and sums in place of azr/policy/lora.py, and one adapted layer against float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def matrix(base, dtype) -> torch.Tensor:
 
 
 def errors(module, x: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
-    """Relative errors against float64 of an adapted layer: y, dx, dA, dB, for x (tokens, in) and dL/dy (tokens, out)."""
+    """Relative errors against float64 of an adapted layer: y, dx, dA, dB, for x (tokens, in), dL/dy (tokens, out)."""
     [name] = active_adapters(module)
     A, B, base = module.lora_A[name].weight, module.lora_B[name].weight, module.get_base_layer()
     x = x.detach().requires_grad_()
@@ -37,7 +37,13 @@ def errors(module, x: torch.Tensor, grad: torch.Tensor) -> dict[str, float]:
     a, b, W = A.double(), B.double(), matrix(base, torch.float32).double()
     wide, g, s = x.detach().double(), grad.double(), module.scaling[name]
     bias = 0 if base.bias is None else base.bias.double()
-    exact = (wide @ W.t() + bias + s * (wide @ a.t()) @ b.t(), g @ W + s * (g @ b) @ a,
-             s * (g @ b).t() @ wide, s * g.t() @ (wide @ a.t()))  # fmt: skip
-    return {part: ((one.double() - other).norm() / other.norm()).item()
-            for part, one, other in zip(("y", "dx", "dA", "dB"), got, exact)}  # fmt: skip
+    exact = (
+        wide @ W.t() + bias + s * (wide @ a.t()) @ b.t(),
+        g @ W + s * (g @ b) @ a,
+        s * (g @ b).t() @ wide,
+        s * g.t() @ (wide @ a.t()),
+    )
+    return {
+        part: ((one.double() - other).norm() / other.norm()).item()
+        for part, one, other in zip(("y", "dx", "dA", "dB"), got, exact)
+    }

@@ -34,8 +34,10 @@ def pack(directory: Path, with_model: bool) -> list[str]:
     if with_model:
         copy_package("gguf", directory)
         split(model_file(), directory)
-    sizes = {path.name: sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file())
-             for path in sorted(directory.iterdir())}  # fmt: skip
+    sizes = {
+        path.name: sum(f.stat().st_size for f in [path, *path.rglob("*")] if f.is_file())
+        for path in sorted(directory.iterdir())
+    }
     return [f"{size / 1e6:7.2f} MB  {name}" for name, size in sizes.items()]
 
 

@@ -51,8 +51,10 @@ def float64_attention(q, k_pages, v_pages, table, lengths, scale):
     rows = []
     for row, n in enumerate(lengths.tolist()):
         pages = table[row][table[row] >= 0].long()
-        k, v = (t[pages].flatten(0, 1)[:n].double().repeat_interleave(q.shape[1] // t.shape[2], 1)
-                for t in (k_pages, v_pages))  # fmt: skip
+        k, v = (
+            t[pages].flatten(0, 1)[:n].double().repeat_interleave(q.shape[1] // t.shape[2], 1)
+            for t in (k_pages, v_pages)
+        )
         p = (torch.einsum("hd,nhd->hn", q[row].double(), k) * scale).softmax(-1)
         rows.append(torch.einsum("hn,nhd->hd", p, v))
     return torch.stack(rows)
@@ -82,8 +84,13 @@ def nf4_products(bench: Bench) -> dict:
     layer = policy.backbone.layers[0]
     for rows in (1, 3) if bench.cpu else (1, 2, 4, 8, 16, 32, 48, 64, 128, 192, 384):
         errors = []
-        for module in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj,
-                       layer.mlp.down_proj):  # fmt: skip
+        for module in (
+            layer.self_attn.q_proj,
+            layer.self_attn.k_proj,
+            layer.self_attn.o_proj,
+            layer.mlp.gate_proj,
+            layer.mlp.down_proj,
+        ):
             base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
             weight = dequantized(base, torch.float32).double()
             dtype = torch.float32 if bench.cpu else torch.bfloat16
@@ -113,10 +120,12 @@ def chunked(bench: Bench) -> dict:
     picked = log_p.gather(1, target[:, None]).squeeze(1)
     picked.sum().backward()
     true_entropy = -(log_p.exp() * log_p).sum(-1)
-    figures = {"max |dlogp|": (log_prob.double() - picked).abs().max().item(),
-               "max |dentropy|": (entropy.double() - true_entropy).abs().max().item(),
-               "gradient, relative": ((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()).item(),
-               "mean entropy": true_entropy.mean().item()}  # fmt: skip
+    figures = {
+        "max |dlogp|": (log_prob.double() - picked).abs().max().item(),
+        "max |dentropy|": (entropy.double() - true_entropy).abs().max().item(),
+        "gradient, relative": ((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()).item(),
+        "mean entropy": true_entropy.mean().item(),
+    }
     # the gradient leaves in the dtype of the hidden states: its rounding is what remains
     return {**figures, "ok": figures["max |dlogp|"] < 1e-3 and figures["gradient, relative"] < 5e-3}
 
@@ -134,8 +143,13 @@ def gradient(bench: Bench) -> dict:
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads if g is not None))
     for p in policy.trainable_parameters():
         p.grad = None
-    return {"base": base, "norm": norm, "matrices": len(grads), "without gradient": missing,
-            "ok": finite and not missing and norm > 0}  # fmt: skip
+    return {
+        "base": base,
+        "norm": norm,
+        "matrices": len(grads),
+        "without gradient": missing,
+        "ok": finite and not missing and norm > 0,
+    }
 
 
 # ---------------------------------------------------------------- the gap between sampler and trainer
@@ -148,9 +162,16 @@ def gap(bench: Bench) -> None:
         cases.append((torch.float32, "nf4", "stored"))
     else:
         half, full = (torch.bfloat16, torch.float16), torch.float32
-        cases = [(half[0], "nf4", "stored"), (half[0], "nf4", "bf16"), (half[1], "nf4", "stored"),
-                 (half[0], "none", "stored"), (half[1], "none", "stored"), (full, "none", "stored"),
-                 (full, "nf4", "stored"), (half[1], "nf4", "bf16")]  # fmt: skip
+        cases = [
+            (half[0], "nf4", "stored"),
+            (half[0], "nf4", "bf16"),
+            (half[1], "nf4", "stored"),
+            (half[0], "none", "stored"),
+            (half[1], "none", "stored"),
+            (full, "none", "stored"),
+            (full, "nf4", "stored"),
+            (half[1], "nf4", "bf16"),
+        ]
     held: dict = {}
     try:
         for dtype, quantization, weights in cases:
@@ -176,8 +197,14 @@ def random_gap(bench: Bench, held: dict, dtype, quantization: str, weights: str)
     policy.engine.rollout_weights = weights
     config = policy.base.config
     prompts, tokens = prompts_of(8, 16 if bench.cpu else 200, config.vocab_size), 8 if bench.cpu else 128
-    return {"dtype": str(dtype)[6:], "base": quantization, "rollout weights": weights,
-            "layers": config.num_hidden_layers, **gap_figures(policy, prompts, tokens), "norm x": scale}  # fmt: skip
+    return {
+        "dtype": str(dtype)[6:],
+        "base": quantization,
+        "rollout weights": weights,
+        "layers": config.num_hidden_layers,
+        **gap_figures(policy, prompts, tokens),
+        "norm x": scale,
+    }
 
 
 def sharpen(bench: Bench, policy, wanted: float = 1.0) -> float:
@@ -212,8 +239,14 @@ def gap_figures(policy, prompts: list[list[int]], tokens: int, n: int = 4, stop:
     scored, entropies = policy.score_lists([p for p, _ in pairs], [c.ids for _, c in pairs])
     d = torch.tensor([a - b for (_, c), row in zip(pairs, scored) for a, b in zip(row, c.log_probs)]).double()
     ratio, entropy = d.exp(), [x for row in entropies for x in row]
-    return {"tokens": len(d), "mean entropy": sum(entropy) / len(entropy), "mean |d|": d.abs().mean().item(),
-            "p99": d.abs().quantile(0.99).item() if len(d) < 1_000_000 else None, "max": d.abs().max().item(),
-            "k3": (ratio - 1 - d).mean().item(),
-            "% outside 0.9-1.1": 100 * ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
-            "mean d": d.mean().item(), "ok": bool(d.isfinite().all())}  # fmt: skip
+    return {
+        "tokens": len(d),
+        "mean entropy": sum(entropy) / len(entropy),
+        "mean |d|": d.abs().mean().item(),
+        "p99": d.abs().quantile(0.99).item() if len(d) < 1_000_000 else None,
+        "max": d.abs().max().item(),
+        "k3": (ratio - 1 - d).mean().item(),
+        "% outside 0.9-1.1": 100 * ((ratio < 0.9) | (ratio > 1.1)).double().mean().item(),
+        "mean d": d.mean().item(),
+        "ok": bool(d.isfinite().all()),
+    }

@@ -51,9 +51,11 @@ class Replays:
             replays.captures.append(time.perf_counter() - context._asked_at)
             return result
 
-        self.patches = [patched(torch.cuda.CUDAGraph, "replay", timed_replay),
-                        patched(torch.cuda.graph, "__enter__", timed_enter),
-                        patched(torch.cuda.graph, "__exit__", timed_leave)]  # fmt: skip
+        self.patches = [
+            patched(torch.cuda.CUDAGraph, "replay", timed_replay),
+            patched(torch.cuda.graph, "__enter__", timed_enter),
+            patched(torch.cuda.graph, "__exit__", timed_leave),
+        ]
         for patch in self.patches:
             patch.__enter__()
         return self
@@ -115,8 +117,12 @@ def generated(bench: Bench, policy, rows: int, tokens: int, salt: int = 0) -> fl
     length, vocabulary = (24 if bench.cpu else CONTEXT), policy.base.config.vocab_size
     policy.model.eval()
     start = time.perf_counter()
-    done = policy.engine.generate(prompts_of(rows, length, vocabulary, salt), 1,
-                                  Sampling(max_new_tokens=tokens, stop=()), [[i] for i in range(rows)])  # fmt: skip
+    done = policy.engine.generate(
+        prompts_of(rows, length, vocabulary, salt),
+        1,
+        Sampling(max_new_tokens=tokens, stop=()),
+        [[i] for i in range(rows)],
+    )
     bench.sync()
     short = [len(row[0].ids) for row in done if len(row[0].ids) != tokens]
     if short:
@@ -141,13 +147,24 @@ def decode_figures(bench: Bench, policy, rows: int, weights: str, tokens: int) -
     context = (24 if bench.cpu else CONTEXT) + tokens // 2
     kv = rows * context * kv_bytes(policy)
     least = (weight_bytes(policy, weights) + kv) / bandwidth(bench)
-    figures = {"rows": rows, "weights": weights, "ms a step": 1e3 * step, "tokens/s": rows / step, "timed by": timed,
-               "% of roofline": 100 * least / step, "roofline ms": 1e3 * least, "call s": whole}  # fmt: skip
+    figures = {
+        "rows": rows,
+        "weights": weights,
+        "ms a step": 1e3 * step,
+        "tokens/s": rows / step,
+        "timed by": timed,
+        "% of roofline": 100 * least / step,
+        "roofline ms": 1e3 * least,
+        "call s": whole,
+    }
     if len(replays):
         figures |= {"ms a graph": 1e3 * replays.graph_seconds(), "replays": len(replays)}
     if replays.captures:
-        figures |= {"s a capture": statistics.median(replays.captures), "captures": len(replays.captures),
-                    "prefill s": replays.first_capture - start}  # fmt: skip
+        figures |= {
+            "s a capture": statistics.median(replays.captures),
+            "captures": len(replays.captures),
+            "prefill s": replays.first_capture - start,
+        }
     return figures
 
 

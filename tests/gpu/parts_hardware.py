@@ -18,8 +18,12 @@ def hardware(bench: Bench) -> None:
     bench.measure("versions", lambda: versions(bench), 6, "versions")
     bench.measure("bitsandbytes", lambda: bitsandbytes_works(bench), 6, "bitsandbytes")
     bench.measure("copy", lambda: copy(bench), 3, "ceilings")
-    for name, dtype, tf32 in (("bf16", torch.bfloat16, False), ("fp16", torch.float16, False),
-                              ("tf32", torch.float32, True), ("fp32", torch.float32, False)):  # fmt: skip
+    for name, dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("fp16", torch.float16, False),
+        ("tf32", torch.float32, True),
+        ("fp32", torch.float32, False),
+    ):
         bench.measure(f"matmul {name}", lambda: matmul(bench, dtype, tf32), 2, "ceilings")
 
 
@@ -33,9 +37,15 @@ def versions(bench: Bench) -> dict:
     if bench.cpu:
         return {**found, "card": "CPU DRY RUN, no figure here is of a GPU"}
     card, (free, total) = torch.cuda.get_device_properties(0), torch.cuda.mem_get_info()
-    found |= {"card": card.name, "total GB": total / 1e9, "free GB": free / 1e9, "cuda": torch.version.cuda,
-              "capability": f"{card.major}.{card.minor}", "SMs": card.multi_processor_count,
-              "L2 MB": getattr(card, "L2_cache_size", 0) / 1e6}  # fmt: skip
+    found |= {
+        "card": card.name,
+        "total GB": total / 1e9,
+        "free GB": free / 1e9,
+        "cuda": torch.version.cuda,
+        "capability": f"{card.major}.{card.minor}",
+        "SMs": card.multi_processor_count,
+        "L2 MB": getattr(card, "L2_cache_size", 0) / 1e6,
+    }
     try:
         fields = "driver_version,clocks.max.sm,clocks.max.memory,power.limit"
         found["driver, max clocks, power"] = subprocess.run(

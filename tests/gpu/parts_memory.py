@@ -28,11 +28,15 @@ def built(bench: Bench, size: str, quantization: str) -> dict:
         policy = bench.policy(quantization, size)
     made = plan.memory(bench.shape(size), dataclasses.replace(plan.PRESETS["24gb"], quantization=quantization))
     adapter = sum(p.numel() * p.element_size() for p in policy.trainable_parameters())
-    return {"seconds to build": time.perf_counter() - start, **figures, **bench.memory(),
-            "planned GB": (made["load"]["weights"] + adapter) / GB,
-            "measured GB": bench.memory()["allocated GB"] - figures["before GB"],
-            "attention": getattr(policy.engine, "attention_note", ""),
-            "page size": policy.engine.page_size}  # fmt: skip
+    return {
+        "seconds to build": time.perf_counter() - start,
+        **figures,
+        **bench.memory(),
+        "planned GB": (made["load"]["weights"] + adapter) / GB,
+        "measured GB": bench.memory()["allocated GB"] - figures["before GB"],
+        "attention": getattr(policy.engine, "attention_note", ""),
+        "page size": policy.engine.page_size,
+    }
 
 
 # ---------------------------------------------------------------- leak, and graphs against no graphs
@@ -73,15 +77,21 @@ def five_calls(bench: Bench, retried: bool = False) -> dict:
     gc.collect()
     after = bench.memory()["allocated GB"]
     grown = allocated[-1] - allocated[0]
-    return {"base": base, "grown GB": grown, "freed by gc GB": allocated[-1] - after, "allocated GB": allocated,
-            "slots and pages": sizes, "seconds a call": seconds,
-            "ok": grown < 0.05 and len(set(sizes[1:])) == 1}  # fmt: skip
+    return {
+        "base": base,
+        "grown GB": grown,
+        "freed by gc GB": allocated[-1] - after,
+        "allocated GB": allocated,
+        "slots and pages": sizes,
+        "seconds a call": seconds,
+        "ok": grown < 0.05 and len(set(sizes[1:])) == 1,
+    }
 
 
 @contextmanager
 def no_graphs():
     """Decode steps are launched kernel by kernel inside."""
-    import azr.policy.decoding as decoding
+    from azr.policy import decoding
     from gpu.bench import patched
 
     with patched(decoding, "Graphs", lambda *arguments, **more: None):
@@ -103,9 +113,16 @@ def graph_against_eager(bench: Bench) -> dict:
         equal, count = equal + same, count + len(a.ids)
         gaps += [abs(x - y) for x, y in zip(a.log_probs[:same], b.log_probs[:same])]
     repeated = all(a.ids == b.ids and a.log_probs == b.log_probs for a, b in zip(graph, again))
-    return {"base": base, "replays": len(replays), "replays without": len(none), "tokens": count,
-            "share equal": equal / count, "max |dlogp|": max(gaps, default=0.0), "same call, same bits": repeated,
-            "ok": equal == count and repeated and (bench.cpu or len(replays) > 0 and len(none) == 0)}  # fmt: skip
+    return {
+        "base": base,
+        "replays": len(replays),
+        "replays without": len(none),
+        "tokens": count,
+        "share equal": equal / count,
+        "max |dlogp|": max(gaps, default=0.0),
+        "same call, same bits": repeated,
+        "ok": equal == count and repeated and (bench.cpu or len(replays) > 0 and len(none) == 0),
+    }
 
 
 # ---------------------------------------------------------------- 7B under a cap
@@ -139,13 +156,19 @@ def capped_decode(bench: Bench, made) -> dict:
     with bench.peak(figures):
         figures |= decode_figures(bench, policy, rows, "stored", tokens)
     shape = bench.shape("7B")
-    preset = dataclasses.replace(made.preset, max_batch=rows, prompts_per_mode=rows, prompt_tokens=CONTEXT,
-                                 max_new_tokens=tokens)  # fmt: skip
+    preset = dataclasses.replace(
+        made.preset, max_batch=rows, prompts_per_mode=rows, prompt_tokens=CONTEXT, max_new_tokens=tokens
+    )
     phases = plan.memory(shape, preset, "cuda", CAP - plan.CUDA_CONTEXT)["rollout"]
     no_moments = sum(phases.values()) - 8 * shape.lora_parameters(32)  # Adam's do not exist here
-    return {**figures, "planned GB": no_moments / GB, "measured GB": figures["peak reserved GB"],
-            "planned cache GB": phases["KV cache"] / GB, "cache given GB": engine.cache_bytes / GB,
-            "pages": engine.pages}  # fmt: skip
+    return {
+        **figures,
+        "planned GB": no_moments / GB,
+        "measured GB": figures["peak reserved GB"],
+        "planned cache GB": phases["KV cache"] / GB,
+        "cache given GB": engine.cache_bytes / GB,
+        "pages": engine.pages,
+    }
 
 
 def capped_update(bench: Bench, made) -> dict:

@@ -43,22 +43,39 @@ def products(bench: Bench, name: str) -> dict:
             x = torch.randn(rows, size[1], device=bench.device, dtype=dtype_of(bench))
             packed, how = bench.time_each([lambda base=base: base(x) for base in bases])
             plain, _ = bench.time_each([lambda w=w: F.linear(x, w) for w in copies])
-            each.append({"matrix": f"{size[1]} -> {size[0]}", "rows": rows, "NF4 us": 1e6 * packed,
-                         "bf16 us": 1e6 * plain, "bf16 % of copy": 100 * copies[0].numel() * 2 / at / plain,
-                         "timed": how})  # fmt: skip
+            each.append(
+                {
+                    "matrix": f"{size[1]} -> {size[0]}",
+                    "rows": rows,
+                    "NF4 us": 1e6 * packed,
+                    "bf16 us": 1e6 * plain,
+                    "bf16 % of copy": 100 * copies[0].numel() * 2 / at / plain,
+                    "timed": how,
+                }
+            )
     return {"each": each}
 
 
 def lora(bench: Bench) -> dict:
     """All fourteen small products of a layer: fp32 as PEFT has them, the same in TF32, bf16 into the base product."""
     shape, device, dtype, rank = bench.shape("3B"), bench.device, dtype_of(bench), 32
-    groups = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"),
-              "down": ("down_proj",)}  # fmt: skip
+    groups = {
+        "qkv": ("q_proj", "k_proj", "v_proj"),
+        "o": ("o_proj",),
+        "gate_up": ("gate_proj", "up_proj"),
+        "down": ("down_proj",),
+    }
     layers = []
     for _ in range(min(shape.layers, 36)):
-        layers.append([(torch.randn(rank * len(names), shape.linears[names[0]][0], device=device) * 0.02,
-                        [torch.randn(shape.linears[n][1], rank, device=device) * 0.02 for n in names])
-                       for names in groups.values()])  # fmt: skip
+        layers.append(
+            [
+                (
+                    torch.randn(rank * len(names), shape.linears[names[0]][0], device=device) * 0.02,
+                    [torch.randn(shape.linears[n][1], rank, device=device) * 0.02 for n in names],
+                )
+                for names in groups.values()
+            ]
+        )
     halves = [[(A.to(dtype), [(2 * B).to(dtype) for B in Bs]) for A, Bs in layer] for layer in layers]
     each = []
     for rows in rows_of(bench):
@@ -126,6 +143,15 @@ def attention(bench: Bench, backend: str) -> dict:
         calls = [lambda s=s: paged_decode(backend, q[s], k, v, table[s], lengths[s], scale) for s in parts]
         seconds, how = bench.time_each(calls)
         speed = one / seconds
-        each.append({"backend": backend, "rows": rows, "context": context, "us": 1e6 * seconds, "GB/s": speed / 1e9,
-                     "% of copy": 100 * speed / bandwidth(bench), "timed": how})  # fmt: skip
+        each.append(
+            {
+                "backend": backend,
+                "rows": rows,
+                "context": context,
+                "us": 1e6 * seconds,
+                "GB/s": speed / 1e9,
+                "% of copy": 100 * speed / bandwidth(bench),
+                "timed": how,
+            }
+        )
     return {"each": each}

@@ -23,9 +23,11 @@ def system(bench: Bench, name: str, policy=None) -> dict:
     rows, most = (4, 8) if bench.cpu else (64, 96)
     prompts = prompts_of(rows, 12 if bench.cpu else 256, policy.base.config.vocab_size)
     lengths = [most - (i * 5) % (most // 3) for i in range(rows)]
-    runs = {"engine": lambda p, n: bench_rollout.run_engine(policy, p, n),
-            "generate": lambda p, n: bench_rollout.run_generate(policy, rows, p, n),
-            "continuous": lambda p, n: bench_rollout.run_continuous(policy, rows, p, n)}  # fmt: skip
+    runs = {
+        "engine": lambda p, n: bench_rollout.run_engine(policy, p, n),
+        "generate": lambda p, n: bench_rollout.run_generate(policy, rows, p, n),
+        "continuous": lambda p, n: bench_rollout.run_continuous(policy, rows, p, n),
+    }
     try:
         runs[name](prompts[:4], [4] * 4)
     except TypeError as error:  # transformers 5.17 has another name for a setting that only a CPU needs

@@ -62,8 +62,9 @@ def policy_in(bench: Bench, held: dict, scratch: str, dtype, quantization: str =
     if held.get("key") != (dtype, quantization):
         held.pop("policy", None)
         bench.clear()
-        policy = Policy.load(model_in(bench, held, scratch), quantization, LoraSettings(32, 64.0), dtype=dtype,
-                             device=bench.device)  # fmt: skip
+        policy = Policy.load(
+            model_in(bench, held, scratch), quantization, LoraSettings(32, 64.0), dtype=dtype, device=bench.device
+        )
         generator = torch.Generator(policy.device).manual_seed(0)
         with torch.no_grad():
             for name, parameter in policy.model.named_parameters():
@@ -75,8 +76,8 @@ def policy_in(bench: Bench, held: dict, scratch: str, dtype, quantization: str =
 
 def task_prompts(policy, count: int) -> list[list[int]]:
     """Token ids of solver's and proposer's prompts of the seed tasks, at most 700 tokens."""
-    from azr.tasks.prompts import propose_prompt, solve_prompt
     from azr.tasks import SEED_TASKS
+    from azr.tasks.prompts import propose_prompt, solve_prompt
 
     texts = [solve_prompt(task, "azr") for task in SEED_TASKS.values()]
     texts += [propose_prompt("deduction", [task], "azr") for task in SEED_TASKS.values()]
@@ -101,14 +102,24 @@ def parity(bench: Bench, held: dict, scratch: str, dtype) -> dict:
     for prompt, row in zip(prompts, ours):
         ids = torch.tensor([prompt], device=policy.device)
         with torch.no_grad():
-            out = policy.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                        max_new_tokens=new, pad_token_id=policy.pad_id)  # fmt: skip
+            out = policy.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new,
+                pad_token_id=policy.pad_id,
+            )
         mine, theirs = row[0].ids, out[0, len(prompt) :].tolist()
         same = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine), len(theirs)))
         equal, count, whole = equal + same, count + len(mine), whole + (mine == theirs)
     exact = dtype == torch.float32
-    return {"prompts": len(prompts), "identical": whole, "tokens": count, "share before parting": equal / count,
-            "ok": whole == len(prompts) or not exact}  # fmt: skip
+    return {
+        "prompts": len(prompts),
+        "identical": whole,
+        "tokens": count,
+        "share before parting": equal / count,
+        "ok": whole == len(prompts) or not exact,
+    }
 
 
 def gap(bench: Bench, held: dict, scratch: str, dtype, quantization: str, weights: str) -> dict:
@@ -134,7 +145,22 @@ def training(bench: Bench, held: dict, scratch: str) -> dict:
     sizes = ["--prompts-per-mode", "2", "--answers", "2", "--max-new-tokens", "8", "--preset", "8gb"]
     if not bench.cpu:
         sizes = ["--prompts-per-mode", "16", "--max-new-tokens", "256", "--preset", "24gb"]
-    flags = ["--model", model_in(bench, held, scratch), "--quantization", "none", "--steps", "1" if bench.cpu else "2",
-             "--eval-every", "0", "--eval-samples", "0", "--out", f"{scratch}/run",
-             "--eval-data", parts_train.held_out(scratch), *sizes, *parts_train.allow_cpu(bench)]  # fmt: skip
+    flags = [
+        "--model",
+        model_in(bench, held, scratch),
+        "--quantization",
+        "none",
+        "--steps",
+        "1" if bench.cpu else "2",
+        "--eval-every",
+        "0",
+        "--eval-samples",
+        "0",
+        "--out",
+        f"{scratch}/run",
+        "--eval-data",
+        parts_train.held_out(scratch),
+        *sizes,
+        *parts_train.allow_cpu(bench),
+    ]
     return parts_train.run(bench, flags, scratch, real=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from azr.models import model_path
 from azr.machine import plan
+from azr.models import model_path
 from azr.train import metrics
 from gpu.bench import GB, Bench, patched
 
@@ -36,9 +36,26 @@ def train(bench: Bench) -> None:
         sizes = ["--prompts-per-mode", "8", "--max-new-tokens", "512", "--preset", "80gb"]
         if bench.cpu:
             sizes = ["--prompts-per-mode", "2", "--answers", "4", "--max-new-tokens", "8", "--preset", "8gb"]
-        flags = ["--model", "qwen-3b", "--quantization", nf4_or_none(bench), "--eval-every", "0", "--save-every", "1",
-                 "--lora-rank", "32", "--out", f"{out}/run", "--eval-samples", "0",
-                 "--eval-data", held_out(out), *sizes, *allow_cpu(bench)]  # fmt: skip
+        flags = [
+            "--model",
+            "qwen-3b",
+            "--quantization",
+            nf4_or_none(bench),
+            "--eval-every",
+            "0",
+            "--save-every",
+            "1",
+            "--lora-rank",
+            "32",
+            "--out",
+            f"{out}/run",
+            "--eval-samples",
+            "0",
+            "--eval-data",
+            held_out(out),
+            *sizes,
+            *allow_cpu(bench),
+        ]
         bench.measure("two steps", lambda: run(bench, [*flags, "--steps", "2"], out), 75, "train")
         resumed = [*flags, "--steps", "3", "--resume", "auto"]
         bench.measure("resumed, one more", lambda: run(bench, resumed, out, since=2), 45, "train")
@@ -72,7 +89,8 @@ def held_out(directory: str) -> str:
 def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = False) -> dict:
     """train_azr.main(flags) in this process; seconds by phase and memory after each. real: weights and rewards are."""
     import train_azr
-    from azr.train import loop, rollouts, start as begin
+    from azr.train import loop, rollouts
+    from azr.train import start as begin
 
     why, laps, text = sandbox_refuses(), [], io.StringIO()
     start, turn = time.perf_counter(), itertools.count()
@@ -80,13 +98,20 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
         changes = [(metrics.Clock, "lap", watched(bench, laps)), (loop, "PROBE", 2)]
         if not real:
             made_up = lambda *_, **__: float((-1) ** next(turn))  # noqa: E731
-            changes += [(begin, "Policy", random_weights(bench)), (loop, "SEED_ROUNDS", 1),
-                        (train_azr, "solver_reward", made_up), (train_azr, "proposer_reward", made_up)]  # fmt: skip
+            changes += [
+                (begin, "Policy", random_weights(bench)),
+                (loop, "SEED_ROUNDS", 1),
+                (train_azr, "solver_reward", made_up),
+                (train_azr, "proposer_reward", made_up),
+            ]
         else:
             changes += [(loop, "SEED_ROUNDS", 2)]
         if why:
-            changes += [(begin, "Sandbox", NoSandbox), (train_azr, "validate", made_up_validate),
-                        (rollouts, "judge", made_up_judge)]  # fmt: skip
+            changes += [
+                (begin, "Sandbox", NoSandbox),
+                (train_azr, "validate", made_up_validate),
+                (rollouts, "judge", made_up_judge),
+            ]
         for owner, name, value in changes:
             stack.enter_context(patched(owner, name, value))
         stack.enter_context(contextlib.redirect_stdout(text))
@@ -100,26 +125,38 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
         raise RuntimeError(f"train_azr.py ended with {code}: {' | '.join(last)}")
     rows = [json.loads(line) for line in Path(out, "run", "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row.get("step", 0) > since]
-    return {"seconds in all": time.perf_counter() - start, **summary(rows),
-            "rewards": "real" if real else "made up", "verdicts": f"made up: {why}" if why else "of the sandbox",
-            **planner(bench, flags, laps, real), "each": [by_phase(row) for row in rows],
-            "memory after each phase": laps,
-            "ok": bool(rows) and all(row["train/skipped"] == 0 for row in rows)}  # fmt: skip
+    return {
+        "seconds in all": time.perf_counter() - start,
+        **summary(rows),
+        "rewards": "real" if real else "made up",
+        "verdicts": f"made up: {why}" if why else "of the sandbox",
+        **planner(bench, flags, laps, real),
+        "each": [by_phase(row) for row in rows],
+        "memory after each phase": laps,
+        "ok": bool(rows) and all(row["train/skipped"] == 0 for row in rows),
+    }
 
 
 def summary(rows: list[dict]) -> dict:
     last = rows[-1] if rows else {}
-    return {"steps": len(rows), "s a step": [row["time/step"] for row in rows],
-            **{name: last.get(f"train/{name}") for name in ("log_prob_gap", "log_prob_gap_max", "grad_norm", "loss")},
-            **{name[7:]: value for name, value in last.items() if name.startswith("memory/")}}  # fmt: skip
+    return {
+        "steps": len(rows),
+        "s a step": [row["time/step"] for row in rows],
+        **{name: last.get(f"train/{name}") for name in ("log_prob_gap", "log_prob_gap_max", "grad_norm", "loss")},
+        **{name[7:]: value for name, value in last.items() if name.startswith("memory/")},
+    }
 
 
 def by_phase(row: dict) -> dict:
     """Seconds of a step's phases; tokens/s of what was sampled and trained."""
     found = {"step": row["step"]} | {f"{p} s": row[f"time/{p}"] for p in PHASES if f"time/{p}" in row}
     sampled, rollout = row.get("train/sampled_tokens", 0), row.get("time/propose", 0) + row.get("time/solve", 0)
-    return {**found, "sampled tokens": sampled, "sampled/s": sampled / max(rollout, 1e-9),
-            "trained/s": row.get("train/tokens", 0) / max(row.get("time/update", 0), 1e-9)}  # fmt: skip
+    return {
+        **found,
+        "sampled tokens": sampled,
+        "sampled/s": sampled / max(rollout, 1e-9),
+        "trained/s": row.get("train/tokens", 0) / max(row.get("time/update", 0), 1e-9),
+    }
 
 
 def watched(bench: Bench, laps: list):
@@ -130,8 +167,10 @@ def watched(bench: Bench, laps: list):
         lap(clock, name)
         row = {"phase": name, **bench.memory()}
         if not bench.cpu:
-            row |= {"peak GB": torch.cuda.max_memory_allocated() / GB,
-                    "peak reserved GB": torch.cuda.max_memory_reserved() / GB}  # fmt: skip
+            row |= {
+                "peak GB": torch.cuda.max_memory_allocated() / GB,
+                "peak reserved GB": torch.cuda.max_memory_reserved() / GB,
+            }
             torch.cuda.reset_peak_memory_stats()
         laps.append(row)
 
@@ -164,8 +203,14 @@ def random_weights(bench: Bench):
         @classmethod
         def load(cls, name, quantization="nf4", lora=None, **more):
             kept = {key: more[key] for key in ("max_batch", "attn", "rollout_weights") if key in more}
-            return random_policy(bench.shape("3B"), quantization, bench.device, lora.rank if lora else None,
-                                 tokenizer=bench.tokenizer(), **kept)  # fmt: skip
+            return random_policy(
+                bench.shape("3B"),
+                quantization,
+                bench.device,
+                lora.rank if lora else None,
+                tokenizer=bench.tokenizer(),
+                **kept,
+            )
 
     return RandomWeights
 
@@ -174,8 +219,9 @@ def random_weights(bench: Bench):
 def sandbox_refuses() -> str | None:
     """Why programs must not be run here; None where the doctor agrees."""
     try:
-        done = subprocess.run([sys.executable, "-m", "sandbox", "doctor"], cwd=ROOT, capture_output=True, text=True,
-                              timeout=60)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "sandbox", "doctor"], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
     except subprocess.TimeoutExpired:
         return "the sandbox's doctor did not answer within 60 s"
     lines = (done.stderr or done.stdout).strip().splitlines()

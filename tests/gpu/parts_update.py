@@ -60,8 +60,9 @@ def no_gradient(policy) -> None:
         p.grad = None
 
 
-def micro_batch(bench: Bench, policy, tokens: int, length: int, repeats: int = 3, precision=None,
-                peft: bool = False) -> dict:  # fmt: skip
+def micro_batch(
+    bench: Bench, policy, tokens: int, length: int, repeats: int = 3, precision=None, peft: bool = False
+) -> dict:
     """tokens / length samples, half of each is the response; activations recomputed, as on every GPU."""
     texts = prompts_of(max(1, tokens // length), length, policy.base.config.vocab_size)
     prompts, responses = [t[: length // 2] for t in texts], [t[length // 2 :] for t in texts]
@@ -86,12 +87,20 @@ def micro_batch(bench: Bench, policy, tokens: int, length: int, repeats: int = 3
 
 def planned(bench: Bench, figures: dict, size: str, base: str, tokens: int) -> dict:
     """What azr/machine/plan.py says of a micro-batch, less Adam's moments, which this measurement has not."""
-    preset = dataclasses.replace(plan.PRESETS["24gb"], quantization=base, token_budget=tokens, lora_rank=32,
-                                 prompt_tokens=tokens // 2, max_new_tokens=tokens // 2)  # fmt: skip
+    preset = dataclasses.replace(
+        plan.PRESETS["24gb"],
+        quantization=base,
+        token_budget=tokens,
+        lora_rank=32,
+        prompt_tokens=tokens // 2,
+        max_new_tokens=tokens // 2,
+    )
     shape = bench.shape(size)
     parts = plan.memory(shape, preset, "cuda")["training"]
-    return {"planned GB": (sum(parts.values()) - 8 * shape.lora_parameters(32)) / GB,
-            "measured GB": figures["peak reserved GB"]}  # fmt: skip
+    return {
+        "planned GB": (sum(parts.values()) - 8 * shape.lora_parameters(32)) / GB,
+        "measured GB": figures["peak reserved GB"],
+    }
 
 
 def layer_errors(bench: Bench, tokens: int) -> dict:
@@ -166,8 +175,12 @@ def adamw(bench: Bench) -> dict:
     first = bench.time(step, 1, 0)
     later = bench.time(step, 3, 0)
     parameters = sum(p.numel() for p in policy.trainable_parameters())
-    return {"parameters": parameters, "first s": first, "later s": later,
-            "moments GB": bench.memory()["allocated GB"] - before}  # fmt: skip
+    return {
+        "parameters": parameters,
+        "first s": first,
+        "later s": later,
+        "moments GB": bench.memory()["allocated GB"] - before,
+    }
 
 
 def chunked_cost(bench: Bench, naive: bool = False) -> dict:

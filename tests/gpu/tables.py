@@ -45,8 +45,11 @@ def section(name: str, rows: list[dict]) -> str:
     if planned:
         blocks += ["### planner beside measurement, GB", markdown(planned)]
     why = lambda row: row.get("left_out") or row.get("error", "not right")  # noqa: E731
-    bad = [{"part": row["part"], "measurement": row["name"], "why": why(row)}
-           for row in rows if "left_out" in row or not row["ok"]]  # fmt: skip
+    bad = [
+        {"part": row["part"], "measurement": row["name"], "why": why(row)}
+        for row in rows
+        if "left_out" in row or not row["ok"]
+    ]
     if bad:
         blocks += ["### failed or left out", markdown(bad)]
     return "\n\n".join(blocks)
@@ -61,7 +64,7 @@ def counts(rows: list[dict]) -> str:
 
 
 def of_kind(rows: list[dict]) -> list[str]:
-    """The table of a kind; lists of kernels among the figures are tables of their own, the list "each" is the rows themselves."""
+    """The table of a kind; lists of kernels are tables of their own, the list "each" is the rows themselves."""
     flat, lists = [], []
     for row in rows:
         plain = {key: value for key, value in row["figures"].items() if not is_table(value)}
@@ -89,8 +92,15 @@ def plans(rows: list[dict]) -> list[dict]:
         for planned, measured in PLANS:
             plan, real = (row["figures"].get(f"{name} GB") for name in (f"planned{planned}", f"measured{measured}"))
             if isinstance(plan, (int, float)) and isinstance(real, (int, float)) and real > 0:
-                found.append({"part": row["part"], "measurement": row["name"] + planned, "planned": plan,
-                              "measured": real, "planned / measured": plan / real})  # fmt: skip
+                found.append(
+                    {
+                        "part": row["part"],
+                        "measurement": row["name"] + planned,
+                        "planned": plan,
+                        "measured": real,
+                        "planned / measured": plan / real,
+                    }
+                )
     return found
 
 
