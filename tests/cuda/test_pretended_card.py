@@ -19,7 +19,7 @@ from azr.policy.policy import LoraSettings, Policy
 from azr.policy.sampling import Sampling
 from guard import why_no_guard
 from pretended_card import CARD, HostWait, PretendedCard, on_card
-from test_rollout import made_up_tokenizer, make_model, stirred
+from small_models import made_up_tokenizer, make_model, stirred
 
 pytestmark = pytest.mark.skipif(bool(why_no_guard()), reason=str(why_no_guard()))
 

@@ -1,0 +1,127 @@
+"""The report page: self-contained, tolerant of unfinished runs, warnings in words; bad input refused in one line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from azr.analysis import report
+from azr.analysis.reader import read_run, same_model
+from bench_report import write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two finished runs and one that goes on, with a torn last line."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed in (0, 1):
+        write_run(root / f"run-{seed}", 50, 3, seed=seed)
+    shutil.copytree(root / "run-0", root / "running")
+    lines = (root / "running" / "metrics.jsonl").read_text().splitlines()
+    (root / "running" / "metrics.jsonl").write_text("\n".join(lines[:10] + lines[12:30]) + '\n{"step": 31, "so')
+    return root
+
+
+def run_command(*flags):
+    command = [sys.executable, str(ROOT / "analyze.py"), "report", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+class Tags(HTMLParser):
+    """Collects tags and checks that they close."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append((tag, dict(attributes)))
+        if tag not in ("img", "meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_one_page_without_network(runs, tmp_path):
+    done = run_command(runs / "run-0", "--out", tmp_path, "--json", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    html = (tmp_path / "report.html").read_text()
+    tags = Tags()
+    tags.feed(html)
+    assert not tags.open and not [tag for tag, _ in tags.seen if tag in ("script", "link", "iframe")]
+    images = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
+    assert len(images) >= 6 and all(src.startswith("data:image/png;base64,iVBOR") for src in images)
+    assert not re.search(r"https?://|url\(", html)
+    for text in (
+        "What these numbers do and do not show",
+        "One run, one seed",
+        "Not measured yet",
+        "analyze.py difficulty",
+    ):
+        assert text in html
+    found = json.loads((tmp_path / "r.json").read_text())[str(runs / "run-0")]
+    assert any("Entropy of the solver" in fact for fact in found["facts"]) and found["dynamics"]["windows"]
+    assert (tmp_path / "overview.png").is_file()
+
+
+def test_a_running_run_and_several_runs(runs, tmp_path):
+    done = run_command(runs / "running")
+    assert done.returncode == 0, done.stderr
+    assert "Step 30 of 50" in done.stderr and "torn" in done.stderr and "2 step(s)" in done.stderr
+    assert (runs / "running" / "report.html").is_file()
+    both = run_command(runs / "run-0", runs / "run-1", "--out", tmp_path)
+    assert both.returncode == 0, both.stderr
+    html = (tmp_path / "report.html").read_text()
+    assert "run-1 in detail" in html and "One run, one seed" not in html
+
+
+def test_text_of_a_model_cannot_become_html(runs, tmp_path):
+    write_run(tmp_path / "run", 3, 2)
+    path = tmp_path / "run" / "samples.jsonl"
+    path.write_text(path.read_text().replace("def f(x):", "<script>alert(1)</script>"))
+    html, _ = report.build([report.read_entry(tmp_path / "run")])
+    assert "<script>" not in html and "&lt;script&gt;" in html
+
+
+def test_the_warnings_are_those_of_the_run(tmp_path):
+    """No more and no fewer than `analyze.py health` says."""
+    write_run(tmp_path / "run", 30, 9, rate=lambda share: 0.5)
+    assert report.read_entry(tmp_path / "run").warnings == []
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    more = {
+        "train/log_prob_gap": 0.3,
+        "solver/abduction/commonest_share": 0.6,
+        "solver/abduction/tasks": 9,
+        "proposer/induction/valid_rate": 0.0,
+        "solver/deduction/zero_advantage_rate": 1.0,
+    }
+    rows = [json.loads(line) | more for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = report.read_entry(tmp_path / "run").warnings
+    for words in ("0.300 nats", "the same answer", "hardly a proposal is valid (induction", "teach nothing (deduction"):
+        assert sum(words in line for line in lines) == 1, words
+    assert len(lines) == 4 and all(line.startswith("Step") for line in lines)
+
+
+def test_runs_of_different_models_and_bad_directories(runs, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(runs / "run-1", other)
+    config = json.loads((other / "config.json").read_text()) | {"model": "qwen-3b"}
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="different models"):
+        same_model([read_run(runs / "run-0"), read_run(other)])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "config.json").write_text('["not", "a run"]')
+    for paths in ((runs / "run-0", other), (tmp_path / "empty",), (tmp_path / "foreign",), (tmp_path / "none",)):
+        done = run_command(*paths)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "empty" / "report.html").exists()

@@ -1,0 +1,138 @@
+"""Mathematical answers: extraction, quick verdicts, and math-verify in its limited processes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from azr.evals.math_answers import MAX_ANSWER, MathGrader, extract, is_number, last_boxed, normalise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    "response, answer",
+    [
+        (r"so \boxed{1}, no: \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\text{a \} brace}}", r"\text{a \} brace}"),
+        (r"\boxed{7} and then \boxed{never closed", "7"),
+        (r"thus $\boxed 7$.", "7"),
+        (r"so \fbox{12}", "12"),
+        ("she has 9 * 2 = 18\n#### 18\nQ: next", "18"),
+        ("The final answer is: 3.14. Next I", "3.14"),
+        ("**Answer:** 42", "42"),
+        ("the answer is 5\nno, the answer is 6\n", "6"),
+        ("the answer is 5</think> <answer> 7 </answer>", "7"),
+        (r"\boxed{5}</think> <answer> so \boxed{8} </answer>", "8"),
+        ("a number, 12, and no more", None),
+        ("</think><answer>```input\n[9, 1], 9\n```</answer>", None),
+        ("", None),
+    ],
+)
+def test_extraction(response, answer):
+    assert extract(response) == answer
+
+
+def test_extraction_is_linear_in_the_response():
+    for text in (r"\boxed{", "answer is ", "<answer>", "#", "{", r"\boxed{1", "```\n"):
+        began = time.process_time()
+        extract(text * (3_000_000 // len(text)))
+        assert time.process_time() - began < 3, text
+    assert last_boxed("\\boxed{" + "{" * 10**6) is None
+
+
+@pytest.mark.parametrize(
+    "text, normal",
+    [
+        ("$023$.", "23"),
+        ("1,234.50", "1234.5"),
+        ("-0.0", "0"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+        (r"\dfrac 12", r"\frac12"),
+        (r"\$70,000", "70000"),
+        (r"50\%", "50%"),
+    ],
+)
+def test_normal_form(text, normal):
+    assert normalise(text) == normal
+
+
+def test_what_can_be_guessed():
+    assert all(map(is_number, ("204", "-1", "3.5", r"\frac{3}{4}", "1/2", "1,000")))
+    assert not any(map(is_number, (r"\pi", "(1,2)", "x+1", r"\sqrt{2}", "Evelyn")))
+
+
+@pytest.fixture(scope="module")
+def grader():
+    pytest.importorskip("math_verify")
+    with MathGrader(1) as grader:
+        yield grader
+
+
+RIGHT = [
+    ("204", "204."),
+    ("1/2", "0.5"),
+    (r"\frac{1}{2}", r"\dfrac12"),
+    (r"(3,\frac{\pi}{2})", r"(3, \pi/2)"),
+    ("18", "18 dollars"),
+    ("18", "$18"),
+    ("70000", "70,000"),
+    (r"\text{Evelyn}", "Evelyn"),
+    ("x^2-1", "(x-1)(x+1)"),
+    (r"\{1,2\}", r"\{2, 1\}"),
+    ("4.5e33", r"4.5 \times 10^{33}"),
+    ("12", "+".join(["1"] * 12)),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+]
+WRONG = [
+    ("204", "205"),
+    ("1/2", "0.51"),
+    (r"\frac{1}{2}", r"\frac{1}{3}"),
+    ("x^2-1", "x^2+1"),
+    ("18", "18 million"),
+    (r"(1,2)", "(2,1)"),
+    ("5", "__import__('os').system('true')"),
+    ("2", "\u4e8c"),
+]
+
+
+def test_equal_values_are_right_and_others_wrong(grader):
+    verdicts = grader.grade(RIGHT + WRONG)
+    assert [pair for pair, verdict in zip(RIGHT, verdicts) if not verdict.ok] == []
+    assert [pair for pair, verdict in zip(WRONG, verdicts[len(RIGHT) :]) if verdict.ok] == []
+
+
+def test_equal_wrong_answers_have_one_key(grader):
+    a, b, c = grader.grade([("7", r"\frac{1}{2}"), ("7", r"\dfrac{1}{2}"), ("7", r"\frac{1}{3}")])
+    assert a.key == b.key != c.key
+
+
+def test_what_is_no_answer(grader):
+    reasons = [verdict.reason for verdict in grader.grade([("1", None), ("1", "  "), ("1", "9" * (MAX_ANSWER + 1))])]
+    assert reasons == ["no_answer", "no_answer", "too_large"]
+
+
+def test_an_answer_that_never_ends_costs_its_neighbours_nothing(grader):
+    answers = [r"\frac{1}{3}", "9^{9^{9^9}}", r"\frac{2}{4}"]
+    verdicts = grader.grade([(r"\frac{1}{2}", answer) for answer in answers])
+    assert [verdict.reason for verdict in verdicts] == ["wrong", "timeout", "ok"]
+    assert grader.grade([("1/2", "0.5")])[0].ok
+
+
+def test_a_worker_that_was_killed_is_started_again(grader):
+    grader.grade([("1/2", "0.5")])
+    grader._idle.queue[0].process.kill()
+    assert grader.grade([(r"\frac{1}{2}", "0.50")])[0].ok
+
+
+def test_sympy_stays_out_of_this_process():
+    pytest.importorskip("math_verify")
+    code = (
+        "import sys; from azr.evals.math_answers import MathGrader\nwith MathGrader(1) as g: "
+        "print(g.grade([('1/2', '0.5')])[0].ok, "
+        "'sympy' in sys.modules, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "True False False\n", done.stderr

@@ -1,0 +1,233 @@
+"""Time, dollars and disk of a plan; --dry-run and --config as typed; the plan against a measured peak; the probe."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import bench_plan
+from azr.machine import cost, plan
+from azr.machine.plan import PRESETS, QWEN25, TINY, PlanError, plan_memory
+from azr.models import model_path
+from azr.policy import backoff
+from azr.policy.policy import SHARED_ROW, LoraSettings, Policy
+from azr.train import memory_probe, update
+from azr.train.config import Config, resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def typed(*flags) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of train_azr.py."""
+    import train_azr
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code = train_azr.main(list(flags))
+        except SystemExit as stop:
+            code = stop.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def made(size="3B", preset="24gb", **change):
+    sizes = dataclasses.replace(PRESETS[preset], **change)
+    return plan_memory(QWEN25[size], sizes, plan.capacity(PRESETS[preset]))
+
+
+# ---------------------------------------------------------------- time
+
+
+def test_faster_cards_shorter_texts_and_smaller_models_take_less_time():
+    middle = cost.PACES[0]
+    base = cost.step_time(made(), cost.CARDS["3090"], middle)
+    assert cost.step_time(made(), cost.CARDS["h100"], middle).total < base.total / 2
+    assert cost.step_time(made("7B"), cost.CARDS["3090"], middle).total > 1.5 * base.total
+    assert cost.step_time(made(max_new_tokens=128), cost.CARDS["3090"], middle).total < base.total
+    times = {pace.name: cost.step_time(made(), cost.CARDS["3090"], pace).total for pace in cost.PACES}
+    assert times["fast"] < times["middle"] < times["slow"]
+    assert base.total == pytest.approx(base.propose + base.solve + base.validate + base.update)
+
+
+def test_the_plan_shares_rows_as_scoring_does():
+    assert cost.SHARED_ROW == SHARED_ROW["cuda"]
+
+
+def test_decoding_is_never_faster_than_the_bandwidth_allows():
+    """One response: each of its tokens reads all the weights once."""
+    preset = dataclasses.replace(PRESETS["24gb"], quantization="none", max_batch=1)
+    one = plan_memory(QWEN25["3B"], preset, 24e9)
+    seconds = cost.sampling_time(one, cost.CARDS["4090"], 1, 100, 10, 1)
+    linear_and_head = 2 * (QWEN25["3B"].linear_parameters + 151_936 * 2048)
+    assert seconds > 100 * linear_and_head / 1008e9
+
+
+def test_an_update_costs_six_operations_a_weight_and_token():
+    none = dataclasses.replace(PRESETS["24gb"], quantization="none")
+    seconds = cost.update_time(QWEN25["3B"], none, cost.CARDS["4090"], 0, 1000)
+    assert seconds == pytest.approx(6 * QWEN25["3B"].linear_parameters * 1000 / 165e12)
+
+
+def test_cards_are_named_found_or_assumed_and_it_is_said():
+    assert cost.card_for("4090", PRESETS["8gb"])[0].name == "4090"
+    assert cost.card_for(None, PRESETS["24gb"], "NVIDIA H100 80GB HBM3")[0].name == "h100"
+    assert cost.card_for(None, PRESETS["24gb"], "Tesla T4")[0].name == "t4"
+    card, why = cost.card_for(None, PRESETS["24gb"])
+    assert card.name == "3090" and "assumed" in why
+    assert "not in the list" in cost.card_for(None, PRESETS["24gb"], "NVIDIA Something")[1]
+    assert cost.card_for(None, TINY)[0] is None
+    for name, preset in cost.OF_PRESET.items():
+        assert cost.CARDS[preset].gib >= PRESETS[name].gib
+    with pytest.raises(PlanError, match="unknown card 9090"):
+        cost.card_for("9090", TINY)
+
+
+def test_disk_counts_adapters_that_stay_and_states_that_are_pruned():
+    plan_ = made()
+    adapter = 4 * QWEN25["3B"].lora_parameters(32)
+    parts = cost.disk(plan_, "qwen-3b", 500, 25, keep_states=2)
+    assert parts["adapters"] == 21 * adapter and parts["states"] == 9 * adapter  # steps 0, 25, ... 500; one is written
+    assert parts["download"] > 2 * QWEN25["3B"].parameters
+    assert cost.disk(plan_, str(ROOT / "azr" / "tiny"), 500, 0)["download"] == 0
+
+
+# ---------------------------------------------------------------- as typed
+
+
+def test_dry_run_of_a_large_model_needs_no_gpu_and_no_network():
+    code, out, err = typed("--model", "qwen-3b", "--preset", "24gb", "--dry-run", "--price-per-hour", "0.44")
+    config, end = json.JSONDecoder().raw_decode(out)
+    assert (code, err) == (0, "") and config["max_new_tokens"] == 2048 and config["quantization"] == "nf4"
+    rest = out[end:]
+    for word in (
+        "weights",
+        "LoRA + Adam",
+        "KV cache",
+        "activations",
+        "logits",
+        "overhead",
+        "head-room",
+        "propose",
+        "solve",
+        "validate",
+        "update",
+        "500 steps",
+        "$0.44/h",
+        "samples.jsonl",
+        "model files",
+    ):
+        assert word in rest, word
+    assert "computed, not measured on this card" in rest and "assumed" in rest
+    assert all(len(line) <= 80 for line in rest.splitlines()), max(rest.splitlines(), key=len)
+    code, out, _ = typed("--model", "qwen-7b", "--preset", "h200", "--dry-run")
+    assert code == 0 and "preset 80gb" in out and "h200, as asked" in out
+
+
+def test_dry_run_that_does_not_fit_exits_1_and_its_advice_exits_0():
+    flags = ["--model", "qwen-7b", "--preset", "16gb", "--quantization", "none", "--dry-run"]
+    code, out, _ = typed(*flags)
+    assert code == 1 and "DOES NOT FIT" in out
+    advice = out.split("it fits with ")[1].split(" (")[0].split()
+    assert typed(*flags, *advice)[0] == 0
+
+
+def test_dry_run_of_the_embedded_model_plans_for_the_cpu():
+    code, out, _ = typed("--dry-run", "--steps", "10", "--price-per-hour", "1")
+    assert code == 0 and "fp32" in out and "measured with the embedded model" in out and "at $1/h" in out
+
+
+def test_a_saved_config_comes_back_and_a_wrong_one_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    _, out, _ = typed("--model", "qwen-3b", "--preset", "16gb", "--answers", "4", "--dry-run")
+    first = json.JSONDecoder().raw_decode(out)[0]
+    file.write_text(json.dumps(first))
+    assert json.JSONDecoder().raw_decode(typed("--config", str(file), "--dry-run")[1])[0] == first
+    changed = json.JSONDecoder().raw_decode(typed("--config", str(file), "--answers", "6", "--dry-run")[1])[0]
+    assert changed == {**first, "answers": 6}
+    for wrong in ({"steps": "abc"}, {"lora_rank": 1.5}, {"model": 3}, {"seed": None}, {"answers": True}):
+        file.write_text(json.dumps(wrong))
+        code, out, err = typed("--config", str(file), "--dry-run")
+        assert code == 2 or "must be" in err, wrong
+        assert out == "" and err.count("\n") == 1 and next(iter(wrong)) in err
+    assert typed("--preset", "9090", "--out", str(tmp_path / "run"))[0] == 2 and not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------- against measurement
+
+
+def test_the_plan_is_within_15_percent_of_the_measured_peak(tmp_path):
+    bench_plan.write_model(bench_plan.SHAPES["deep"], tmp_path)
+    row = bench_plan.measure("deep", "nf4", tmp_path, "cpu", False)
+    assert "ratio" in row, row
+    assert abs(row["ratio"] - 1) <= bench_plan.MOST_OFF, row
+
+
+def test_after_three_measured_steps_a_run_says_what_it_will_take(capsys):
+    from azr.train.screen import StepLines
+
+    lines = StepLines(500, 0.44)
+    for step in range(1, 5):
+        lines.show({"step": step, "time/step": 90.0, "time/elapsed": 90.0 * step, "time/solve": 60.0})
+    shown = [line for line in capsys.readouterr().out.splitlines() if "measured" in line]
+    assert len(shown) == 1 and "90.0 s a step" in shown[0]
+    assert "12:30 h" in shown[0] and "$5.50 at $0.44" in shown[0]  # 500 x 90 s
+
+
+# ---------------------------------------------------------------- the probe
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return Policy.load(model_path("tiny"), "none", LoraSettings(4, 8.0))
+
+
+def small(**change) -> Config:
+    return resolve(Config(token_budget=512, prompt_tokens=100, max_new_tokens=28, lora_rank=4, **change))[0]
+
+
+def test_the_probe_leaves_everything_as_it_was(policy):
+    optimizer, sizes = update.make_optimizer(policy, 1e-3), backoff.Sizes(512)
+    before, rng = update.state_tensors(policy, optimizer), torch.get_rng_state()
+    line = memory_probe.probe(policy, optimizer, small(), sizes)
+    assert "4 x 128 tokens" in line and "peak" in line and sizes == backoff.Sizes(512)
+    after = update.state_tensors(policy, optimizer)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(rng, torch.get_rng_state()) and not optimizer.state
+    assert all(parameter.grad is None for parameter in policy.trainable_parameters())
+
+
+def test_the_probe_fills_the_token_budget():
+    assert memory_probe.micro_batches(128, 512) == [(4, 128)]
+    assert memory_probe.micro_batches(300, 512) == [(1, 300), (2, 256)]
+    assert memory_probe.micro_batches(600, 512) == [(1, 600)]
+
+
+def test_memory_that_runs_out_in_the_probe_lowers_the_sizes(policy, monkeypatch, capsys):
+    """The scoring runs out of memory above 300 tokens at once: the budget is halved to 256, where it goes through."""
+    optimizer, sizes, score = update.make_optimizer(policy, 1e-3), backoff.Sizes(512), policy.score
+
+    def limited(prompts, responses, *rest):
+        assert len({tuple(p) for p in prompts}) == len(prompts)  # equal ones would share a row and take less
+        if sum(len(p) + len(r) for p, r in zip(prompts, responses)) > 300:
+            raise torch.OutOfMemoryError("out of memory")
+        return score(prompts, responses, *rest)
+
+    monkeypatch.setattr(policy, "score", limited)
+    assert "2 x 128 tokens" in memory_probe.probe(policy, optimizer, small(), sizes)
+    assert sizes.token_budget == 256 and "token budget 512 -> 256" in capsys.readouterr().err
+    monkeypatch.setattr(policy, "score", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    with pytest.raises(backoff.DoesNotFit, match="lower --max-new-tokens"):
+        memory_probe.probe(policy, optimizer, small(), sizes)
+
+
+def test_the_probe_runs_on_a_gpu(policy, capsys):
+    memory_probe.at_start(policy, update.make_optimizer(policy, 1e-3), small(), backoff.Sizes(512))
+    assert ("probe:" in capsys.readouterr().out) == (policy.device.type == "cuda")

@@ -1,0 +1,657 @@
+"""The sandbox: statuses, limits, determinism, what happens when lanes or the trainer die. SANDBOX_LONG=1: longer."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
+
+from sandbox import BENCHMARK, PROPOSAL, Job, Outcome, Sandbox, SandboxError, literal, outcomes, wire
+
+ROOT = Path(__file__).parents[2]
+LONG = bool(os.environ.get("SANDBOX_LONG"))
+LOOP = "def f(x):\n    while True:\n        pass\n"
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2) as opened:
+        yield opened
+
+
+def one(sandbox, code, *inputs, **options):
+    return sandbox.run([Job(code, inputs or ("1",), **options)])[0]
+
+
+# --- statuses ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code, status, detail",
+    [
+        ("def f(x): return x + 1", "ok", ""),
+        ("def f(x): return 1 // 0", "error", "ZeroDivisionError"),
+        ("1 // 0", "error", "ZeroDivisionError"),
+        ("def f(x):\n raise SystemExit", "error", "SystemExit"),
+        ("class Mine(Exception): pass\ndef f(x):\n raise Mine('\\n')", "error", "Mine"),
+        ("def g(x): return 1", "error", "NameError no f"),
+        ("def f(x): return f(x)", "error", "RecursionError"),
+        ("def f(x: return 1", "syntax", "SyntaxError"),
+        ("def f(x): return '\0'", "syntax", ""),
+        ("def f(x): return '\ud800'", "syntax", "UnicodeEncodeError"),
+        ("return 1", "syntax", "SyntaxError"),
+        ("import os\ndef f(x): return 1", "forbidden", "import os"),
+        ("def f(x):\n from os import path\n return 1", "forbidden", "import os"),
+        ("import os.path as p\ndef f(x): return 1", "forbidden", "import os.path"),
+        ("def f(x):\n if x > 5: import socket\n return 1", "forbidden", "import socket"),
+        ("from . import x", "forbidden", "import"),
+        ("def f(x): return open('x')", "forbidden", "builtin open"),
+        ("def f(x): return hash(x)", "forbidden", "builtin hash"),
+        ("def f(x): return f.__globals__", "forbidden", "name __globals__"),
+        ("def f(x): return [0] * 10 ** 9", "memory", "MemoryError"),
+        ("def f(x): return object()", "not_literal", "object"),
+        ("def f(x): return (i for i in [])", "not_literal", "generator"),
+        ("def f(x): return 1j", "not_literal", "complex"),
+        ("def f(x): return 'a' * 20000", "too_large", "text"),
+        ("def f(x): return list(range(10000))", "too_large", "more"),
+        ("x = 1\n" * 5000, "too_large", "program"),
+        (LOOP, "timeout", "cpu_time"),
+        ("while True: pass", "timeout", "cpu_time"),
+        ("def f(x): return 9 ** 9 ** 9", "timeout", "cpu_time"),
+        ("import re\ndef f(x): return re.match('(a+)+$', 'a' * 50 + 'b')", "timeout", "cpu_time"),
+    ],
+)
+def test_statuses(sandbox, code, status, detail):
+    [outcome] = one(sandbox, code, cpu_seconds=0.2 if status == "timeout" else 2)
+    assert outcome.status == status and outcome.detail.startswith(detail), outcome
+    assert (outcome.output is not None) == (status == "ok")
+
+
+@pytest.mark.parametrize(
+    "text, status",
+    [
+        ("1", "ok"),
+        ("", "error"),
+        ("1, 2", "error"),
+        ("y=1", "error"),
+        ("x=1", "ok"),
+        ("range(5)", "not_literal"),
+        ("f(1)", "not_literal"),
+        ("1) or (True", "not_literal"),
+        ("__import__('os')", "not_literal"),
+        ("'" + "a" * 20_000 + "'", "too_large"),
+        ("\0", "not_literal"),
+        ("'\ud800'", "not_literal"),
+        ("9 ** 9 ** 9", "not_literal"),
+        ("1 # one", "ok"),
+    ],
+)
+def test_inputs(sandbox, text, status):
+    assert one(sandbox, "def f(x): return x", text)[0].status == status
+
+
+HONEST = [
+    (
+        "from dataclasses import dataclass, field\n@dataclass(order=True)\nclass P:\n    x: int\n"
+        "    y: list = field(default_factory=list)\n"
+        "def f(x): return sorted([P(2), P(x)])[0].x",
+        "1",
+    ),
+    ("from typing import NamedTuple, List\nclass P(NamedTuple):\n    x: int\ndef f(x: List[int]): return P(x).x", "1"),
+    ("from enum import Enum\nclass C(Enum):\n    A = 1\ndef f(x): return C(x).name", "'A'"),
+    (
+        "from functools import lru_cache, reduce\n@lru_cache(None)\ndef g(n): return n if n < 2 else g(n-1) + g(n-2)\n"
+        "def f(x): return g(90)",
+        "2880067194370816120",
+    ),
+    ("def f(x):\n    gr\u00fc\u00dfe = 'h\u00e9llo \u4e16'\n    return gr\u00fc\u00dfe.upper()", "'H\u00c9LLO \u4e16'"),
+    (
+        "class A:\n    def __init__(self, v): self.v = v\n    def __eq__(self, o): return self.v == o.v\n"
+        "    def __hash__(self): return hash(self.v)\n"
+        "def f(x): return len({A(1), A(1), A(2)})",
+        "2",
+    ),
+    ("def f(x):\n    def depth(n): return 0 if n == 0 else 1 + depth(n - 1)\n    return depth(900)", "900"),
+    (
+        "from __future__ import annotations\nimport collections.abc\nfrom math import *\n"
+        "def f(x: Foo): return floor(pi)",
+        "3",
+    ),
+    (
+        "import json, decimal, fractions\n"
+        "def f(x): return json.dumps([str(decimal.Decimal('1.10') + 1), str(fractions.Fraction(1, 3))])",
+        '\'["2.10", "1/3"]\'',
+    ),
+    ("def f(x):\n    print('noise', x, end='', flush=True)\n    return 'quiet'", "'quiet'"),
+    (
+        "def f(x):\n    try:\n        return 1 / 0\n    except ZeroDivisionError as e:\n"
+        "        return type(e).__name__ + str(e)",
+        "'ZeroDivisionErrordivision by zero'",
+    ),
+    ("def f(x):\n    id = 3\n    input = [id]\n    return [vars for vars in input]", "[3]"),
+    (
+        "from abc import ABC, abstractmethod\nclass S(ABC):\n    @abstractmethod\n    def a(self): ...\nclass Q(S):\n"
+        "    @property\n"
+        "    def a(self): return super().__class__.__name__ and 7\ndef f(x): return Q().a",
+        "7",
+    ),
+    ("def f(x):\n    match [x, 2]:\n        case [1, y]:\n            return y\n    return 0", "2"),
+    (
+        "import string, re, itertools, heapq, bisect, operator, copy, textwrap, numbers, unicodedata, cmath\n"
+        "def f(x): return [w for w in string.ascii_lowercase[:3]] + [unicodedata.name('a')]",
+        "['a', 'b', 'c', 'LATIN SMALL LETTER A']",
+    ),
+    ("def f(x): return 'a\u00e4'.encode('shift_jis', 'replace') + 'x'.encode('utf-16-le')", "b'a?x\\x00'"),
+    (
+        "def f(x):\n    g = lambda *a, k=1, **o: (a, k, o)\n    return g(1, *[2], k=3, z=float('nan'))",
+        "((1, 2), 3, {'z': float('nan')})",
+    ),
+    (
+        "async def g(): return 1\ndef f(x):\n    try:\n        g().send(None)\n    except StopIteration as e:\n"
+        "        return e.value",
+        "1",
+    ),
+]
+
+
+@pytest.mark.parametrize("code, output", HONEST)
+def test_honest_programs(sandbox, code, output):
+    [[outcome]] = sandbox.validate([Job(code, ("1",))])
+    assert outcome == Outcome("ok", output, "")
+
+
+# --- one child for many inputs -------------------------------------------------------------------------------
+
+
+def test_an_input_that_ends_its_child_does_not_spoil_the_others(sandbox):
+    code = "def f(x):\n    while x == 2: pass\n    return [0] * 10 ** 10 if x == 4 else 1 // (x - 5)"
+    found = one(sandbox, code, "1", "2", "3", "4", "5", "nonsense", "6", cpu_seconds=0.2)
+    assert [outcome.status for outcome in found] == ["ok", "timeout", "ok", "memory", "error", "not_literal", "ok"]
+
+
+def test_time_of_earlier_inputs_is_not_held_against_later_ones(sandbox):
+    code = "def f(x):\n    n = 0\n    while n < 1_500_000: n += 1\n    return x"  # about a tenth of a second
+    found = one(sandbox, code, *map(str, range(12)), cpu_seconds=0.9)
+    assert [outcome.output for outcome in found] == [str(i) for i in range(12)]
+
+
+def test_stop_at_failure(sandbox):
+    found = one(sandbox, "def f(x): return 1 // (x - 2)", "1", "2", "3", stop_at_failure=True)
+    assert [(outcome.status, outcome.detail) for outcome in found] == [
+        ("ok", ""),
+        ("error", "ZeroDivisionError"),
+        ("error", "not_run"),
+    ]
+    before = sandbox.state["children_cpu_seconds"]
+    found = one(sandbox, LOOP, *"12345", stop_at_failure=True, cpu_seconds=0.2)
+    assert [outcome.status for outcome in found] == ["timeout"] * 5
+    assert sandbox.state["children_cpu_seconds"] - before < 0.4
+
+
+def test_programs_do_not_see_each_other(sandbox):
+    patch = Job(
+        "import math, collections\nmath.sqrt = lambda x: 'patched'\ncollections.Counter.total = 1\n"
+        "left = 1\ndef f(x): return 1",
+        ("1",),
+    )
+    look = Job("import math\ndef f(x): return [math.sqrt(4), 'left' in dir()]", ("1",))
+    found = sandbox.run([patch, look] * 20)
+    assert {outcomes[0].output for outcomes in found[1::2]} == {"[2.0, False]"}
+
+
+def test_inputs_are_fresh_values(sandbox):
+    found = one(sandbox, "def f(x):\n    x.append(1)\n    return x", "[0]", "[0]", "[[2]] * 2")
+    assert [outcome.output for outcome in found] == ["[0, 1]", "[0, 1]", "[[2], [2], 1]"]
+    assert one(sandbox, "def f(x):\n    x[0].append(1)\n    return x", "[[2]] * 2")[0].output == "[[2, 1], [2]]"
+
+
+def test_order_of_jobs_and_empty_lists(sandbox):
+    jobs = [Job("def f(x): return x", (str(i), str(-i))) for i in range(50)] + [Job("def f(): return 0", ())]
+    assert [[outcome.output for outcome in outcomes] for outcomes in sandbox.run(jobs)] == [
+        [str(i), str(-i)] for i in range(50)
+    ] + [[]]
+    assert sandbox.run([]) == [] and sandbox.validate([]) == []
+
+
+def test_large_requests_and_answers():
+    with Sandbox(1, BENCHMARK) as wide:
+        text = repr("x" * 400_000)
+        found = one(wide, "def solve(s, *more): return s * 2", text, text, entry="solve")
+        assert [len(outcome.output) for outcome in found] == [800_002] * 2
+        code = "import random, hashlib, time\ndef f(x): return [random.random(), hashlib.md5(b'a').hexdigest()]"
+        found = one(wide, code, "1", "1")
+        assert found[0].status == "ok" and found == one(wide, code, "1", "1")  # the same luck in every child
+        assert one(wide, "import re\ndef f(x): return re.match('a', x)", "'a'")[0].output == "True"
+        assert one(wide, "def f(x): return x * 2", "1-2j")[0].output == "complex(2.0, -4.0)"
+        assert literal.parse(one(wide, "def f(x): return 1 << x", "90000")[0].output, BENCHMARK.limits) == 1 << 90_000
+
+
+def test_cpu_limits_that_mean_none_are_refused(sandbox):
+    with pytest.raises(ValueError, match="cpu_seconds"):
+        one(sandbox, LOOP, cpu_seconds=0)
+
+
+# --- determinism ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code, why",
+    [
+        ("def f(x): return ''.join({'a', 'b', 'c'})", "hash_seed"),
+        ("def f(x): return list({'a': 1, 'b': 2, 'c': 3}.keys() & {'a', 'b', 'c'})", "hash_seed"),
+        ("def f(x): return ''.join(x)", "hash_seed"),
+        ("def f(x): return repr(object())", "address"),
+        ("n = []\ndef f(x):\n    n.append(1)\n    return len(n)", "state"),
+        ("def f(x, seen=set()):\n    seen.add(str(x))\n    return len(seen)", "state"),
+    ],
+)
+def test_nondeterminism_has_its_reason(sandbox, code, why):
+    [found] = sandbox.validate([Job(code, ("{'a', 'b', 'c'}", "{'d', 'e', 'f'}"))])
+    assert all(outcome.status == "nondeterministic" and outcome.output is None for outcome in found)
+    assert {outcome.detail.split()[0] for outcome in found} == {why}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(x): return {'b', 'a', str(x)}",
+        "def f(x): return sorted({'b', 'a'})",
+        "def f(x): return {k: 1 for k in {'a', 'b', 'c'}}",
+        "def f(x): return len({'a', 'b'} | {str(x)})",
+        "def f(x): return 'a' in {'a', 'b'}",
+    ],
+)
+def test_sets_alone_are_no_fault(sandbox, code):
+    assert sandbox.validate([Job(code, ("1", "2"))])[0][0].status == "ok"
+
+
+def test_two_element_orders_are_rarely_missed():
+    rng, count = random.Random(5), 3_000 if LONG else 60
+    words = [
+        "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randrange(1, 9))) for _ in range(2 * count)
+    ]
+    pairs = [pair for pair in zip(words[::2], words[1::2]) if pair[0] != pair[1]]
+    with Sandbox() as wide:
+        found = wide.validate([Job("def f(a, b): return list({a, b})", (f"{a!r}, {b!r}",)) for a, b in pairs])
+    missed = sum(outcomes[0].status == "ok" for outcomes in found)
+    assert {outcomes[0].status for outcomes in found} <= {"ok", "nondeterministic"}
+    assert missed <= (0.005 * len(pairs) if LONG else 1), f"{missed} of {len(pairs)}"
+
+
+# --- limits --------------------------------------------------------------------------------------------------
+
+
+def test_a_loop_costs_its_limit_and_little_more(sandbox):
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        before = sandbox.state["children_cpu_seconds"]
+        assert one(sandbox, LOOP, cpu_seconds=0.5)[0].status == "timeout"
+        # little: starting a child, and the tick of a kernel timer, which is late on a busy machine
+        assert 0.45 < sandbox.state["children_cpu_seconds"] - before < 0.75
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_a_wall_limit_is_infra_and_spoils_nothing():
+    raw = replace(PROPOSAL, gate=False, wall_seconds=0.5, cpu_seconds=0.05, modules=PROPOSAL.modules + ("_thread",))
+    with Sandbox(2, raw) as short:
+        code = (
+            "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n"
+            "def f(x):\n    if x == 2:\n        lock.acquire()\n    return x"
+        )
+        found = one(short, code, "1", "2", "3")
+        assert [outcome.status for outcome in found] == ["ok", "infra", "ok"] and found[1].detail == "wall_time"
+
+
+def test_soak_leaves_lanes_as_they_were(sandbox):
+    programs = ["def f(x): return x", "def f(x): return 1 // 0", "import os", "def f(x): return 'a' * 10 ** 9"]
+    sandbox.run([Job(programs[0], ("1",))] * 50)
+    before = memory(sandbox)
+    found = sandbox.run([Job(programs[i % 4], ("1", "2")) for i in range(4_200 if LONG else 300)])
+    assert {outcome.status for outcomes in found for outcome in outcomes} == {"ok", "error", "forbidden", "memory"}
+    after = memory(sandbox)
+    assert all(after[pid] - before[pid] < 300 for pid in before if pid in after) and set(before) <= set(after)
+
+
+def memory(sandbox):
+    pids = [lane.process.pid for lane in sandbox._lanes]
+    return {pid: int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) for pid in pids}
+
+
+# --- things that die -----------------------------------------------------------------------------------------
+
+
+def test_lanes_that_are_killed_are_replaced_and_their_jobs_retried():
+    with Sandbox(2) as own:
+        slow = "def f(x):\n    n = 0\n    while n < 2_000_000: n += 1\n    return x"
+        own.run([Job(slow, ("1",))])
+        victims = [lane.process.pid for lane in own._lanes]
+        killer = subprocess.Popen(
+            [sys.executable, "-c", f"import os, time; time.sleep(0.3); [os.kill(p, 9) for p in {victims}]"]
+        )
+        found = own.run([Job(slow, (str(i),)) for i in range(8)])
+        killer.wait()
+        assert [outcomes[0].output for outcomes in found] == [str(i) for i in range(8)]
+        assert own.state["lanes_replaced"] >= 1
+
+
+def test_waiting_children_that_are_killed_do_no_harm():
+    with Sandbox(1) as own:
+        own.run([Job("def f(x): return x", ("1",))])
+        for pid in descendants(own._lanes[0].process.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert [outcomes[0].output for outcomes in own.run([Job("def f(x): return x", ("1",))] * 5)] == ["1"] * 5
+
+
+def descendants(pid):
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == pid:
+                    found.append(int(entry.name))
+            except (FileNotFoundError, ProcessLookupError):
+                pass
+    return found
+
+
+def gone(pids, seconds=10):
+    """Whether all processes end within the time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_lanes_die_with_a_killed_trainer(busy):
+    program = f"""
+import json, os, sys
+from sandbox import Job, Sandbox
+sandbox = Sandbox(1)
+sandbox.run([Job("def f(x): return x", ("1",))])
+held = os.fork()  # a forked copy keeps our ends of the pipes open
+if held == 0:
+    os.read(0, 1)
+    os._exit(0)
+print(json.dumps([lane.process.pid for lane in sandbox._lanes]), flush=True)
+if {busy}:
+    sandbox.run([Job({LOOP!r}, ("1",), 100.0)])
+os.read(0, 1)
+"""
+    trainer = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    servers = json.loads(trainer.stdout.readline())
+    family = servers + [pid for server in servers for pid in descendants(server)]
+    time.sleep(0.2 if busy else 0)  # let the loop begin
+    trainer.kill()
+    assert gone(family)
+    trainer.stdin.close()
+    trainer.stdout.close()
+    trainer.wait()
+
+
+def test_close_leaves_nothing_and_a_closed_sandbox_says_so():
+    own = Sandbox(2)
+    own.validate([Job("def f(x): return {x}", ("1",))])
+    pids = [lane.process.pid for lane in own._lanes]
+    pids += [pid for server in pids for pid in descendants(server)]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    own.close()
+    own.close()
+    assert gone(pids, 2) and len(os.listdir("/proc/self/fd")) < descriptors
+    with pytest.raises(SandboxError, match="closed"):
+        own.run([Job("def f(x): return x", ("1",))])
+
+
+def test_an_interrupted_run_does_not_disturb_the_next():
+    with Sandbox(1) as own:
+
+        def interrupt(number, frame):
+            raise KeyboardInterrupt
+
+        former = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                own.run([Job(LOOP, ("1",), 50.0)] * 3)
+        finally:
+            signal.signal(signal.SIGALRM, former)
+        assert one(own, "def f(x): return x", "5")[0].output == "5"
+
+
+def test_a_forked_copy_is_refused_and_does_not_close_our_lanes(sandbox):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            sandbox.run([Job("def f(x): return x", ("1",))])
+        except SandboxError:
+            sandbox.close()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_after_the_forked_copy_closed_we_still_work():
+    with Sandbox(1) as own:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                own.close()
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert one(own, "def f(x): return x")[0].output == "1"
+
+
+def test_use_beside_threads():
+    import threading
+
+    stop = threading.Event()
+    threads = [threading.Thread(target=stop.wait) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    found = []
+    with Sandbox(2) as own:
+        users = [
+            threading.Thread(target=lambda i=i: found.append(one(own, "def f(x): return x", str(i))[0].output))
+            for i in range(8)
+        ]
+        for user in users:
+            user.start()
+        for user in users:
+            user.join()
+    stop.set()
+    assert sorted(found) == sorted(map(str, range(8)))
+
+
+# --- what protects us ----------------------------------------------------------------------------------------
+
+
+def test_state_says_what_protects(sandbox):
+    state = sandbox.state
+    assert state["seccomp"] is True and state["weak"] is False and state["limits"] == "set"
+    assert state["landlock"] is not None and state["uid"] is not None
+    json.dumps(state)
+
+
+WITHOUT_SECCOMP = """
+import sys
+sys.path.insert(0, "tests/sandbox/attacks")
+import harness
+harness.refuse_calls((317, 277), prctl_option=22)
+from sandbox import Job, Sandbox, SandboxError
+try:
+    Sandbox(1)
+    print("started")
+except SandboxError as error:
+    print(error)
+with Sandbox(1, allow_weak=True) as weak:
+    print(weak.state["weak"], weak.state["seccomp"])
+    [found] = weak.run([Job("def f(x):\\n while x: pass\\n return x", ("0", "1"), 0.1)])
+    print(*(outcome.status for outcome in found))
+"""
+
+
+def test_without_seccomp_it_refuses_or_is_weak_when_told():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_SECCOMP], cwd=ROOT, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert "Docker" in lines[0] and "WSL" in lines[0] and "seccomp" in lines[0], done
+    assert lines[1].startswith("True no") and lines[2] == "ok timeout", done
+    assert "WEAK MODE" in done.stderr
+
+
+def test_filter_tables_build_for_both_architectures():
+    from sandbox import confine
+
+    for machine in ("x86_64", "aarch64"):
+        program = confine.build_filter(machine, 1)
+        assert len(program) % 8 == 0 and len(program) // 8 < 256
+        for number in range(-1, 500):
+            action = interpret(program, confine._ARCHITECTURES[machine][1], number & 0xFFFFFFFF, (7, 0, 0, 0, 0, 0))
+            column = confine._ARCHITECTURES[machine][0]
+            expected = (
+                confine._RET_ALLOW
+                if number in [pair[column] for pair in confine._ALLOW.values()]
+                else confine._RET_EPERM
+                if number in [pair[column] for pair in confine._FAIL.values()]
+                else confine._RET_KILL
+            )
+            checks = {pair[column]: name for name, pair in confine._CHECK.items()}
+            if number in checks:
+                expected = confine._RET_ALLOW if checks[number] in ("mmap", "mprotect") else confine._RET_EPERM
+            assert action == expected, (machine, number)
+        write = confine._CHECK["write"][confine._ARCHITECTURES[machine][0]]
+        assert interpret(program, confine._ARCHITECTURES[machine][1], write, (1, 0, 0, 0, 0, 0)) == confine._RET_ALLOW
+        mmap = confine._CHECK["mmap"][confine._ARCHITECTURES[machine][0]]
+        assert interpret(program, confine._ARCHITECTURES[machine][1], mmap, (0, 0, 7, 0, 0, 0)) == confine._RET_EPERM
+        assert interpret(program, 0x40000003, write, (1, 0, 0, 0, 0, 0)) == confine._RET_KILL
+
+
+def interpret(program, architecture, number, arguments):
+    """Runs a BPF program of the kind that confine builds on one system call."""
+    import struct
+
+    data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments)
+    place, value = 0, 0
+    while True:
+        code, yes, no, constant = struct.unpack_from("=HBBI", program, 8 * place)
+        place += 1
+        if code == 0x06:
+            return constant
+        if code == 0x20:
+            value = struct.unpack_from("=I", data, constant)[0]
+        else:
+            place += (
+                yes if {0x15: value == constant, 0x35: value >= constant, 0x45: bool(value & constant)}[code] else no
+            )
+
+
+# --- bytes from a child --------------------------------------------------------------------------------------
+
+
+def frames(parts):
+    return b"".join(wire.frame(kind, text, cpu) for kind, text, cpu in parts)
+
+
+def settled(heard, status, inputs=3, **options):
+    """(outcomes, pieces left, infra) after a child has said `heard` and ended with `status`."""
+    found = [None] * inputs
+    piece = outcomes.Piece(Job("", ("1",) * inputs, **options), [b"1"] * inputs, list(range(inputs)), found, 1, set())
+    rest, infra = outcomes.settle(piece, heard, status, lambda text: text.isdigit())
+    return found, rest, infra
+
+
+@pytest.mark.parametrize(
+    "parts, status, expected",
+    [
+        ([(b"B", "", 0), (b"G", "", 0), (b"O", "1", 0), (b"O", "2", 0), (b"O", "3", 0), (b"D", "", 0)], 0, ["ok"] * 3),
+        ([(b"B", "", 0), (b"R", "forbidden import os", 0), (b"D", "", 0)], 0, ["forbidden"] * 3),
+        ([(b"B", "", 0), (b"R", "ok 42", 0), (b"D", "", 0)], 0, ["killed"] * 3),
+        ([(b"B", "", 0), (b"X", "KeyError", 0), (b"D", "", 0)], 0, ["error"] * 3),
+        ([(b"B", "", 0), (b"X", "KeyError", 0)], 0, ["killed"] * 3),
+        ([(b"B", "", 0), (b"O", "1", 0), (b"D", "", 0)], 0, ["killed"] * 3),
+        ([(b"B", "", 0), (b"G", "", 0), (b"O", "x", 0), (b"D", "", 0)], 0, ["killed"] * 3),
+        ([(b"B", "", 0), (b"G", "", 0), (b"O", "1", 0), (b"D", "", 0)], 0, ["ok", "killed", "killed"]),
+        ([(b"B", "", 0), (b"G", "", 0), *[(b"O", "1", 0)] * 4, (b"D", "", 0)], 0, ["ok", "ok", "killed"]),
+        ([(b"B", "", 0), (b"G", "", 0), (b"E", "ValueError", 0), (b"G", "", 0)], 0, ["error", "killed", "killed"]),
+        ([(b"B", "", 0)], signal.SIGPROF, ["timeout"] * 3),
+        ([(b"B", "", 0)], signal.SIGSEGV, ["killed"] * 3),
+        ([(b"B", "", 0)], signal.SIGSYS, ["forbidden"] * 3),
+    ],
+)
+def test_what_a_child_says_becomes_outcomes(parts, status, expected):
+    found, rest, infra = settled(frames(parts), status)
+    assert [outcome.status for outcome in found] == expected and not rest and not infra
+
+
+def test_a_timeout_after_busy_inputs_is_doubted_and_a_kill_from_outside_is_infra():
+    begun = [(b"B", "", 0), (b"G", "", 0), (b"O", "1", 0.001)]
+    found, [rest], _ = settled(frames(begun), signal.SIGPROF)
+    assert [found[0].status, found[1].status, found[2]] == ["ok", "timeout", None] and rest.slots == [2]
+    found, [rest], _ = settled(frames(begun[:2] + [(b"O", "1", 0.5)]), signal.SIGPROF)
+    assert found[1:] == [None, None] and rest.slots == [1, 2]
+    found, rest, infra = settled(frames(begun), signal.SIGKILL)
+    assert found[1:] == [None, None] and infra and not rest
+    assert settled(frames(begun), signal.SIGALRM)[2] == "wall_time"
+
+
+def test_random_bytes_never_raise_and_never_forge():
+    rng = random.Random(3)
+    kinds = [b"B", b"G", b"O", b"E", b"U", b"L", b"D", b"R", b"X"]
+    for _ in range(100_000):
+        heard = b"".join(
+            rng.choice(
+                [
+                    lambda: wire.frame(
+                        rng.choice(kinds), rng.choice(["1", "22", "", "x", "ok ok", "order"]), rng.random()
+                    ),
+                    lambda: rng.randbytes(rng.randrange(12)),
+                ]
+            )()
+            for _ in range(rng.randrange(6))
+        )
+        frames_, whole = wire.decode(heard)
+        assert all(type(text) is str and cpu >= 0 for _, text, cpu in frames_)
+        found, rest, infra = settled(
+            heard, rng.choice([0, 256, 9, 14, 27, 31, 11, 6]), stop_at_failure=rng.random() < 0.3
+        )
+        for place, outcome in enumerate(found):
+            left = infra or any(place in piece.slots for piece in rest)
+            assert (outcome is None) == bool(left) or left
+            assert outcome is None or outcome.status != "ok" or outcome.output.isdigit()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sampled_from([bytes([kind]) for kind in sorted(wire.KINDS)]), st.text(max_size=20))))
+def test_frames_round_trip(parts):
+    heard = frames([(kind, text, 0.5) for kind, text in parts])
+    decoded, whole = wire.decode(heard)
+    assert whole and [(kind.encode(), text) for kind, text, _ in decoded] == [
+        (kind, text.encode("utf-8", "backslashreplace").decode()) for kind, text in parts
+    ]
+    for cut in {1, len(heard) // 2, len(heard) - 1} & set(range(1, len(heard))):
+        wire.decode(heard[:cut])

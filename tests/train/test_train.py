@@ -1,0 +1,327 @@
+"""The training script as a user runs it: on the embedded model, stopped, killed and resumed.
+
+What is disturbed runs in a process of its own; the rest calls `main` with the same arguments, which saves the seconds
+that a start of Python with torch and transformers takes.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from azr.models import model_path
+
+ROOT = Path(__file__).parents[2]
+TINY = Path(model_path("tiny"))
+SHARED = ROOT.parent / "shared" / "data"
+SMALL = ["--prompts-per-mode", "3", "--answers", "3", "--eval-samples", "2", "--eval-every", "2", "--save-every", "2"]
+SMALL += ["--max-new-tokens", "64"]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A few of the held-out tasks, so that evaluations take a second."""
+    lines = (TINY / "held_out.jsonl").read_text().splitlines()
+    path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
+    path.write_text("\n".join(lines[0:8] + lines[700:708] + lines[1400:1408]) + "\n")
+    return path
+
+
+def command(out, held_out, *flags):
+    return [
+        sys.executable,
+        str(ROOT / "train_azr.py"),
+        "--out",
+        str(out),
+        "--eval-data",
+        str(held_out),
+        *SMALL,
+        *map(str, flags),
+    ]
+
+
+def train(out, held_out, *flags) -> subprocess.CompletedProcess:
+    """In this process: exit code and what was printed."""
+    import train_azr
+
+    shown, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
+        try:
+            code = train_azr.main(command(out, held_out, *flags)[2:])
+        except SystemExit as stop:  # what argparse does
+            code = stop.code
+    return subprocess.CompletedProcess(flags, code, shown.getvalue(), errors.getvalue())
+
+
+def launch(out, held_out, *flags) -> subprocess.Popen:
+    """The same in a process of its own, to be disturbed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(out, held_out, *flags), stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def reproducible(out) -> list[dict]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))} for row in rows]
+
+
+@pytest.fixture(scope="module", params=["none", "nf4"])
+def finished(request, held_out, tmp_path_factory):
+    """An undisturbed run of four steps, and its quantization."""
+    out = tmp_path_factory.mktemp("run") / request.param
+    done = train(out, held_out, "--steps", 4, "--quantization", request.param)
+    assert done.returncode == 0, done.stderr
+    return out, request.param, done.stdout
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    out, quantization, shown = finished
+    rows = reproducible(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        assert row["train/log_prob_gap"] < 1e-4 and row["train/skipped"] == 0 and row["train/tokens"] > 0
+        assert all(0 <= row[f"proposer/{mode}/valid_rate"] <= 1 for mode in ("deduction", "abduction", "induction"))
+    assert "held_out/deduction/accuracy" in rows[1] and "held_out/deduction/accuracy" not in rows[0]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {s["role"] for s in samples} == {"proposer", "solver"} and all("reward" in s["reward"] for s in samples)
+    assert all(s["reason"] for s in samples)
+    info = json.loads((out / "checkpoints/step_4/azr.json").read_text())
+    assert info["quantization"] == quantization and info["template"] == "tiny" and info["template_hash"]
+    probe = [json.loads(line) for line in (out / "probe.jsonl").read_text().splitlines()]
+    assert len({(row["role"], row["mode"]) for row in probe}) == 6
+    assert (out / "plots/pass_at_k.png").stat().st_size > 10_000
+    for words in ("step 4/4", "held-out tasks, 2 answers each", "pass@1"):
+        assert words in shown
+
+
+def test_a_killed_run_on_4_bits_goes_on_as_if_nothing_had_happened(finished, held_out, tmp_path):
+    """SIGKILL at a random moment, resumed: the same metrics, bit for bit."""
+    whole, quantization, _ = finished
+    if quantization == "none":
+        pytest.skip("drilled by bench_faults.py, which test_faults.py runs")
+    out, rng = tmp_path / "run", random.Random(5)
+    flags = ("--steps", 4, "--quantization", quantization, "--resume", "auto")
+    process = launch(out, held_out, *flags)
+    wait_for(out, 1, process)
+    time.sleep(rng.random())  # a random moment of the step that follows
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL  # it had not ended by itself
+    done = train(out, held_out, *flags)
+    assert done.returncode == 0, done.stderr
+    assert reproducible(out) == reproducible(whole)
+    for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
+        assert (out / "checkpoints/step_4" / name).read_bytes() == (whole / "checkpoints/step_4" / name).read_bytes()
+
+
+def wait_for(out, lines, process):
+    """Until metrics.jsonl has that many lines, or the process has ended."""
+    path, deadline = out / "metrics.jsonl", time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= lines:
+            return
+        time.sleep(0.05)
+
+
+def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    from azr.policy.policy import Policy
+
+    out, quantization, _ = finished
+    adapter = out / "checkpoints/step_4"
+    row = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
+    policy = Policy.load(TINY, quantization, adapter=adapter)
+    prompt, response = policy.encode(row["prompt"]), policy.encode(row["response"])
+    ours = torch.tensor(policy.score_lists([prompt], [response])[0][0])
+
+    options = (
+        {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            )
+        }
+        if quantization == "nf4"
+        else {}
+    )
+    model = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, **options)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = PeftModel.from_pretrained(model, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = torch.tensor([tokenizer(row["prompt"] + row["response"], add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        log_probs = model(ids).logits[0].log_softmax(-1)
+    theirs = log_probs[:-1].gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+    assert (ours - theirs).abs().max() < 1e-4
+
+
+def test_a_saved_config_can_be_passed_back(finished):
+    from azr.train.config import parse, resolve
+
+    out, _, _ = finished
+    stored = json.loads((out / "config.json").read_text())
+    config, _ = resolve(parse(["--config", str(out / "config.json"), "--seed", "7"], ""))
+    assert dataclasses.asdict(config) == {**stored, "seed": 7}
+
+
+def test_a_config_from_before_is_read_with_one_line(finished, held_out, tmp_path):
+    """Settings that no longer exist are left out; a strength moves to the name of its control; the run goes on."""
+    out, quantization, _ = finished
+    if quantization == "nf4":
+        pytest.skip("says nothing about settings")
+    stored = json.loads((out / "config.json").read_text())
+    gone = {"loss_weighting": "token", "probe": "auto", "keep_states": 4, "entropy_coefficient": 0.03, "card": None}
+    old = {**stored, **gone, "entropy_control": "bonus"}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    done = train(tmp_path / "other", held_out, "--config", tmp_path / "config.json", "--print-config")
+    assert done.returncode == 0 and json.loads(done.stdout)["entropy_control"] == "bonus=0.03"
+    [line] = done.stderr.splitlines()
+    assert "5 of its settings no longer exist" in line and "loss_weighting token, keep_states 4" in line
+    shutil.copytree(out, tmp_path / "run")
+    (tmp_path / "run/config.json").write_text(json.dumps({**stored, **gone, "entropy_coefficient": None}))
+    again = ["--steps", 4, "--quantization", "none", "--resume", tmp_path / "run"]
+    done = train(out, held_out, "--config", tmp_path / "run/config.json", *again)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no longer exist") == 1 and reproducible(tmp_path / "run") == reproducible(out)
+    assert not set(gone) & set(json.loads((tmp_path / "run/config.json").read_text()))
+
+
+def test_a_warm_start_from_an_adapter(finished, held_out, tmp_path):
+    out, quantization, _ = finished
+    adapter, flags = out / "checkpoints/step_4", ("--steps", 1, "--eval-samples", 0, "--quantization", quantization)
+    done = train(tmp_path / "run", held_out, *flags, "--adapter", adapter)
+    assert done.returncode == 0 and "warm start from the adapter" in done.stdout, done.stderr
+    began = tmp_path / "run/checkpoints/step_0/adapter_model.safetensors"
+    assert began.read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "run/config.json").read_text())["adapter"] == str(adapter)
+    for more, words in ((["--lora-rank", "4"], "leave the --lora flags out"), (["--adapter", "/nowhere"], "/nowhere")):
+        done = train(tmp_path / "bad", held_out, *flags, "--adapter", adapter, *more)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "bad").exists()
+
+
+def test_presets_are_sizes_cards_and_a_smoke_test(held_out, tmp_path):
+    def settings(*flags) -> dict:
+        done = train(tmp_path / "run", held_out, *flags, "--print-config")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    big = {name: settings("--model", "qwen-3b", "--preset", name) for name in ("24gb", "4090", "H200", "80gb")}
+    assert big["24gb"] | {"preset": ""} == big["4090"] | {"preset": ""}
+    assert big["80gb"] | {"preset": ""} == big["H200"] | {"preset": ""}
+    for model in ("tiny", "qwen-3b"):
+        smoke = settings("--model", model, "--preset", "smoke")
+        assert smoke["steps"] == 2 and smoke["eval_samples"] == 2  # a flag that is typed stays
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--preset", "9090"], "unknown preset 9090"),
+        (["--entropy-control", "bonus=0"], "must be above 0"),
+        (["--loss-weighting", "token"], "unrecognized"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--lr", "1"], "unrecognized"),
+        (["--learning-rat", "1"], "did you mean --learning-rate?"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--temperature", "0"], "--temperature"),
+        (["--config", "/nowhere.json"], "/nowhere.json"),
+        (["--resume", "/nowhere"], "/nowhere"),
+        (["--eval-data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--attn", "fast"], "--attn"),
+        (["--rollout-weights", "bf16"], "none to copy"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, held_out, tmp_path):
+    done = train(tmp_path / "run", held_out, *flags)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train_azr.py")]
+    assert done.returncode == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_a_start_that_fails_blocks_nothing_and_the_published_recipe_takes_several_minibatches(held_out, tmp_path):
+    flags = ("--steps", 1, "--eval-samples", 0, "--recipe", "azr", "--minibatches", 2)
+    assert train(tmp_path / "run", held_out, "--model", "/nowhere").returncode == 2
+    done = train(tmp_path / "run", held_out, *flags)
+    assert done.returncode == 0, done.stderr
+    assert all(math.isfinite(row["train/loss"]) for row in reproducible(tmp_path / "run"))
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert any(s["role"] == "solver" for s in samples)
+
+
+def test_a_directory_that_holds_another_run_is_left_alone(finished, held_out):
+    out, _, _ = finished
+    before = (out / "metrics.jsonl").read_bytes()
+    done = train(out, held_out, "--steps", 4)
+    assert done.returncode == 2 and "--resume auto" in done.stderr
+    done = train(out, held_out, "--steps", 4, "--resume", "auto", "--learning-rate", "0.5")
+    assert done.returncode == 2 and "learning_rate" in done.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_non_finite_updates_are_skipped_saved_and_end_the_run(held_out, tmp_path):
+    """A learning rate that throws the adapter to infinity: three skipped updates, then exit code 1."""
+    flags = ("--steps", 5, "--eval-samples", 0, "--learning-rate", "0.99e0", "--lora-alpha", "1e30")
+    done = train(tmp_path / "run", held_out, *flags)
+    assert done.returncode == 1, (done.stdout, done.stderr)
+    assert "update skipped" in done.stderr and len(list((tmp_path / "run").glob("non_finite_step_*.jsonl"))) == 3
+
+
+def test_a_real_architecture_with_the_real_tokenizer(tmp_path):
+    """Two steps on random weights: a small Qwen2 in NF4 with Qwen2.5's vocabulary."""
+    source = SHARED / "qwen2.5-tokenizer"
+    if not source.is_dir():
+        pytest.skip("the Qwen2.5 tokenizer is not at hand")
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    model, tokenizer = tmp_path / "model", AutoTokenizer.from_pretrained(source)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=151_936,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    ).save_pretrained(model)
+    for file in source.iterdir():
+        shutil.copy(file, model)
+    tasks = (TINY / "held_out.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(tasks) + "\n")
+    done = train(
+        tmp_path / "run",
+        tmp_path / "tasks.jsonl",
+        "--model",
+        model,
+        "--steps",
+        2,
+        "--max-new-tokens",
+        8,
+        "--prompts-per-mode",
+        2,
+        "--eval-samples",
+        1,
+        "--allow-cpu",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = reproducible(tmp_path / "run")
+    assert len(rows) == 2 and rows[0]["train/log_prob_gap"] < 1e-4
+    assert "seed stage" in done.stderr  # random weights propose nothing valid: said loudly
