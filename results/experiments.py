@@ -32,7 +32,7 @@ ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
 from azr.evals.held_out import answer_key, load_tasks
-from azr.runs import write_jsonl_atomic
+from azr.jsonl import write_jsonl_atomic
 from gate_numbers import BEYOND, level, stratified
 
 STEPS, CHECKPOINTS = 80, (20, 40, 60, 80)

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from azr.jsonl import write_jsonl_atomic
 from azr.passk import difference_interval, pass_at_k
-from azr.runs import read_metrics, read_samples, write_jsonl_atomic
+from azr.runs import read_metrics, read_samples
 from azr.tasks import MODES, Task
 from azr.tiny import documents
 from azr.train.config import parse, resolve

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,24 +124,6 @@ def write_outputs(args, name: str, result: dict, figures: dict) -> None:
             written.append(str(out / f"{title}.png"))
     if written:
         print("\nwritten: " + ", ".join(written))
-
-
-def guarded(name: str, work: Callable[[], int]) -> int:
-    """Runs an instrument: bad input is one line on stderr and exit code 2."""
-    try:
-        return work()
-    except (ValueError, OSError) as error:  # RunError and ModelError are ValueErrors
-        print(f"analyze.py {name}: {error}", file=sys.stderr)
-        return 2
-
-
-def run_module(description: str, add_arguments, main) -> int:
-    """`python -m azr.NAME ...` with the same flags as `analyze.py NAME`."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add_arguments(parser)
-    return main(parser.parse_args())
 
 
 def shown(interval, digits: int = 3) -> str:

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import dynamics, entropy, figures, html, report_plots
-from azr.analysis.figures import shown, warn
+from azr.analysis.figures import shown
 from azr.analysis.health import Health
 from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, same_model
+from azr.console import warn
 from azr.evals.held_out import EvalResult, difference
 from azr.fits import difference_of_means, over_runs
+from azr.jsonl import replacing
 from azr.passk import powers_of_two
 
 STAGES_SHOWN = 4
@@ -487,33 +488,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-    """Returns the exit code."""
-
-    def work() -> int:
-        same_model([read_run(path) for path in args.run])
-        entries = [read_entry(path) for path in args.run]
-        body, drawn = build(entries)
-        out = Path(args.out) if args.out else entries[0].run.path if len(entries) == 1 else Path(".")
-        out.mkdir(parents=True, exist_ok=True)
-        aside = out / "report.html.tmp"
-        aside.write_text(body, encoding="utf-8")
-        aside.replace(out / "report.html")
-        for entry in entries:
-            print(f"{entry.run.path}:")
-            for line in entry.facts:
-                print(f"  {line}")
-            for line in entry.warnings:
-                warn(line)
-        result = {str(e.run.path): {"facts": e.facts, "warnings": e.warnings, "dynamics": e.dynamics} for e in entries}
-        figures.write_outputs(args, "report", result, drawn)
-        print(
-            f"\nreport: {out / 'report.html'} ({(out / 'report.html').stat().st_size / 1e6:.1f} MB, "
-            "open it in a browser)"
-        )
-        return 0
-
-    return figures.guarded("report", work)
-
-
-if __name__ == "__main__":
-    sys.exit(figures.run_module(__doc__, add_arguments, main))
+    """Returns the exit code; ValueError or OSError, in one line, for bad input (analyze.py prints it)."""
+    same_model([read_run(path) for path in args.run])
+    entries = [read_entry(path) for path in args.run]
+    body, drawn = build(entries)
+    out = Path(args.out) if args.out else entries[0].run.path if len(entries) == 1 else Path(".")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / "report.html") as file:
+        file.write(body.encode())
+    for entry in entries:
+        print(f"{entry.run.path}:")
+        for line in entry.facts:
+            print(f"  {line}")
+        for line in entry.warnings:
+            warn(line)
+    result = {str(e.run.path): {"facts": e.facts, "warnings": e.warnings, "dynamics": e.dynamics} for e in entries}
+    figures.write_outputs(args, "report", result, drawn)
+    print(
+        f"\nreport: {out / 'report.html'} ({(out / 'report.html').stat().st_size / 1e6:.1f} MB, open it in a browser)"
+    )
+    return 0

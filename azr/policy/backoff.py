@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+
+from azr.console import warn
 
 LEAST_ROWS = 16  # of logits at once: 10 MB for a vocabulary of 151,936, so with fewer nothing is gained
 T = TypeVar("T")
@@ -80,7 +81,7 @@ def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
         free()
         failures += 1
         change = "freed what was cached, and once more" if failures == 1 else smaller()
-        print(f"warning: out of memory in {what}: {change}; nothing else changes", file=sys.stderr, flush=True)
+        warn(f"out of memory in {what}: {change}; nothing else changes")
 
 
 def free() -> None:

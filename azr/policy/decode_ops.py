@@ -14,6 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
+from azr.console import warn
+
 NAME = "eager"
 # Largest difference at which a kernel counts as right: one rounding of a value near 1, where two orders of a sum fall
 # on two sides of a rounding bound.
@@ -82,12 +84,7 @@ def operations(device: torch.device, dtype: torch.dtype):
         why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
     if why is None:
         return decode_triton
-    print(
-        f"warning: the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations one "
-        "by one, slower",
-        file=sys.stderr,
-        flush=True,
-    )
+    warn(f"the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations, slower")
     return here
 
 

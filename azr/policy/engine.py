@@ -15,10 +15,9 @@ is no synchronisation with the trainer that could be forgotten. The engine knows
 sharing between different prompts, chunked prefill, speculative decoding, several GPUs.
 """
 
-import sys
-
 import torch
 
+from azr.console import note, warn
 from azr.policy.attention import choose_attention
 from azr.policy.backoff import free_memory
 from azr.policy.cache import Sequence, pages_for
@@ -153,7 +152,7 @@ class Engine:
             if reason is None:
                 fitting += [Sequence(index, tuple(prompt), limit) for index in indices]
                 continue
-            _say(f"warning: prompt {i} is not sampled: {reason}")
+            warn(f"prompt {i} is not sampled: {reason}")
             for index in indices:
                 results.put(index, Completion([], [], "too_long"))
         return fitting
@@ -207,7 +206,7 @@ class Engine:
         self.rollout_weights = "bf16" if pays else "stored"
         why = "fit beside the cache" if pays else "leave too little for the cache"
         gb = f"copies of {copies / 1e9:.1f} GB {why}, {room / 1e9:.1f} GB are free"
-        _say(f"rollout weights {self.rollout_weights}: {gb}")
+        note(f"rollout weights {self.rollout_weights}: {gb}")
 
     def _resolve_pages(self) -> None:
         """Once: as many pages as fit into what is free (or `cache_bytes`), besides what a step itself needs.
@@ -223,7 +222,3 @@ class Engine:
         elif room is None:
             room = CPU_CACHE_BYTES
         self.pages = max(1, int(room // self.page_bytes()))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

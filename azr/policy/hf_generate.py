@@ -12,12 +12,12 @@ the checkpoint's generation_config are kept away: `model.generate` would fill in
 """
 
 import hashlib
-import sys
 from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from azr.console import warn
 from azr.policy.sampling import Completion, Sampling, StopTable
 
 
@@ -73,7 +73,7 @@ class HFGenerate:
         if not context or length + limit <= context:
             return True
         reason = f"it has {length} tokens and asks for {limit} more; the model's context is {context}"
-        print(f"warning: prompt {i} is not sampled: {reason}", file=sys.stderr, flush=True)
+        warn(f"prompt {i} is not sampled: {reason}")
         return False
 
     @contextmanager

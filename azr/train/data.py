@@ -9,7 +9,6 @@ files. No torch.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections import Counter
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azr.console import warn
+from azr.jsonl import strict_lines
 from azr.tasks import MODES, Task
 from azr.tasks.prompts import solve_prompt
 
@@ -37,31 +37,18 @@ def read_data(path: str, solutions: bool) -> list[Task]:
 
     ValueError with file and line: a bad line, a task without a response where responses are wanted, an empty file.
     """
-    found: dict[tuple, Task] = {}
-    try:
-        with open(path, encoding="utf-8", errors="surrogateescape") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    task = _task(line, f"{path}, line {number}", solutions)
-                    found.setdefault((task.hash, task.response if solutions else None), task)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected one task as JSON a line") from error
-    if not found:
-        raise ValueError(f"{path}: holds no tasks; expected one task as JSON a line")
-    return list(found.values())
-
-
-def _task(line: str, where: str, solutions: bool) -> Task:
-    try:
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"expected a JSON object, found {type(row).__name__}")
-        task = Task.from_json(row)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    if solutions and not task.response:
-        raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
-    return task
+    tasks: dict[tuple, Task] = {}
+    for where, row in strict_lines(path):
+        try:
+            task = Task.from_json(row)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        if solutions and not task.response:
+            raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
+        tasks.setdefault((task.hash, task.response if solutions else None), task)
+    if not tasks:
+        raise ValueError(f"{path}: holds no tasks; expected one task as JSON per line")
+    return list(tasks.values())
 
 
 def by_mode(tasks: list[Task]) -> str:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 from azr import console
 from azr.evals.benchmarks import cruxeval_tasks
 from azr.evals.held_out import EvalResult, evaluate, load_tasks
+from azr.jsonl import write_json_atomic, write_jsonl_atomic
 from azr.models import base_description, model_path
-from azr.runs import read_lines, write_json_atomic, write_jsonl_atomic
+from azr.runs import read_lines
 from azr.tasks import MODES, Buffers, Task
 from azr.tasks.program import skeleton
 

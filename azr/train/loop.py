@@ -19,8 +19,9 @@ from collections.abc import Callable
 from azr import console
 from azr.console import warn
 from azr.evals.held_out import plot_pass_at_k
+from azr.jsonl import write_jsonl_atomic
 from azr.passk import powers_of_two
-from azr.runs import read_lines, write_jsonl_atomic
+from azr.runs import read_lines
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
 from azr.train import checkpoint, memory_probe, screen, update
 from azr.train.metrics import memory, sample_row

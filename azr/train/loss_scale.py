@@ -18,11 +18,12 @@ In bf16 and fp32, whose exponents have 8 bits, the scale is 1 and nothing is com
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+
+from azr.console import warn
 
 FIRST = 2.0**16  # GradScaler's; too high costs one repetition a factor of two, once
 MOST = 2.0**24  # a token of weight 1e-9 is a normal number of fp16 by then
@@ -75,6 +76,6 @@ class LossScale:
     def _halve(self) -> None:
         if not self.overflows:
             text = f"the gradient overflowed fp16 at a loss scale of {self.value:.0f}; halved, and the step repeated"
-            print(f"warning: {text}; from now on only train/overflows counts it", file=sys.stderr, flush=True)
+            warn(f"{text}; from now on only train/overflows counts it")
         self.value, self.good = self.value / 2, 0
         self.overflows, self.refused = self.overflows + 1, self.refused + 1

@@ -25,7 +25,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from azr.runs import newest_intact, read_metrics, read_samples, write_jsonl_atomic
+from azr.command import Parser
+from azr.jsonl import write_jsonl_atomic
+from azr.runs import newest_intact, read_metrics, read_samples
 from azr.tasks import MODES, SEED_PROGRAM, Task
 from azr.train.data import by_mode
 
@@ -134,7 +136,7 @@ def tokens_hint(run: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m azr.tasks make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)

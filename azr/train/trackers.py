@@ -22,7 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
-from azr.runs import Run, RunError, read_json_object, say, write_json_atomic
+from azr.console import note, warn
+from azr.jsonl import write_json_atomic
+from azr.runs import Run, RunError, read_json_object
 
 TRACKERS = ("none", "wandb", "tensorboard")
 NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
@@ -51,7 +53,7 @@ class Tracker:
             call()
         except Exception as error:  # a full disk, a lost network, a bug: not worth a run
             self.broken = True
-            say(f"warning: {failed(self.name, error)}")
+            warn(failed(self.name, error))
 
 
 NONE = Tracker("none", lambda numbers, step: None, lambda: None)
@@ -99,7 +101,7 @@ def open_tracker(name: str, run: Run) -> Tracker:
     try:
         return {"wandb": open_wandb, "tensorboard": open_tensorboard}[name](run)
     except Exception as error:  # as in Tracker
-        say(f"warning: {failed(name, error)}")
+        warn(failed(name, error))
         return NONE
 
 
@@ -115,7 +117,7 @@ def open_tensorboard(run: Run) -> Tracker:
             writer.add_scalar(key, value, step)
         writer.flush()
 
-    say(f"tracker: tensorboard --logdir {run.dir / 'tensorboard'}")
+    note(f"tracker: tensorboard --logdir {run.dir / 'tensorboard'}")
     return Tracker("tensorboard", send, writer.close)
 
 
@@ -136,7 +138,7 @@ def open_wandb(run: Run) -> Tracker:
         resume="allow",
         settings=wandb.Settings(silent=True, x_disable_stats=True),
     )
-    say(f"tracker: wandb sync {Path(there.dir).parent}" if there.offline else f"tracker: {there.url}")
+    note(f"tracker: wandb sync {Path(there.dir).parent}" if there.offline else f"tracker: {there.url}")
     return Tracker("wandb", lambda numbers, step: there.log(numbers, step=step), there.finish)
 
 
@@ -146,5 +148,5 @@ def stored_id(path: Path) -> str:
         return str(read_json_object(path)["id"])
     except (RunError, KeyError, TypeError):
         identity = uuid.uuid4().hex[:8]
-        say(f"tracker: {path} does not say which wandb run to continue; a new one, {identity}")
+        note(f"tracker: {path} does not say which wandb run to continue; a new one, {identity}")
         return identity

@@ -30,9 +30,10 @@ import torch
 
 from azr.command import Parser
 from azr.console import bar, say, warn
+from azr.jsonl import write_json_atomic
 from azr.models import only_cached
 from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of
-from azr.runs import RunError, fault, read_metrics, write_json_atomic
+from azr.runs import RunError, fault, read_metrics
 from azr.tasks import MODES
 from azr.weights import model_card, nf4
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of
