@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from azr.console import warn  # noqa: F401 (report.py takes it from here)
 from azr.jsonl import write_json_atomic
 
 MODE_COLORS = {"deduction": "#1b6ca8", "abduction": "#c8553d", "induction": "#3f7d20", "all": "#333333"}
