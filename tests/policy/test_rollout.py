@@ -98,7 +98,7 @@ def test_scores_do_not_depend_on_micro_batches_and_equal_the_naive_form(policy):
 
 
 def gradient(policy, prompts, responses, advantage, budget):
-    weight = torch.tensor([1 / len(r) for r in responses])
+    weight = torch.tensor([1 / max(1, len(r)) for r in responses])
     for p in policy.trainable_parameters():
         p.grad = None
     for indices, log_prob, entropy, mask in policy.score(prompts, responses, token_budget=budget, with_grad=True):
@@ -121,7 +121,7 @@ def test_micro_batches_and_checkpointing_do_not_change_the_gradient(policy):
     # and it is the gradient of the naive form
     for p in policy.trainable_parameters():
         p.grad = None
-    weight = torch.tensor([1 / len(r) for r in responses])
+    weight = torch.tensor([1 / max(1, len(r)) for r in responses])
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         log_prob, entropy = naive(policy.model, prompt, response)
         (weight[i] * (-advantage[i] * log_prob - 0.1 * entropy).sum()).backward()
