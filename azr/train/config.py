@@ -15,8 +15,8 @@ from azr.models import base_description, model_path
 from azr.tasks.prompts import template_hash
 from azr.train import rules
 from azr.train.rewards import SHAPES
-from azr.train.trackers import TRACKERS
 
+TRACKERS = ("none", "wandb", "tensorboard")  # here: settings are read before rich, which trackers.py needs
 NO_BF16 = ("t4",)  # of cost.CARDS: older than Ampere
 # --preset smoke: the smallest sizes, lowered until a run of any model is over in a minute or two. It learns nothing.
 SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}

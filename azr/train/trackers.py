@@ -26,7 +26,6 @@ from azr.console import note, warn
 from azr.jsonl import write_json_atomic
 from azr.runs import Run, RunError, read_json_object
 
-TRACKERS = ("none", "wandb", "tensorboard")
 NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
 OFFLINE = ("offline", "dryrun", "disabled")
 
