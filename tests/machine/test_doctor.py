@@ -80,9 +80,7 @@ def test_a_broken_package_is_named_without_secrets(tmp_path):
     )
     done = run([sys.executable, "-c", code], PYTHONPATH=str(tmp_path), LOGNAME="margarete", **names)
     text = " ".join(done.stdout.split())
-    assert text.startswith(
-        "peft cannot be imported (ImportError: undefined symbol; token <token>, by <user> in ~/x)"
-    ), done
+    assert text.startswith("peft cannot be imported (ImportError: undefined symbol; <token>, by <user> in ~/x)"), done
     assert "pip install" in text and "numpy" not in text
 
 
