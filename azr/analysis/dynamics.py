@@ -97,46 +97,47 @@ def mean_distances(rows: list[Counter], keys: list, same: bool, seed: int) -> np
 
 def diversity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
     """Per window: distances among proposed programs and among induction answers, distinct programs, duplicates."""
+    samples = [_sampled(digest, first, last, number) for number, (first, last) in enumerate(bounds)]
+    flat = [text for proposed, _, _ in samples for text in proposed]
+    flat += [text for _, answered, _ in samples for _, text in answered]
+    rows = profiles(flat)
+    if rows is None:
+        warn("the process that parses programs ended; tree distances are left out")
+        rows = [None] * len(flat)
+    rest = iter(rows)  # in the order of `flat`: None for what is no program
+    windows = []
+    for number, (proposed, _, counts) in enumerate(samples):
+        known = [row for row in (next(rest) for _ in proposed) if row is not None]
+        values = mean_distances(known, list(range(len(known))), False, number)
+        windows.append(counts | {"program_distance": _mean(values)})
+    for number, (_, answered, _) in enumerate(samples):
+        pairs = [(key, row) for (key, _), row in zip(answered, (next(rest) for _ in answered)) if row is not None]
+        keys, known = [key for key, _ in pairs], [row for _, row in pairs]
+        for name, same in (("answer_distance_same_task", True), ("answer_distance_other_task", False)):
+            windows[number][name] = _mean(mean_distances(known, keys, same, number))
+    return {"windows": windows, "distance": "pq-gram, p = 2, q = 3"}
+
+
+def _sampled(digest: Digest, first: int, last: int, number: int) -> tuple[list[str], list[tuple[str, str]], dict]:
+    """Up to PROGRAMS valid programs and as many induction answers (task, program) of a window, and its counts."""
     from azr.tasks import parse_answer
     from azr.tasks.program import read_program
 
-    proposed, answered, counts = [], [], []
-    for number, (a, b) in enumerate(bounds):
-        rng = random.Random(f"diversity/{number}")
-        # an induction proposal is about a program that it was given
-        mine = [p for p in digest.proposals if a <= p.step <= b and p.mode != "induction"]
-        valid = [p.program for p in mine if p.task]
-        proposed.append(rng.sample(valid, min(PROGRAMS, len(valid))))
-        texts = [item for step in range(a, b + 1) for item in digest.programs.get(step, [])]
-        texts = sorted(rng.sample(texts, min(PROGRAMS, len(texts))))
-        parsed = [(key, parse_answer("induction", text).value) for key, text in texts]
-        answered.append([(key, text) for key, text in parsed if text])
-        distinct = {read_program(program).form for program in proposed[-1]}
-        repeats = np.array([p.reason == "duplicate" for p in mine], float)
-        counts.append(
-            {
-                "distinct_share": len(distinct) / len(proposed[-1]) if proposed[-1] else None,
-                "distinct_n": len(proposed[-1]),
-                "duplicate_rate": as_json(share_interval(repeats), len(mine)) if len(mine) else None,
-            }
-        )
-    flat = [text for window in proposed for text in window] + [text for window in answered for _, text in window]
-    found = profiles(flat)
-    if found is None:
-        warn("the process that parses programs ended; tree distances are left out")
-        found = [None] * len(flat)
-    rest = iter(found)
-    windows = []
-    for number, (window, count) in enumerate(zip(proposed, counts)):
-        rows = [row for row in (next(rest) for _ in window) if row is not None]
-        values = mean_distances(rows, list(range(len(rows))), False, number)
-        windows.append(count | {"program_distance": _mean(values)})
-    for number, window in enumerate(answered):
-        pairs = [(key, row) for (key, _), row in zip(window, (next(rest) for _ in window)) if row is not None]
-        keys, rows = [key for key, _ in pairs], [row for _, row in pairs]
-        for name, same in (("answer_distance_same_task", True), ("answer_distance_other_task", False)):
-            windows[number][name] = _mean(mean_distances(rows, keys, same, number))
-    return {"windows": windows, "distance": "pq-gram, p = 2, q = 3"}
+    rng = random.Random(f"diversity/{number}")
+    # an induction proposal is about a program that it was given
+    proposals = [p for p in digest.proposals if first <= p.step <= last and p.mode != "induction"]
+    valid = [p.program for p in proposals if p.task]
+    proposed = rng.sample(valid, min(PROGRAMS, len(valid)))
+    texts = [item for step in range(first, last + 1) for item in digest.programs.get(step, [])]
+    texts = sorted(rng.sample(texts, min(PROGRAMS, len(texts))))
+    parsed = [(key, parse_answer("induction", text).value) for key, text in texts]
+    repeats = np.array([p.reason == "duplicate" for p in proposals], float)
+    counts = {
+        "distinct_share": len({read_program(text).form for text in proposed}) / len(proposed) if proposed else None,
+        "distinct_n": len(proposed),
+        "duplicate_rate": as_json(share_interval(repeats), len(proposals)) if proposals else None,
+    }
+    return proposed, [(key, text) for key, text in parsed if text], counts
 
 
 def _mean(values: np.ndarray) -> dict | None:

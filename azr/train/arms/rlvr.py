@@ -61,5 +61,9 @@ class Rlvr(FixedTasks):
         tokens, n = self.config.step_tokens, self.config.answers
         if not tokens:
             return []
-        draw_wave = lambda wave, count: self.draw(step, wave, count)  # noqa: E731
-        return fill(tokens, n, draw_wave, lambda tasks, key: solve(s, step, tasks, n, key))
+        return fill(
+            tokens,
+            n,
+            lambda wave, count: self.draw(step, wave, count),
+            lambda tasks, key: solve(s, step, tasks, n, key),
+        )
