@@ -49,6 +49,7 @@ class Benchmark:
     strict: bool = False
 
     def by_id(self) -> dict[str, Item]:
+        """Returns the problems under their task_ids, in the order of the file."""
         return {item.task_id: item for item in self.items}
 
 

@@ -54,10 +54,12 @@ class Graded:
 
     @property
     def n(self) -> int:
+        """The number of samples a problem has, the same for all problems."""
         return self.correct.shape[1]
 
     @property
     def c(self) -> np.ndarray:
+        """The number of correct samples of each problem, (problems,)."""
         return self.correct.sum(axis=1)
 
     def first(self, n: int) -> Graded:
@@ -451,6 +453,7 @@ def histogram(c_base: np.ndarray, c_tuned: np.ndarray, n: int) -> dict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `eval_passk.py compare` to its parser."""
     parser.add_argument("base", metavar="A", help="result directory of the base")
     parser.add_argument("tuned", metavar="B", help="result directory of the tuned model")
     parser.add_argument("--base2", metavar="DIR", help="a second result of the base, with another seed")

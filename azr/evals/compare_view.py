@@ -33,14 +33,17 @@ def span(value: dict | None, sign: bool = False) -> str:
 
 
 def share(value: float | None) -> str:
+    """Writes a share with three digits, and "-" where it is undefined."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def p_value(p: float) -> str:
+    """Writes a p value with three digits, and "<.001" below that."""
     return "<.001" if p < 0.001 else f"{p:.3f}"
 
 
 def crossing_line(result: dict) -> str:
+    """Says where the lead changes, with its interval; an end at the edge of the compared k is marked <= or >=."""
     found = result["crossing"]
     if found is None:
         return "Crossing point: none established."
@@ -53,6 +56,7 @@ def crossing_line(result: dict) -> str:
 
 
 def curve_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Returns (header, rows) of pass@k: a row a k, both models, their difference, its p and who is ahead."""
     header = ["k", "base", "tuned", "tuned - base", "p", "p, Holm", "ahead"]
     rows = [
         [
@@ -70,6 +74,8 @@ def curve_table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def set_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Returns (header, rows) of the shares of problems in each set, with SRR and NDR, and what two samples of the base
+    give. There are no rows if the base has one sample a problem and no second result."""
     sets = result["sets"]
     header = [f"within {sets['samples']} samples", "tuned", "second base", "tuned - second base"]
     if "SRR" not in sets:
@@ -94,6 +100,7 @@ def answer_table(result: dict) -> tuple[list[str], list[list[str]]]:
 
 
 def about(result: dict) -> str:
+    """Says which benchmark, how many problems and samples, and what the intervals are about."""
     return (
         f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems, "
         f"{result['samples_per_problem']} samples each. Intervals: {result['intervals']}."
@@ -101,6 +108,7 @@ def about(result: dict) -> str:
 
 
 def set_note(result: dict) -> str:
+    """Says what the second base of `set_table` is, and which column may be read as a claim."""
     if "SRR" not in result["sets"]:
         return "With one sample a problem there is no second base to set beside it."
     second = result["sets"]["second_base"]
@@ -113,6 +121,7 @@ def set_note(result: dict) -> str:
 
 
 def solved_line(result: dict) -> str:
+    """Says how many problems each model solved at least once in all its samples, with McNemar's exact p."""
     got = result["solved_in_n"]
     return (
         f"Within all {result['samples_per_problem']} samples: both {got['both']}, base only {got['base_only']}, tuned "

@@ -81,6 +81,7 @@ class Grader:
 
     @property
     def left_out(self) -> dict[str, int]:
+        """The problems graded so far whose reference solution leaves inputs unanswered, with how many."""
         return {name: len(reference.faults) for name, reference in self.references.items() if reference.faults}
 
     def grade(self, answers: list[Answer], progress: Callable[[int, int], None] | None = None) -> list[Grade]:

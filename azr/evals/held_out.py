@@ -87,6 +87,7 @@ class EvalResult:
 
     @property
     def modes(self) -> list[str]:
+        """The modes of the tasks, each once, in the order in which they first appear."""
         return list(dict.fromkeys(task.mode for task in self.tasks))
 
     def of(self, mode: str | None) -> list[TaskResult]:
@@ -98,6 +99,8 @@ class EvalResult:
         return np.array([getattr(task, name) for task in self.of(mode)], dtype=np.int64)
 
     def pass_at_k(self, k: int | Sequence[int], mode: str | None = None) -> Interval:
+        """Estimates pass@k with its interval over problems: floats for one k, (ks,) for several. mode None means all
+        tasks. ValueError if some k is above the samples a task has."""
         return share_interval(pass_at_k(self.column("n", mode), self.column("correct", mode), k))
 
     def share(self, hits: str, of: str, mode: str | None = None) -> float:
@@ -123,6 +126,7 @@ class EvalResult:
         return result
 
     def to_json(self) -> dict:
+        """Returns plain data, which `from_json` reads back."""
         return {"settings": self.settings, "tasks": [dataclasses.asdict(task) for task in self.tasks]}
 
     @classmethod

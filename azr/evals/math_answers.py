@@ -236,6 +236,8 @@ class _Worker:
         self.process: subprocess.Popen | None = None
 
     def ask(self, reference: str, answers: tuple[str, ...]) -> list[dict] | None:
+        """Returns a row {"ok", "reason", "key"} for each answer, in order; None if the process died or took too long
+        (the next question then starts a new one). MathError if it does not start."""
         if self.process is None:
             self._start()
         try:
@@ -263,6 +265,7 @@ class _Worker:
             raise MathError(f"math-verify does not start (its error is above); install it again: pip install {PACKAGE}")
 
     def close(self) -> None:
+        """Kills the process if there is one."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate()

@@ -190,6 +190,10 @@ def encoded(policy, benchmark: Benchmark, settings: Settings) -> dict[str, list[
 
 
 def sample(policy, prompts: dict, sampling, settings: Settings, benchmark: Benchmark, out: Path) -> list[Row]:
+    """Makes the samples that `out` lacks, each written as it ends; returns the first n of every problem.
+
+    prompts: task_id -> prompt ids. ValueError if the file that is there has a bad line.
+    """
     path, n = out / "samples.jsonl", settings.samples
     repair(path)
     rows = {(row.task_id, row.sample): row for row in read_samples(path, benchmark)} if has_lines(path) else {}
@@ -286,6 +290,7 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def has_lines(path: Path) -> bool:
+    """Tells whether the file exists and is not empty."""
     return path.is_file() and path.stat().st_size > 0
 
 
@@ -318,12 +323,14 @@ def sample_line(row: Row) -> dict:
 
 
 def append(file, row: Row) -> None:
+    """Writes one sample as a line of ASCII to an unbuffered file, so that a kill costs no sample that ended before."""
     data = memoryview((json.dumps(sample_line(row)) + "\n").encode("ascii"))
     while data:  # a raw write may take a part, on a nearly full disk
         data = data[file.write(data) :]
 
 
 def read_config(out: Path) -> dict | None:
+    """Reads config.json; None if there is none and no sample either. ValueError: samples alone, or a bad file."""
     path = out / "config.json"
     if not path.is_file():
         if has_lines(out / "samples.jsonl"):
@@ -349,6 +356,10 @@ def check_same(stored: dict | None, info: dict, out: Path) -> None:
 
 
 def flat(info: dict, matched: bool) -> dict:
+    """Returns the settings as JSON has them, decoding's at the top level, to compare two of them.
+
+    matched: the temperature is the base's, since the matched one follows from it and is known only later.
+    """
     info = json.loads(json.dumps(info))
     decoding = info.pop("decoding", {})
     if matched:
