@@ -179,6 +179,9 @@ class Rounding(Additive):
     along: float = 0.0  # <stored - bf16(w0), delta>
 
     def report(self) -> dict:
+        """Returns updated_weights and ratios of sums over all of them: unmoved_share, the share that keeps its bf16
+        value; error_over_update, ||stored - exact|| / ||delta||; survival, <stored - bf16(w0), delta> / ||delta||^2.
+        The last two are NaN for an update of 0."""
         energy = self.update or math.nan
         return {
             "updated_weights": self.updated,
@@ -198,6 +201,7 @@ class Merge:
     on_gpu: bool = False  # where the training ran: kernels differ if rows are no whole number of blocks
 
     def quantized(self, name: str) -> bool:
+        """Tells whether the training held this tensor in NF4."""
         return self.reference.quantization == "nf4" and is_matrix(name, self.base.entries[name].shape)
 
     def held(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
@@ -420,6 +424,7 @@ def export(args) -> int:
 
 
 def rounding_line(cost: dict) -> str:
+    """Says in one line what `Rounding.report` found."""
     if not cost["updated_weights"]:
         return "the adapter is 0 everywhere: this is the base as the training held it"
     return (
@@ -442,6 +447,7 @@ def verify(args, source: Source, merge: Merge, aside: Path) -> tuple[dict, list[
 
 
 def parse(arguments: list[str]):
+    """Reads the command line. A bad one ends the process with exit code 2."""
     parser = Parser(prog="train_azr.py export", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", help="a run directory, or a checkpoint directory")
     parser.add_argument("--out", metavar="DIR", required=True, help="must be absent or empty")

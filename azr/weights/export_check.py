@@ -225,6 +225,8 @@ def round_again(model, merge) -> list[str]:
 
 
 def measure_model(merge, directory: Path, batch: Batch, live: torch.Tensor) -> dict:
+    """Measures the exported model's logits against `live`, those of the policy (tokens, vocabulary), then those of a
+    random rounding of the merge; compares every tensor and the tokenizer. ModelError if the model cannot be loaded."""
     model = load(directory, 2 * merge.base.parameters)
     head = model.get_output_embeddings().weight
     deployed = difference(logits(model.base_model, head, batch), live)

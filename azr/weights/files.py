@@ -43,6 +43,7 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """The number of entries, 1 for a scalar."""
         return math.prod(self.shape)
 
 
@@ -107,6 +108,7 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def layer_of(name: str) -> int | None:
+    """Returns the number of a tensor's block, 3 of model.layers.3.mlp.up_proj.weight; None outside the blocks."""
     found = re.search(r"\.(\d+)\.", name)
     return int(found[1]) if found else None
 
@@ -146,16 +148,20 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
+        """The number of weights of all tensors that are counted."""
         return sum(entry.size for entry in self.entries.values())
 
     @property
     def matrices(self) -> list[str]:
+        """The names of the linear layers in numbered blocks; see `is_matrix`."""
         return [name for name, entry in self.entries.items() if is_matrix(name, entry.shape)]
 
     def tensor(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
+        """Reads rows first..last of a tensor (default: all) in its stored dtype; see `read`."""
         return read(self.entries[name], first, last)
 
     def dtypes(self) -> str:
+        """Returns the stored dtypes as text: "bfloat16", or "bfloat16/float32" where there are several."""
         return "/".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()}))
 
 
@@ -264,6 +270,7 @@ class Adapter:
 
     @property
     def dora(self) -> bool:
+        """Tells whether it is DoRA, with a magnitude for every row."""
         return bool(self.config.get("use_dora"))
 
     def factors(self, name: str) -> Factors:

@@ -80,15 +80,19 @@ class Change:
 
 @dataclass(frozen=True)
 class AdapterUpdate:
+    """The update that an adapter makes to the matrices of its base."""
+
     base: Checkpoint
     adapter: Adapter
     reference: Reference
 
     @property
     def adapted(self) -> list[str]:
+        """The names of the matrices that the adapter changes."""
         return list(self.adapter.targets)
 
     def load(self, name: str) -> Change:
+        """Reads one matrix and makes its update (m, n); rank and singular values (r,) only for LoRA, not for DoRA."""
         w0, original, stored = self.reference.weights(self.base.tensor(name))
         factors = self.adapter.factors(name)
         change = Change(w0, original, factors.delta(w0), stored)
@@ -106,28 +110,35 @@ class AdapterUpdate:
         return factors.scale**2 * max(0.0, ((b.T @ b) * (a @ a.T)).sum().item())
 
     def columns(self, name: str) -> torch.Tensor | None:
+        """Returns B (m, r), which spans the columns of the update; None for DoRA, where it does not."""
         factors = self.adapter.factors(name)
         return None if factors.magnitude is not None else factors.b
 
 
 @dataclass(frozen=True)
 class PairUpdate:
+    """The update that leads from a base to a second checkpoint of the same architecture."""
+
     base: Checkpoint
     tuned: Checkpoint
     reference: Reference
 
     @property
     def adapted(self) -> list[str]:
+        """The names of the matrices that could differ: all of the base."""
         return self.base.matrices
 
     def load(self, name: str) -> Change:
+        """Reads one matrix of both and subtracts, (m, n); without factors, rank and singular values are None."""
         w0, original, stored = self.reference.weights(self.base.tensor(name))
         return Change(w0, original, difference(self.tuned.tensor(name), w0), stored)
 
     def energy(self, name: str) -> float:
+        """Returns ||delta||^2 of one matrix, which takes reading and subtracting all of it."""
         return energy_of(self.load(name).delta)
 
     def columns(self, name: str) -> None:
+        """Returns None: without factors the column space is not known."""
         return None
 
 
@@ -141,6 +152,7 @@ def difference(tuned: torch.Tensor, w0: torch.Tensor) -> torch.Tensor:
 
 
 def energy_of(delta: torch.Tensor) -> float:
+    """Returns ||delta||^2 of an fp32 tensor of any shape, summed piece by piece."""
     flat = delta.reshape(-1)
     return sum(torch.dot(flat[start:end], flat[start:end]).item() for start, end in nf4.pieces(flat.numel()))
 

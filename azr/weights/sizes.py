@@ -40,6 +40,7 @@ class Additive:
 
 
 def ratio(part: float, whole: float) -> float | None:
+    """Returns part / whole, and None if the whole is 0."""
     return float(part) / float(whole) if whole else None
 
 
@@ -60,10 +61,12 @@ class Sizes(Additive):
 
     @property
     def rms(self) -> float:
+        """U1: the root mean square of delta, in the units of the weights."""
         return math.sqrt(self.energy / self.n)
 
     @property
     def rel_fro(self) -> float | None:
+        """U1: the Frobenius norm of delta over that of the base; None for a base of 0."""
         return ratio(math.sqrt(self.energy), math.sqrt(self.base_energy))
 
     def report(self) -> dict:
@@ -176,6 +179,7 @@ class Shares(Additive):
 
     @property
     def s1(self) -> float:
+        """S1: the share of the entries whose bf16 bits stay the same."""
         return float(self.same / self.n)
 
     def report(self) -> dict:
@@ -194,6 +198,7 @@ class Shares(Additive):
 
 
 def bf16_bits(x: torch.Tensor) -> torch.Tensor:
+    """Returns the bits of x rounded to bf16, int16 of the same shape. 0 and -0 differ in them."""
     return x.bfloat16().view(torch.int16)
 
 

@@ -94,6 +94,7 @@ def measure(update, name: str, factor: float, spectral: bool, other=None) -> Mea
 
 
 def check_finite(update, name: str, size: sizes.Sizes) -> None:
+    """Raises WeightsError with file and tensor if the sums of squares of base or update are NaN or infinite."""
     if math.isfinite(size.energy) and math.isfinite(size.base_energy):
         return
     tuned = getattr(update, "tuned", None)
@@ -148,6 +149,8 @@ def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
 
 
 def row_pieces(entry) -> Iterator[tuple[int, int | None]]:
+    """Yields (first, last) rows of pieces of at most WHOLE_TENSOR / 4 entries, but at least one row; for a small
+    tensor, or one without rows, (0, None): all of it."""
     if entry.size <= WHOLE_TENSOR // 4 or len(entry.shape) < 2:
         yield 0, None
         return
@@ -178,6 +181,7 @@ def group_report(parts: list[Measured], parameters: int) -> dict:
 
 
 def sum_of(parts):
+    """Adds up counts (`Additive`), of which there is at least one."""
     first, *rest = parts
     for part in rest:
         first = first + part
@@ -185,6 +189,7 @@ def sum_of(parts):
 
 
 def denominators(n: int, s1: float, parameters: int) -> dict:
+    """S4: the unchanged share s1 of n weights, the same of all (the others do not change), and n / parameters."""
     share = n / parameters
     return {"S_adapted": s1, "S_whole": 1 - share * (1 - s1), "adapted_fraction": share}
 
@@ -214,6 +219,7 @@ def striped_share(parts: list[Measured]) -> dict:
 
 
 def module_report(part: Measured, parameters: int) -> dict:
+    """Returns the figures of one tensor: those of a group, then --spectral's and the overlap with --other (X1)."""
     report = group_report([part], parameters) | part.spectral | part.overlaps
     if part.cross:
         n, ours, theirs, both = part.cross["counts"].tolist()
@@ -237,6 +243,7 @@ def spectral_report(parts: list[Measured]) -> dict:
 
 
 def mean_of(values: list):
+    """Returns the mean of numbers, None without any; of dictionaries the means by key, leaving out None."""
     if not values or not isinstance(values[0], dict):
         return sum(values) / len(values) if values else None
     return {key: mean_of([value[key] for value in values if value[key] is not None]) for key in values[0]}
@@ -270,6 +277,7 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `analyze.py sparsity` to its parser."""
     parser.add_argument(
         "--base", required=True, metavar="M", help="tiny, qwen-3b, a hub id in the cache, or a directory"
     )
@@ -365,6 +373,7 @@ def analyse(args: argparse.Namespace) -> dict:
 
 
 def prepare_output(args: argparse.Namespace) -> None:
+    """Makes the directories of --out and --json before measuring. WeightsError if it cannot, or without a worker."""
     try:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -441,6 +450,7 @@ def spectral_minutes(base: Checkpoint, names: list[str], workers: int) -> float:
 
 
 def describe(reference: Reference) -> str:
+    """Says in words how the training held the base."""
     dtype = "stored" if reference.dtype is None else str(reference.dtype).removeprefix("torch.")
     if reference.quantization == "none":
         return dtype

@@ -12,18 +12,22 @@ WIDTH = 60  # of the plain words; the ids stand behind
 
 
 def percent(share: float | None, digits: int = 1) -> str:
+    """Writes a share in percent, and "-" where it is undefined."""
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
+    """Writes a number in the given format, and "-" where it is undefined."""
     return "-" if value is None else format(value, form)
 
 
 def interval(excess: dict | None) -> str:
+    """Writes an excess over the null with its interval, and "-" where there is none."""
     return "-" if excess is None else f"{excess['excess']:+.4f} [{excess['low']:+.4f}, {excess['high']:+.4f}]"
 
 
 def fact(words: str, value: str, ids: str) -> str:
+    """Returns a line of the screen: the words, the value, and behind them the ids of the figures."""
     return f"  {words:{WIDTH}} {value:28} {ids}".rstrip()
 
 
@@ -45,6 +49,7 @@ def lines(report: dict) -> list[str]:
 
 
 def heading(report: dict) -> list[str]:
+    """Returns the lines that say what was compared with what."""
     adapted = report["adapted"]
     share = percent(adapted["S4"]["adapted_fraction"])
     return [
@@ -57,6 +62,7 @@ def heading(report: dict) -> list[str]:
 
 
 def reason(report: dict) -> list[str]:
+    """Returns the lines that say why the reference is the dequantised base; none for a base without quantization."""
     if report["quantization"] != "nf4":
         return []
     return [
@@ -66,6 +72,7 @@ def reason(report: dict) -> list[str]:
 
 
 def main_part(report: dict) -> list[str]:
+    """Returns the lines about the size of the update (U1) and the share that stays unchanged (S0, S1, S2)."""
     adapted, whole = report["adapted"], report["whole"]
     if not adapted["U1_rms"]:
         return ["", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
@@ -89,6 +96,7 @@ def main_part(report: dict) -> list[str]:
 
 
 def quantized_part(report: dict) -> list[str]:
+    """Returns the lines about a merge back into 4 bits (S3); none without an NF4 base, or for an update of 0."""
     adapted = report["adapted"]
     if adapted["S3_code_requantized"] is None or not adapted["U1_rms"]:
         return []
@@ -102,6 +110,7 @@ def quantized_part(report: dict) -> list[str]:
 
 
 def structure_part(report: dict) -> list[str]:
+    """Returns the lines about chance (S5), concentration (S6) and rank (R1); none for an update of 0."""
     adapted = report["adapted"]
     if not adapted["U1_rms"]:
         return []
@@ -137,6 +146,7 @@ def structure_part(report: dict) -> list[str]:
 
 
 def verdict(excess: dict) -> str:
+    """Says in words on which side of 0 the interval of an excess lies."""
     if excess["low"] > 0:
         return "yes: more stays unchanged than with a structureless update"
     if excess["high"] < 0:
@@ -145,6 +155,7 @@ def verdict(excess: dict) -> str:
 
 
 def spectral_part(adapted: dict) -> list[str]:
+    """Returns the lines about what --spectral measured: R2, G1, G2 and G3."""
     count = number(adapted["R2_intruders"]["0.5"], ".2f")
     scale = adapted["R2_critical_scale"]
     energy, angle = adapted["G1_both"], adapted["G2_left_angle"]
@@ -166,6 +177,7 @@ def spectral_part(adapted: dict) -> list[str]:
 
 
 def tolerance_part(report: dict) -> list[str]:
+    """Returns the table of unchanged shares at every second tolerance (U2), absolute and relative to the weight."""
     curve = report["adapted"]["U2"]
     picked = range(0, len(curve["tolerance"]), 2)
     rows = [("|change| at most", [f"{curve['tolerance'][i]:.0e}" for i in picked])]
@@ -186,6 +198,7 @@ def table(report: dict) -> list[str]:
 
 
 def row(name: str, group: dict) -> str:
+    """Returns a line of the table for one group: U1, S1, S2, S1 at RMS 3e-5, the effective rank, S5."""
     shares = (group["U1_rel_fro"], group["S1"], group["S2"], group[MATCHED]["S1"])
     cells = "".join(f"{percent(share, 2 if i == 0 else 1):>{10 if i == 0 else 9}}" for i, share in enumerate(shares))
     rank = number(group["R1_effective_rank"], ".1f")
@@ -193,6 +206,7 @@ def row(name: str, group: dict) -> str:
 
 
 def along_part(along: dict) -> list[str]:
+    """Returns the lines about the path along a run (T1), and a line a checkpoint."""
     out = ["", f"along {len(along['steps'])} checkpoints, from {along['rows_a_matrix']} rows a matrix"]
     out.append(
         fact("net change over the length of the path", percent(along["T1_net_over_path"]), "T1 (straight: 100 %)")
@@ -209,6 +223,7 @@ def along_part(along: dict) -> list[str]:
 
 
 def cross_part(cross: dict) -> list[str]:
+    """Returns the lines about what the update shares with that of another run (X1)."""
     out = ["", f"shared with {cross['other']}"]
     value = f"{number(cross['X1_jaccard'])} ({number(cross['X1_jaccard_independent'])})"
     out.append(fact("changed entries in both, of those in either (independent)", value, "X1"))

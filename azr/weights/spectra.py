@@ -70,6 +70,7 @@ class Eigen:
 
     @classmethod
     def of(cls, w: torch.Tensor) -> Eigen:
+        """Decomposes a matrix of any shape: its `working` form, by way of W W^T."""
         w = working(w)
         return cls(w, *decompose(w @ w.T))
 
@@ -85,6 +86,7 @@ def working(w: torch.Tensor) -> torch.Tensor:
 
 
 def decompose(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns left singular vectors (m, m) and singular values (m,), descending, of W from W W^T (m, m)."""
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
 
