@@ -26,6 +26,7 @@ class Fit:
     groups: int
 
     def to_json(self) -> dict:
+        """Returns plain data: coefficients (the intercept first) and R^2 with intervals, n, resampled units."""
         rows = [as_json(c) for c in self.coefficients]
         return {"coefficients": rows, "r2": as_json(self.r2), "n": self.n, "resampled_units": self.groups}
 

@@ -68,6 +68,7 @@ def scrub(text: str) -> str:
 
 
 def one_line(error: BaseException | str) -> str:
+    """Returns the class of an exception and the first line of its message (or of a text), scrubbed, cut to 160."""
     text = str(error).strip() or "no message"
     kind = f"{type(error).__name__}: " if isinstance(error, BaseException) else ""
     return scrub(kind + text.splitlines()[0])[:160]  # cut after scrubbing: half a token would not be recognised
@@ -171,6 +172,7 @@ def cores() -> float:
 
 
 def read_text(path: str) -> str:
+    """Returns the text of a file, and "" if it cannot be read."""
     try:
         return Path(path).read_text()
     except OSError:

@@ -105,6 +105,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> Any:
+        """Tells whether 0 lies outside the interval, for each entry of `mean`; False where the ends are NaN."""
         return (np.asarray(self.low) > 0) | (np.asarray(self.high) < 0)
 
     def to_json(self) -> dict[str, float | None]:
