@@ -156,6 +156,7 @@ def _call(task_id: str, arguments: Any, where: str) -> str:
         raise ValueError(f"{where}: an input cannot be used ({error})") from error
 
 
+# Some tests draw their inputs, so the seed is fixed; arguments are copied before a solution can change them.
 _RECORD = """
 
 def _record():
@@ -244,6 +245,7 @@ def program_of(problem: Problem, answer: str) -> str:
     first = re.search(r"^[ \t]*[^\s#]", answer, re.MULTILINE)
     indented = first is not None and first.group()[0] in " \t"
     name = re.escape(problem.entry_point)
+    # A name bound to a lambda or to another function defines it too; a comparison with == does not.
     defined = re.search(
         rf"^(?:(?:async[ \t]+)?def[ \t]+{name}[ \t]*[(\[]|{name}[ \t]*(?::[^=\n]*)?=(?!=))", answer, re.MULTILINE
     )
@@ -290,6 +292,7 @@ def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
 
 def _measured(problem: Problem, inputs: tuple[str, ...], sandbox: Sandbox) -> tuple[list, float]:
     """Outcomes of the reference solution, and the CPU seconds that all the inputs together took."""
+    # The counter is that of the whole sandbox, so nothing else may run in it meanwhile.
     before = sandbox.state["children_cpu_seconds"]
     [outcomes] = sandbox.run([Job(problem.prompt + problem.solution, inputs, REFERENCE_SECONDS, problem.entry_point)])
     return outcomes, sandbox.state["children_cpu_seconds"] - before
@@ -318,6 +321,7 @@ def grade(
                 references[key[0]].inputs,
                 references[key[0]].cpu_seconds,
                 todo[key].entry_point,
+                # The first input that fails decides the grade, and each further one could take its whole time limit.
                 stop_at_failure=True,
             )
             for key in part
@@ -338,6 +342,7 @@ def _grade(problem: Problem, reference: Reference, outcomes: list) -> Grade:
             if accepts(problem, reference.inputs[place], outcome.output, wanted):
                 continue
             reason, detail = "wrong", f"{outcome.output:.80} instead of {wanted:.80}"
+        # Base inputs come first: whoever fails at an extra one was right on all of them.
         name = _name(reference.base, place)
         return Grade(place >= reference.base, False, reason, f"{name}: {detail}".rstrip(": "))
     return Grade(True, True, "ok")
@@ -360,6 +365,7 @@ def accepts(problem: Problem, arguments: str, output: str, wanted: str) -> bool:
         return type(value) is bool
     if problem.task_id in _FOUND_OR_NONE:
         return _found(value) == _found(expected)
+    # Before the oracles: what the reference solution gives is right even where an oracle names another value.
     if close(value, expected, problem.atol):
         return True
     oracle = _ORACLES.get(problem.task_id)
@@ -382,8 +388,10 @@ def close(value: Any, expected: Any, atol: float = 0.0) -> bool:
 
 def _near(a: Any, b: Any, atol: float) -> bool:
     kinds = {type(a), type(b)}
+    # Integers are exact: within a relative tolerance a large one would equal its neighbours.
     if kinds <= {int, float, complex} and kinds != {int}:
         try:
+            # An infinite b would make the tolerance infinite; the last comparison is for NaN.
             return a == b or abs(a - b) <= atol + RTOL * abs(b) < float("inf") or literal.equal(a, b, rel=0)
         except OverflowError:  # an integer beyond all floats
             return False

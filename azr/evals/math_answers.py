@@ -100,6 +100,7 @@ def _stated(text: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     r"""What is inside the last \boxed{...} (or \fbox{...}) whose braces close; `\boxed 5` counts too."""
     end = len(text)
+    # A few tries only: a response may open a box a million times without closing one.
     for _ in range(5):
         start = max(text.rfind(name, 0, end) for name in _CUT)
         if start < 0:
@@ -154,6 +155,7 @@ def _quick(reference: str, answer: str) -> Verdict | None:
     if all(len(text) <= 40 and _NUMBER.fullmatch(text) for text in (reference, answer)):
         if Fraction(reference) == Fraction(answer):
             return Verdict(True, "ok", reference)
+        # Only whole numbers: math-verify rounds decimals, so different digits may still be the same answer.
         if "." not in reference + answer:
             return Verdict(False, "wrong", answer)
     return None
@@ -243,6 +245,7 @@ class _Worker:
         try:
             self.process.stdin.write(json.dumps([reference, answers]).encode() + b"\n")
             self.process.stdin.flush()
+            # At worst WALL_SECONDS for each answer and for a child that hangs; one more to spare.
             if select.select([self.process.stdout], [], [], (len(answers) + 2) * WALL_SECONDS)[0]:
                 if line := self.process.stdout.readline():
                     return json.loads(line)
@@ -302,10 +305,13 @@ def serve() -> None:
         wanted, found = gold(reference), parse(_latex(answer), box, parsing_timeout=None)
         if not found:
             return {"ok": False, "reason": "unparsed", "key": None}
+        # Reference first: math-verify treats the two sides of an equation or an interval differently. No time limits of
+        # its own, here and in parse: they are signals that Python code handles, the kernel's limits hold in C code too.
         ok = bool(verify(wanted, found, timeout_seconds=None))
         return {
             "ok": ok,
             "reason": "ok" if ok else "wrong",
+            # One key for all right answers, whatever form each has.
             "key": normalise(reference) if ok else str(found[0])[:500],
         }
 
@@ -362,12 +368,14 @@ def _in_child(work: Callable[[str], dict], answers: list[str], library) -> tuple
             os.close(reading)
             _confine(library, writing)
             for answer in answers:
+                # At once and unbuffered: what was compared before this process dies still counts.
                 os.write(writing, json.dumps(work(answer)).encode() + b"\n")
             os._exit(0)
         except MemoryError:
             os._exit(3)
         except BaseException:  # whatever it is, the child must not go on as a second server
             os._exit(4)
+    # The pipe ends only when no process holds this end, and the child's death must end it.
     os.close(writing)
     data = b""
     while ready := select.select([reading], [], [], WALL_SECONDS)[0]:
@@ -375,10 +383,12 @@ def _in_child(work: Callable[[str], dict], answers: list[str], library) -> tuple
             break
         data += part
     os.close(reading)
+    # Silent without having used up its CPU time: it waited for the machine, which says nothing about the answer.
     if not ready:
         os.kill(pid, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     reason = {-signal.SIGXCPU: "timeout", 3: "memory", 4: "unparsed"}.get(code, "killed") if ready else "infra"
+    # The last part is empty, or a row that death cut off.
     return [json.loads(row) for row in data.split(b"\n")[:-1]], {"ok": False, "reason": reason, "key": None}
 
 
@@ -388,12 +398,15 @@ def _confine(library, descriptor: int) -> None:
 
     from sandbox import confine
 
+    # At the first limit SIGXCPU ends the child, which tells a timeout from other deaths; the second cannot be ignored.
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     confine.limit_resources(MEMORY_MB)
     if library is None:
         return
+    # No child outlives a worker that is killed; without the second call the kernel takes no layer from a plain user.
     library.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     library.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    # The filter of system calls last: it forbids what Landlock is set up with.
     for layer in (lambda: confine.landlock(library), lambda: confine.Seccomp(library, descriptor).install()):
         try:
             layer()
