@@ -129,6 +129,7 @@ def best_step(run: Path, steps: list[int]) -> int:
             f"{run} evaluated no step that has a checkpoint (--eval-every), so none is best; "
             "take --checkpoint last or step_N"
         )
+    # Of equal ones the earliest, as training marks it.
     step = max(scores, key=lambda step: (scores[step], -step))
     say(f"best checkpoint: step {step}, held-out greedy accuracy {100 * scores[step]:.1f} %, mean over the modes")
     return step
@@ -138,6 +139,7 @@ def open_base(opening: Opening) -> Checkpoint:
     """The base of an adapter, in the revision of its azr.json. ModelError if it is not that one or not there."""
     path, revision = opening.model, opening.record.get("revision") or ""
     if not Path(path).is_dir():
+        # A fingerprint of files is no revision that the hub knows; check_base compares it below.
         path = str(_snapshot(path, None if revision.startswith("sha256:") else revision or None))
     base = Checkpoint.open(path)
     for doubt in (*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})):
@@ -209,6 +211,7 @@ class Merge:
         stored, dtype = self.base.tensor(name, first, last), self.reference.dtype
         if not self.quantized(name):
             return stored if dtype is None else stored.to(dtype)
+        # A GPU follows a block into the next row; Reference.weights reads such rows as the CPU's kernel does.
         if self.on_gpu and self.reference.straddles(tuple(stored.shape)):
             stored = stored if dtype is None else stored.to(dtype)
             codes = nf4.quantize(stored, self.reference.block, self.reference.double)
@@ -235,12 +238,15 @@ class Merge:
         flat, before, update = out.view(-1), held.reshape(-1), delta.view(-1)
         for start, end in nf4.pieces(flat.numel()):
             w0, d = before[start:end].float(), update[start:end]
+            # The sum is in fp32 and the assignment rounds it, the only rounding there is.
             flat[start:end] = w0 + d
+            # Measured from the rounded base: rounding w0 itself is no part of the update, in either direction.
             stored, unmoved = flat[start:end].float(), w0.bfloat16().float()
             cost += Rounding(
                 int(torch.count_nonzero(d)),
                 int(((stored == unmoved) & (d != 0)).sum()),
                 torch.dot(d, d).item(),
+                # In fp64, where the sum that it is the distance from has no rounding of its own.
                 (stored.double() - w0 - d).square().sum().item(),
                 torch.dot(stored - unmoved, d).item(),
             )
@@ -315,6 +321,7 @@ def write_shard(merge: Merge, names: list[str], file: Path, done, where: dict) -
         header[name] = {"dtype": "BF16", "shape": list(entry.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header).encode()
+    # As safetensors' own writer pads it, so that tensors start at a multiple of 8.
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
@@ -324,6 +331,7 @@ def write_shard(merge: Merge, names: list[str], file: Path, done, where: dict) -
                 total += cost
             where[name] = file.name
             done()
+        # On disk before the directory gets its name: a complete name must not lead to half a file.
         stream.flush()
         os.fsync(stream.fileno())
     return total
@@ -334,6 +342,7 @@ def write_files(merge: Merge, directory: Path) -> None:
     config = {
         key: value for key, value in merge.base.config.items() if key not in ("quantization_config", "_name_or_path")
     }
+    # Newer transformers call it dtype and read either; older ones know torch_dtype only.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = "bfloat16"
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -341,6 +350,7 @@ def write_files(merge: Merge, directory: Path) -> None:
     for file in [*(given / name for name in COPIED), *given.glob("LICENSE*")]:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
+    # Some programs look for the stop token there, others in config.json.
     if not (directory / "generation_config.json").is_file():
         ids = {
             key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
@@ -361,6 +371,7 @@ def free_place(out: Path, need: int) -> Path:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for stale in out.parent.glob(f"{out.name}.tmp-*"):
+            # A second export to the same place may be at work: only what no process owns is removed.
             if not _alive(stale.name.rpartition("-")[2]):
                 warn(f"removing {stale}, left by an export that was killed")
                 shutil.rmtree(stale)
@@ -376,6 +387,7 @@ def free_place(out: Path, need: int) -> Path:
 def _alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
+    # The process is there and belongs to another user.
     except PermissionError:
         return True
     except (ValueError, ProcessLookupError):
@@ -411,9 +423,11 @@ def export(args) -> int:
         (aside / "azr.json").write_text(json.dumps({**merge.adapter.info, "merged": True}, indent=2) + "\n")
         write_json_atomic(aside / "export.json", provenance)
         (aside / "README.md").write_text(model_card.card(source, merge, provenance), encoding="utf-8")
+        # Kept for whoever looks into it, but not under the name that a script would go on with.
         place = out if not failures else out.with_name(out.name + ".unverified")
         os.rename(aside, place)
     finally:
+        # After the rename it is not there any more; after an error it must not stay.
         shutil.rmtree(aside, ignore_errors=True)
     if failures:
         print(f"train_azr.py export: NOT VERIFIED, files are in {place}: {'; '.join(failures)}", file=sys.stderr)

@@ -74,6 +74,7 @@ def read_as_on_cpu(stored: NF4, shape: tuple[int, int], dtype: torch.dtype) -> t
     """
     import bitsandbytes.functional  # noqa: F401  registers the operation
 
+    # The kernel reads two codes a byte, the first in the upper half; an odd number of them is filled up.
     codes = stored.codes if len(stored.codes) % 2 == 0 else np.append(stored.codes, np.uint8(0))
     packed = torch.from_numpy((codes[0::2] << 4) | codes[1::2])
     return torch.ops.bitsandbytes.dequantize_4bit(packed, stored.scales, stored.block, "nf4", shape, dtype)
@@ -82,6 +83,7 @@ def read_as_on_cpu(stored: NF4, shape: tuple[int, int], dtype: torch.dtype) -> t
 def scaled_by(x: torch.Tensor, scales: torch.Tensor, start: int, end: int, block: int) -> torch.Tensor:
     """x (end - start,) times the scale of its block; the last block of a tensor may be short."""
     scale = scales[start // block : -(-end // block)]
+    # Nearly always: the view needs no scale written out for every weight.
     if x.numel() % block == 0:
         return (x.view(-1, block) * scale[:, None]).view(-1)
     return x * scale.repeat_interleave(block)[: x.numel()]
@@ -92,6 +94,7 @@ def block_maxima(source, n: int, block: int) -> torch.Tensor:
     out = torch.empty(-(-n // block))
     for start, end in pieces(n):
         x = source(start, end).abs()
+        # Pieces are whole blocks, so that only the tensor's last block can be short.
         whole = x.numel() // block * block
         out[start // block : (start + whole) // block] = x[:whole].view(-1, block).amax(1)
         if whole < x.numel():
@@ -105,6 +108,7 @@ def store_scales(maxima: torch.Tensor, double: bool) -> tuple[torch.Tensor, torc
         return maxima, None
     from bitsandbytes.functional import dequantize_blockwise, quantize_blockwise
 
+    # Maxima are all positive, and the 8-bit code lies on both sides of 0: less their mean they use all of it.
     offset = maxima.mean()
     codes, state = quantize_blockwise(maxima - offset, blocksize=SCALE_BLOCK)
     return dequantize_blockwise(codes, state) + offset, codes
@@ -115,6 +119,8 @@ def quantize_pieces(source, n: int, block: int, double: bool) -> NF4:
     maxima = block_maxima(source, n, block)
     values = code_values()
     bounds = (values[1:] + values[:-1]) / np.float32(2)
+    # bitsandbytes multiplies by the reciprocal, and a division would put some weights into another code. The clamp is
+    # for blocks of zeros: 0 * 1e38 is 0, where 0 times infinity would be NaN.
     inverse = 1.0 / maxima.clamp(min=1e-38)
     codes = np.empty(n, dtype=np.uint8)
     for start, end in pieces(n):
@@ -130,6 +136,7 @@ def frozen_codes(source, stored: NF4) -> np.ndarray:
     """(n,) uint8: the codes of what source(start, end) gives under the scales of `stored`."""
     values = code_values()
     bounds = (values[1:] + values[:-1]) / np.float32(2)
+    # By the scales as they are read back, which a merge that keeps them would have, not by the block's own maxima.
     inverse = 1.0 / stored.scales.clamp(min=1e-38)
     codes = np.empty(len(stored.codes), dtype=np.uint8)
     for start, end in pieces(len(codes)):

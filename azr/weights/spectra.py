@@ -47,6 +47,7 @@ def rank_summary(s: torch.Tensor, rank: int) -> dict:
     names = ("R1_effective_rank", "R1_stable_rank", "R1_participation_ratio")
     if not s.max() > 0:
         return {**dict.fromkeys(names), "R1_rank": rank}
+    # In the limit p log p is 0 at p = 0; in floating point it is NaN.
     p = s[s > 0] / s.sum()
     energy = s.square()
     values = (
@@ -87,6 +88,7 @@ def working(w: torch.Tensor) -> torch.Tensor:
 
 def decompose(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns left singular vectors (m, m) and singular values (m,), descending, of W from W W^T (m, m)."""
+    # Eigenvalues are squares of singular values; by rounding the least of them can come out below 0.
     values, vectors = torch.linalg.eigh(gram)
     return vectors.flip(1), values.flip(0).clamp(min=0).sqrt()
 
@@ -102,6 +104,7 @@ def principal(w0: torch.Tensor, delta: torch.Tensor) -> tuple[dict, dict[str, to
     tall = w0.shape[0] > w0.shape[1]
     base, update = Eigen.of(w0), working(delta)
     cross = base.w @ update.T
+    # The three parts of (W0 + t D)(W0 + t D)^T, so that this matrix costs no product for any t that is tried.
     gram, cross, square = base.w @ base.w.T, cross + cross.T, update @ update.T
 
     def tuned(scale: float) -> Eigen:
@@ -144,6 +147,7 @@ def intruders(base: Eigen, one: Eigen, tuned: Callable[[float], Eigen], tall: bo
         high = 1.0
     elif not appears(high):
         high = None
+    # Bisection of log scale, as if an intruder that has appeared stayed when the update grows on.
     while high is not None and high / low > math.sqrt(2):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if appears(middle) else (middle, high)
@@ -161,6 +165,7 @@ def principal_energy(base: Eigen, update: torch.Tensor, k: int, tall: bool) -> d
         return dict.fromkeys(("G1_both", "G1_left", "G1_right"))
     short, long = base.u[:, :k].T @ update, update @ base.other(k)
     sides = {"short": short.square().sum() / total, "long": long.square().sum() / total}
+    # An update without preference has in k of m directions k / m of its energy.
     expected = {"short": k / update.shape[0], "long": k / update.shape[1]}
     left, right = ("long", "short") if tall else ("short", "long")
     both = (base.u[:, :k].T @ long).square().sum() / total
@@ -175,6 +180,7 @@ def rotation(base: Eigen, one: Eigen, k: int, tall: bool) -> dict:
     """G2: principal angles between the first k singular vectors before and after, degrees, and the normalised spectral
     shift ||s(W) - s(W0)|| / ||s(W0)||."""
     short = angles(base.u[:, :k], one.u[:, :k])
+    # W^T u / s is orthonormal only as far as u is exact, and `angles` would take the rest for a rotation.
     long = angles(torch.linalg.qr(base.other(k))[0], torch.linalg.qr(one.other(k))[0])
     left, right = (long, short) if tall else (short, long)
     shift = (one.s - base.s).norm() / base.s.norm()
