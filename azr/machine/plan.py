@@ -93,6 +93,7 @@ class Shape:
     @property
     def kv_bytes(self) -> int:
         """Of one token in the KV cache, bf16."""
+        # Keys and values, of 2 bytes each.
         return 2 * self.layers * self.kv_heads * self.head_dim * 2
 
     def lora_parameters(self, rank: int, targets: str = "all-linear") -> int:
@@ -229,6 +230,7 @@ def choose_preset(name: str, model: str, free: int | None) -> tuple[Preset, str]
     smallest = next(iter(PRESETS.values()))
     if free is None:
         return smallest, f"preset {smallest.name}: no GPU found, so the smallest; name a card's size with --preset"
+    # The driver and the context take their part, so no card has all of its memory free.
     fitting = [preset for preset in PRESETS.values() if free >= 0.9 * preset.gib * GIB]
     preset = fitting[-1] if fitting else smallest
     return preset, f"preset {preset.name}: {free / GIB:.1f} GiB of GPU memory are free"
@@ -319,6 +321,8 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     largest = max(rows * columns for rows, columns in shape.linears.values())
     unpacked = {"unpacked matrix": value * largest} if preset.quantization == "nf4" else {}
     copies = {} if on_gpu else {"copies": COPIES * adapter}
+    # Nothing is trained yet, so the adapter has neither gradients nor moments. A CPU has the whole bf16 file in memory
+    # beside the model, a GPU only the matrices that are being read.
     load = {"weights": weights, "LoRA + Adam": 4 * adapter, "checkpoint": 2 * shape.parameters}
     if on_gpu:
         load["checkpoint"] = LOADERS * value * largest
@@ -357,6 +361,7 @@ def in_flight(preset: Preset) -> int:
 def sampling(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
     """Bytes of a prefill and of the logits of a decode step (engine.py, sampling.py)."""
     slots, prompts = min(preset.max_batch, in_flight(preset)), 3 * preset.prompts_per_mode
+    # A single longer prompt is prefilled alone (scheduler.py).
     prefill = max(preset.prompt_tokens, min(PREFILL_TOKENS, min(prompts, slots) * preset.prompt_tokens))
     logits = (SAMPLING_BYTES * slots + 4 * min(prompts, slots)) * shape.vocabulary
     if device == "cuda":
@@ -371,6 +376,7 @@ def scoring(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
     longest = preset.prompt_tokens + preset.max_new_tokens
     tokens = max(preset.token_budget, longest)  # a longer sequence goes alone
     rows, columns, each = (1024, 16384, 16) if device == "cuda" else (1024, 4096, 12)
+    # scoring.py: a small vocabulary takes more rows for the same number of logits.
     if shape.vocabulary < columns:
         rows, columns = rows * columns // shape.vocabulary, shape.vocabulary
     block = min(rows, tokens) * columns * each
@@ -394,6 +400,7 @@ def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = 
 
     def short(phase: str) -> bool:
         parts = memory(shape, preset, device, room)[phase]
+        # The planned cache takes whatever is left and always fits: what must fit is the least that it can work with.
         return sum(parts.values()) - parts.get("KV cache", 0) + (needed if phase == "rollout" else 0) > room
 
     needed = cache_bytes(shape, preset, min(LEAST_SLOTS, in_flight(preset)), device)
@@ -427,6 +434,7 @@ def advice(plan: Plan) -> tuple[str, Plan] | None:
     small = [{"max_new_tokens": 512, "prompt_tokens": 1024} | rank for rank in ranks]
     smallest = [{"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}]
     tried = [*bits, *shorter, *both, *ranks, *small, *(smallest if preset.max_new_tokens > 256 else [])]
+    # Last, the same changes with 4 bits; the first entry is 4 bits alone.
     tried += [change | bits[0] for change in tried[1:]] if bits else []
     for change in tried:
         made = plan_memory(plan.shape, dataclasses.replace(preset, **change), plan.capacity, plan.device)
