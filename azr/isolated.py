@@ -42,10 +42,10 @@ class Findings:
 @functools.cache
 def _secrets() -> list[tuple[re.Pattern, str]]:
     """(pattern, what stands for it): values first, then names."""
-    found = [(re.compile(r"\bhf_\w+"), "<token>"), (re.compile(r"(?<=://)[^/@\s]+@"), "")]
+    patterns = [(re.compile(r"\bhf_\w+"), "<token>"), (re.compile(r"(?<=://)[^/@\s]+@"), "")]
     for name, value in os.environ.items():
         if re.search("TOKEN|SECRET|PASSW|CREDENTIAL|KEY", name.upper()) and len(value) >= 6:
-            found.append((re.compile(re.escape(value)), "<secret>"))
+            patterns.append((re.compile(re.escape(value)), "<secret>"))
     homes, users = {os.path.expanduser("~")}, {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME")}
     with contextlib.suppress(ImportError, KeyError):  # Windows; an unnamed uid
         entry = importlib.import_module("pwd").getpwuid(os.getuid())
@@ -53,17 +53,17 @@ def _secrets() -> list[tuple[re.Pattern, str]]:
     homes |= {os.path.realpath(home) for home in homes}
     for home in sorted(homes, key=len, reverse=True):
         if len(home) > 1:
-            found.append((re.compile(re.escape(home) + r"(?![\w-])"), "~"))
+            patterns.append((re.compile(re.escape(home) + r"(?![\w-])"), "~"))
     users |= {os.path.basename(home) for home in homes}
     names = [(user, "<user>") for user in users - {"root"}] + [(socket.gethostname(), "<host>")]
-    found += [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), put) for name, put in names if len(name) > 1]
-    return found
+    patterns += [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), mask) for name, mask in names if len(name) > 1]
+    return patterns
 
 
 def scrub(text: str) -> str:
     """The text without tokens, home directory, user and machine name."""
-    for pattern, put in _secrets():
-        text = pattern.sub(put, text)
+    for pattern, mask in _secrets():
+        text = pattern.sub(mask, text)
     return text
 
 
@@ -85,18 +85,18 @@ def apart(check: Callable[[], Iterator], seconds: float = 300) -> tuple[list, st
     if not hasattr(os, "fork"):
         return _here(check)
     read, write = os.pipe()
-    with tempfile.TemporaryFile() as said:
+    with tempfile.TemporaryFile() as transcript:
         pid = os.fork()
         if pid == 0:
-            _child(check, write, said.fileno())
+            _child(check, write, transcript.fileno())
         os.close(write)
         text, late = _read_until(read, time.monotonic() + seconds)
         os.close(read)
         if late:
             os.kill(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        said.seek(0)
-        last = said.read().decode(errors="replace").strip().splitlines()[-1:]
+        transcript.seek(0)
+        last = transcript.read().decode(errors="replace").strip().splitlines()[-1:]
     records = [json.loads(line) for line in text.splitlines() if line.endswith("]")]
     values = [value for kind, value in records if kind == "value"]
     if late:

@@ -68,10 +68,10 @@ class Source:
 
 
 def _id(row: dict, number: int) -> str:
-    found = next((row[name] for name in ("task_id", "unique_id", "id", "question_id", "idx") if name in row), number)
-    if not isinstance(found, (str, int)) or isinstance(found, bool):
-        raise ValueError(f"the id {str(found)[:60]!r} is neither text nor a whole number")
-    return str(found)
+    value = next((row[name] for name in ("task_id", "unique_id", "id", "question_id", "idx") if name in row), number)
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        raise ValueError(f"the id {str(value)[:60]!r} is neither text nor a whole number")
+    return str(value)
 
 
 def _one_of(row: dict, *names: str) -> str:
@@ -95,12 +95,12 @@ def _livecodebench(row: dict, where: str, number: int) -> Item:
     name, call = text_field(row, "function_name"), text_field(row, "input").strip()
     arguments = call[len(name) + 1 : -1] if call.startswith(f"{name}(") and call.endswith(")") else call
     program = f"{text_field(row, 'code').rstrip()}\n\nf = {name}"
-    found = _id(
+    task_id = _id(
         {"id": f"{row['question_id']}/{_id({'id': row['id']}, 0)}"} if {"id", "question_id"} <= row.keys() else row,
         number,
     )
     return Item(
-        found,
+        task_id,
         Task.from_json(
             {"mode": "deduction", "program": program, "input": arguments, "output": text_field(row, "output")}
         ),
@@ -154,14 +154,14 @@ BENCHMARKS = {
 
 def load(name: str) -> Benchmark:
     """The benchmark of NAME or NAME=FILE. ValueError, in one line, for an unknown name or a file that is not its."""
-    name, given, file = name.partition("=")
+    name, equals, file = name.partition("=")
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, BENCHMARKS, 3, 0.4)
         raise ValueError(
             f"unknown benchmark {name!r}; "
             + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(BENCHMARKS)}")
         )
-    if given and not file:
+    if equals and not file:
         raise ValueError(f"--benchmark {name}=: the name of a file is missing")
     source = BENCHMARKS[name]
     path = Path(file).expanduser() if file else _fetch(name, source)
@@ -314,7 +314,7 @@ def _fill(text: str, item: Item) -> str:
         "input": fence("input", task.input),
         "output": fence("output", task.output),
         "message": fence("message", task.message),
-        "pairs": "".join(fence("input", given) + fence("output", wanted) for given, wanted in task.visible),
+        "pairs": "".join(fence("input", value) + fence("output", result) for value, result in task.visible),
     }
     names = re.compile("|".join("{" + name + "}" for name in fields))
     return names.sub(lambda match: fields[match[0][1:-1]], text)

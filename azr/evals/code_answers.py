@@ -264,7 +264,7 @@ def calibrate(problems: Iterable[Problem], sandbox: Sandbox) -> dict[str, Refere
 
 
 def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
-    outcomes, used = _measured(problem, problem.inputs, sandbox)
+    outcomes, seconds = _measured(problem, problem.inputs, sandbox)
     good = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
     faults = [
         f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
@@ -279,13 +279,13 @@ def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
             f"{problem.task_id}: {len(faults)} of {len(outcomes)} inputs are left out, the reference solution gives no "
             f"value for them ({faults[0]})"
         )
-    if used > LEAST_SECONDS / TIME_FACTOR:  # of all inputs together; the limit is about the slowest one
-        used = max(_measured(problem, (text,), sandbox)[1] for text in inputs)
+    if seconds > LEAST_SECONDS / TIME_FACTOR:  # of all inputs together; the limit is about the slowest one
+        seconds = max(_measured(problem, (text,), sandbox)[1] for text in inputs)
     return Reference(
         inputs,
         base,
         tuple(outcomes[place].output for place in good),
-        max(LEAST_SECONDS, TIME_FACTOR * used),
+        max(LEAST_SECONDS, TIME_FACTOR * seconds),
         tuple(faults),
     )
 
@@ -338,10 +338,10 @@ def _grade(problem: Problem, reference: Reference, outcomes: list) -> Grade:
     for place, outcome in enumerate(outcomes):
         reason, detail = outcome.status, outcome.detail
         if reason == "ok":
-            wanted = reference.outputs[place]
-            if accepts(problem, reference.inputs[place], outcome.output, wanted):
+            expected = reference.outputs[place]
+            if accepts(problem, reference.inputs[place], outcome.output, expected):
                 continue
-            reason, detail = "wrong", f"{outcome.output:.80} instead of {wanted:.80}"
+            reason, detail = "wrong", f"{outcome.output:.80} instead of {expected:.80}"
         # Base inputs come first: whoever fails at an extra one was right on all of them.
         name = _name(reference.base, place)
         return Grade(place >= reference.base, False, reason, f"{name}: {detail}".rstrip(": "))

@@ -85,8 +85,8 @@ def read(where: str | Path) -> Graded:
             raise ValueError(f"{where}: one problem has only {n} samples, another {max(counts)}: finish the run first")
         warn(f"{where}: between {n} and {max(counts)} samples a problem; only the first {n} of each are used")
     ids = sorted(problems)
-    kept = [[problems[name][sample] for sample in sorted(problems[name])[:n]] for name in ids]
-    correct, answers, truncated = ([[row[i] for row in rows] for rows in kept] for i in range(3))
+    samples = [[problems[name][sample] for sample in sorted(problems[name])[:n]] for name in ids]
+    correct, answers, truncated = ([[row[i] for row in rows] for rows in samples] for i in range(3))
     return Graded(where, info, ids, np.array(correct, dtype=bool), answers, np.array(truncated, dtype=float))
 
 
@@ -124,8 +124,8 @@ def _row(row: dict, seen: dict) -> tuple[str, int, tuple]:
     if not (answer is None or isinstance(answer, str)):
         raise ValueError("'answer' is neither a text nor null")
     finish = row.get("finish_reason")
-    kept = (row["correct"], answer, None if finish is None else finish == "length")
-    return row["task_id"], row["sample"], seen.setdefault(kept, kept)
+    values = (row["correct"], answer, None if finish is None else finish == "length")
+    return row["task_id"], row["sample"], seen.setdefault(values, values)
 
 
 # ---------------------------------------------------------------- like with like
@@ -159,7 +159,7 @@ def check(base: Graded, tuned: Graded, second_base: bool = False) -> list[str]:
     dtypes = [result.info.get("dtype") for result in (base, tuned)]
     if dtypes[0] != dtypes[1]:
         notes.append(f"dtype differs: {dtypes[0]} in {base.where}, {dtypes[1]} in {tuned.where}")
-    matched = _check_decoding(base, tuned, notes)
+    remarks = _check_decoding(base, tuned, notes)
     seeds = [(result.info.get("decoding") or {}).get("seed") for result in (base, tuned)]
     if second_base and seeds[0] is not None and seeds[0] == seeds[1]:
         raise ValueError(
@@ -169,7 +169,7 @@ def check(base: Graded, tuned: Graded, second_base: bool = False) -> list[str]:
         if second_base:
             raise ValueError(f"{tuned.where}: the same answers as {base.where}, so it is no second sample")
         notes.append("every answer and verdict of the two results is the same")
-    return notes + matched
+    return notes + remarks
 
 
 def _same(key: str, a: object, b: object, base: Graded, tuned: Graded, notes: list[str]) -> None:
@@ -190,13 +190,15 @@ def _check_decoding(base: Graded, tuned: Graded, notes: list[str]) -> list[str]:
         notes.append("decoding is not recorded in both results, so it could not be checked")
         return []
     matched = bool(b.get("match_entropy") or tuned.info.get("match_entropy"))
-    said = []
+    remarks = []
     for key in sorted((set(a) | set(b)) - {"seed", "match_entropy"}):
         if key == "temperature" and matched and a.get(key) != b.get(key):
-            said.append(f"the tuned model's temperature {b.get(key)} was matched to the base's entropy at {a.get(key)}")
+            remarks.append(
+                f"the tuned model's temperature {b.get(key)} was matched to the base's entropy at {a.get(key)}"
+            )
         elif a.get(key) != b.get(key):
             _same(f"decoding ({key})", a.get(key, "none"), b.get(key, "none"), base, tuned, notes)
-    return said
+    return remarks
 
 
 # ---------------------------------------------------------------- what is compared
@@ -379,11 +381,11 @@ def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
     problems, sums = len(columns), columns.sum(axis=0)
     estimate = _figures(sums)[2]
     influence = (problems - 1) * (estimate - _figures(sums - columns)[2])
-    known = np.isfinite(influence).all(axis=0)
+    finite = np.isfinite(influence).all(axis=0)
     solved = min(sums[0] + sums[2], sums[4] + sums[6], sums[0] + sums[1]) / problems
     unit = np.array([1, 1, 1, 1, *np.ones(2) / max(solved, 1 / problems)])
-    around = passk.difference_interval(np.where(known, influence, 0) / unit, draws=draws)
-    low, high = (np.where(known, estimate + unit * end, np.nan) for end in (around.low, around.high))
+    around = passk.difference_interval(np.where(finite, influence, 0) / unit, draws=draws)
+    low, high = (np.where(finite, estimate + unit * end, np.nan) for end in (around.low, around.high))
     return passk.Interval(estimate, low, high)
 
 
@@ -431,11 +433,11 @@ def answer_figures(base: Graded, tuned: Graded, draws: int) -> dict:
         for each in (base, tuned)
     ]
     entropy = np.array([[passk.answer_entropy(row) for row in each.answers] for each in (base, tuned)])
-    known = np.isfinite(entropy).all(axis=0)
+    finite = np.isfinite(entropy).all(axis=0)
     return result | {
         "distinct_correct": pair(*distinct, draws, share=False),
-        "entropy": pair(*entropy[:, known], draws, share=False) if known.any() else None,
-        "entropy_problems": int(known.sum()),
+        "entropy": pair(*entropy[:, finite], draws, share=False) if finite.any() else None,
+        "entropy_problems": int(finite.sum()),
     }
 
 

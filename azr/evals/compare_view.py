@@ -44,14 +44,14 @@ def p_value(p: float) -> str:
 
 def crossing_line(result: dict) -> str:
     """Says where the lead changes, with its interval; an end at the edge of the compared k is marked <= or >=."""
-    found = result["crossing"]
-    if found is None:
+    point = result["crossing"]
+    if point is None:
         return "Crossing point: none established."
-    low, high, ks = found["k"]["low"], found["k"]["high"], [row["k"] for row in result["pass@k"]]
+    low, high, ks = point["k"]["low"], point["k"]["high"], [row["k"] for row in result["pass@k"]]
     left, right = ("<= " if low <= ks[0] * 1.001 else ""), (">= " if high >= ks[-1] * 0.999 else "")
     return (
-        f"Crossing point: {found['first']} is ahead below k = {found['k']['mean']:.1f} "
-        f"[{left}{low:.1f}, {right}{high:.1f}], {found['then']} above."
+        f"Crossing point: {point['first']} is ahead below k = {point['k']['mean']:.1f} "
+        f"[{left}{low:.1f}, {right}{high:.1f}], {point['then']} above."
     )
 
 
@@ -122,10 +122,11 @@ def set_note(result: dict) -> str:
 
 def solved_line(result: dict) -> str:
     """Says how many problems each model solved at least once in all its samples, with McNemar's exact p."""
-    got = result["solved_in_n"]
+    counts = result["solved_in_n"]
     return (
-        f"Within all {result['samples_per_problem']} samples: both {got['both']}, base only {got['base_only']}, tuned "
-        f"only {got['tuned_only']}, neither {got['neither']} (McNemar, exact: p {p_value(got['mcnemar_p'])})."
+        f"Within all {result['samples_per_problem']} samples: both {counts['both']}, base only {counts['base_only']}, "
+        f"tuned only {counts['tuned_only']}, neither {counts['neither']} "
+        f"(McNemar, exact: p {p_value(counts['mcnemar_p'])})."
     )
 
 

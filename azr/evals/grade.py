@@ -90,11 +90,11 @@ class Grader:
         grades: list[Grade] = []
         for start in range(0, len(answers), PART):
             part = answers[start : start + PART]
-            found = self._part(part)
-            again = [i for i, grade in enumerate(found) if grade.reason == "infra"]
+            part_grades = self._part(part)
+            again = [i for i, grade in enumerate(part_grades) if grade.reason == "infra"]
             for i, grade in zip(again, self._part([part[i] for i in again]) if again else []):
-                found[i] = grade
-            grades += found
+                part_grades[i] = grade
+            grades += part_grades
             if progress:
                 progress(len(grades), len(answers))
         return grades
@@ -172,17 +172,17 @@ def task_answer(mode: str, text: str, form: str = "completion") -> str | None:
         return parse_answer(mode, text).value
     blocks = [block.text for block in fences(text) if block.tag in _TAGS[mode]] if "```" in text else []
     if blocks:
-        found = blocks[-1]
+        answer = blocks[-1]
     else:
         stated = form == "completion" and mode != "induction" and (_marked(text) or _last(_STATED, text))
-        found = stated or text
-    found = found.strip()
-    if mode != "induction" and found.startswith(("f(", "assert")):
-        if sides := _ASSERTION.fullmatch(found):
-            found = sides[1 if mode == "abduction" else 2].strip()
-        elif mode == "abduction" and found.startswith("f(") and found.endswith(")"):
-            found = found[2:-1].strip()
-    return found if found or mode == "abduction" else None  # f() is called with nothing
+        answer = stated or text
+    answer = answer.strip()
+    if mode != "induction" and answer.startswith(("f(", "assert")):
+        if sides := _ASSERTION.fullmatch(answer):
+            answer = sides[1 if mode == "abduction" else 2].strip()
+        elif mode == "abduction" and answer.startswith("f(") and answer.endswith(")"):
+            answer = answer[2:-1].strip()
+    return answer if answer or mode == "abduction" else None  # f() is called with nothing
 
 
 def _marked(text: str) -> str | None:
@@ -193,10 +193,10 @@ def _marked(text: str) -> str | None:
 
 
 def _last(pattern: re.Pattern, text: str) -> str | None:
-    found = None
-    for found in pattern.finditer(text):
+    match = None
+    for match in pattern.finditer(text):
         pass
-    return found[1] if found and found[1].strip() else None
+    return match[1] if match and match[1].strip() else None
 
 
 def program_text(problem: code_answers.Problem, text: str, form: str = "completion") -> str:

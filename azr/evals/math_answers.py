@@ -74,11 +74,11 @@ def extract(response: str) -> str | None:
     Linear in the response, nothing raises.
     """
     _, tagged, _ = answer_text(response)
-    found = _stated(response if tagged is None else tagged)
-    if found is None and tagged is not None:
-        found = tagged if len(tagged.strip().splitlines()) == 1 else None  # of prose, any number would be read
-    found = None if found is None else found.strip().strip("`*").strip()
-    return found or None
+    answer = _stated(response if tagged is None else tagged)
+    if answer is None and tagged is not None:
+        answer = tagged if len(tagged.strip().splitlines()) == 1 else None  # of prose, any number would be read
+    answer = None if answer is None else answer.strip().strip("`*").strip()
+    return answer or None
 
 
 def _stated(text: str) -> str | None:
@@ -119,10 +119,10 @@ def last_boxed(text: str) -> str | None:
 def _braces(text: str) -> str | None:
     """The inside of the braces that a text begins with; None if they do not close."""
     depth = 0
-    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(found[0], 0)
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
         if depth == 0:
-            return text[1 : found.start()] if text[0] == "{" and found[0] == "}" else None
+            return text[1 : match.start()] if text[0] == "{" and match[0] == "}" else None
     return None
 
 
@@ -194,8 +194,8 @@ class MathGrader:
         slow: dict[str, list[str]] = {}
         for reference, answer in dict.fromkeys(pairs):
             verdict = _check_text(answer) or _quick(normalise(reference), normalise(answer))
-            if verdict is None and is_number(reference) and (found := _COUNTED.fullmatch(answer.strip())):
-                verdict = _quick(normalise(reference), normalise(found[1]))  # 18 dollars, where 18 is asked
+            if verdict is None and is_number(reference) and (match := _COUNTED.fullmatch(answer.strip())):
+                verdict = _quick(normalise(reference), normalise(match[1]))  # 18 dollars, where 18 is asked
             if verdict is None:
                 slow.setdefault(reference, []).append(answer)
             else:
@@ -302,17 +302,17 @@ def serve() -> None:
         return parse(_latex(reference), box, parsing_timeout=None)
 
     def compare(reference: str, answer: str) -> dict:
-        wanted, found = gold(reference), parse(_latex(answer), box, parsing_timeout=None)
-        if not found:
+        expected, expressions = gold(reference), parse(_latex(answer), box, parsing_timeout=None)
+        if not expressions:
             return {"ok": False, "reason": "unparsed", "key": None}
         # Reference first: math-verify treats the two sides of an equation or an interval differently. No time limits of
         # its own, here and in parse: they are signals that Python code handles, the kernel's limits hold in C code too.
-        ok = bool(verify(wanted, found, timeout_seconds=None))
+        ok = bool(verify(expected, expressions, timeout_seconds=None))
         return {
             "ok": ok,
             "reason": "ok" if ok else "wrong",
             # One key for all right answers, whatever form each has.
-            "key": normalise(reference) if ok else str(found[0])[:500],
+            "key": normalise(reference) if ok else str(expressions[0])[:500],
         }
 
     for reference, answer in _WARM_UP:  # loads what sympy loads late: the children cannot open files
@@ -324,13 +324,13 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         reference, answers = json.loads(line)
         gold(reference)  # before the fork, for all answers to the problem
-        rows, died = _in_child(lambda answer: compare(reference, answer), answers, library)
+        rows, failure = _in_child(lambda answer: compare(reference, answer), answers, library)
         for answer in answers[len(rows) :]:
             if len(answers) > 1:
-                alone, died = _in_child(lambda answer: compare(reference, answer), [answer], library)
-                rows += alone or [died]
+                alone, failure = _in_child(lambda answer: compare(reference, answer), [answer], library)
+                rows += alone or [failure]
             else:
-                rows.append(died)
+                rows.append(failure)
         sys.stdout.buffer.write(json.dumps(rows).encode() + b"\n")
         sys.stdout.buffer.flush()
 

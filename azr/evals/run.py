@@ -239,15 +239,15 @@ def missing_of(rows: dict, names: list[str], samples: range) -> list[int]:
 
 def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> None:
     """Rewrites the file in the order of the cells, if it has another: they finish in any."""
-    wanted = [
+    sequence = [
         rows[name, j]
         for part, samples in cells(names, n, longest)
         for name in part
         for j in samples
         if (name, j) in rows
     ]
-    if wanted != list(rows.values()):
-        write_jsonl_atomic(path, map(sample_line, wanted))
+    if sequence != list(rows.values()):
+        write_jsonl_atomic(path, map(sample_line, sequence))
 
 
 def cells(names: list[str], n: int, longest: int) -> Iterator[tuple[list[str], range]]:
@@ -393,13 +393,13 @@ def match_entropy(policy, prompts: dict, sampling, seed: int) -> dict:
     with bar("matching the base's entropy") as advance:
         with policy.disable_adapter():
             target = entropy(start)
-        low, found, high = start, entropy(start), start
-        temperature, tuned = start, found
-        while found < target and high < HOTTEST:
+        low, latest, high = start, entropy(start), start
+        temperature, tuned = start, latest
+        while latest < target and high < HOTTEST:
             low, high = high, min(HOTTEST, 1.5 * high)
-            found = entropy(high)
+            latest = entropy(high)
         if high > start:
-            temperature, tuned = high, found
+            temperature, tuned = high, latest
         for step in range(MATCH_STEPS if tuned > target and high > start else 0):
             if abs(tuned - target) <= MATCH_CLOSE * target:
                 break

@@ -45,13 +45,13 @@ class Row:
 def read_samples(path: str | Path, benchmark: Benchmark) -> list[Row]:
     """The samples of a .jsonl or .jsonl.gz file, in its order. ValueError with file and line for a bad line, a task_id
     that the benchmark does not have, or a (task_id, sample) that is there twice."""
-    rows, known = [], benchmark.by_id()
+    rows, by_id = [], benchmark.by_id()
     seen: set[tuple[str, int]] = set()
     counts: Counter = Counter()
     for where, data in strict_lines(path):
         row = _row(data, where, counts)
-        if row.task_id not in known:
-            near = difflib.get_close_matches(row.task_id, known, 1)
+        if row.task_id not in by_id:
+            near = difflib.get_close_matches(row.task_id, by_id, 1)
             raise ValueError(
                 f"{where}: {benchmark.name} has no problem {ascii(row.task_id)[:80]}"
                 f"{f'; the nearest is {near[0]}' if near else ''}"
@@ -210,13 +210,13 @@ def truncation(rows: list[Row], grades: list[Grade], names: list[str]) -> dict |
         return None
     whole = [row.finish_reason != "length" for row in rows]
     n, c = _counts(rows, [grade.correct for grade in grades], names)
-    kept = [row for row, keep in zip(rows, whole) if keep]
-    n_kept, c_kept = _counts(kept, [grade.correct for grade, keep in zip(grades, whole) if keep], names)
-    some = n_kept > 0
+    whole_rows = [row for row, keep in zip(rows, whole) if keep]
+    n_whole, c_whole = _counts(whole_rows, [grade.correct for grade, keep in zip(grades, whole) if keep], names)
+    some = n_whole > 0
     return {
-        "share": 1 - len(kept) / len(rows),
+        "share": 1 - len(whole_rows) / len(rows),
         "pass@1": float(np.mean(c / n)),
-        "pass@1_without_truncated": float(np.mean(c_kept[some] / n_kept[some])) if some.any() else None,
+        "pass@1_without_truncated": float(np.mean(c_whole[some] / n_whole[some])) if some.any() else None,
         "problems_all_truncated": int((~some).sum()),
     }
 
