@@ -122,9 +122,9 @@ def card_for(name: str | None, preset: Preset, here: str | None = None) -> tuple
         return named(name), f"{name}, as asked"
     if here:
         words = here.lower().replace("-", " ").split()
-        found = [card for key, card in CARDS.items() if key in words]
-        if found:
-            return found[0], f"{here}, in this machine"
+        matches = [card for key, card in CARDS.items() if key in words]
+        if matches:
+            return matches[0], f"{here}, in this machine"
         return CARDS[OF_PRESET[preset.name]] if preset.name in OF_PRESET else None, (
             f"{here} is not in the list of cards; taken for a {OF_PRESET.get(preset.name)}"
         )
@@ -242,11 +242,11 @@ def update_time(shape: Shape, preset: Preset, card: Card | None, sampled: int, t
 def disk(plan: Plan, model: str, steps: int, eval_every: int, keep_states: int = 2) -> dict[str, float]:
     """Bytes of the run directory by part, and of the model's files in the hub's cache."""
     adapter = 4 * plan.shape.lora_parameters(plan.preset.lora_rank, plan.preset.lora_targets)
-    kept = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
+    count = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
     tokens = step_time(plan, None, paces(plan)[0]).trained * steps
     hub = not Path(model_path(model)).is_dir()
     return {
-        "adapters": kept * adapter,
+        "adapters": count * adapter,
         "states": (keep_states + 1) * 3 * adapter,
         "samples": ROW_BYTES * TOKEN_CHARACTERS * tokens,
         "download": 2 * plan.shape.parameters + TOKENIZER_BYTES if hub else 0,
@@ -290,13 +290,13 @@ def render(
     out: str = ".",
 ) -> str:
     """Time, cost and disk as plain text, 80 columns."""
-    chosen = paces(plan)
-    times = [step_time(plan, card, pace) for pace in chosen]
+    guesses = paces(plan)
+    times = [step_time(plan, card, pace) for pace in guesses]
     lines = [f"card         {why}"]
     if card:
         half = "bf16" if card.name != "t4" else "fp16; a T4 has no bf16"
         lines += [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}"]
-    lines += ["", f"{'time, computed':16}" + "".join(f"{pace.name:>12}" for pace in chosen)]
+    lines += ["", f"{'time, computed':16}" + "".join(f"{pace.name:>12}" for pace in guesses)]
 
     def row(name: str, cells) -> None:
         lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells))
@@ -308,10 +308,10 @@ def render(
     if price:
         row(f"at ${price:g}/h", (f"${steps * time.total / 3600 * price:,.2f}" for time in times))
     row("tokens a step", (f"{time.sampled:,}" for time in times))
-    row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in chosen))
-    row("  valid", (f"{100 * pace.valid:.0f} %" for pace in chosen))
+    row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in guesses))
+    row("  valid", (f"{100 * pace.valid:.0f} %" for pace in guesses))
     if card:
-        row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in chosen))
+        row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in guesses))
     source = "from rates measured with the embedded model on two cores"
     if card:
         source = "computed, not measured on this card (an H200 was: docs/gpu.md)"

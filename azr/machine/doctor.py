@@ -239,22 +239,22 @@ def show(label: str, text: str) -> None:
 
 def main(arguments: list[str], parse) -> int:
     """Prints the report; 1 if training cannot run here. parse(arguments) -> the settings of a run."""
-    chosen = settings(arguments, parse)
+    config = settings(arguments, parse)
     print("----- from here on it can be pasted into an issue: no names, no tokens -----", flush=True)
     show("command", f"train_azr.py {' '.join(arguments)}")
     blocks, slows = [], []
-    for findings in examine(chosen):
+    for findings in examine(config):
         for label, text in findings.lines:
             show(label, text)
         blocks += findings.blocks
         slows += findings.slows
     print()
-    show("verdict", f"training --model {chosen.model} {'WILL NOT WORK here' if blocks else 'will work here'}")
+    show("verdict", f"training --model {config.model} {'WILL NOT WORK here' if blocks else 'will work here'}")
     for text in blocks:
         show("because", text)
     for text in slows:
         show("but", text)
-    if not blocks and not chosen.tiny:
-        show("next", f"train_azr.py --model {chosen.model} --dry-run says whether it fits the memory")
+    if not blocks and not config.tiny:
+        show("next", f"train_azr.py --model {config.model} --dry-run says whether it fits the memory")
     print("----- to here -----")
     return 1 if blocks else 0

@@ -342,8 +342,8 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
         **unpacked,
         **scoring(shape, preset, device),
     }
-    wanted = min(preset.max_batch, in_flight(preset)) + 1  # and a prompt that is held
-    cache, copied = cache_bytes(shape, preset, wanted, device), value * shape.linear_parameters
+    slots = min(preset.max_batch, in_flight(preset)) + 1  # and a prompt that is held
+    cache, copied = cache_bytes(shape, preset, slots, device), value * shape.linear_parameters
     left = math.inf if room is None else room - sum(rollout.values()) - SPARE
     pays = on_gpu and preset.rollout_weights == "auto" and copies_pay(left, copied, cache)
     if preset.quantization == "nf4" and (pays or preset.rollout_weights == "bf16"):
@@ -383,10 +383,12 @@ def scoring(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
     if device == "cuda":
         value = value_bytes(preset, device)
         one = layer_bytes(shape) if value == 2 else fp32_layer_bytes(shape, preset.lora_rank)
-        kept = 4 * shape.hidden * shape.layers + one * BACKWARD_FACTOR  # the residual stream is fp32 always
-        return {"activations": tokens * kept, "logits": block + tokens * 8 * shape.hidden}
-    kept = fp32_layer_bytes(shape, preset.lora_rank) * shape.layers + 4 * (3 * shape.intermediate + 2 * shape.hidden)
-    return {"activations": tokens * kept, "logits": block + tokens * 12 * shape.hidden}
+        per_token = 4 * shape.hidden * shape.layers + one * BACKWARD_FACTOR  # the residual stream is fp32 always
+        return {"activations": tokens * per_token, "logits": block + tokens * 8 * shape.hidden}
+    per_token = fp32_layer_bytes(shape, preset.lora_rank) * shape.layers + 4 * (
+        3 * shape.intermediate + 2 * shape.hidden
+    )
+    return {"activations": tokens * per_token, "logits": block + tokens * 12 * shape.hidden}
 
 
 def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = "cuda") -> Plan:
@@ -405,12 +407,12 @@ def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = 
 
     needed = cache_bytes(shape, preset, min(LEAST_SLOTS, in_flight(preset)), device)
     for phase, name, least in (("rollout", "max_batch", LEAST_SLOTS), ("training", "token_budget", longest)):
-        asked = size = getattr(preset, name)
+        original = size = getattr(preset, name)
         while room is not None and size > least and short(phase):
             size = max(least, size // 2)  # as backoff.py does it
             preset = dataclasses.replace(preset, **{name: size})
-        if size != asked:
-            lowered.append(f"{name} {asked} -> {size}")
+        if size != original:
+            lowered.append(f"{name} {original} -> {size}")
     phases = memory(shape, preset, device, room)
     if room is not None:  # what would be needed, where it does not fit
         phases["rollout"]["KV cache"] = max(phases["rollout"]["KV cache"], needed)
@@ -433,34 +435,34 @@ def advice(plan: Plan) -> tuple[str, Plan] | None:
     ranks = lower("lora_rank", (16, 8))
     small = [{"max_new_tokens": 512, "prompt_tokens": 1024} | rank for rank in ranks]
     smallest = [{"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}]
-    tried = [*bits, *shorter, *both, *ranks, *small, *(smallest if preset.max_new_tokens > 256 else [])]
+    changes = [*bits, *shorter, *both, *ranks, *small, *(smallest if preset.max_new_tokens > 256 else [])]
     # Last, the same changes with 4 bits; the first entry is 4 bits alone.
-    tried += [change | bits[0] for change in tried[1:]] if bits else []
-    for change in tried:
-        made = plan_memory(plan.shape, dataclasses.replace(preset, **change), plan.capacity, plan.device)
-        if made.fits:
-            return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()), made
+    changes += [change | bits[0] for change in changes[1:]] if bits else []
+    for change in changes:
+        candidate = plan_memory(plan.shape, dataclasses.replace(preset, **change), plan.capacity, plan.device)
+        if candidate.fits:
+            return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()), candidate
     return None
 
 
 def elsewhere(plan: Plan) -> list[str]:
     """What would fit if no flag helps: the largest smaller model here, the smallest card for this one; both made."""
-    found = []
+    options = []
     for size, shape in sorted(QWEN25.items(), key=lambda item: -item[1].parameters):
         if shape.parameters < plan.shape.parameters:
             for preset in (plan.preset, PRESETS["8gb"]):
                 if plan_memory(shape, preset, plan.capacity, plan.device).fits:
                     flag = next((name for name, path in ALIASES.items() if path.endswith(f"-{size}")), None)
                     sizes = "" if preset is plan.preset else f" --preset {preset.name}"
-                    found.append(f"--model {flag or f'Qwen/Qwen2.5-Coder-{size}'}{sizes}")
+                    options.append(f"--model {flag or f'Qwen/Qwen2.5-Coder-{size}'}{sizes}")
                     break
-        if found:
+        if options:
             break
     for preset in PRESETS.values():
         if preset.gib * GIB > (plan.capacity or 0) and plan_memory(plan.shape, preset, capacity(preset)).fits:
-            found.append(f"a card of {preset.gib} GB with --preset {preset.name}")
+            options.append(f"a card of {preset.gib} GB with --preset {preset.name}")
             break
-    return found
+    return options
 
 
 def render(plan: Plan, model: str = "") -> str:
@@ -481,9 +483,9 @@ def render(plan: Plan, model: str = "") -> str:
         f"{preset.prompt_tokens}",
         *(f"lowered      {change}: a run does so too, and learns the same" for change in plan.lowered),
     ]
-    if plan.full_length < (wanted := min(preset.max_batch, in_flight(preset))):
+    if plan.full_length < (slots := min(preset.max_batch, in_flight(preset))):
         lines += [
-            f"cache        {plan.full_length} responses of full length at once, {wanted} are decoded:",
+            f"cache        {plan.full_length} responses of full length at once, {slots} are decoded:",
             "             the newest wait if more than that grow so long",
         ]
     lines += ["", f"{f'{name}, computed':16}" + "".join(f"{phase:>12}" for phase in phases)]
@@ -510,8 +512,8 @@ def verdict(plan: Plan) -> str:
         return f"fits         {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB"
     phase = max(plan.totals, key=plan.totals.get)
     text = f"DOES NOT FIT {phase} takes {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB\n             "
-    if found := advice(plan):
-        flag, made = found
-        return f"{text}it fits with {flag} ({made.peak / GB:.1f} GB)"
+    if suggestion := advice(plan):
+        flag, smaller = suggestion
+        return f"{text}it fits with {flag} ({smaller.peak / GB:.1f} GB)"
     others = elsewhere(plan)
     return f"{text}no flag makes this model fit" + (f"; it fits with {' or with '.join(others)}" if others else "")
