@@ -93,19 +93,19 @@ def find_source(path: Path, asked: str | None) -> Source:
         return _intact(
             Source(path, int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None)
         )
-    found = checkpoints_of(path)
-    if not found:
+    checkpoints = checkpoints_of(path)
+    if not checkpoints:
         what = "has no checkpoint" if path.is_dir() else "does not exist"
         raise ExportError(f"{path} {what}: export takes a run directory, or a checkpoint directory in it")
     asked = asked or "last"
     if asked in ("last", "best"):
-        step = max(found) if asked == "last" else best_step(path, list(found))
-    elif (number := asked.removeprefix("step_")).isdigit() and int(number) in found:
+        step = max(checkpoints) if asked == "last" else best_step(path, list(checkpoints))
+    elif (number := asked.removeprefix("step_")).isdigit() and int(number) in checkpoints:
         step = int(number)
     else:
-        have = ", ".join(f"step_{step}" for step in found)
+        have = ", ".join(f"step_{step}" for step in checkpoints)
         raise ExportError(f"{path} has no checkpoint {asked}: take last, best or one of {have}")
-    return _intact(Source(found[step], step, path))
+    return _intact(Source(checkpoints[step], step, path))
 
 
 def _intact(source: Source) -> Source:
@@ -117,8 +117,8 @@ def _intact(source: Source) -> Source:
 def best_step(run: Path, steps: list[int]) -> int:
     """The checkpoint with the highest held-out greedy accuracy (mean over the modes): training marks it, in runs from
     before that it is found in metrics.jsonl. ExportError: none was evaluated."""
-    marked = read_json(run / "checkpoints" / "best.json")
-    scores = {marked["step"]: marked["value"]} if {"step", "value"} <= set(marked) else {}
+    record = read_json(run / "checkpoints" / "best.json")
+    scores = {record["step"]: record["value"]} if {"step", "value"} <= set(record) else {}
     for row in read_metrics(run) if not scores else ():
         modes = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
         if modes:
@@ -208,15 +208,15 @@ class Merge:
 
     def held(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Rows of a tensor as the forward pass held it; a quantized one only as a whole."""
-        stored, dtype = self.base.tensor(name, first, last), self.reference.dtype
+        tensor, dtype = self.base.tensor(name, first, last), self.reference.dtype
         if not self.quantized(name):
-            return stored if dtype is None else stored.to(dtype)
+            return tensor if dtype is None else tensor.to(dtype)
         # A GPU follows a block into the next row; Reference.weights reads such rows as the CPU's kernel does.
-        if self.on_gpu and self.reference.straddles(tuple(stored.shape)):
-            stored = stored if dtype is None else stored.to(dtype)
-            codes = nf4.quantize(stored, self.reference.block, self.reference.double)
-            return codes.dequantize(stored.dtype).view_as(stored)
-        return self.reference.weights(stored)[0]
+        if self.on_gpu and self.reference.straddles(tuple(tensor.shape)):
+            tensor = tensor if dtype is None else tensor.to(dtype)
+            codes = nf4.quantize(tensor, self.reference.block, self.reference.double)
+            return codes.dequantize(tensor.dtype).view_as(tensor)
+        return self.reference.weights(tensor)[0]
 
     def delta(self, name: str, held: torch.Tensor) -> torch.Tensor | None:
         """(alpha / r) B A, fp32; None for a tensor without adapter."""
@@ -286,13 +286,13 @@ def open_merge(source: Source, base_name: str | None) -> Merge:
 
 def plan_shards(base: Checkpoint, limit: float) -> list[list[str]]:
     """Names in files of at most `limit` bytes, in order; a tensor larger than that has one for itself."""
-    shards, used = [[]], 0
+    shards, filled = [[]], 0
     for name, entry in base.entries.items():
-        if shards[-1] and used + 2 * entry.size > limit:
+        if shards[-1] and filled + 2 * entry.size > limit:
             shards.append([])
-            used = 0
+            filled = 0
         shards[-1].append(name)
-        used += 2 * entry.size
+        filled += 2 * entry.size
     return shards
 
 
@@ -346,8 +346,8 @@ def write_files(merge: Merge, directory: Path) -> None:
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = "bfloat16"
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    given = merge.base.directory
-    for file in [*(given / name for name in COPIED), *given.glob("LICENSE*")]:
+    source = merge.base.directory
+    for file in [*(source / name for name in COPIED), *source.glob("LICENSE*")]:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
     # Some programs look for the stop token there, others in config.json.

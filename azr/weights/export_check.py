@@ -59,13 +59,13 @@ def texts(run: Path | None, template: str, count: int) -> list[tuple[str, str]]:
         tasks = list(SEED_TASKS.values())
         prompts = [propose_prompt(mode, tasks[:1], template) for mode in MODES]
         return [(prompt, "</think> <answer>") for prompt in prompts + [solve_prompt(task, template) for task in tasks]]
-    found: dict[tuple, list] = {}
+    groups: dict[tuple, list] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        group = found.setdefault((row["role"], row["mode"]), [])
+        group = groups.setdefault((row["role"], row["mode"]), [])
         if len(group) < count and row["response"]:
             group.append((row["prompt"], row["response"]))
-    return [pair for group in found.values() for pair in group]
+    return [pair for group in groups.values() for pair in group]
 
 
 def make_batch(policy: Policy, pairs: list[tuple[str, str]]) -> Batch:
@@ -73,11 +73,11 @@ def make_batch(policy: Policy, pairs: list[tuple[str, str]]) -> Batch:
     vocabulary = policy.head.weight.shape[0]
     encoded = [(policy.encode(prompt), policy.encode(response)[:RESPONSE_TOKENS]) for prompt, response in pairs]
     encoded = sorted((pair for pair in encoded if pair[0] and pair[1]), key=lambda pair: len(pair[0]) + len(pair[1]))
-    kept = [pair for i, pair in enumerate(encoded) if (i + 1) * sum(map(len, pair)) <= PADDED_TOKENS] or encoded[:1]
-    length, most = max(len(p) + len(r) for p, r in kept), int(LOGIT_BYTES / 4 / vocabulary)
-    each = max(1, most // len(kept))
-    ids, positions = torch.full((len(kept), length), policy.pad_id), []
-    for row, (prompt, response) in enumerate(kept):
+    part = [pair for i, pair in enumerate(encoded) if (i + 1) * sum(map(len, pair)) <= PADDED_TOKENS] or encoded[:1]
+    length, most = max(len(p) + len(r) for p, r in part), int(LOGIT_BYTES / 4 / vocabulary)
+    each = max(1, most // len(part))
+    ids, positions = torch.full((len(part), length), policy.pad_id), []
+    for row, (prompt, response) in enumerate(part):
         ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
         start = row * length + len(prompt) - 1
         positions += range(start, start + min(len(response), each))
@@ -121,10 +121,10 @@ def check_base(policy: Policy, merge) -> float:
             continue
         plain = getattr(module, "base_layer", module)
         eye = torch.eye(merge.base.entries[name].shape[1], device=policy.device)
-        used = plain(eye).T - (0 if plain.bias is None else plain.bias.float()[:, None])
+        weights = plain(eye).T - (0 if plain.bias is None else plain.bias.float()[:, None])
         # the bias that was added and taken away again leaves its rounding
         slack = 0 if plain.bias is None else 1e-6 * (1 + plain.bias.abs().max().item())
-        worst = max(worst, (used.cpu() - merge.held(name).float()).abs().max().item() - slack)
+        worst = max(worst, (weights.cpu() - merge.held(name).float()).abs().max().item() - slack)
     return max(0.0, worst)
 
 
@@ -186,14 +186,14 @@ def load(directory: Path, need: int):
     if device.type == "cpu" and torch.cuda.is_available():
         warn(f"the bf16 model needs {need / 1e9:.1f} GB and the GPU has less free: computed on the CPU, which is slow")
     with quiet():
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             directory,
             dtype=torch.bfloat16,
             attn_implementation="sdpa",
             device_map={"": device},
             output_loading_info=True,
         )
-    if wrong := [*found["missing_keys"], *found["unexpected_keys"], *found["mismatched_keys"]]:
+    if wrong := [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]:
         raise ModelError(f"{directory}: transformers does not find, or not know, {wrong[0]} ({len(wrong)} tensors)")
     return model.eval()
 

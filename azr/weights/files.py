@@ -58,7 +58,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise WeightsError(f"{file} is no safetensors file, or only its start ({error})") from error
     if not isinstance(entries, dict):
         raise WeightsError(f"{file} ends inside its header: copy or download it again")
-    found = {}
+    tensors = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
@@ -68,15 +68,15 @@ def read_header(file: Path) -> dict[str, Entry]:
                 f"give the checkpoint in {', '.join(DTYPES)}"
             )
         begin, end = entry["data_offsets"]
-        found[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + header + begin)
+        tensors[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + header + begin)
         if 8 + header + end > length:
             raise WeightsError(
                 f"{file} is truncated: {name} ends at byte {8 + header + end}, the file at {length}; "
                 "copy or download it again"
             )
-        if end - begin != found[name].size * found[name].dtype.itemsize:
-            raise WeightsError(f"{file}: {name} has {end - begin} bytes for shape {found[name].shape}")
-    return found
+        if end - begin != tensors[name].size * tensors[name].dtype.itemsize:
+            raise WeightsError(f"{file}: {name} has {end - begin} bytes for shape {tensors[name].shape}")
+    return tensors
 
 
 def read(entry: Entry, first: int = 0, last: int | None = None) -> torch.Tensor:
@@ -90,10 +90,10 @@ def read(entry: Entry, first: int = 0, last: int | None = None) -> torch.Tensor:
         stream.seek(entry.start + first * row)
         done = 0
         while done < len(view):  # one call reads at most 2 GB
-            got = stream.readinto(view[done:])
-            if not got:
+            count = stream.readinto(view[done:])
+            if not count:
                 raise WeightsError(f"{entry.file} ended while it was read")
-            done += got
+            done += count
     return out
 
 
@@ -109,8 +109,8 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 def layer_of(name: str) -> int | None:
     """Returns the number of a tensor's block, 3 of model.layers.3.mlp.up_proj.weight; None outside the blocks."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def type_of(name: str) -> str:
@@ -137,8 +137,8 @@ class Checkpoint:
         """`model`: an alias (tiny, qwen-3b), a hub id in the cache, or a directory."""
         directory = find_directory(model)
         config = read_json(directory / "config.json")
-        if stored := config.get("quantization_config"):
-            method = stored.get("quant_method", "?") if isinstance(stored, dict) else "?"
+        if quantization := config.get("quantization_config"):
+            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
             raise WeightsError(f"{model} is stored quantized ({method}); give the unquantized model")
         entries, excluded = find_tensors(directory), {}
         if config.get("tie_word_embeddings") and "lm_head.weight" in entries:
@@ -206,12 +206,12 @@ def find_tensors(directory: Path) -> dict[str, Entry]:
         if len(files) > 1 and "model.safetensors" not in files:
             raise WeightsError(f"{directory} has {len(files)} safetensors files and no model.safetensors.index.json")
         files = ["model.safetensors"] if "model.safetensors" in files else files
-    found: dict[str, Entry] = {}
+    entries: dict[str, Entry] = {}
     for name in files:
-        found |= read_header(directory / name)
-    if where is not None and (missing := sorted(set(where) - set(found))):
+        entries |= read_header(directory / name)
+    if where is not None and (missing := sorted(set(where) - set(entries))):
         raise WeightsError(f"{directory}: no shard holds {missing[0]} ({len(missing)} tensors are missing)")
-    return dict(sorted(found.items(), key=lambda item: natural(item[0])))
+    return dict(sorted(entries.items(), key=lambda item: natural(item[0])))
 
 
 def natural(name: str) -> list:

@@ -55,8 +55,8 @@ class NF4:
 
     def piece(self, start: int, end: int, values: np.ndarray) -> torch.Tensor:
         """Weights start..end, fp32; start is a multiple of the block size."""
-        found = torch.from_numpy(np.take(values, self.codes[start:end]))
-        return scaled_by(found, self.scales, start, end, self.block)
+        weights = torch.from_numpy(np.take(values, self.codes[start:end]))
+        return scaled_by(weights, self.scales, start, end, self.block)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """(n,) in `dtype`: value of the code times scale, in fp32, then rounded."""

@@ -64,22 +64,22 @@ def path_of(base: Checkpoint, reference: Reference, checkpoints: dict[int, Adapt
     weight, bits = base.entries[name].shape[0] / len(rows), sizes.bf16_bits(w0)
     last = torch.zeros(w0.shape)
     absolute, ever, up, down = torch.zeros(w0.shape), *(torch.zeros(w0.shape, dtype=torch.bool) for _ in range(3))
-    found = {key: np.zeros(len(checkpoints)) for key in ("energy", "moved", "same", "near", "effective", "ranked")}
+    sums = {key: np.zeros(len(checkpoints)) for key in ("energy", "moved", "same", "near", "effective", "ranked")}
     for i, adapter in enumerate(checkpoints.values()):
         factors = adapter.factors(name)
         magnitude = None if factors.magnitude is None else factors.magnitude[rows]
         delta = dataclasses.replace(factors, b=factors.b[rows], magnitude=magnitude).delta(w0)
         step, changed = delta - last, sizes.bf16_bits(w0.float() + delta) != bits
         shares = sizes.compare(w0, delta, w0 if original is w0 else original)
-        found["energy"][i], found["moved"][i] = weight * energy_of(delta), weight * energy_of(step)
-        found["same"][i], found["near"][i] = weight * shares.same, weight * shares.near
-        if magnitude is None and (found["energy"][i] > 0):
+        sums["energy"][i], sums["moved"][i] = weight * energy_of(delta), weight * energy_of(step)
+        sums["same"][i], sums["near"][i] = weight * shares.same, weight * shares.near
+        if magnitude is None and (sums["energy"][i] > 0):
             summary = spectra.rank_summary(spectra.factor_spectrum(factors.b, factors.a, factors.scale), len(factors.a))
-            found["effective"][i], found["ranked"][i] = summary["R1_effective_rank"], 1
+            sums["effective"][i], sums["ranked"][i] = summary["R1_effective_rank"], 1
         absolute += step.abs()
         up, down, ever, last = up | (step > 0), down | (step < 0), ever | changed, delta
     return {
-        **found,
+        **sums,
         "n": weight * w0.numel(),
         "net": weight * last.abs().sum().item(),
         "absolute": weight * absolute.sum().item(),
@@ -107,10 +107,10 @@ def cross_run(update, other, name: str, change: Change) -> dict:
 
 def cross_report(crosses: list[dict], second: str) -> dict:
     """X1 of the whole: Jaccard of the changed entries against independent masks of the same sizes."""
-    counted = [cross for cross in crosses if cross]
-    n, ours, theirs, both = (int(x) for x in sum(cross["counts"] for cross in counted))
+    present = [cross for cross in crosses if cross]
+    n, ours, theirs, both = (int(x) for x in sum(cross["counts"] for cross in present))
     p, q = ours / n, theirs / n
-    spans = [cross for cross in counted if "mean_cos2" in cross]
+    spans = [cross for cross in present if "mean_cos2" in cross]
     mean = {key: sizes.ratio(sum(cross[key] for cross in spans), len(spans)) for key in ("mean_cos2", "random_cos2")}
     return {
         "other": second,

@@ -121,9 +121,9 @@ def untouched(w0: torch.Tensor, quantized: bool) -> tuple[Sizes, Shares]:
 
 def binned_energy(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(entries, mean of delta^2) of every bin that has entries, ascending."""
-    used = np.flatnonzero(histogram)
-    low, high = (((used + k).astype(np.uint32) << BIN_SHIFT).view(np.float32).astype(np.float64) for k in (0, 1))
-    return histogram[used], np.where(used == 0, 0.0, (low * low + low * high + high * high) / 3)
+    bins = np.flatnonzero(histogram)
+    low, high = (((bins + k).astype(np.uint32) << BIN_SHIFT).view(np.float32).astype(np.float64) for k in (0, 1))
+    return histogram[bins], np.where(bins == 0, 0.0, (low * low + low * high + high * high) / 3)
 
 
 def concentration(count: np.ndarray, energy: np.ndarray) -> dict | None:
@@ -216,8 +216,8 @@ def compare(
         # numpy's comparisons are several times as fast as torch's on pieces of this size
         equal, zero = before.view(torch.int16).numpy() == after.view(torch.int16).numpy(), a.numpy() == 0
         same += np.count_nonzero(equal)
-        if found := np.count_nonzero(zero):
-            zero_base += found
+        if count := np.count_nonzero(zero):
+            zero_base += count
             zero_base_same += np.count_nonzero(equal & zero)
         if not alone:
             a = original[start:end].float()
@@ -288,7 +288,7 @@ def null_draws(
         turned = {name: mask.T for name, mask in (masks or {}).items()}
         return null_draws(w0.T, singular, factor, generator, turned)
     flat = torch.full_like(singular, float(singular.square().mean().sqrt()))
-    found = {name: [] for name in ("spectrum", "matched", "flat", "row", "column")}
+    shares = {name: [] for name in ("spectrum", "matched", "flat", "row", "column")}
     overlaps = {name: [] for name in masks or {}}
     for _ in range(DRAWS):
         rows = torch.randperm(m, generator=generator)[: SAMPLE // 8 if full else SAMPLE]
@@ -299,16 +299,16 @@ def null_draws(
         else:
             u, v = orthonormal(m, len(singular), generator), orthonormal(n, len(singular), generator)
             update, level = ((u[rows] * s) @ v[columns].T for s in (singular, flat))
-            found["row"].append(profile((u.square() @ singular.square()).numpy())["gini"])
-            found["column"].append(profile((v.square() @ singular.square()).numpy())["gini"])
+            shares["row"].append(profile((u.square() @ singular.square()).numpy())["gini"])
+            shares["column"].append(profile((v.square() @ singular.square()).numpy())["gini"])
         bits = bf16_bits(base)
         changed = bf16_bits(base + update) != bits
-        found["spectrum"].append(1 - changed.float().mean().item())
-        found["matched"].append((bf16_bits(base + factor * update) == bits).float().mean().item())
-        found["flat"].append((bf16_bits(base + level) == bits).float().mean().item())
+        shares["spectrum"].append(1 - changed.float().mean().item())
+        shares["matched"].append((bf16_bits(base + factor * update) == bits).float().mean().item())
+        shares["flat"].append((bf16_bits(base + level) == bits).float().mean().item())
         for name, mask in (masks or {}).items():
             overlaps[name].append((changed & mask[rows][:, columns]).sum().item() / max(1, changed.sum().item()))
-    values = {name: np.array(found[name]) if found[name] else None for name in found}
+    values = {name: np.array(shares[name]) if shares[name] else None for name in shares}
     return NullDraws(*values.values(), {name: np.array(draws) for name, draws in overlaps.items()})
 
 

@@ -75,22 +75,22 @@ def measure(update, name: str, factor: float, spectral: bool, other=None) -> Mea
     check_finite(update, name, size)
     shares = sizes.compare(w0, delta, change.original, 1.0, change.stored)
     matched = sizes.compare(w0, delta, change.original, factor, change.stored)
-    found = Measured(name, True, size, shares, matched)
+    result = Measured(name, True, size, shares, matched)
     masks = {}
     if spectral:
-        found.spectral, masks = spectra.principal(w0, delta)
+        result.spectral, masks = spectra.principal(w0, delta)
     if change.singular is None and spectral:
         change.rank, change.singular = min(delta.shape), spectra.full_spectrum(delta)
     if change.singular is not None:
-        found.ranks = spectra.rank_summary(change.singular, change.rank)
+        result.ranks = spectra.rank_summary(change.singular, change.rank)
         if size.energy:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            found.null = sizes.null_draws(w0, change.singular, factor, generator, masks)
-    found.stripes = stripes(delta, found.null)
-    found.overlaps = mask_overlaps(w0, delta, masks, found.null)
+            result.null = sizes.null_draws(w0, change.singular, factor, generator, masks)
+    result.stripes = stripes(delta, result.null)
+    result.overlaps = mask_overlaps(w0, delta, masks, result.null)
     if other is not None:
-        found.cross = cross_run(update, other, name, change)
-    return found
+        result.cross = cross_run(update, other, name, change)
+    return result
 
 
 def check_finite(update, name: str, size: sizes.Sizes) -> None:
@@ -104,12 +104,12 @@ def check_finite(update, name: str, size: sizes.Sizes) -> None:
 
 def stripes(delta: torch.Tensor, null: sizes.NullDraws | None) -> dict:
     """S6: whether rows or columns hold more of the energy than chance gives."""
-    found = {}
+    report = {}
     for axis, energy in zip(("row", "column"), sizes.axis_energies(delta)):
         if (profile := sizes.profile(energy)) is not None:
             draws = getattr(null, f"{axis}_gini", None)
-            found[f"{axis}s"] = {**profile, "gini_excess": sizes.excess(profile["gini"], draws)}
-    return found
+            report[f"{axis}s"] = {**profile, "gini_excess": sizes.excess(profile["gini"], draws)}
+    return report
 
 
 def mask_overlaps(w0: torch.Tensor, delta: torch.Tensor, masks: dict, null: sizes.NullDraws | None) -> dict:
@@ -139,12 +139,12 @@ def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
     for first, last in row_pieces(entry):
         w0 = update.base.tensor(name, first, last)
         if tuned is None:
-            found = sizes.untouched(w0, quantized)
+            counts = sizes.untouched(w0, quantized)
         else:
             delta = difference(tuned.tensor(name, first, last), w0)
-            found = sizes.sizes(w0, delta), sizes.compare(w0, delta, w0)
-        check_finite(update, name, found[0])
-        total = found if total is None else (total[0] + found[0], total[1] + found[1])
+            counts = sizes.sizes(w0, delta), sizes.compare(w0, delta, w0)
+        check_finite(update, name, counts[0])
+        total = counts if total is None else (total[0] + counts[0], total[1] + counts[1])
     return Measured(name, False, *total)
 
 
@@ -196,26 +196,26 @@ def denominators(n: int, s1: float, parameters: int) -> dict:
 
 def group_excess(parts: list[Measured], shares, matched) -> tuple[dict | None, dict | None]:
     """S5 as it is and at MATCHED_RMS: the observed share less the null, summed draw by draw over the matrices."""
-    drawn = [part for part in parts if part.null is not None]
+    with_null = [part for part in parts if part.null is not None]
     moved = [part for part in parts if part.size.energy]
-    if not drawn or len(drawn) != len(moved):
+    if not with_null or len(with_null) != len(moved):
         return None, None
-    still, found = shares.n - sum(part.size.n for part in drawn), []
+    still, excesses = shares.n - sum(part.size.n for part in with_null), []
     for observed, kind in ((shares, "spectrum"), (matched, "matched"), (shares, "flat")):
-        null = sum(part.size.n * getattr(part.null, kind) for part in drawn) + still
-        found.append(sizes.excess(observed.s1, null / shares.n))
-    return {**found[0], "flat": found[2]}, found[1]
+        null = sum(part.size.n * getattr(part.null, kind) for part in with_null) + still
+        excesses.append(sizes.excess(observed.s1, null / shares.n))
+    return {**excesses[0], "flat": excesses[2]}, excesses[1]
 
 
 def striped_share(parts: list[Measured]) -> dict:
     """Of a group: the share of its matrices whose rows (columns) are unequal beyond chance; chance gives 2.5 %."""
-    found = {}
+    result = {}
     for axis in ("rows", "columns"):
         excesses = [
             part.stripes[axis]["gini_excess"] for part in parts if part.stripes.get(axis, {}).get("gini_excess")
         ]
-        found[f"{axis}_striped_share"] = sizes.ratio(sum(e["low"] > 0 for e in excesses), len(excesses))
-    return found
+        result[f"{axis}_striped_share"] = sizes.ratio(sum(e["low"] > 0 for e in excesses), len(excesses))
+    return result
 
 
 def module_report(part: Measured, parameters: int) -> dict:
@@ -230,16 +230,16 @@ def module_report(part: Measured, parameters: int) -> dict:
 
 def spectral_report(parts: list[Measured]) -> dict:
     """Means over the matrices of what --spectral found, under the same keys."""
-    found = {}
+    report = {}
     keys = [key for key in parts[0].spectral | parts[0].overlaps]
     for key in keys:
         values = [(part.spectral | part.overlaps)[key] for part in parts]
-        found[key] = mean_of([value for value in values if value is not None])
+        report[key] = mean_of([value for value in values if value is not None])
     critical = [part.spectral["R2_critical_scale"] for part in parts]
-    known = [scale for scale in critical if scale is not None]
-    found["R2_critical_scale"] = min(known) if known else None  # the matrix that is nearest to an intruder
-    found["R2_margin"] = min(part.spectral["R2_margin"] for part in parts)
-    return found
+    scales = [scale for scale in critical if scale is not None]
+    report["R2_critical_scale"] = min(scales) if scales else None  # the matrix that is nearest to an intruder
+    report["R2_margin"] = min(part.spectral["R2_margin"] for part in parts)
+    return report
 
 
 def mean_of(values: list):
@@ -256,7 +256,7 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
     for part in adapted:
         groups["layers"].setdefault(str(layer_of(part.name)), []).append(part)
         groups["types"].setdefault(type_of(part.name), []).append(part)
-    found = {
+    report = {
         "whole": group_report(parts, base.parameters),
         "adapted": group_report(adapted, base.parameters) | (spectral_report(adapted) if spectral else {}),
         **{kind: {key: group_report(group, base.parameters) for key, group in groups[kind].items()} for kind in groups},
@@ -267,10 +267,10 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
         },
     }
     if spectral:
-        found["whole"] |= {
-            key: value for key, value in found["adapted"].items() if key[:3] in ("R2_", "G1_", "G2_", "G3_")
+        report["whole"] |= {
+            key: value for key, value in report["adapted"].items() if key[:3] in ("R2_", "G1_", "G2_", "G3_")
         }
-    return found
+    return report
 
 
 # ---------------------------------------------------------------- the command
@@ -361,14 +361,14 @@ def analyse(args: argparse.Namespace) -> dict:
 
     # the largest first: no worker is left with one at the end
     names = sorted(base.entries, key=lambda name: -base.entries[name].size)
-    found = {part.name: part for part in run(one, names, "tensors")}
-    parts = [found[name] for name in base.entries]
+    by_name = {part.name: part for part in run(one, names, "tensors")}
+    parts = [by_name[name] for name in base.entries]
     report = {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
     if other is not None:
         report["cross_run"] = cross_report([part.cross for part in parts], str(args.other))
     if len(checkpoints) > 1:
-        opened = {step: Adapter.open(path, base) for step, path in checkpoints.items()}
-        report["along"] = path_along(base, update.reference, opened, run)
+        adapters = {step: Adapter.open(path, base) for step, path in checkpoints.items()}
+        report["along"] = path_along(base, update.reference, adapters, run)
     return report
 
 
@@ -409,9 +409,9 @@ def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdat
 
 def open_other(args, base: Checkpoint, update):
     """The second update of --other, on the same reference."""
-    counted = dict(base.entries)
+    before = dict(base.entries)
     other, _, _ = open_update(args, base, args.other)
-    if base.entries.keys() != counted.keys() or list(other.adapted) != list(update.adapted):
+    if base.entries.keys() != before.keys() or list(other.adapted) != list(update.adapted):
         raise WeightsError(f"{args.other} changes other matrices than the first update: they cannot be compared")
     if other.reference != update.reference:
         raise WeightsError(

@@ -179,9 +179,9 @@ def spectral_part(adapted: dict) -> list[str]:
 def tolerance_part(report: dict) -> list[str]:
     """Returns the table of unchanged shares at every second tolerance (U2), absolute and relative to the weight."""
     curve = report["adapted"]["U2"]
-    picked = range(0, len(curve["tolerance"]), 2)
-    rows = [("|change| at most", [f"{curve['tolerance'][i]:.0e}" for i in picked])]
-    rows += [(f"{kind} share", [percent(curve[kind][i]) for i in picked]) for kind in ("absolute", "relative")]
+    places = range(0, len(curve["tolerance"]), 2)
+    rows = [("|change| at most", [f"{curve['tolerance'][i]:.0e}" for i in places])]
+    rows += [(f"{kind} share", [percent(curve[kind][i]) for i in places]) for kind in ("absolute", "relative")]
     return ["", "the share of unchanged weights for any tolerance (U2)"] + [
         f"  {name:18}" + "".join(f"{cell:>11}" for cell in cells) for name, cells in rows
     ]
@@ -191,9 +191,9 @@ def table(report: dict) -> list[str]:
     """By matrix type, and at most twelve of the layers."""
     head = f"  {'':12}{'RMS':>10}{'of base':>10}{'S1':>9}{'S2':>9}{'S1 3e-5':>9}{'rank':>7}   S5"
     layers = list(report["layers"])
-    shown = layers[:: max(1, -(-len(layers) // 12))]
+    selection = layers[:: max(1, -(-len(layers) // 12))]
     rows = [(name, group) for name, group in report["types"].items()]
-    rows += [(f"layer {name}", report["layers"][name]) for name in shown]
+    rows += [(f"layer {name}", report["layers"][name]) for name in selection]
     return ["", head, *(row(name, group) for name, group in rows)]
 
 

@@ -112,13 +112,13 @@ def principal(w0: torch.Tensor, delta: torch.Tensor) -> tuple[dict, dict[str, to
 
     k = max(1, round(PRINCIPAL_SHARE * len(base.s)))
     one = tuned(1.0)
-    found = {
+    figures = {
         "U1_rel_spectral": (decompose(square)[1][0] / base.s[0]).item(),
         **intruders(base, one, tuned, tall),
         **principal_energy(base, update, k, tall),
         **rotation(base, one, k, tall),
     }
-    return found, masks(w0, base, k, tall)
+    return figures, masks(w0, base, k, tall)
 
 
 def intruder_cosines(base: Eigen, one: Eigen, tall: bool) -> torch.Tensor:
