@@ -115,7 +115,7 @@ def over_runs(values) -> Interval:
 
 
 def blocks(n: int, length: int) -> np.ndarray:
-    """(n,) block numbers for a block bootstrap of a series whose neighbours resemble each other."""
+    """Returns block numbers (n,) for a block bootstrap of a series whose neighbours resemble each other."""
     return np.arange(n) // max(1, length)
 
 

@@ -203,7 +203,7 @@ def _fetch(name: str, source: Source) -> Path:
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict]]:
-    """("FILE, line N", row) of a .jsonl, .jsonl.gz or (with pyarrow) .parquet file. ValueError for a bad line."""
+    """Yields ("FILE, line N", row) of a .jsonl, .jsonl.gz or (with pyarrow) .parquet file. ValueError: a bad line."""
     if path.suffix == ".parquet":
         try:
             from pyarrow import parquet

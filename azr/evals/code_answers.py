@@ -403,7 +403,7 @@ def _near(a: Any, b: Any, atol: float) -> bool:
 
 
 def _found(value: Any) -> bool:
-    """Of a search: a match (written as True) or any other value, as against None; or a verdict already."""
+    """Tells whether a search found something: a match (written as True) or any value but None; a bool is the answer."""
     return value if type(value) is bool else value is not None
 
 

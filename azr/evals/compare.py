@@ -264,7 +264,7 @@ def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], d
 
 
 def verdict(rows: list[dict], margin: float) -> tuple[str, str]:
-    """(name, sentence) as the module's docstring defines them."""
+    """Returns (name, sentence) as the module's docstring defines them."""
     first, last = rows[0], rows[-1]
     gain, top, k = first["difference"]["mean"], last["difference"], last["k"]
     span = f"{top['mean']:+.3f} [{top['low']:+.3f}, {top['high']:+.3f}]"
@@ -496,7 +496,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run(a, b, second=None, ks: list[int] | None = None, margin: float = 0.02) -> tuple[dict, list[str]]:
-    """(figures, notes) of two directories; ValueError, one line, if they cannot be compared."""
+    """Returns (figures, notes) of two directories; ValueError, one line, if they cannot be compared."""
     if not (math.isfinite(margin) and 0 < margin < 0.5):
         raise ValueError(f"--margin must lie between 0 and 0.5, not {margin}")
     base, tuned = read(a), read(b)
@@ -515,6 +515,6 @@ def run(a, b, second=None, ks: list[int] | None = None, margin: float = 0.02) ->
 
 
 def write(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Writes the file whole or not at all."""
     with replacing(path) as file:
         file.write(data)

@@ -95,7 +95,7 @@ class EvalResult:
         return [task for task in self.tasks if mode in (None, task.mode)]
 
     def column(self, name: str, mode: str | None = None) -> np.ndarray:
-        """(problems,) of one count, such as "correct"."""
+        """Returns one count of every task, such as "correct", (problems,)."""
         return np.array([getattr(task, name) for task in self.of(mode)], dtype=np.int64)
 
     def pass_at_k(self, k: int | Sequence[int], mode: str | None = None) -> Interval:
@@ -131,7 +131,7 @@ class EvalResult:
 
     @classmethod
     def from_json(cls, data: dict) -> EvalResult:
-        """ValueError if it is not what `to_json` gave."""
+        """Reads back what `to_json` gave. ValueError if it is something else."""
         try:
             return cls([TaskResult(**task) for task in data["tasks"]], data["settings"])
         except (KeyError, TypeError) as error:
@@ -146,14 +146,14 @@ def difference(base: EvalResult, trained: EvalResult, k: int | Sequence[int] = 1
 
 
 def well_formed_difference(base: EvalResult, trained: EvalResult, mode: str | None = None) -> Interval:
-    """The same for the share of correct answers among the well-formed ones: is the gain more than format?"""
+    """Like `difference`, for the share of correct answers among well-formed ones: it tells a gain from mere format."""
     check_comparable(base, trained)
     names = ("correct_well_formed", "well_formed")
     return ratio_difference(*(result.column(name, mode) for result in (base, trained) for name in names))
 
 
 def check_comparable(a: EvalResult, b: EvalResult) -> None:
-    """ValueError unless problems, template and decoding are the same."""
+    """Raises ValueError unless problems, template and decoding are the same."""
     if [task.hash for task in a.tasks] != [task.hash for task in b.tasks]:
         raise ValueError("the two results are not about the same tasks in the same order")
     for key in ("template", "template_hash", "sampling"):

@@ -251,7 +251,7 @@ def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> 
 
 
 def cells(names: list[str], n: int, longest: int) -> Iterator[tuple[list[str], range]]:
-    """(problems, samples) in the order they are made: all problems' first samples first."""
+    """Yields (problems, samples) in the order in which they are made: the first samples of all problems come first."""
     answers = max(64, min(2048, TOKENS_PER_CALL // longest))
     width = max(1, answers // SAMPLES_PER_CELL)
     for first in range(0, n, SAMPLES_PER_CELL):
@@ -273,7 +273,7 @@ def _text(policy, completion, sampling, settings: Settings) -> str:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """One process a directory: two would make the same samples."""
+    """Lets one process at a time into a directory: two would make the same samples. ValueError if another is there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a+")
@@ -343,7 +343,7 @@ def read_config(out: Path) -> dict | None:
 
 
 def check_same(stored: dict | None, info: dict, out: Path) -> None:
-    """ValueError if the directory's samples were made in another way; a matched temperature follows from the rest."""
+    """Raises ValueError if the samples were made in another way; a matched temperature follows from the rest."""
     if stored is None:
         return
     matched = info["decoding"].get("match_entropy")

@@ -162,7 +162,7 @@ def graded_line(row: Row, grade: Grade) -> dict:
 
 
 def _counts(rows: list[Row], hits: list[bool], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(n, c) of each of these problems, both (problems,)."""
+    """Returns the samples n and the hits c of each of these problems, both (problems,)."""
     total, right = Counter(row.task_id for row in rows), Counter(row.task_id for row, hit in zip(rows, hits) if hit)
     return np.array([total[name] for name in names]), np.array([right[name] for name in names])
 
