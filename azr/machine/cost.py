@@ -143,7 +143,7 @@ def named(name: str) -> Card:
 
 
 def free_bytes(name: str | None, here: float | None) -> float | None:
-    """Bytes to choose a preset by: of the named card, less the CUDA context, else what is free here (None: no GPU)."""
+    """Returns the bytes to choose a preset by: the named card's less CUDA's context, else those free (None: no GPU)."""
     return named(name).gib * GIB - CUDA_CONTEXT if name else here
 
 
@@ -179,7 +179,7 @@ class StepTime:
 
 
 def step_time(plan: Plan, card: Card | None, pace: Pace) -> StepTime:
-    """Of the loop's recipe lean: one response a proposal, n answers to each valid task, all of them trained on."""
+    """Computes a step of the recipe lean: one response a proposal, n answers to each valid task, all trained on."""
     preset, shape = plan.preset, plan.shape
     proposals = 3 * preset.prompts_per_mode
     tasks = max(1, round(proposals * pace.valid))
@@ -220,8 +220,8 @@ def sampling_time(plan: Plan, card: Card | None, responses: int, length: int, pr
 
 
 def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
-    """Read from memory by a decode step of so many rows: few rows use bitsandbytes' fused 4-bit products; above, each
-    matrix is unpacked to bf16, written and read."""
+    """Returns the bytes that a decode step of so many rows reads: few rows use bitsandbytes' fused 4-bit products; with
+    more, each matrix is unpacked to bf16, written and read."""
     linear = next(size for most, size in NF4_READ if rows <= most) if quantization == "nf4" else 2
     return shape.linear_parameters * linear + 2 * shape.vocabulary * shape.hidden
 

@@ -92,7 +92,7 @@ class Shape:
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token in the KV cache, bf16."""
+        """Bytes of one token in the KV cache, bf16."""
         # Keys and values, of 2 bytes each.
         return 2 * self.layers * self.kv_heads * self.head_dim * 2
 
@@ -103,7 +103,7 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: dict) -> Shape:
-        """From a config.json of transformers. PlanError if it lacks a size."""
+        """Reads the sizes in a config.json of transformers. PlanError if it lacks one."""
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -279,7 +279,7 @@ class Plan:
 
 
 def weight_bytes(shape: Shape, quantization: str, value: int = 2) -> float:
-    """Of the frozen base: NF4 linears and the rest in the dtype of computation (`value` bytes), or all in that."""
+    """Returns the bytes of the frozen base: its linears in NF4 or, as all the rest, in numbers of `value` bytes."""
     return shape.linear_parameters * (NF4_BYTES if quantization == "nf4" else value) + shape.other_parameters * value
 
 
@@ -291,13 +291,13 @@ def layer_bytes(shape: Shape) -> float:
 
 
 def fp32_layer_bytes(shape: Shape, rank: int) -> float:
-    """The same without bf16: inputs, norms and products are kept once, each LoRA module keeps its rank besides."""
+    """Like `layer_bytes`, in fp32: inputs, norms and products are kept once, and LoRA keeps `rank` numbers a module."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     return 4 * (4 * shape.hidden + 2 * q + 2 * kv + 4 * shape.intermediate + len(shape.linears) * rank)
 
 
 def cache_bytes(shape: Shape, preset: Preset, sequences: int, device: str) -> float:
-    """Of the KV cache for so many sequences of full length, in whole pages."""
+    """Returns the bytes of a KV cache for so many sequences of full length, in whole pages."""
     page, block = (256, 8) if device == "cuda" else (32, 1)
     factor = value_bytes(preset, device) / 2
     longest = preset.prompt_tokens + preset.max_new_tokens + block
@@ -305,7 +305,7 @@ def cache_bytes(shape: Shape, preset: Preset, sequences: int, device: str) -> fl
 
 
 def value_bytes(preset: Preset, device: str) -> int:
-    """Of a number in the dtype of computation. A CPU is planned in fp32: fp16 and bf16 are for tests there."""
+    """Returns the bytes of a number in the dtype of computation: fp32 on a CPU, where other dtypes are for tests."""
     return 4 if device != "cuda" or preset.dtype == "fp32" else 2
 
 
@@ -420,7 +420,7 @@ def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = 
 
 
 def advice(plan: Plan) -> tuple[str, Plan] | None:
-    """The least change of flags that makes a plan fit, and the plan with it, which was made to see; None: no such one.
+    """Returns the least change of flags that makes a plan fit, and the plan with it; None if none of them does.
 
     Shorter texts before a smaller adapter, 4 bits before both; a smaller preset takes its sizes all at once.
     """
@@ -446,7 +446,8 @@ def advice(plan: Plan) -> tuple[str, Plan] | None:
 
 
 def elsewhere(plan: Plan) -> list[str]:
-    """What would fit if no flag helps: the largest smaller model here, the smallest card for this one; both made."""
+    """Says what would fit if no flag helps: the largest smaller model here, the smallest card for this one. Both are
+    planned to see that they do."""
     options = []
     for size, shape in sorted(QWEN25.items(), key=lambda item: -item[1].parameters):
         if shape.parameters < plan.shape.parameters:
@@ -502,7 +503,7 @@ def render(plan: Plan, model: str = "") -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits; if not, what would, each of which was planned to see whether it does."""
+    """Says whether the plan fits; if not, what would: a plan was made of each suggestion to see that it does."""
     if plan.capacity is None:
         return (
             f"fits         in ordinary memory: {plan.peak / GB:.2f} GB in use besides Python and its libraries;\n"
