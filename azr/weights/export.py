@@ -78,7 +78,7 @@ class Source:
 
     @property
     def trained_on_gpu(self) -> bool:
-        """Of a run without environment.json: no."""
+        """Whether environment.json of the run names a GPU; False without that file."""
         return self.run is not None and read_json(self.run / "environment.json").get("gpu") is not None
 
 
@@ -359,7 +359,7 @@ def write_files(merge: Merge, directory: Path) -> None:
 
 
 def refuse_taken(out: Path) -> None:
-    """ExportError unless DIR is absent or empty."""
+    """Raises ExportError unless DIR is absent or empty, and DIR.unverified absent."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} is there and not empty: choose another --out")
     if (unverified := out.with_name(out.name + ".unverified")).exists():
@@ -449,7 +449,7 @@ def rounding_line(cost: dict) -> str:
 
 
 def verify(args, source: Source, merge: Merge, aside: Path) -> tuple[dict, list[str]]:
-    """(figures, what failed)."""
+    """Compares the written model with the policy: (figures, what failed in words). --no-verify leaves it out."""
     if args.no_verify:
         warn("--no-verify: nobody has compared this model with the policy")
         return {"verified": None}, []
@@ -476,7 +476,7 @@ def parse(arguments: list[str]):
 
 
 def main(arguments: list[str]) -> int:
-    """Returns the exit code: see the module."""
+    """Exports and returns the exit code, see the module; 130 if Ctrl-C stopped it."""
     args = parse(arguments)
     try:
         return export(args)

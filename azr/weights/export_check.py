@@ -92,7 +92,8 @@ def logits(backbone, weight: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def difference(model: torch.Tensor, policy: torch.Tensor) -> dict[str, float]:
-    """Of logits (tokens, vocabulary): |difference|, KL(policy || model), nats a token; share of equal best tokens."""
+    """Compares logits (tokens, vocabulary): largest and mean |difference|, KL(policy || model) in nats a token, and the
+    share of tokens with the same best word."""
     gap, kl = (model - policy).abs(), 0.0
     for a, b in zip(policy.split(64), model.split(64)):
         p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
@@ -129,7 +130,8 @@ def check_base(policy: Policy, merge) -> float:
 
 
 def merged_logits(policy: Policy, merge, batch: Batch) -> torch.Tensor:
-    """Of the fp32 merge: each linear layer's output is replaced, its merged weights made when it is its turn."""
+    """Returns the logits of the fp32 merge: each linear layer's output is replaced by that of its merged weights, which
+    are made when it is its turn, so that one matrix at a time is in memory."""
 
     def replaced(name: str):
         def hook(module, inputs, output):
@@ -253,7 +255,7 @@ def check(merge, directory: Path, run: Path | None, samples: int) -> tuple[dict,
 
 
 def verdict(report: dict, merge) -> list[str]:
-    """What does not hold, in words."""
+    """Says in words which of the four checks do not hold; [] if all do."""
     failures, model, control = [], report["bf16_model"], report["random_rounding"]
     if not report["base"] <= 1e-6:
         failures.append(

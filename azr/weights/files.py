@@ -274,7 +274,7 @@ class Adapter:
         return bool(self.config.get("use_dora"))
 
     def factors(self, name: str) -> Factors:
-        """Of one base tensor. WeightsError: NaN or infinity in it."""
+        """Reads the update of one base tensor. WeightsError: NaN or infinity in it."""
         prefix = self.targets[name]
         read_one = {}
         for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):

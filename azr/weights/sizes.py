@@ -86,7 +86,7 @@ class Sizes(Additive):
 
 
 def sizes(w0: torch.Tensor, delta: torch.Tensor) -> Sizes:
-    """Of one matrix. w0: any float dtype, delta: fp32, any equal shapes."""
+    """Counts one tensor. w0: any float dtype, delta: fp32, any equal shapes."""
     w0, delta = w0.reshape(-1), delta.reshape(-1)
     within, relative = np.zeros(len(TOLERANCES), np.int64), np.zeros(len(TOLERANCES), np.int64)
     zeros, energy, base_energy, histogram = 0, 0.0, 0.0, np.zeros(BINS, np.int64)

@@ -208,7 +208,7 @@ def group_excess(parts: list[Measured], shares, matched) -> tuple[dict | None, d
 
 
 def striped_share(parts: list[Measured]) -> dict:
-    """Of a group: the share of its matrices whose rows (columns) are unequal beyond chance; chance gives 2.5 %."""
+    """Returns the share of a group's matrices whose rows (columns) are unequal beyond chance; chance gives 2.5 %."""
     result = {}
     for axis in ("rows", "columns"):
         excesses = [
@@ -250,7 +250,7 @@ def mean_of(values: list):
 
 
 def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
-    """whole, adapted, layers, types, modules."""
+    """Returns the figures of all tensors, of the adapted ones, of each layer and matrix type, and of each tensor."""
     adapted = [part for part in parts if part.adapted]
     groups: dict[str, dict] = {"layers": {}, "types": {}}
     for part in adapted:
@@ -386,7 +386,8 @@ def prepare_output(args: argparse.Namespace) -> None:
 
 
 def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdate, dict[int, Path], list[str]]:
-    """(update, step -> checkpoint of a run, lines to say)."""
+    """Opens what is compared with the base: (update, step -> checkpoint of a run, lines to say). ModelError if it does
+    not belong to the base."""
     if args.tuned:
         tuned = Checkpoint.open(what)
         notes = open_pair(base, tuned)
@@ -434,7 +435,7 @@ def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iter
 
 
 def spectral_minutes(base: Checkpoint, names: list[str], workers: int) -> float:
-    """From one eigendecomposition and one product here, scaled with the cubes of the sizes."""
+    """Estimates the minutes of --spectral from one eigendecomposition and one product here, scaled by size cubed."""
     p = 512
     w = torch.randn(p, p)
     start = time.perf_counter()

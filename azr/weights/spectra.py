@@ -76,7 +76,7 @@ class Eigen:
         return cls(w, *decompose(w @ w.T))
 
     def other(self, k: int) -> torch.Tensor:
-        """(n, k): the singular vectors on the longer side that belong to the first k."""
+        """Returns the singular vectors on the longer side that belong to the first k, (n, k)."""
         return (self.w.T @ self.u[:, :k]) / self.s[:k].clamp(min=1e-30)
 
 
