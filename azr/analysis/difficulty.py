@@ -293,6 +293,7 @@ def measure(run: RunData, args) -> dict:
 
 
 def print_result(run: RunData, result: dict) -> None:
+    """Prints one run's result: rates and answer lengths a stage, the split into tasks and solver, the trend."""
     n, answers = result["tasks_per_stage"][0], result["settings"]["answers"]
     print(f"{run.path}: share of right answers of solvers that do not change, on proposals of each stage")
     print(
@@ -332,6 +333,7 @@ def across_seeds(results: dict[str, dict]) -> dict:
 
 
 def print_correlations(found: dict, stages_: int) -> None:
+    """Prints what `across_seeds` found, a line for each; `stages_` says how many stages a run has."""
     for name, row in found.items():
         each = ", ".join(f"{value:+.2f}" for value in row["runs"])
         text = f"correlation over {stages_} stages of held-out accuracy with {name.replace('_', ' ')}: {each}"
@@ -343,6 +345,7 @@ def print_correlations(found: dict, stages_: int) -> None:
 
 
 def draw(run_name: str, result: dict):
+    """The figure of one run: share solved a stage, the change split into tasks and solver, answer lengths in tokens."""
     drawn, (rates, split, tokens) = figures.figure(1, 3, 3.7, 2.9)
     x = np.arange(len(result["stages"]))
     labels = [f"{a}-{b}" for a, b in result["stages"]]
@@ -371,6 +374,7 @@ def draw(run_name: str, result: dict):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `analyze.py difficulty` to its parser."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
     parser.add_argument("--stages", type=int, default=STAGES, help=f"equal parts of the run (default {STAGES})")
     parser.add_argument("--questions", type=int, help=f"in all (default {QUESTIONS}; tiny {QUESTIONS_EMBEDDED})")

@@ -259,6 +259,7 @@ def dynamics(run: RunData, digest: Digest, windows: int = WINDOWS) -> dict:
 
 
 def print_result(run: RunData, result: dict) -> None:
+    """Prints the result of `dynamics`, first window against last; "n" counts samples."""
     (a, b), (c, d) = result["windows"][0], result["windows"][-1]
     print(
         f"{run.path}: steps {run.steps[0]} to {run.steps[-1]}. Below: steps {a}-{b} -> steps {c}-{d} [95 % intervals]\n"
@@ -313,6 +314,7 @@ def print_result(run: RunData, result: dict) -> None:
 
 
 def middles(bounds) -> list[float]:
+    """The step in the middle of each window (first step, last step): where its point is drawn."""
     return [(a + b) / 2 for a, b in bounds]
 
 
@@ -342,6 +344,7 @@ def draw_validity(result: dict):
 
 
 def draw_solve_rates(result: dict):
+    """How many of the n answers to a valid proposal are right, first window beside last, a panel a mode."""
     drawn, axes = figures.figure(1, 3, 3.5, 2.7)
     n = result["answers_a_task"]
     for one, mode in zip(axes, MODES):
@@ -356,6 +359,7 @@ def draw_solve_rates(result: dict):
 
 
 def draw_lengths(result: dict):
+    """The length of right and of wrong answers in tokens over the windows, a panel a mode."""
     drawn, axes = figures.figure(1, 3, 3.5, 2.7)
     x = middles(result["windows"])
     for one, mode in zip(axes, MODES):
@@ -369,6 +373,7 @@ def draw_lengths(result: dict):
 
 
 def draw_diversity(result: dict):
+    """Tree distances of proposed programs and of induction answers, and the duplicates, over the windows."""
     drawn, (left, middle, right) = figures.figure(1, 3, 3.5, 2.7)
     x, windows = middles(result["windows"]), result["diversity"]["windows"]
     figures.points(left, x, [w["program_distance"] for w in windows], "proposed programs", figures.CYCLE[0])
@@ -383,6 +388,7 @@ def draw_diversity(result: dict):
 
 
 def draw_rewards(run: RunData):
+    """Mean reward of each role and mode at every step, gaps marked, and the seconds of each phase of a step."""
     drawn, axes = figures.figure(1, 3, 3.5, 2.7)
     width = max(1, len(run.steps) // 20)
     for one, role in zip(axes, ROLES):
@@ -404,6 +410,7 @@ def draw_rewards(run: RunData):
 
 
 def plots(run: RunData, result: dict) -> dict:
+    """Every figure of a run, by the name that its file gets."""
     return {
         "validity": draw_validity(result),
         "solve_rates": draw_solve_rates(result),
@@ -417,6 +424,7 @@ def plots(run: RunData, result: dict) -> dict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `analyze.py dynamics` to its parser."""
     parser.add_argument("run", metavar="RUN", help="a run directory")
     parser.add_argument("--windows", type=int, default=WINDOWS, help=f"parts of the run (default {WINDOWS})")
     figures.add_output_arguments(parser)

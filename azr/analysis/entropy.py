@@ -80,6 +80,7 @@ def read_rows(path: str | Path, limit: int | None = None, steps: tuple[int, int]
 
 
 def steps_text(steps: tuple[int, int] | None) -> str:
+    """The end of an error message that names the steps asked for, both ends included; empty if none were."""
     return f" in steps {steps[0]} to {steps[1]}" if steps else ""
 
 
@@ -385,6 +386,7 @@ def probe_curve(run: RunData, args) -> dict:
 
 
 def print_groups(result: dict) -> None:
+    """Prints the entropies of `by_group`, in nats a token, and the tokens that carry most of the entropy."""
     what = f"{result['base_model']} in {result['quantization']} ({result['dtype']})"
     what += f" with {result['adapter']}" if result["adapter"] else ", no adapter"
     print(f"Entropy of {what}, at temperature {result['temperature']}, on {result['data']}, in nats a token.")
@@ -414,6 +416,7 @@ def print_groups(result: dict) -> None:
 
 
 def print_answers(answers: dict) -> None:
+    """Prints the entropy over the answers to one problem, in nats, a paragraph a mode."""
     if not answers:
         print("\nNo problem here has two answers, so there is no entropy over answers.")
     for mode, row in answers.items():
@@ -425,6 +428,7 @@ def print_answers(answers: dict) -> None:
 
 
 def print_offset(result: dict) -> None:
+    """Prints what `offset` found, a line for each group: 4 bits minus unquantized, in nats a token."""
     print(
         f"\n4-bit base minus the same base in {result['unquantized_dtype']}, paired by token: what quantization alone"
     )
@@ -434,6 +438,7 @@ def print_offset(result: dict) -> None:
 
 
 def print_curves(result: dict) -> None:
+    """Prints the result of --run: logged entropies, the frozen probe, and the fit of R = -a exp(H) + b."""
     for path, run in result["runs"].items():
         print(f"{path}: entropy while training, nats a token, first and last tenth of the steps [interval over steps]")
         for name, row in run["training"].items():
@@ -468,6 +473,7 @@ def print_curves(result: dict) -> None:
 
 
 def draw_groups(result: dict):
+    """The figure of --data: exact entropy beside -log p in every group, and the tokens that carry the entropy."""
     drawn, (left, right) = figures.figure(1, 2, 4.6, 3.2)
     groups = {name: row for name, row in result["groups"].items() if row["tokens"]}
     x = np.arange(len(groups))
@@ -501,6 +507,7 @@ def draw_training(axes_pair, runs: list[RunData]) -> None:
 
 
 def draw_curves(runs: list[RunData], result: dict):
+    """The figure of --run: both roles while training, the frozen probe, and held-out accuracy against entropy."""
     drawn, axes = figures.figure(1, 4, 3.4, 2.9)
     draw_training(axes[:2], runs)
     for i, (run, entry) in enumerate(zip(runs, result["runs"].values())):
@@ -528,6 +535,7 @@ def draw_curves(runs: list[RunData], result: dict):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `analyze.py entropy` to its parser."""
     parser.add_argument("--model", help="tiny, qwen-3b, qwen-7b, a hub id or a directory")
     parser.add_argument("--adapter", metavar="DIR", help="a checkpoint of a run, or any PEFT adapter of this model")
     parser.add_argument("--data", metavar="FILE", help="JSON lines with prompt and response, such as RUN/probe.jsonl")

@@ -32,6 +32,7 @@ def figure(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 
 
 
 def label(axes, title: str, x: str = "", y: str = "", legend: bool = True) -> None:
+    """Titles a panel and its axes; the legend is drawn only if something in the panel has a name."""
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(x, fontsize=8.5)
     axes.set_ylabel(y, fontsize=8.5)

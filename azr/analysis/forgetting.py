@@ -311,6 +311,7 @@ def fits(measured: dict[str, dict]) -> dict:
 
 
 def print_result(measured: dict[str, dict], found: dict) -> None:
+    """Prints the drops, divergences and norms of every checkpoint, then how well each predicts the drop."""
     for name, entry in measured.items():
         base = {o: share_interval(np.array(v, float)) for o, v in entry["base"].items() if v}
         print(
@@ -381,6 +382,7 @@ def draw(measured: dict[str, dict], found: dict) -> dict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `analyze.py forgetting` to its parser."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
     parser.add_argument("--text", metavar="FILE", help="text never trained on: plain, or JSON lines with text")
     parser.add_argument("--probe", type=int, default=PROBE_ROWS, help=f"prompts a role (default {PROBE_ROWS})")

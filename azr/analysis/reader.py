@@ -37,6 +37,7 @@ class RunData:
 
     @property
     def name(self) -> str:
+        """The last part of the run directory's path, as legends show it."""
         return self.path.name
 
     @property
@@ -46,6 +47,7 @@ class RunData:
 
     @property
     def finished(self) -> bool:
+        """Whether the last logged step is the last one configured; False if no number of steps is configured."""
         return self.rows[-1]["step"] >= (self.config.get("steps") or math.inf)
 
     def column(self, key: str) -> np.ndarray:
@@ -134,6 +136,8 @@ def same_model(runs: list[RunData]) -> dict:
 
 
 def key_text(key: tuple) -> str:
+    """Revision (or name), quantization and template hash of a base as an error message shows them, less what is
+    unknown."""
     return ", ".join(str(part) for part in key if part is not None)
 
 

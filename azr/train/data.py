@@ -52,6 +52,7 @@ def read_data(path: str, solutions: bool) -> list[Task]:
 
 
 def by_mode(tasks: list[Task]) -> str:
+    """How many tasks each mode has, as text: "deduction 8, induction 2"."""
     return ", ".join(f"{mode} {count}" for mode, count in Counter(task.mode for task in tasks).items())
 
 
@@ -116,6 +117,7 @@ def fitting(s, data: list[Task]) -> list[Task]:
 
 
 def tokens(samples: list[Sample]) -> int:
+    """How many tokens the responses of the samples have together; prompts are not counted."""
     return sum(len(sample.completion.ids) for sample in samples)
 
 

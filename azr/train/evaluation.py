@@ -60,6 +60,8 @@ def evenly(tasks: list[Task], count: int) -> list[Task]:
 
 @dataclass
 class Evaluation:
+    """The held-out tasks of a run and what is measured on them: greedy accuracy, pass@k, the best step."""
+
     config: Config
     policy: Policy
     sandbox: Sandbox
@@ -77,6 +79,7 @@ class Evaluation:
         write_jsonl_atomic(self._path(), [task.to_json() for task in tasks])
 
     def tasks(self) -> list[Task]:
+        """The frozen held-out tasks, read from eval/held_out.jsonl; `freeze` must have been called."""
         return load_tasks(self._path())
 
     @cached_property

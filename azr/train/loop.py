@@ -81,6 +81,7 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
 
 
 def buffer_sizes(s) -> str:
+    """How many tasks the buffer of each mode holds, as text for the screen."""
     return ", ".join(f"{mode} {s.buffers.size(mode)}" for mode in MODES)
 
 
@@ -112,6 +113,7 @@ def check_finite(s, step: int, metrics: dict[str, float], batch: list[Sample]) -
 
 
 def evaluates(s, step: int) -> bool:
+    """Whether the held-out tasks are measured after this step (--eval-every; 0: never)."""
     return bool(s.config.eval_every) and step % s.config.eval_every == 0
 
 

@@ -46,9 +46,11 @@ class LossScale:
         return cls(True, FIRST) if dtype == "float16" else cls()
 
     def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of loss x scale to the parameters."""
         (loss * self.value if self.active else loss).backward()
 
     def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Divides the gradients in place by the scale; parameters without a gradient are left alone."""
         if self.active:
             for gradient in (p.grad for p in parameters if p.grad is not None):
                 gradient.mul_(1 / self.value)

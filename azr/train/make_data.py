@@ -122,6 +122,7 @@ def benchmark_tasks(name: str) -> list[Task]:
 
 
 def collect(options: argparse.Namespace) -> list[Task]:
+    """The tasks that the command asks for. ValueError, or OSError for a file, where they cannot be had."""
     if options.command == "tiny":
         return tiny_tasks(options)
     if options.command == "benchmark":
@@ -136,6 +137,7 @@ def tokens_hint(run: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Writes the file and says what is in it; returns the exit code, 2 with one line on stderr for bad input."""
     parser = Parser(
         prog="python -m azr.tasks make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -83,11 +83,13 @@ def micro_batches(longest: int, token_budget: int) -> list[tuple[int, int]]:
 
 
 def discard(parameters: list[torch.nn.Parameter]) -> None:
+    """Removes the gradients that the probe left, and the memory that they take."""
     for parameter in parameters:
         parameter.grad = None
 
 
 def described(batches: list[tuple[int, int]], seconds: float, on_gpu: bool) -> str:
+    """The line for the screen: what was run, its seconds, the peak of memory in GB (1e9). Frees a GPU's cache."""
     shown = " and ".join(f"{rows} x {length}" for rows, length in batches)
     what = f"probe: the longest sequences allowed ({shown} tokens) forward and backward"
     if not on_gpu:

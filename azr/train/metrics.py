@@ -170,17 +170,21 @@ class Clock:
         self.counts: dict[str, int] = {}  # of what depends on the machine, as times do
 
     def lap(self, name: str) -> None:
+        """Adds the seconds since the last lap, or since the start, to the phase `name`."""
         now = time.perf_counter()
         self.laps[name] = self.laps.get(name, 0.0) + now - self.last
         self.last = now
 
     def count(self, name: str, number: int) -> None:
+        """Adds a number to the count `name`."""
         self.counts[name] = self.counts.get(name, 0) + number
 
     def total(self) -> float:
+        """Seconds since the start of the step."""
         return time.perf_counter() - self.start
 
     def metrics(self) -> dict[str, float]:
+        """time/PHASE and time/step in seconds, and the counts under time/ too."""
         return {
             **{f"time/{name}": round(seconds, 4) for name, seconds in self.laps.items()},
             "time/step": round(self.total(), 4),

@@ -12,6 +12,7 @@ WIDTH = 0.2  # of the gaussian shape
 
 
 def at_an_end(solve_rate: float) -> bool:
+    """Whether a task is never solved or always solved."""
     return solve_rate in (0.0, 1.0)
 
 

@@ -25,10 +25,12 @@ INITIALS = "/".join(mode[0] for mode in MODES)
 
 
 def percent(values: list[float]) -> str:
+    """Shares as whole percents, three columns each; a dash where a value is NaN."""
     return " ".join("  -" if v != v else f"{100 * v:3.0f}" for v in values)
 
 
 def numbers(values: list[float]) -> str:
+    """Values with two decimals, four columns each; a dash where a value is NaN."""
     return " ".join("   -" if v != v else f"{v:4.2f}" for v in values)
 
 
@@ -66,12 +68,14 @@ class StepLines:
         self.recent: list[dict] = []
 
     def header(self) -> None:
+        """Says what the columns of the step lines are."""
         prose(
             f"columns {INITIALS} ({', '.join(MODES)}): valid proposals in %, solved answers in %; H: entropy in nats "
             "a token, proposer and solver"
         )
 
     def show(self, metrics: dict) -> None:
+        """Shows a step, and where they are due the held-out accuracy, the projection and where time goes."""
         self.seconds.append(metrics["time/step"])
         self.recent = [*self.recent, metrics][-TIMING_EVERY:]
         # as wide as fits; a file gets all
@@ -97,6 +101,7 @@ class StepLines:
         return f"{line}; start-up and evaluations come on top"
 
     def median(self) -> float:
+        """Median seconds of the last 15 steps (of an even number, the upper of the middle two)."""
         recent = sorted(self.seconds[-15:])
         return recent[len(recent) // 2]
 
@@ -203,6 +208,7 @@ def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
 
 
 def signed(gain) -> str:
+    """The mean of a difference with its interval, and a star if the interval leaves 0 out."""
     mark = "*" if gain.excludes_zero else " "
     return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] {mark}"
 
@@ -232,6 +238,7 @@ def training_table(first: list[dict], last: list[dict]) -> None:
 
 
 def average(rows: list[dict], key: str) -> str:
+    """The mean of a metric over the rows that have it, with two decimals; a dash if none has."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return f"{sum(values) / len(values):.2f}" if values else "-"
 

@@ -43,6 +43,7 @@ class Tracker:
         self._try(lambda: self.send({k: float(v) for k, v in metrics.items() if k != "step" and is_number(v)}, step))
 
     def close(self) -> None:
+        """Ends the tracker's run, unless it has failed before. An error becomes a warning."""
         self._try(self.finish)
 
     def _try(self, call: Callable[[], None]) -> None:
@@ -59,10 +60,12 @@ NONE = Tracker("none", lambda numbers, step: None, lambda: None)
 
 
 def is_number(value) -> bool:
+    """Whether a value is a finite number; a bool is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def failed(name: str, error: Exception) -> str:
+    """The one line about a tracker that fails, with the first line of its error."""
     reason = (str(error).strip().splitlines() or [""])[0]
     return f"--tracker {name} failed ({type(error).__name__}: {reason}); going on without it, metrics.jsonl has all"
 

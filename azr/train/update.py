@@ -58,6 +58,7 @@ class Columns:
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW on the adapter alone, at a constant learning rate."""
     return torch.optim.AdamW(policy.trainable_parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
 
@@ -230,6 +231,7 @@ def padded(rows: list[list[float]], like: torch.Tensor) -> torch.Tensor:
 
 
 def longest(samples: list[Sample]) -> int:
+    """Tokens of the longest prompt with its response. ValueError without samples."""
     return max(len(s.prompt_ids) + len(s.completion.ids) for s in samples)
 
 

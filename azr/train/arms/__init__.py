@@ -128,88 +128,110 @@ class Arms(Arm):
 
     @classmethod
     def of(cls, config: Config) -> Arms:
+        """The arms that the settings ask for. ValueError for a file that one of them cannot read."""
         return cls([kind(config) for kind in chosen(config)])
 
     @property
     def proposes(self) -> bool:
+        """False as soon as one arm takes its tasks from a file."""
         return all(arm.proposes for arm in self.arms)
 
     @property
     def every_token(self) -> bool:
+        """True as soon as one arm gives samples without an advantage a gradient."""
         return any(arm.every_token for arm in self.arms)
 
     @property
     def judged(self) -> list[Task]:
+        """The tasks of all arms that will be judged."""
         return [task for arm in self.arms for task in arm.judged]
 
     @property
     def state(self) -> dict:
+        """The states of all arms in one dictionary; of two arms with the same key the later one would win."""
         return {key: value for arm in self.arms for key, value in arm.state.items()}
 
     @state.setter
     def state(self, state: dict) -> None:
+        """Gives every arm the whole dictionary, its own keys among those of the others."""
         for arm in self.arms:
             arm.state = state
 
     def files(self):
+        """The paths of all arms."""
         return [path for arm in self.arms for path in arm.files()]
 
     def start(self, s, judge):
+        """Starts every arm, in the order of REGISTRY."""
         for arm in self.arms:
             arm.start(s, judge)
 
     def proposing(self, s):
+        """The contexts of all arms, one inside the other, already entered; leaving the result leaves all of them."""
         stack = ExitStack()
         for arm in self.arms:
             stack.enter_context(arm.proposing(s))
         return stack
 
     def tasks(self, s, step):
+        """The tasks of all arms, one list after the other."""
         return [task for arm in self.arms for task in arm.tasks(s, step)]
 
     def answers(self, s, step, solve):
+        """The answers of all arms, one list after the other."""
         return [sample for arm in self.arms for sample in arm.answers(s, step, solve)]
 
     def samples(self, s, step, proposals, answers, solve):
+        """The samples of all arms, one list after the other."""
         return [sample for arm in self.arms for sample in arm.samples(s, step, proposals, answers, solve)]
 
     def given(self, s, step):
+        """The given samples of all arms, one list after the other."""
         return [sample for arm in self.arms for sample in arm.given(s, step)]
 
     def reward(self, sample, reward):
+        """Each arm gets the reward that the arm before it returned."""
         for arm in self.arms:
             reward = arm.reward(sample, reward)
         return reward
 
     def prepare(self, s, step, samples):
+        """The metrics of all arms; of two with the same name the later one stays."""
         return {name: value for arm in self.arms for name, value in arm.prepare(s, step, samples).items()}
 
     def mark(self, s, samples, seed):
+        """Lets every arm mark the samples."""
         for arm in self.arms:
             arm.mark(s, samples, seed)
 
     def weights(self, samples, weights):
+        """Each arm gets the weights that the arm before it returned."""
         for arm in self.arms:
             weights = arm.weights(samples, weights)
         return weights
 
     def clip(self, low, high):
+        """Each arm gets the bounds that the arm before it returned."""
         for arm in self.arms:
             low, high = arm.clip(low, high)
         return low, high
 
     def token_loss(self, batch, loss):
+        """Each arm gets the loss, (batch, time), that the arm before it returned."""
         for arm in self.arms:
             loss = arm.token_loss(batch, loss)
         return loss
 
     def term(self, batch):
+        """The sum of the terms of all arms, a scalar."""
         return sum(arm.term(batch) for arm in self.arms)
 
     def metrics(self, columns):
+        """The metrics of all arms; of two with the same name the later one stays."""
         return {name: value for arm in self.arms for name, value in arm.metrics(columns).items()}
 
     def after(self, s, samples):
+        """The metrics of all arms; of two with the same name the later one stays."""
         return {name: value for arm in self.arms for name, value in arm.after(s, samples).items()}
 
 

@@ -67,6 +67,7 @@ def high_advantage(advantage: torch.Tensor, log_prob: torch.Tensor, fraction: fl
 
 
 def count_of(tokens: torch.Tensor, fraction: float) -> int:
+    """How many tokens the fraction is, rounded down but at least one."""
     return max(1, int(fraction * len(tokens)))
 
 
@@ -91,6 +92,7 @@ class Control(Arm):
         raise NotImplementedError
 
     def metrics(self, columns):
+        """`control_share`: the share of the sampled tokens that the control touched, 0 without tokens."""
         share = self.touched(columns).double().mean().item() if len(columns.log_prob) else 0.0
         return {"control_share": share}
 
@@ -100,22 +102,27 @@ class Bonus(Control):
 
     @property
     def coefficient(self) -> float:
+        """c, what the entropy (nats) of a token is multiplied with: here the strength, at every step."""
         return self.strength
 
     @property
     def every_token(self) -> bool:
+        """True while the bonus acts: the entropy has a gradient even where the advantage is 0."""
         return self.coefficient > 0
 
     def prepare(self, s, step, samples):
+        """`entropy_coefficient`: the c of this step."""
         return {"entropy_coefficient": self.coefficient}
 
     def term(self, batch):
+        """-c x the entropies of the micro-batch's sampled tokens, each times the weight of its sample; a scalar."""
         if not self.coefficient:
             return 0.0
         weight = batch.weight * batch.own[:, 0]
         return -self.coefficient * (batch.entropy.masked_fill(~batch.mask, 0.0) * weight[:, None]).sum()
 
     def touched(self, columns):
+        """All tokens, or none while the coefficient is 0."""
         return torch.full_like(columns.log_prob, self.coefficient > 0, dtype=torch.bool)
 
 
@@ -128,6 +135,7 @@ class Adaptive(Bonus):
 
     @property
     def coefficient(self) -> float:
+        """The c that `adapt` has reached, 0 while the bonus is not active; 0 in the first step."""
         return self.state["coefficient"] if self.state and self.state["active"] else 0.0
 
     def after(self, s, samples):
@@ -156,9 +164,11 @@ class ClipHigher(Control):
     """DAPO's wider upper bound of the clip (Yu et al. 2025, arXiv 2503.14476); its strength is that bound."""
 
     def clip(self, low, high):
+        """The upper bound becomes the strength."""
         return low, self.strength
 
     def touched(self, columns):
+        """The tokens that PPO's usual upper bound would have clipped and this one does not."""
         flat = columns.log_prob, columns.old, columns.advantage
         narrow = ppo.clipped(*flat, columns.clip[0], update.CLIP)
         return narrow & ~ppo.clipped(*flat, *columns.clip)
@@ -193,21 +203,28 @@ class Marking(Control):
         return self.controlled(batch, loss, update.padded([self.marks[id(x)] for x in batch.samples], loss) > 0)
 
     def controlled(self, batch, loss, marked: torch.Tensor) -> torch.Tensor:
+        """(batch, time) the loss with the effect of the control on the marked tokens: here they lose theirs."""
         return loss.masked_fill(marked, 0.0)
 
     def marked(self, columns) -> torch.Tensor:
+        """(tokens,) bool: the marks of the samples of the columns, in the order of the columns."""
         rows = [value for sample in columns.samples for value in self.marks[id(sample)]]
         return torch.tensor(rows, device=columns.log_prob.device) > 0
 
     def touched(self, columns):
+        """The marked tokens that had a gradient to lose: where the advantage is 0 there was none."""
         return self.marked(columns) & (columns.advantage != 0)
 
 
 class ClipCov(Marking):
+    """Takes the gradient from random tokens of high covariance (Clip-Cov, Cui et al. 2025, arXiv 2505.22617)."""
+
     def choose(self, advantage, log_prob, samples, generator):
+        """The tokens of `clip_cov`; the strength is their share of all tokens."""
         return clip_cov(covariance(advantage, log_prob), self.strength, generator)
 
     def clip(self, low, high):
+        """A clip to [0, 2] instead of PPO's."""
         return OPEN_CLIP, OPEN_CLIP
 
 
@@ -216,6 +233,7 @@ class KlCov(Marking):
     so that the penalty is all that differs from `none`."""
 
     def choose(self, advantage, log_prob, samples, generator):
+        """The tokens of largest covariance; the strength is their share of all tokens."""
         return largest(covariance(advantage, log_prob), self.strength)
 
     def controlled(self, batch, loss, marked):
@@ -223,6 +241,7 @@ class KlCov(Marking):
         return loss + KL_COEFFICIENT * (batch.log_prob - batch.old_log_prob).abs().masked_fill(~marked, 0.0)
 
     def touched(self, columns):
+        """The marked tokens whose log-prob has moved: before that the penalty has no gradient."""
         return self.marked(columns) & ((columns.log_prob - columns.old).abs() > MOVED)
 
 
@@ -237,9 +256,13 @@ class TopEntropy(Marking):
         return {}
 
     def choose(self, advantage, log_prob, samples, generator):
+        """All but the tokens of highest entropy; the strength is the share that is trained."""
         return below_top_entropy(torch.cat([torch.tensor(x.entropy) for x in samples]), self.strength)
 
 
 class HighAdvantageClip(Marking):
+    """Takes the gradient from tokens that are both rewarded and nearly certain. Not from a paper."""
+
     def choose(self, advantage, log_prob, samples, generator):
+        """The tokens of `high_advantage`; its quantile is 1 - strength."""
         return high_advantage(advantage, log_prob, self.strength)

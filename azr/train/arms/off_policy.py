@@ -102,6 +102,8 @@ def exchanged(samples: list[Sample]) -> list[Sample]:
 
 
 class OffPolicy(Arm):
+    """Puts foreign solutions into the solver's groups. ValueError for a file that it cannot read."""
+
     def __init__(self, config) -> None:
         super().__init__(config)
         self.from_file = config.off_policy_source != "base"
@@ -110,6 +112,7 @@ class OffPolicy(Arm):
 
     @classmethod
     def refuses(cls, c):
+        """Settings under which foreign solutions have no source, no group to join or no effect."""
         source, own = c.off_policy_source, c.off_policy_control == "on-policy"
         return [
             (
@@ -137,6 +140,7 @@ class OffPolicy(Arm):
         ]
 
     def files(self):
+        """The file of solutions, if they do not come from the base."""
         return [self.config.off_policy_source] if self.from_file else []
 
     def start(self, s, judge):
@@ -226,6 +230,7 @@ class OffPolicy(Arm):
         }
 
     def weights(self, samples, weights):
+        """Foreign tokens share gamma of the weight of their group, see `mixed_token_weights`."""
         return mixed_token_weights(samples, weights, self.config.off_policy_gamma)
 
     def token_loss(self, batch, loss):

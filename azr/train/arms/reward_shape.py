@@ -7,6 +7,8 @@ from azr.train.rewards import SHAPES, random_reward
 
 
 class RewardShape(Arm):
+    """Replaces the published reward of a valid, solved proposal by the one that --proposer-reward names."""
+
     def reward(self, sample, reward):
         """A shape of the solve rate alone, or, for `random`, a number that follows from the task alone."""
         if self.config.proposer_reward == "random":

@@ -24,6 +24,7 @@ class FixedTasks(Arm):
 
     @classmethod
     def refuses(cls, c):
+        """A missing file of tasks, and every setting that is about a proposer or about self-play."""
         name = f"--algorithm {c.algorithm}"
         no_proposer = f"does nothing with {name}: its tasks come from --data, nothing is proposed"
         return [
@@ -36,16 +37,22 @@ class FixedTasks(Arm):
         ]
 
     def files(self):
+        """The file of --data."""
         return [self.config.data]
 
     def start(self, s, judge):
+        """Leaves out the tasks that do not fit the model's context. ValueError if none fits."""
         self.data = fitting(s, self.data)
 
     def draw(self, step: int, wave: int | None, count: int) -> list[Task]:
+        """`count` tasks of the file for a step, as azr.train.data.draw has them; `wave` counts draws within the
+        step."""
         return draw(self.data, step, count, self.config.seed, wave)
 
 
 class Rlvr(FixedTasks):
+    """Answers to fixed tasks, rewarded and trained as those of self-play's solver."""
+
     def __init__(self, config) -> None:
         super().__init__(config)
         self.judged = self.data

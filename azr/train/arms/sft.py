@@ -21,10 +21,13 @@ def sft_token_loss(log_prob: torch.Tensor, advantage: torch.Tensor) -> torch.Ten
 
 
 class Sft(FixedTasks):
+    """Cross-entropy on given responses; nothing is sampled, judged or rewarded."""
+
     solutions = True
 
     @classmethod
     def refuses(cls, c):
+        """What FixedTasks refuses, and every setting that is about sampled answers."""
         return super().refuses(c) + [
             (
                 c.solver_reward != "graded",
@@ -61,4 +64,5 @@ class Sft(FixedTasks):
         return sft_token_loss(batch.log_prob, batch.advantage)
 
     def after(self, s, samples):
+        """NaN for the metrics that compare with a sampler."""
         return dict.fromkeys(UNSAMPLED, math.nan)

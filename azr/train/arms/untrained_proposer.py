@@ -13,10 +13,13 @@ from azr.train.data import FILL, fill, from_buffers, tokens
 
 
 class NoUpdate(Arm):
+    """The policy proposes as always; its proposals are not trained on."""
+
     from_base = False  # whether the base proposes, adapter off
 
     @classmethod
     def refuses(cls, c):
+        """Settings of the proposer's reward, which would have no effect."""
         return [
             (
                 c.proposer_reward != "learnability" or c.ends_penalty != 0,
@@ -37,9 +40,12 @@ class NoUpdate(Arm):
 
 
 class FrozenBase(NoUpdate):
+    """The base proposes, adapter off; its proposals are not trained on."""
+
     from_base = True
 
     def proposing(self, s):
+        """Sampling with the adapter off."""
         return s.policy.disable_adapter()
 
     def prepare(self, s, step, samples):
@@ -52,6 +58,8 @@ class FrozenBase(NoUpdate):
 
 
 class Matched(NoUpdate):
+    """As no-update, with as many more answers as make up for the tokens of the proposals."""
+
     def samples(self, s, step, proposals, answers, solve):
         """Answers to tasks of the buffers, as many tokens as the proposals have."""
         n = self.config.answers if self.config.recipe == "lean" else 1
