@@ -139,6 +139,7 @@ def order() -> Iterator[tuple[str, int, int]]:
 
 
 def done(arm: str, seed: int, samples: int) -> bool:
+    """Whether the result of this arm and seed is there, with at least so many answers to each held-out task."""
     path = RESULTS / arm / f"{seed}.json"
     return path.exists() and json.loads(path.read_text())["held_out"]["samples_per_problem"] >= samples
 
@@ -403,6 +404,7 @@ def work(names: list[tuple[str, int, int]], runs: Path, jobs: int) -> int:
 
 
 def main() -> int:
+    """Lists the arms or runs what is missing; returns the exit code: 1 if a run failed, 2 for bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "run"))
     parser.add_argument("names", nargs="*", metavar="ARM/SEED", help="default: all that is missing")

@@ -193,10 +193,12 @@ def signed(interval: Interval) -> str:
 
 
 def named(t: float) -> str:
+    """A temperature as the README writes it: "greedy" for 0, else such as "T .6"."""
     return f"T {t:g}".replace("0.", ".") if t else "greedy"
 
 
 def verdict(interval: Interval) -> str:
+    """How a difference with this interval is put into words: "above" only if the whole interval is above 0."""
     return "above" if interval.low > 0 else "below" if interval.high < 0 else "not told apart from"
 
 
@@ -222,6 +224,7 @@ def sentence(f: Figures) -> str:
 
 
 def label(f: Figures, name: str) -> str:
+    """The name of a row of the tables; "after" says how many trainings it is the mean of."""
     mean = f", mean of {len(f.seeds)}" if name == "after" and len(f.seeds) > 1 else ""
     return {"base": "base", FORCED: "base made to think"}.get(name, name) + mean
 

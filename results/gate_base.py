@@ -23,10 +23,12 @@ FORCED = ("direct", "full")
 
 
 def cell(options: argparse.Namespace, a_cell: int) -> int:
+    """Held-out tasks of each mode and level: `a_cell`, or 2 with --quick."""
     return 2 if options.quick else a_cell
 
 
 def samples(options: argparse.Namespace, n: int) -> int:
+    """Answers to a task: n, or at most 4 with --quick."""
     return min(4, n) if options.quick else n
 
 
@@ -47,6 +49,7 @@ def base(options: argparse.Namespace) -> str:
 
 
 def base_store(options: argparse.Namespace, lab: Lab) -> Store:
+    """base.json. ValueError if it was made with another model or other settings."""
     return Store(options.out / "base.json", {"model": lab.digest, "seed": options.seed, "longest": lab.longest})
 
 
@@ -64,10 +67,12 @@ def reach(lab: Lab, index: list[int], n: int) -> list:
 
 
 def right_of(row: list) -> int:
+    """How many answers of a row of `Lab.answer` are right, over its styles."""
     return sum(cell[1] for cell in row[1].values())
 
 
 def base_report(lab: Lab, store: Store) -> str:
+    """The Markdown about the base as it is: accuracies, styles, lengths, pass@k, tasks out of reach."""
     results = {name: lab.counts(store.parts[name]) for name in ("T0", *(f"T{t:g}" for t in TEMPERATURES))}
     rows = []
     for name, counts in results.items():
@@ -117,6 +122,7 @@ def forced(options: argparse.Namespace) -> str:
 
 
 def forced_store(options: argparse.Namespace, lab: Lab) -> Store:
+    """forced.json. ValueError if it was made with another model or other settings."""
     return Store(options.out / "forced.json", {"model": lab.digest, "seed": options.seed, "longest": lab.longest})
 
 
@@ -133,6 +139,7 @@ def prefix(task: Task, style: str) -> str | None:
 
 
 def forced_report(lab: Lab, store: Store) -> str:
+    """The Markdown about the base made to think: accuracies by style, full minus direct, by own style."""
     results = {name: lab.counts(rows) for name, rows in store.parts.items()}
     rows = []
     for name, counts in results.items():

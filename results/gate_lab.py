@@ -57,6 +57,7 @@ class Store:
         return self.parts[name]
 
     def save(self) -> None:
+        """Writes all parts, a line each, to a file aside that then takes the place of the old one."""
         lines = [f"{json.dumps(name)}: {json.dumps(part, separators=(',', ':'))}" for name, part in self.parts.items()]
         text = f'{{"settings": {json.dumps(self.settings)},\n"parts": {{\n' + ",\n".join(lines) + "\n}}\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -98,12 +99,14 @@ class Lab:
 
     @cached_property
     def policy(self):
+        """The base on the CPU, with the adapter if there is one, loaded at the first use."""
         from azr.policy.policy import Policy
 
         return Policy.load(self.model, "none", adapter=self.adapter, device="cpu", max_batch=plan.TINY.max_batch)
 
     @cached_property
     def sandbox(self):
+        """The sandbox that judges the answers, started at the first use."""
         from sandbox import Sandbox
 
         return Sandbox()
@@ -113,6 +116,7 @@ class Lab:
         return [i for i in stratified(self.tasks, a_cell) if mode in (None, self.tasks[i].mode)]
 
     def counts(self, rows: list) -> Counts:
+        """The rows of `answer` as Counts, with the modes and levels of this base's held-out tasks."""
         return Counts.from_json(rows, self.tasks)
 
     def write(self, index: Sequence[int], path: Path) -> Path:

@@ -193,6 +193,7 @@ class Counts:
         return len(self.index)
 
     def where(self, mask: np.ndarray) -> Counts:
+        """The tasks at which `mask`, (tasks,) bool, is True."""
         return Counts(*(getattr(self, name)[mask] for name in self.__dataclass_fields__))
 
     def of(self, mode: str | None = None, levels: Iterable[int] | None = None) -> Counts:
@@ -206,10 +207,12 @@ class Counts:
 
     @property
     def n(self) -> np.ndarray:
+        """(tasks,) answers to each task, over all styles."""
         return self.table[:, :, 0].sum(axis=1)
 
     @property
     def right(self) -> np.ndarray:
+        """(tasks,) right answers to each task, over all styles."""
         return self.table[:, :, 1].sum(axis=1)
 
     @property
@@ -218,9 +221,11 @@ class Counts:
         return self.right / self.n
 
     def interval(self) -> Interval:
+        """Mean accuracy with its interval over tasks."""
         return share_interval(self.accuracy)
 
     def pass_at(self, k: int) -> Interval:
+        """pass@k with its interval over tasks."""
         return share_interval(pass_at_k(self.n, self.right, k))
 
     def shares(self) -> dict[str, float]:

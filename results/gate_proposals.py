@@ -118,6 +118,7 @@ def measure(lab: Lab, mode: str, count: int) -> dict:
 
 
 def proposals_report(store: Store) -> str:
+    """The Markdown of gates c and g: valid proposals, sizes beside those of the references, solve rates."""
     rows = []
     for mode in MODES:
         found = store.parts[mode]["rows"]
@@ -176,6 +177,7 @@ def examples(options: argparse.Namespace) -> str:
 
 
 def proposal_texts(lab: Lab) -> list[dict]:
+    """A few proposals of each mode with prompt, response and verdict, one for each size of the references."""
     found = []
     for mode in MODES:
         rng = random.Random(f"{lab.seed}/{mode}/examples")
@@ -205,6 +207,7 @@ def answer_texts(lab: Lab) -> list[dict]:
 
 
 def examples_report(store: Store) -> str:
+    """The Markdown of the proposals and answers that `examples` stored, whole prompts included."""
     lines = []
     for kind in ("proposals", "answers"):
         for shown in store.parts[kind]:

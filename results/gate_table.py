@@ -102,6 +102,7 @@ def sections(options: argparse.Namespace, lab: Lab) -> Iterator[tuple[str, str, 
 
 
 def reach_gates(store: Store) -> list[Gate]:
+    """Gate d: shares of tasks without one right answer, and with more than .95 right, at temperature 1."""
     _, n, right = (np.array(column) for column in zip(*store.parts["reach"]))
     never, sure = share_interval((right == 0) * 1.0), share_interval((right / n > 0.95) * 1.0)
     size = f"{len(n)} tasks, {n.max()} answers"
@@ -112,6 +113,7 @@ def reach_gates(store: Store) -> list[Gate]:
 
 
 def forced_gates(lab: Lab, store: Store) -> list[Gate]:
+    """Gate b: what a full thought adds to a direct answer, greedy; for induction nothing has to be passed."""
     results = {name: lab.counts(rows) for name, rows in store.parts.items()}
     rules = {
         "4-7": ("4 statements or more, 25 points", lambda x: x >= 0.25),
@@ -128,6 +130,7 @@ def forced_gates(lab: Lab, store: Store) -> list[Gate]:
 
 
 def proposal_gates(store: Store) -> list[Gate]:
+    """Gates c and g: proposals follow their references' size, are valid, and 10 to 60 % are solved."""
     found = []
     for mode in ("deduction", "abduction"):
         pairs = followed(store, mode)
@@ -174,6 +177,7 @@ def proposal_gates(store: Store) -> list[Gate]:
 
 
 def rlvr_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
+    """Gates a and b2 of one training on fixed tasks: the greedy gain over the base, also at its best decoding."""
     after, command = trained_counts(lab, store), f"rlvr --seed {seed}"
     best = best_of(before)
     first, above = paired(before["T0"], after["T0"]), paired(before[best], after["T0"])
@@ -203,6 +207,7 @@ def moonshot(before: dict[str, Counts], after: dict[str, Counts], seed: str, com
 
 
 def oracle_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
+    """Gate e: training on hard tasks and training on easy ones must come out different, greedy."""
     easy, hard = (lab.counts(store.parts[kind]) for kind in ("easy", "hard"))
     value = paired(easy, hard)
     return [
@@ -219,6 +224,7 @@ def oracle_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -
 
 
 def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
+    """Gates f and b2 of one self-play training: the greedy gain; do thoughts get more frequent and longer?"""
     after, command = trained_counts(lab, store), f"selfplay --seed {seed}"
     value = paired(before["T0"], after["T0"])
     thoughts = [1 - c["T1"].shares()["none"] for c in (before, after)]

@@ -124,6 +124,7 @@ def adapter_of(trained: dict) -> Path:
 
 
 def training_store(options: argparse.Namespace, lab: Lab, name: str) -> Store:
+    """NAME-SEED.json. ValueError if it was made with another model or other settings."""
     settings = {"model": lab.digest, "seed": options.seed, "longest": lab.longest, "flags": options.flags}
     settings["steps"] = getattr(options, "steps", None)
     return Store(options.out / f"{name}-{options.seed}.json", settings)
@@ -196,10 +197,12 @@ def rlvr(options: argparse.Namespace) -> str:
 
 
 def trained_counts(lab: Lab, store: Store) -> dict[str, Counts]:
+    """Name of a decoding -> answers of the trained model, for those that were measured."""
     return {name: lab.counts(store.parts[name]) for name in ("T0", "T0.6", "T1", "many") if name in store.parts}
 
 
 def rlvr_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:
+    """The Markdown of one training on fixed tasks beside the base (gates a and b2)."""
     after = trained_counts(lab, store)
     lines = [training_line(store.parts["train"]), "Trained, greedy, less the base (gates a and b2):"]
     lines.append(table(GAINS, greedy_gains(before, after)))
@@ -214,6 +217,7 @@ def rlvr_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:
 
 
 def training_line(trained: dict) -> str:
+    """One line about a training: its steps, minutes and settings."""
     said = ", ".join(f"{name} {value}" for name, value in trained["config"].items())
     wall = f"{trained['wall'] / 60:.1f} minutes" if trained["wall"] else "a time unknown, as it was interrupted"
     return f"{trained['steps']} steps in {wall}: {said}."
@@ -255,6 +259,7 @@ def gain(a: Counts, b: Counts):
 
 
 def splits(before: dict[str, Counts], after: dict[str, Counts]) -> list[list]:
+    """Rows of the accuracy gain, split by `split_gain` into elicitation and execution, a decoding and mode each."""
     rows = []
     for at in ("T0.6", "T1"):
         for mode in (None, *MODES):
@@ -264,6 +269,7 @@ def splits(before: dict[str, Counts], after: dict[str, Counts]) -> list[list]:
 
 
 def execution(before: dict[str, Counts], after: dict[str, Counts]) -> list[list]:
+    """Rows of the accuracy of worked-out thoughts, trained minus base, and how many tasks lack one on either side."""
     return [
         [at, mode, *style_difference(before[at].of(mode), TRACED, after[at].of(mode), TRACED)]
         for at in ("T0.6", "T1")
@@ -297,6 +303,7 @@ def pass_report(before: dict[str, Counts], after: dict[str, Counts]) -> str:
 
 
 def curve_report(curve: list) -> str:
+    """The Markdown table of `solver_curve`: accuracy, tokens and styles over the training."""
     rows = [
         [end, n, right / n, f"{tokens / n:.1f}", *(styles.get(style, 0) / n for style in STYLES)]
         for end, n, right, tokens, styles in curve
@@ -324,6 +331,7 @@ def oracle(options: argparse.Namespace) -> str:
 
 
 def oracle_report(lab: Lab, before: Counts, store: Store) -> str:
+    """The Markdown of the easy and the hard training beside the base, greedy (gate e)."""
     easy, hard = (lab.counts(store.parts[kind]) for kind in ("easy", "hard"))
     rows = []
     pairs = {"hard less easy": (easy, hard), "easy less base": (before, easy), "hard less base": (before, hard)}
@@ -370,6 +378,7 @@ def times(run: Path) -> dict[str, float]:
 
 
 def selfplay_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:
+    """The Markdown of one self-play training beside the base (gates f and b2)."""
     after = trained_counts(lab, store)
     lines = [training_line(store.parts["train"]), "Trained, greedy, less the base (gate f):"]
     lines.append(table(GAINS, greedy_gains(before, after)))

@@ -42,6 +42,7 @@ def sharpening(arms: dict, names: list[str]):
 
 
 def rates(result: dict, k: int) -> np.ndarray:
+    """(tasks,) pass@k of each held-out task in one result."""
     return pass_at_k(result["held_out"]["n"], result["held_out"]["correct"], k)
 
 
@@ -119,6 +120,7 @@ def forgetting(points: list[dict]):
 
 
 def save(figure, path: Path) -> None:
+    """Writes a figure without matplotlib's version, so that equal figures are equal files, and closes it."""
     path.parent.mkdir(exist_ok=True)
     figure.tight_layout()
     figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -144,10 +144,12 @@ class Pooled:
         self.t = t_quantile(0.975, max(1, self.freedom))
 
     def mean(self, name: str) -> Interval:
+        """The mean of an arm over its seeds, with a 95 % interval from the pooled deviation."""
         values = self.groups[name]
         return self.around(values.mean(), 1 / len(values))
 
     def minus(self, name: str, other: str) -> Interval:
+        """The mean of an arm minus that of another, with a 95 % interval from the pooled deviation."""
         a, b = self.groups[name], self.groups[other]
         return self.around(a.mean() - b.mean(), 1 / len(a) + 1 / len(b))
 
@@ -171,6 +173,7 @@ class Pooled:
         return high
 
     def around(self, mean: float, share: float) -> Interval:
+        """The 95 % interval of a mean; `share` is 1 / n, or for a difference the sum of both."""
         half = self.t * self.sd * np.sqrt(share)
         return Interval(mean, mean - half, mean + half)
 
@@ -201,11 +204,13 @@ def show(interval: Interval, digits: int = 3, sign: bool = True) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def available(arms: dict, names) -> list[str]:
+    """The arms of these that have at least FEWEST results."""
     return [name for name in names if len(arms.get(name, [])) >= FEWEST]
 
 
@@ -311,6 +316,7 @@ def entropy(arms: dict) -> str:
 
 
 def is_half(name: str) -> bool:
+    """Whether an arm is on the smaller base; the arm half-peak is named after its reward and is not."""
     return name.startswith("half-") and name != "half-peak"
 
 
@@ -350,10 +356,12 @@ def sparsity(arms: dict) -> str:
 
 
 def in_order(result: dict) -> list[dict]:
+    """What a result says about each checkpoint, by step."""
     return [result["checkpoints"][str(step)] for step in sorted(map(int, result["checkpoints"]))]
 
 
 def last(result: dict) -> dict:
+    """What a result says about its last checkpoint."""
     return in_order(result)[-1]
 
 
@@ -414,6 +422,7 @@ def power(arms: dict) -> str:
 
 
 def final_greedy(result: dict) -> list[float]:
+    """The greedy held-out accuracy of each mode after the last evaluated step."""
     accuracy = result["greedy"]["accuracy"]
     return accuracy[max(accuracy, key=int)]
 
@@ -658,6 +667,7 @@ def filled(text: str, arms: dict) -> str:
 
 
 def main() -> int:
+    """Makes the tables of RESULTS.md and the plots anew; returns the exit code, 2 without base and joint."""
     arms = load()
     if not {"base", "joint"} <= arms.keys():
         print("results/tables.py: no results of base and joint; python results/experiments.py run", file=sys.stderr)

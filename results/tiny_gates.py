@@ -49,10 +49,12 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, exit code 2."""
 
     def error(self, message: str) -> None:
+        """Prints the message in one line, without the usage, and exits with 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def parser() -> Parser:
+    """The parser of all commands."""
     made = Parser(prog="tiny_gates.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = made.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name in COMMANDS:
