@@ -48,6 +48,7 @@ def open_run(run: RunData) -> Policy:
     or the wording of its prompts is no longer the one of azr/tasks/prompts.py."""
     info = run.base()
     model = model_path(str(run.config["model"]))
+    # the configured path leads nowhere from here: the checkpoint has the one that the weights were read from
     if "/" in model and not Path(model).exists() and Path(info["base_model"]).exists():
         model = info["base_model"]
     opening = agree(model, run.checkpoints()[-1][1])
@@ -98,12 +99,15 @@ def token_divergences(
     with torch.no_grad():
         for indices in micro_batches([len(p) + len(r) for p, r in zip(prompts, responses)], token_budget):
             ids, position, counts = _batch(policy, [prompts[i] for i in indices], [responses[i] for i in indices])
+            # both models are one set of weights: the base is the policy with its adapter switched off
             hidden = [_hidden(policy, ids, context)[position] for context in (policy.disable_adapter(), nullcontext())]
             columns = [[], []]
             for start in range(0, len(position), chunk):
+                # the temperature divides the logits, as in sampling: at another one it is another distribution
                 logits = (head_logits(h[start : start + chunk], weight) / temperature for h in hidden)
                 for column, value in zip(columns, divergences(*(z.log_softmax(-1) for z in logits))):
                     column.append(value.cpu().numpy())
+            # micro-batches are sorted by length; the results go back to the order of the caller
             for out, column in zip((forward, reverse), columns):
                 values = np.concatenate(column) if column else np.empty(0)
                 for i, part in zip(indices, np.split(values, np.cumsum(counts)[:-1])):
@@ -125,5 +129,6 @@ def _batch(policy: Policy, prompts: list[list[int]], responses: list[list[int]])
     ids, position = torch.full((len(prompts), length), policy.pad_id), []
     for row, (p, r) in enumerate(zip(prompts, responses)):
         ids[row, : len(p) + len(r)] = torch.tensor(p + r)
+        # the logits at a token are about the next one: the first that counts is at the prompt's last token
         position.extend(range(row * length + len(p) - 1, row * length + len(p) - 1 + len(r)))
     return ids.to(policy.device), torch.tensor(position, device=policy.device), [len(r) for r in responses]

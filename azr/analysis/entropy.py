@@ -114,11 +114,13 @@ def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
     counts = np.array([len(entropy[i]) for i in kept])
     sums = np.array([entropy[i].sum(dtype=np.float64) for i in kept])
     surprise = np.array([-log_prob[i].sum(dtype=np.float64) for i in kept])
+    # over all responses together: a token counts by its entropy, not by its rank within its own response
     ordered = np.sort(np.concatenate([entropy[i] for i in kept]))[::-1].astype(np.float64)
     top = ordered[: max(1, round(TOP_SHARE * len(ordered)))]
     return {
         "sequences": len(kept),
         "tokens": int(counts.sum()),
+        # tokens of one response are not independent: responses are resampled, with all their tokens
         "token_mean": as_json(ratio_of_sums(sums, counts), len(kept)),
         "sequence_mean": as_json(bootstrap_interval(sums / counts), len(kept)),
         "sampled_token_mean": as_json(ratio_of_sums(surprise, counts), len(kept)),
@@ -231,6 +233,7 @@ def fits_of(runs: list[RunData]) -> dict:
         h, r = solver_entropy(run), run.column("held_out/all/accuracy")
         held += [(x, y, i) for i, (x, y) in enumerate(zip(h, r)) if np.isfinite(x) and np.isfinite(y)]
         accuracy = np.mean([run.column(f"solver/{mode}/accuracy") for mode in MODES], axis=0)
+        # no block may join steps of two runs, hence numbers that are far apart
         own += list(zip(h, accuracy, blocks(len(h), BLOCK) + 1e6 * number))
     result = {}
     for name, rows, grouped in (("held_out_accuracy", held, False), ("own_tasks_accuracy", own, True)):
@@ -301,6 +304,7 @@ def offset(args, rows: list[Row], info: dict, entropy: list) -> dict | None:
         print(f"analyze.py entropy: --offset: {args.model} in {other} does not fit this machine", file=sys.stderr)
         return None
     four, full = (entropy, entropy_b) if own == "nf4" else (entropy_b, entropy)
+    # paired: both scored the same text, so what differs between responses drops out
     gap = [a - b for a, b in zip(four, full)]
     names = [f"{row.role}/{row.mode}" for row in rows]
     result = {"unquantized_dtype": dtype if own == "none" else second.info["dtype"], "groups": {}}

@@ -34,6 +34,7 @@ class GaveUp(RuntimeError):
 
 def changing(s) -> tuple:
     """Copies of all that phase 4 changes: what a stopped step goes back to."""
+    # on the CPU: after an error of the GPU nothing can be read from it any more
     tensors = update.state_tensors(s.policy, s.optimizer)
     return tensors, s.non_finite, computed_at_once(s), s.arms.state, dataclasses.asdict(s.loss_scale)
 
@@ -45,6 +46,7 @@ def computed_at_once(s) -> dict:
 
 def due(s, step: int) -> bool:
     """Whether the last checkpoint is --save-every steps or SAVE_MINUTES old."""
+    # steps alone would let a slow machine lose hours, minutes alone would make short runs save nothing
     return step % s.config.save_every == 0 or time.monotonic() - s.saved >= 60 * SAVE_MINUTES
 
 
@@ -66,6 +68,7 @@ def save(s, keep: bool) -> Path:
     def write(directory: Path) -> None:
         s.policy.save_adapter(directory, adapter)
 
+    # step 0 is always kept: its azr.json tells whoever reads the run what the base was
     path = s.run.save_checkpoint(s.completed, write, tensors, state, info, keep or not s.completed)
     s.saved = time.monotonic()
     return path
@@ -76,6 +79,7 @@ def load(s) -> None:
     tensors, state, _ = s.run.load_checkpoint()
     if state.get("files", {}) != digests(s):
         raise RunError(f"{s.run.dir}: cannot resume, {' or '.join(digests(s))} is no longer what it was")
+    # the moments come on top of the loaded base: what is cached may have to be freed for them
     once_more(lambda: update.restore_tensors(s.policy, s.optimizer, tensors), "loading the checkpoint")
     s.non_finite, s.arms.state = state["non_finite"], state.get("adaptive", {})
     if "loss_scale" in state:  # checkpoints from before it have none
@@ -84,6 +88,7 @@ def load(s) -> None:
     set_rollout_sizes(s.policy.engine, state["sizes"]["rollout"])
     s.buffers.load_state_dict(state["buffers"])
     s.elapsed, s.completed, s.saved = state["elapsed"], s.run.step, time.monotonic()
+    # the lines of later steps are gone from metrics.jsonl, and one of them may have been the best
     s.evaluation.mark_best()
 
 
@@ -101,6 +106,7 @@ def stopped(s) -> str:
 
 def failed(s, error: Exception) -> None:
     """Saves what is complete before an error ends the run (a full disk: there is a good checkpoint already)."""
+    # a RunError is about the run's own files: writing to them once more could only fail again, or hide it
     if s.snapshot and not isinstance(error, RunError):
         try:
             warn(stopped(s))

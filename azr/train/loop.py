@@ -47,6 +47,7 @@ def begin(s, propose: Callable, validate: Callable, solve: Callable) -> None:
     memory_probe.at_start(s.policy, s.optimizer, s.config, s.sizes)
     if not s.run.resumed:
         seed_stage(s, propose, validate)
+    # from here on a stop has something to save, even one in the middle of the first step
     s.snapshot = checkpoint.changing(s)
     if not s.run.resumed:
         checkpoint.save(s, keep=True)
@@ -60,6 +61,7 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
     """Fills the buffers from nothing but the identity program, with the untrained model and no weight update."""
     for task in SEED_TASKS.values():
         s.buffers.add(task, 0)
+    # at first there is no other program to refer to, and an induction proposal about this one would be trivial
     s.exempt = {SEED_PROGRAM}
     target, told = min(SEED_TASKS_PER_MODE, 4 * s.config.prompts_per_mode), time.monotonic()
     for turn in range(SEED_ROUNDS):
@@ -89,6 +91,7 @@ def freeze_probe(s, propose: Callable, solve: Callable) -> None:
     """probe.jsonl: prompts and answers of every role and mode by the untrained model, for entropy on fixed data."""
     if (s.run.dir / "probe.jsonl").exists():
         return
+    # draws of its own: what training draws must not depend on whether there is a probe
     rng = random.Random(f"{s.config.seed}/probe")
     proposals = propose(s, "probe", count=PROBE)
     tasks = [task for mode in MODES for task in s.buffers.sample(mode, PROBE, rng)]
@@ -119,6 +122,7 @@ def evaluates(s, step: int) -> bool:
 
 def not_reproducible(s) -> dict[str, float]:
     """The metrics of a step that depend on the machine: seconds of each phase, memory, lanes that died."""
+    # added up over resumes, which the clock of a step knows nothing of
     s.elapsed += s.clock.total()
     times = {**s.clock.metrics(), "time/elapsed": round(s.elapsed, 2), **memory(checkpoint.computed_at_once(s))}
     return times | {"time/lanes_lost": s.sandbox.state["lanes_lost"]}
@@ -127,11 +131,13 @@ def not_reproducible(s) -> dict[str, float]:
 def complete(s, step: int) -> None:
     """The step counts from here on; a checkpoint if one is due, wanted, or belongs to an evaluation."""
     evaluated, last = evaluates(s, step), step == s.config.steps
+    # number and snapshot change together: whatever stops the run later saves a state that fits its number
     s.completed, s.snapshot = step, checkpoint.changing(s)
     if evaluated or last or s.stop.save_requested or checkpoint.due(s, step):
         checkpoint.save(s, keep=evaluated or last)
         s.stop.save_requested = False
     if evaluated:
+        # after the save, so that best.json never names a checkpoint that is not there
         s.evaluation.mark_best()
 
 
@@ -171,6 +177,7 @@ class Watcher:
 
 def conclude(s, watch) -> None:
     """Trained against base: the table and the pass@k plot; what to look at."""
+    # from the file, not from memory: a resumed run has the steps before the resume only there
     rows = [row for row in read_lines(s.run.dir / "metrics.jsonl") if row["step"] > 0]
     count = min(10, max(1, len(rows) // 2))
     screen.training_table(rows[:count], rows[-count:])

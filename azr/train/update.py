@@ -75,6 +75,7 @@ def old_log_probs(s, samples: list[Sample]) -> None:
 
     def work() -> None:
         for indices, log_prob, entropy, _ in score(s, samples, with_grad=False):
+            # one copy to the host per tensor; rows are padded to the longest response of the micro-batch
             for i, row, uncertain in zip(indices, log_prob.tolist(), entropy.tolist()):
                 samples[i].old_log_prob = row[: len(samples[i].completion.ids)]
                 samples[i].entropy = uncertain[: len(samples[i].completion.ids)]
@@ -85,6 +86,7 @@ def old_log_probs(s, samples: list[Sample]) -> None:
 
 def scored(s, samples: list[Sample], base: bool = False) -> list[Sample]:
     """Copies of the samples with the log-probs and entropies of the present weights, or of the base, adapter off."""
+    # old_log_probs overwrites what its samples hold, and the originals are still to be trained on
     copies = [dataclasses.replace(sample) for sample in samples]
     with s.policy.disable_adapter() if base else nullcontext():
         old_log_probs(s, copies)
@@ -117,7 +119,9 @@ def gradient(s, samples: list[Sample], weights: list[float], loss_of: Callable[[
 
     loss, parts = retry(work, lambda: s.sizes.halve(longest(samples)), "the update")
     s.loss_scale.unscale(s.policy.trainable_parameters())
+    # the tensors of a micro-batch are gone with it: only these flat columns are kept for the metrics
     own = [x for part, _ in parts for x in part]
+    # an optimizer step may have nothing to score, and its metrics are still asked for
     columns = zip(*(tensors for _, tensors in parts)) if parts else [[torch.zeros(0)]] * 4
     return loss, Columns(own, *(torch.cat(list(column)) for column in columns), clip=s.arms.clip(CLIP, CLIP))
 
@@ -129,6 +133,7 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
     Samples of the base, adapter off, are not the policy's to score.
     """
     loss_sum, parts = 0.0, []
+    # two passes: a micro-batch is scored either with activations kept for a gradient or, far cheaper, without
     for with_grad in (True, False):
         part = [
             i
@@ -144,6 +149,7 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
             if with_grad:
                 s.loss_scale.backward(loss)
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
+            # also without gradient: the metrics of the gap and the clip are about all sampled tokens
             parts.append(columns_of(batch))
             for sample, row in zip(batch.samples, entropy.tolist()):
                 sample.entropy = row[: len(sample.completion.ids)]
@@ -155,6 +161,7 @@ def make_batch(samples: list[Sample], weights: list[float], log_prob, entropy, m
     old = log_prob.detach()  # the first optimizer step of a training step: the ratio is 1, its gradient that of log p
     if all(sample.old_log_prob is not None for sample in samples):
         old = padded([sample.old_log_prob for sample in samples], log_prob)
+    # a file's response may have none: zeros then, which only PPO's loss would use; luffy's and sft's replace it
     sampler = padded([sample.completion.log_probs for sample in samples], log_prob)
     device = log_prob.device
     advantage = torch.tensor([sample.advantage for sample in samples], device=device)[:, None]
@@ -176,6 +183,7 @@ def take_step(policy: Policy, optimizer) -> None:
         before = state_tensors(policy, optimizer, None)  # a GPU copies within itself in milliseconds
     except torch.OutOfMemoryError:
         before = state_tensors(policy, optimizer)
+    # not empty from the first call of `attempt` on: then the state may be half changed and is put back first
     begun = []
 
     def attempt() -> None:
@@ -214,6 +222,7 @@ def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
 def of_step(updates: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of a step from those of its optimizer steps: counts are added, all else is averaged, but for the
     greatest gap and the lowest loss scale."""
+    # a mean would hide the one bad token or the one overflow that these are logged for
     together = {"tokens": sum, "skipped": sum, "overflows": sum, "log_prob_gap_max": max, "loss_scale": min}
 
     def mean(values: list[float]) -> float:
@@ -224,6 +233,7 @@ def of_step(updates: list[dict[str, float]]) -> dict[str, float]:
 
 def padded(rows: list[list[float]], like: torch.Tensor) -> torch.Tensor:
     """(batch, time) from lists of numbers, zeros behind, on the device of `like`."""
+    # filled on the CPU and moved once: writing row by row to a GPU would be a transfer for every row
     out = torch.zeros(like.shape)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row)
@@ -257,4 +267,5 @@ def restore_tensors(policy: Policy, optimizer, tensors: dict[str, torch.Tensor])
         if name.startswith("adam/"):
             _, i, key = name.split("/")
             moments.setdefault(int(i), {})[key] = value
+    # the groups stay as they are: their learning rate is the settings', their foreach this machine's
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -118,6 +118,7 @@ class Bonus(Control):
         """-c x the entropies of the micro-batch's sampled tokens, each times the weight of its sample; a scalar."""
         if not self.coefficient:
             return 0.0
+        # a high entropy on text that the policy did not write is not what is to be rewarded
         weight = batch.weight * batch.own[:, 0]
         return -self.coefficient * (batch.entropy.masked_fill(~batch.mask, 0.0) * weight[:, None]).sum()
 
@@ -154,6 +155,7 @@ def adapt(state: dict, entropy: float, cap: float) -> dict:
     at or below the target only.
     """
     target = state["target"] if state else TARGET * entropy
+    # the first step is above the target that it sets: the bonus starts switched off, with a coefficient of 0
     low = entropy <= target
     change = cap / RAMP if low else -cap / RAMP
     coefficient = min(cap, max(0.0, (state["coefficient"] if state else 0.0) + change))
@@ -170,6 +172,7 @@ class ClipHigher(Control):
     def touched(self, columns):
         """The tokens that PPO's usual upper bound would have clipped and this one does not."""
         flat = columns.log_prob, columns.old, columns.advantage
+        # the lower bound is the same in both, so that only the tokens between the two upper bounds are left
         narrow = ppo.clipped(*flat, columns.clip[0], update.CLIP)
         return narrow & ~ppo.clipped(*flat, *columns.clip)
 
@@ -187,6 +190,7 @@ class Marking(Control):
 
     def mark(self, s, samples, seed):
         """Off-policy samples and proposals that are not trained are left alone."""
+        # by id: samples cannot be hashed, and two equal answers are still two rows of the update
         self.marks = {id(sample): [0.0] * len(sample.completion.ids) for sample in samples}
         mine = [x for x in samples if x.update and not x.objective and len(x.completion.ids)]
         if not mine:

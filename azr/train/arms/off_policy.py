@@ -47,6 +47,7 @@ def mixed_token_weights(samples: list[Sample], weights: list[float], gamma: floa
     In a (role, mode) group that has both, foreign tokens share gamma of its weight and sampled ones 1 - gamma; a group
     that has one kind keeps what it has in `weights`.
     """
+    # shares are by token, as the loss is: a few long foreign solutions must not outweigh gamma
     parts: dict[tuple, int] = {}
     for sample in samples:
         key = (sample.role, sample.mode, bool(sample.objective))
@@ -90,6 +91,7 @@ def exchanged(samples: list[Sample]) -> list[Sample]:
     """
     result = []
     for mode in dict.fromkeys(sample.mode for sample in samples):
+        # in turn, not at random: the control is then the same in every repetition of the step
         mine = [sample for sample in samples if sample.mode == mode]
         for i, sample in enumerate(mine):
             others = (mine[(i + j) % len(mine)] for j in range(1, len(mine)))
@@ -175,12 +177,15 @@ class OffPolicy(Arm):
         if not self.solutions or self.config.algorithm != "selfplay":
             return []
         tasks = [samples[0].task for samples in self.solutions.values()]
+        # gamma counts prompts of one mode, and a file need not have tasks of all of them
         modes = len({task.mode for task in tasks})
         count = max(1, round(self.config.off_policy_gamma * self.config.prompts_per_mode)) * modes
+        # a file that comes to its end begins anew: a task drawn twice would get twice the answers
         return list({task.hash: task for task in draw(tasks, step, count, self.config.seed)}.values())
 
     def samples(self, s, step, proposals, answers, solve):
         """Foreign solutions to the tasks of the answers, in their groups; the control's instead, if there is one."""
+        # the group of the policy's own answers, so that a foreign one is measured against their mean
         groups = {sample.task.hash: sample.group for sample in answers}
         if self.from_file:
             found = [sample for task in groups for sample in self.solutions.get(task, ())]
@@ -219,6 +224,7 @@ class OffPolicy(Arm):
             torch.tensor([x for sample, _ in known for x in sample.completion.log_probs]),
         )
         sampled = torch.tensor([x for sample in own for x in sample.completion.log_probs])
+        # k3 is unbiased only on tokens of the policy, hence its own answers and not the foreign ones
         base = torch.tensor([x for of_base in update.scored(s, own, base=True) for x in of_base.old_log_prob])
         return {
             "off_policy_gamma": self.config.off_policy_gamma,
