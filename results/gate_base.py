@@ -60,10 +60,10 @@ def reach(lab: Lab, index: list[int], n: int) -> list:
     was solved) nor above .95 (whose chance to be right so seldom is 1 in 20,000).
     """
     look = min(FIRST_LOOK, n)
-    found = {row[0]: right_of(row) for row in lab.answer(index, look, 1.0)}
-    open_ = [i for i in index if n > look and (found[i] == 0 or found[i] > 0.75 * look)]
+    first_right = {row[0]: right_of(row) for row in lab.answer(index, look, 1.0)}
+    open_ = [i for i in index if n > look and (first_right[i] == 0 or first_right[i] > 0.75 * look)]
     more = {row[0]: right_of(row) for row in lab.answer(open_, n - look, 1.0, first=look)} if open_ else {}
-    return [[i, n if i in more else look, found[i] + more.get(i, 0)] for i in index]
+    return [[i, n if i in more else look, first_right[i] + more.get(i, 0)] for i in index]
 
 
 def right_of(row: list) -> int:
@@ -94,12 +94,12 @@ def reach_report(lab: Lab, rows: list) -> str:
     """Gate d: shares of tasks out of reach, and of tasks that are nearly sure."""
     index, n, right = (np.array(column) for column in zip(*rows))
     modes = np.array([lab.tasks[i].mode for i in index])
-    found = []
+    shares = []
     for mode in (None, *MODES):
         mine = np.ones(len(index), bool) if mode is None else modes == mode
         never, sure = right[mine] == 0, right[mine] / n[mine] > SURE
-        found.append([mode or "all", mine.sum(), share_interval(never * 1.0), share_interval(sure * 1.0)])
-    return table([f"T1, {n.max()} answers", "tasks", "none right", f"above {SURE}"], found)
+        shares.append([mode or "all", mine.sum(), share_interval(never * 1.0), share_interval(sure * 1.0)])
+    return table([f"T1, {n.max()} answers", "tasks", "none right", f"above {SURE}"], shares)
 
 
 # ---------------------------------------------------------------- forced

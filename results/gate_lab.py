@@ -68,12 +68,12 @@ class Store:
 
 def digest(model: Path, adapter: Path | None = None) -> str:
     """16 hex digits of the weights. ValueError if there are none."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for path in (model / "model.safetensors", *([adapter / "adapter_model.safetensors"] if adapter else [])):
         if not path.is_file():
             raise ValueError(f"{path}: no such file; --model takes the directory of an embedded base")
-        found.update(path.read_bytes())
-    return found.hexdigest()[:16]
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]
 
 
 class Lab:
@@ -146,10 +146,10 @@ class Lab:
         self, tasks: list[Task], n: int, temperature: float, prefixes: Sequence[str] = (), first: int = 0
     ) -> list[list[tuple]]:
         """(response, tokens, right, well formed, cut off) of n answers to each task."""
-        found, size = [], max(1, ANSWERS_A_CALL // n)
+        result, size = [], max(1, ANSWERS_A_CALL // n)
         for start in range(0, len(tasks), size):
-            found += self._respond(tasks[start : start + size], n, temperature, prefixes[start : start + size], first)
-        return found
+            result += self._respond(tasks[start : start + size], n, temperature, prefixes[start : start + size], first)
+        return result
 
     def _respond(self, tasks, n, temperature, prefixes, first) -> list[list[tuple]]:
         prefixes = list(prefixes) or [""] * len(tasks)

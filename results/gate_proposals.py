@@ -102,13 +102,13 @@ def measure(lab: Lab, mode: str, count: int) -> dict:
     """Rows [references' statements, the proposal's or null, reason, is one of its references, key]; and
     [references' statements, the proposal's, answers, right ones] of those that were answered."""
     rng = random.Random(f"{lab.seed}/{mode}/references")
-    found = propose(lab, [draw_asked(mode, rng, SIZES[i % len(SIZES)]) for i in range(count)], f"gate/{mode}")
+    attempts = propose(lab, [draw_asked(mode, rng, SIZES[i % len(SIZES)]) for i in range(count)], f"gate/{mode}")
     rows = []
-    for p in found:
+    for p in attempts:
         own = statements(p.parsed.value.program) if p.parsed.value is not None else None
         key = duplicate_key(p.verdict.task) if p.verdict.ok else None
         rows.append([p.asked.size, own, p.verdict.reason, p.again, key])
-    valid = [p for p in found if p.verdict.ok and not p.again][:SOLVED]
+    valid = [p for p in attempts if p.verdict.ok and not p.again][:SOLVED]
     answers = lab.respond([p.verdict.task for p in valid], ANSWERS, 1.0)
     solved = [
         [p.asked.size, statements(p.verdict.task.program), ANSWERS, sum(answer[2] for answer in mine)]
@@ -125,7 +125,7 @@ def proposals_report(store: Store) -> str:
         ok = [r[2] == "ok" and not r[3] for r in found]
         keys = [r[4] for r, fine in zip(found, ok) if fine]
         refused = Counter(r[2] for r in found if r[2] != "ok")
-        said = ", ".join(f"{reason} {times}" for reason, times in refused.most_common()) or "-"
+        reasons = ", ".join(f"{reason} {times}" for reason, times in refused.most_common()) or "-"
         repeated = 1 - len(set(keys)) / len(keys) if keys else None
         rows.append(
             [
@@ -134,7 +134,7 @@ def proposals_report(store: Store) -> str:
                 share_interval(np.array(ok) * 1.0),
                 float(np.mean([r[3] for r in found])),
                 repeated,
-                said,
+                reasons,
             ]
         )
     header = ["mode", "proposals", "valid", "one of its references", "repeated among the valid", "refused"]
@@ -178,24 +178,24 @@ def examples(options: argparse.Namespace) -> str:
 
 def proposal_texts(lab: Lab) -> list[dict]:
     """A few proposals of each mode with prompt, response and verdict, one for each size of the references."""
-    found = []
+    texts = []
     for mode in MODES:
         rng = random.Random(f"{lab.seed}/{mode}/examples")
         for p in propose(lab, [draw_asked(mode, rng, size) for size in SIZES[:EXAMPLES]], f"examples/{mode}"):
             prompt = propose_prompt(mode, p.asked.references, lab.template)
             verdict = "one of its references" if p.again else p.verdict.reason
-            found.append({"mode": mode, "prompt": prompt, "response": p.response, "verdict": verdict})
-    return found
+            texts.append({"mode": mode, "prompt": prompt, "response": p.response, "verdict": verdict})
+    return texts
 
 
 def answer_texts(lab: Lab) -> list[dict]:
     """The first answer to the first held-out task of the levels 1, 2, ... of each mode, at temperature 1."""
-    found = []
+    texts = []
     for mode in MODES:
         tasks = [lab.tasks[i] for i in lab.part(1, mode)][:EXAMPLES]
         for task, answers in zip(tasks, lab.respond(tasks, 1, 1.0)):
             response, _, right, _, _ = answers[0]
-            found.append(
+            texts.append(
                 {
                     "mode": mode,
                     "prompt": solve_prompt(task, lab.template),
@@ -203,7 +203,7 @@ def answer_texts(lab: Lab) -> list[dict]:
                     "verdict": "right" if right else "wrong",
                 }
             )
-    return found
+    return texts
 
 
 def examples_report(store: Store) -> str:

@@ -50,8 +50,8 @@ def report(options: argparse.Namespace) -> str:
         raise ValueError(f"{options.out}: has no results of this model yet")
     gates = [gate for _, _, rows in parts for gate in rows]
     gates += every_seed(gates)
-    said = {True: "passed", False: "**failed**", None: "-"}
-    lines = [table(["gate", "what", "value", "n", "seed", "command", ""], [[*g[:-1], said[g.passed]] for g in gates])]
+    words = {True: "passed", False: "**failed**", None: "-"}
+    lines = [table(["gate", "what", "value", "n", "seed", "command", ""], [[*g[:-1], words[g.passed]] for g in gates])]
     for title, text, _ in parts:
         lines += [f"### {title}", "", text, ""]
     text = squeezed("\n".join(lines))
@@ -119,23 +119,23 @@ def forced_gates(lab: Lab, store: Store) -> list[Gate]:
         "4-7": ("4 statements or more, 25 points", lambda x: x >= 0.25),
         "1": ("one statement, within 10 points", lambda x: abs(x) <= 0.10),
     }
-    found = []
+    gates = []
     for mode, at, levels, n, value in forced_differences(results):
         if levels in rules and at == "T0":
             what, rule = rules[levels]
             passed = rule(value.mean) if mode == "deduction" else None
             what = f"{mode}, full less direct, greedy, {what}"
-            found.append(Gate("b", what, value, f"{n} tasks", 0, "forced", passed))
-    return found
+            gates.append(Gate("b", what, value, f"{n} tasks", 0, "forced", passed))
+    return gates
 
 
 def proposal_gates(store: Store) -> list[Gate]:
     """Gates c and g: proposals follow their references' size, are valid, and 10 to 60 % are solved."""
-    found = []
+    gates = []
     for mode in ("deduction", "abduction"):
         pairs = followed(store, mode)
         value = spearman_interval(*zip(*pairs)) if len(pairs) > 2 else Interval(np.nan, np.nan, np.nan)
-        found.append(
+        gates.append(
             Gate(
                 "c",
                 f"{mode}, Spearman of references and proposal, .5",
@@ -149,7 +149,7 @@ def proposal_gates(store: Store) -> list[Gate]:
     for mode in MODES:
         rows, solved = store.parts[mode]["rows"], store.parts[mode]["solved"]
         valid = share_interval(np.array([r[2] == "ok" and not r[3] for r in rows]) * 1.0)
-        found.append(
+        gates.append(
             Gate(
                 "g",
                 f"{mode}, valid proposals, 60 %",
@@ -162,7 +162,7 @@ def proposal_gates(store: Store) -> list[Gate]:
         )
         if solved:
             rate = share_interval(np.array([right / n for _, _, n, right in solved]))
-            found.append(
+            gates.append(
                 Gate(
                     "g",
                     f"{mode}, own proposals solved, 10 to 60 %",
@@ -173,7 +173,7 @@ def proposal_gates(store: Store) -> list[Gate]:
                     0.1 <= rate.mean <= 0.6,
                 )
             )
-    return found
+    return gates
 
 
 def rlvr_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
@@ -181,7 +181,7 @@ def rlvr_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> 
     after, command = trained_counts(lab, store), f"rlvr --seed {seed}"
     best = best_of(before)
     first, above = paired(before["T0"], after["T0"]), paired(before[best], after["T0"])
-    found = [
+    gates = [
         Gate("a", "greedy gain, 8 points", first, f"{len(after['T0'])} tasks", seed, command, first.mean >= 0.08),
         Gate(
             "a",
@@ -193,17 +193,17 @@ def rlvr_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> 
             bool(above.low > 0),
         ),
     ]
-    return found + moonshot(before, after, seed, command)
+    return gates + moonshot(before, after, seed, command)
 
 
 def moonshot(before: dict[str, Counts], after: dict[str, Counts], seed: str, command: str) -> list[Gate]:
     """Against the base that is forced to its full style; nothing asks that this be passed."""
-    found = []
+    gates = []
     for mode in ("deduction", "induction"):
         value = gain(before["full T0"].of(mode), after["T0"].of(mode))
         n = f"{len(before['full T0'].of(mode))} tasks"
-        found.append(Gate("b2", f"{mode}, greedy, less the base forced to think", value, n, seed, command, None))
-    return found
+        gates.append(Gate("b2", f"{mode}, greedy, less the base forced to think", value, n, seed, command, None))
+    return gates
 
 
 def oracle_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str) -> list[Gate]:
@@ -232,14 +232,14 @@ def selfplay_gates(lab: Lab, before: dict[str, Counts], store: Store, seed: str)
     tokens = [c["T1"].tokens() for c in (before, after)]
     n = f"{len(after['T0'])} tasks"
     answers = f"{after['T1'].n.sum()} answers"
-    found = [Gate("f", GAIN, value, n, seed, command, value.mean >= 0.05)]
+    gates = [Gate("f", GAIN, value, n, seed, command, value.mean >= 0.05)]
     for what, (a, b), form in (
         ("share of thoughts, T1, up", thoughts, "{:.3f}"),
         ("share of worked-out thoughts, T1, up", traced, "{:.3f}"),
         ("tokens of a response, T1, up", tokens, "{:.1f}"),
     ):
-        found.append(Gate("f", what, f"{form.format(a)} to {form.format(b)}", answers, seed, command, bool(b > a)))
-    return found + moonshot(before, after, seed, command)
+        gates.append(Gate("f", what, f"{form.format(a)} to {form.format(b)}", answers, seed, command, bool(b > a)))
+    return gates + moonshot(before, after, seed, command)
 
 
 def every_seed(gates: list[Gate]) -> list[Gate]:

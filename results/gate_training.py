@@ -150,11 +150,11 @@ def solver_curve(run: Path) -> list[list]:
         if row["role"] != "solver":
             continue
         end = -(-row["step"] // WINDOW) * WINDOW
-        found = windows.setdefault(end, [end, 0, 0, 0, {}])
-        found[1], found[2] = found[1] + 1, found[2] + bool(row["reward"].get("correct"))
-        found[3] += row["tokens"]
+        window = windows.setdefault(end, [end, 0, 0, 0, {}])
+        window[1], window[2] = window[1] + 1, window[2] + bool(row["reward"].get("correct"))
+        window[3] += row["tokens"]
         style = style_of(row["mode"], thought_of(row["response"]))
-        found[4][style] = found[4].get(style, 0) + 1
+        window[4][style] = window[4].get(style, 0) + 1
     return [windows[end] for end in sorted(windows)]
 
 
@@ -168,14 +168,14 @@ def of_base(options: argparse.Namespace, make) -> None:
 
 def base_counts(options: argparse.Namespace, lab: Lab) -> dict[str, Counts]:
     """Name -> answers of the base: T0 ... T1, "many" (T 1), "direct T0", "full T0.6", ... ValueError if not made."""
-    found = {}
-    for name, wanted in (("base", BASE_RUNS), ("forced", FORCED_RUNS)):
+    result = {}
+    for name, parts_needed in (("base", BASE_RUNS), ("forced", FORCED_RUNS)):
         settings = {"model": lab.digest, "seed": 0, "longest": lab.longest}
         parts = Store(options.out / f"{name}.json", settings).parts
-        if missing := [part for part in wanted if part not in parts]:
+        if missing := [part for part in parts_needed if part not in parts]:
             raise ValueError(f"{options.out / name}.json lacks {missing[0]}: run tiny_gates.py {name} first")
-        found |= {part.replace("own T1", "many"): lab.counts(parts[part]) for part in wanted}
-    return found
+        result |= {part.replace("own T1", "many"): lab.counts(parts[part]) for part in parts_needed}
+    return result
 
 
 # ---------------------------------------------------------------- rlvr
@@ -218,9 +218,9 @@ def rlvr_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:
 
 def training_line(trained: dict) -> str:
     """One line about a training: its steps, minutes and settings."""
-    said = ", ".join(f"{name} {value}" for name, value in trained["config"].items())
+    settings = ", ".join(f"{name} {value}" for name, value in trained["config"].items())
     wall = f"{trained['wall'] / 60:.1f} minutes" if trained["wall"] else "a time unknown, as it was interrupted"
-    return f"{trained['steps']} steps in {wall}: {said}."
+    return f"{trained['steps']} steps in {wall}: {settings}."
 
 
 def best_of(before: dict[str, Counts]) -> str:
@@ -373,8 +373,8 @@ def proposal_sizes(run: Path) -> list[list]:
 def times(run: Path) -> dict[str, float]:
     """Median seconds of each phase of a step."""
     rows = [row for row in read_metrics(run) if row["step"] > 0]
-    found = {phase: [row[f"time/{phase}"] for row in rows if row.get(f"time/{phase}")] for phase in PHASES}
-    return {phase: round(float(np.median(values)), 3) for phase, values in found.items() if values}
+    seconds = {phase: [row[f"time/{phase}"] for row in rows if row.get(f"time/{phase}")] for phase in PHASES}
+    return {phase: round(float(np.median(values)), 3) for phase, values in seconds.items() if values}
 
 
 def selfplay_report(lab: Lab, before: dict[str, Counts], store: Store) -> str:

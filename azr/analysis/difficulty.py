@@ -87,38 +87,38 @@ def analyse(table: Table) -> dict:
 def verdict(result: dict) -> list[str]:
     """What the numbers say, in sentences; n is in the table."""
     tasks, solver, by = result["tasks"], result["split"]["solver"], result["tasks_by_solver"]
-    said, base = [], next(iter(by.values()))
+    sentences, base = [], next(iter(by.values()))
     agree = [name for name, row in by.items() if row["mean"] * tasks["mean"] > 0]
-    # only the base was trained on none of these tasks: without its consent nothing is said
+    # only the base was trained on none of these tasks: without its consent nothing is sentences
     if tasks["high"] < 0 and base["mean"] < 0:
-        said.append(
+        sentences.append(
             f"The proposals get harder: fixed solvers solve {shown(tasks)} fewer of the last stage's tasks"
             f" (negative: fewer), {len(agree)} of {len(by)} solvers agree."
         )
     elif tasks["low"] > 0 and base["mean"] > 0:
-        said.append(
+        sentences.append(
             f"The proposals get easier: fixed solvers solve {shown(tasks)} more of the last stage's tasks, "
             f"{len(agree)} of {len(by)} solvers agree."
         )
     else:
-        said.append(f"No change of difficulty is shown: fixed solvers, last stage minus first, {shown(tasks)}.")
+        sentences.append(f"No change of difficulty is shown: fixed solvers, last stage minus first, {shown(tasks)}.")
     word = "weaker" if solver["high"] < 0 else "stronger" if solver["low"] > 0 else None
-    said.append(
+    sentences.append(
         f"The solver gets {word} on these tasks: final minus base, same tasks, {shown(solver)}."
         if word
         else f"No change of the solver is shown on these tasks: final minus base {shown(solver)}."
     )
     lead = result["lead_grows"]
     if lead["low"] > 0:
-        said.append(
+        sentences.append(
             f"The final solver's lead over the base grows by {shown(lead)} from the first stage's tasks to "
             "the last stage's, which it was trained on; for the base, trained on none, the change is "
             f"{shown(base)}."
         )
     rates = [row["mean"] for rows in result["rate"].values() for row in (rows[0], rows[-1])]
     if min(rates) < FLOOR or max(rates) > 1 - FLOOR:
-        said.append("Some solve rates are near 0 or 1, where a change of difficulty hardly shows.")
-    return said
+        sentences.append("Some solve rates are near 0 or 1, where a change of difficulty hardly shows.")
+    return sentences
 
 
 def _share(values: np.ndarray) -> dict | None:
@@ -137,12 +137,12 @@ def _change(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> dict | N
 
 
 def correlations(run: RunData, table: Table, bounds: list[tuple[int, int]]) -> dict:
-    """Pearson's r over the stages between held-out accuracy and (a) difficulty for the fixed solvers, (b) length.
+    """Pearson's r over the stages between held_out-out accuracy and (a) difficulty for the fixed solvers, (b) length.
 
     Held-out accuracy is interpolated between evaluations to the middle of the stage. NaN with fewer than 3 stages.
     """
     steps, accuracy = run.steps, run.column("held_out/all/accuracy")
-    known = np.isfinite(accuracy)
+    measured = np.isfinite(accuracy)
     tokens = np.nanmean([run.column(f"solver/{m}/response_tokens") for m in MODES], axis=0)
     every = np.mean(list(table.rates.values()), axis=0)
     number = range(len(bounds))
@@ -150,11 +150,13 @@ def correlations(run: RunData, table: Table, bounds: list[tuple[int, int]]) -> d
         "difficulty": [1 - every[table.stage == i].mean() for i in number],
         "answer_tokens": [np.nanmean(tokens[(steps >= a) & (steps <= b)]) for a, b in bounds],
     }
-    held = np.interp([(a + b) / 2 for a, b in bounds], steps[known], accuracy[known]) if known.sum() > 1 else None
+    held_out = (
+        np.interp([(a + b) / 2 for a, b in bounds], steps[measured], accuracy[measured]) if measured.sum() > 1 else None
+    )
     result = {"n": len(bounds)}
     for name, values in series.items():
-        usable = held is not None and len(bounds) > 2 and np.std(values) > 0 and np.std(held) > 0
-        result[name] = float(np.corrcoef(values, held)[0, 1]) if usable else float("nan")
+        usable = held_out is not None and len(bounds) > 2 and np.std(values) > 0 and np.std(held_out) > 0
+        result[name] = float(np.corrcoef(values, held_out)[0, 1]) if usable else float("nan")
     return result
 
 
@@ -168,7 +170,7 @@ def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questi
     """
     from azr.tasks import Task
 
-    found: dict[tuple[int, str], dict] = {(i, mode): {} for i in range(len(bounds)) for mode in modes}
+    candidates: dict[tuple[int, str], dict] = {(i, mode): {} for i in range(len(bounds)) for mode in modes}
     notes: list[str] = []
     if not (run.path / "samples.jsonl").is_file():
         raise ValueError(f"{run.path} has no samples.jsonl, so there are no proposals to solve")
@@ -179,57 +181,57 @@ def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questi
         if stage is not None:
             task = Task.from_json(row["task"])
             entry = {"stage": stage, "step": row["step"], "logged": row.get("solve_rate"), "task": task}
-            found[stage, row["mode"]].setdefault(task.hash, entry)
+            candidates[stage, row["mode"]].setdefault(task.hash, entry)
     for line in notes:
         warn(f"{run.path}: {line}")
-    present = [mode for mode in modes if all(found[i, mode] for i in range(len(bounds)))]
+    present = [mode for mode in modes if all(candidates[i, mode] for i in range(len(bounds)))]
     for mode in set(modes) - set(present):
         warn(f"{run.path}: some stage has no valid {mode} proposal; {mode} is left out")
     if not present:
         raise ValueError(f"{run.path}: no mode has valid proposals in all {len(bounds)} stages; try fewer --stages")
-    chosen, wanted = [], max(1, questions // (len(bounds) * len(present)))
+    chosen, per_cell = [], max(1, questions // (len(bounds) * len(present)))
     for mode in present:
-        size = min(wanted, *(len(found[i, mode]) for i in range(len(bounds))), wanted)
+        size = min(per_cell, *(len(candidates[i, mode]) for i in range(len(bounds))), per_cell)
         for i in range(len(bounds)):
-            pool = [found[i, mode][key] for key in sorted(found[i, mode])]
+            pool = [candidates[i, mode][key] for key in sorted(candidates[i, mode])]
             chosen += random.Random(f"difficulty/{i}/{mode}").sample(pool, size)
     return chosen
 
 
 def fixed_solvers(run: RunData) -> dict[str, Path | None]:
     """{"base": None, "step_60": DIR, "step_120": DIR}: base, the checkpoint nearest to the middle, the last."""
-    found = [(step, path) for step, path in run.checkpoints() if step > 0]
-    if not found:
+    checkpoints = [(step, path) for step, path in run.checkpoints() if step > 0]
+    if not checkpoints:
         raise ValueError(f"{run.path} has no checkpoint after step 0, so there is no trained solver to compare with")
-    middle = min(found, key=lambda item: abs(item[0] - found[-1][0] / 2))
-    return {"base": None} | {f"step_{step}": path for step, path in (middle, found[-1])}
+    middle = min(checkpoints, key=lambda item: abs(item[0] - checkpoints[-1][0] / 2))
+    return {"base": None} | {f"step_{step}": path for step, path in (middle, checkpoints[-1])}
 
 
 def solve(run: RunData, chosen: list[dict], solvers: dict, settings: dict, fresh: bool) -> dict:
     """{solver: {"correct": [...], "tokens": [...]}} for the chosen tasks; from RUN/eval/difficulty.json if it is there
-    for the same tasks, settings and adapters, else sampled and kept there, solver by solver."""
+    for the same tasks, settings and adapters, else sampled and results there, solver by solver."""
     path = run.path / "eval" / "difficulty.json"
     key = hashlib.sha256(json.dumps([settings, [c["task"].hash for c in chosen]]).encode()).hexdigest()[:16]
     marks = {n: _digest(d / "adapter_model.safetensors") if d else "base" for n, d in solvers.items()}
-    kept = {}
+    results = {}
     if path.is_file() and not fresh:
         try:
             stored = read_object(path)
             same = stored.get("key") == key
-            kept = {n: row for n, row in stored["solvers"].items() if same and row.get("adapter") == marks.get(n)}
+            results = {n: row for n, row in stored["solvers"].items() if same and row.get("adapter") == marks.get(n)}
         except (ValueError, KeyError, AttributeError):
             warn(f"{path} cannot be read and is made again")
-    if kept:
-        note(f"{run.path}: answers of {', '.join(kept)} are taken from {path} (--fresh samples again)")
-    missing = {name: solvers[name] for name in solvers if name not in kept}
+    if results:
+        note(f"{run.path}: answers of {', '.join(results)} are taken from {path} (--fresh samples again)")
+    missing = {name: solvers[name] for name in solvers if name not in results}
     if missing:
         path.parent.mkdir(exist_ok=True)
         for name, row in _sample(run, [c["task"] for c in chosen], missing, settings):
-            kept[name] = row | {"adapter": marks[name]}
+            results[name] = row | {"adapter": marks[name]}
             rows = [{**c, "task": c["task"].to_json()} for c in chosen]
-            ordered = {n: kept[n] for n in solvers if n in kept}
+            ordered = {n: results[n] for n in solvers if n in results}
             write_json_atomic(path, {"key": key, "settings": settings, "solvers": ordered, "tasks": rows})
-    return {name: kept[name] for name in solvers}
+    return {name: results[name] for name in solvers}
 
 
 def _sample(run: RunData, tasks: list, solvers: dict, settings: dict):
@@ -247,9 +249,9 @@ def _sample(run: RunData, tasks: list, solvers: dict, settings: dict):
             if checkpoint:
                 use(policy, checkpoint)
             with policy.disable_adapter() if checkpoint is None else nullcontext():
-                done = evaluate(policy, tasks, settings["answers"], sampling, settings["template"], sandbox, 0)
-            tokens = [float(np.mean(task.tokens)) for task in done.tasks]
-            yield name, {"correct": [task.correct for task in done.tasks], "tokens": tokens}
+                evaluation = evaluate(policy, tasks, settings["answers"], sampling, settings["template"], sandbox, 0)
+            tokens = [float(np.mean(task.tokens)) for task in evaluation.tasks]
+            yield name, {"correct": [task.correct for task in evaluation.tasks], "tokens": tokens}
 
 
 def _digest(path: Path) -> str:

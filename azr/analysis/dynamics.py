@@ -107,14 +107,14 @@ def diversity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
     rest = iter(rows)  # in the order of `flat`: None for what is no program
     windows = []
     for number, (proposed, _, counts) in enumerate(samples):
-        known = [row for row in (next(rest) for _ in proposed) if row is not None]
-        values = mean_distances(known, list(range(len(known))), False, number)
+        trees = [row for row in (next(rest) for _ in proposed) if row is not None]
+        values = mean_distances(trees, list(range(len(trees))), False, number)
         windows.append(counts | {"program_distance": _mean(values)})
     for number, (_, answered, _) in enumerate(samples):
         pairs = [(key, row) for (key, _), row in zip(answered, (next(rest) for _ in answered)) if row is not None]
-        keys, known = [key for key, _ in pairs], [row for _, row in pairs]
+        keys, trees = [key for key, _ in pairs], [row for _, row in pairs]
         for name, same in (("answer_distance_same_task", True), ("answer_distance_other_task", False)):
-            windows[number][name] = _mean(mean_distances(known, keys, same, number))
+            windows[number][name] = _mean(mean_distances(trees, keys, same, number))
     return {"windows": windows, "distance": "pq-gram, p = 2, q = 3"}
 
 
@@ -217,10 +217,10 @@ def phases(run: RunData) -> dict:
         if key in ("time/elapsed", "time/step"):
             continue
         values = run.column(key)
-        known = np.isfinite(values) & np.isfinite(total)
-        if known.any():
-            row = as_json(bootstrap_interval(values[known]), int(known.sum()))
-            result[key.removeprefix("time/")] = row | {"share": float(values[known].sum() / total[known].sum())}
+        measured = np.isfinite(values) & np.isfinite(total)
+        if measured.any():
+            row = as_json(bootstrap_interval(values[measured]), int(measured.sum()))
+            result[key.removeprefix("time/")] = row | {"share": float(values[measured].sum() / total[measured].sum())}
     return result
 
 

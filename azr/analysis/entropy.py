@@ -108,22 +108,22 @@ def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget
 
 def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
     """Token means and sequence means in nats with intervals over sequences; where the entropy sits."""
-    kept = [i for i, h in enumerate(entropy) if len(h)]
-    if not kept:
+    nonempty = [i for i, h in enumerate(entropy) if len(h)]
+    if not nonempty:
         return {"sequences": 0, "tokens": 0}
-    counts = np.array([len(entropy[i]) for i in kept])
-    sums = np.array([entropy[i].sum(dtype=np.float64) for i in kept])
-    surprise = np.array([-log_prob[i].sum(dtype=np.float64) for i in kept])
+    counts = np.array([len(entropy[i]) for i in nonempty])
+    sums = np.array([entropy[i].sum(dtype=np.float64) for i in nonempty])
+    surprise = np.array([-log_prob[i].sum(dtype=np.float64) for i in nonempty])
     # over all responses together: a token counts by its entropy, not by its rank within its own response
-    ordered = np.sort(np.concatenate([entropy[i] for i in kept]))[::-1].astype(np.float64)
+    ordered = np.sort(np.concatenate([entropy[i] for i in nonempty]))[::-1].astype(np.float64)
     top = ordered[: max(1, round(TOP_SHARE * len(ordered)))]
     return {
-        "sequences": len(kept),
+        "sequences": len(nonempty),
         "tokens": int(counts.sum()),
         # tokens of one response are not independent: responses are resampled, with all their tokens
-        "token_mean": as_json(ratio_of_sums(sums, counts), len(kept)),
-        "sequence_mean": as_json(bootstrap_interval(sums / counts), len(kept)),
-        "sampled_token_mean": as_json(ratio_of_sums(surprise, counts), len(kept)),
+        "token_mean": as_json(ratio_of_sums(sums, counts), len(nonempty)),
+        "sequence_mean": as_json(bootstrap_interval(sums / counts), len(nonempty)),
+        "sampled_token_mean": as_json(ratio_of_sums(surprise, counts), len(nonempty)),
         "top20_threshold": float(top[-1]),
         "top20_share": float(top.sum() / ordered.sum()) if ordered.sum() > 0 else math.nan,
     }
@@ -132,9 +132,9 @@ def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
 def by_group(rows: list[Row], entropy: list, log_prob: list) -> dict:
     """`summary` of every (role, mode) there is, of each role, and of all."""
     names = [f"{row.role}/{row.mode}" for row in rows]
-    found = list(dict.fromkeys(names))
-    known = [f"{role}/{mode}" for role, mode in GROUPS]
-    order = [name for name in known if name in found] + [name for name in found if name not in known]
+    present = list(dict.fromkeys(names))
+    usual = [f"{role}/{mode}" for role, mode in GROUPS]
+    order = [name for name in usual if name in present] + [name for name in present if name not in usual]
     picks = {name: [i for i, own in enumerate(names) if own == name] for name in order}
     for role in dict.fromkeys(row.role for row in rows):
         picks[f"{role}/all"] = [i for i, row in enumerate(rows) if row.role == role]
@@ -206,7 +206,7 @@ def fit_reward(entropy, reward, groups=None) -> dict:
     entropy, reward = np.asarray(entropy, float), np.asarray(reward, float)
     direct = linear_fit(np.exp(entropy), reward, groups)
     ceiling = linear_fit(np.exp(entropy) - 1, reward, groups).coefficients[0]  # the intercept is then R at H = 0
-    slope, known = direct.coefficients[1], np.isfinite(entropy) & np.isfinite(reward)
+    slope, complete = direct.coefficients[1], np.isfinite(entropy) & np.isfinite(reward)
     return {
         "a": {"mean": -slope.mean, "low": -slope.high, "high": -slope.low},
         "b": as_json(direct.coefficients[0]),
@@ -214,7 +214,7 @@ def fit_reward(entropy, reward, groups=None) -> dict:
         "r2": as_json(direct.r2),
         "n": direct.n,
         "resampled_units": direct.groups,
-        "entropy_range": [float(entropy[known].min()), float(entropy[known].max())],
+        "entropy_range": [float(entropy[complete].min()), float(entropy[complete].max())],
     }
 
 
@@ -356,15 +356,15 @@ LOGGED = {
 
 def logged(run: RunData) -> dict:
     """The same ends for what a step logs beside the exact entropy; {} for logs that are older than these."""
-    tenth, found = max(1, len(run.steps) // 10), {}
+    tenth, result = max(1, len(run.steps) // 10), {}
     for role in ROLES:
         for name in LOGGED:
             values = run.column(f"{role}/all/{name}")
             ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
             if all(map(len, ends)):
                 rows = (as_json(bootstrap_interval(part), len(part)) for part in ends)
-                found[f"{role}/{name}"] = dict(zip(("first", "last"), rows))
-    return found
+                result[f"{role}/{name}"] = dict(zip(("first", "last"), rows))
+    return result
 
 
 def probe_curve(run: RunData, args) -> dict:

@@ -44,11 +44,11 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` steps; NaN where the value itself is missing, so a gap stays a gap."""
     if width < 2 or len(values) < width:
         return values
-    kernel, known = np.ones(width), np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), kernel, "same")
-    count = np.convolve(known.astype(float), kernel, "same")
+    kernel, finite = np.ones(width), np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
+    count = np.convolve(finite.astype(float), kernel, "same")
     with np.errstate(invalid="ignore"):
-        return np.where(known, total / np.maximum(count, 1), np.nan)
+        return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
 def curve(axes, x, values, name: str, color: str, width: int = 1, style: str = "-") -> None:

@@ -172,20 +172,20 @@ def sizes(run: RunData, checkpoint: Path) -> dict:
     flags = dict(tuned=None, other=None, spectral=False, quantization=None, json=None, out=None, workers=1)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its progress lines
-            found = analyse(argparse.Namespace(base=str(run.config["model"]), adapter=checkpoint, **flags))["adapted"]
+            norms = analyse(argparse.Namespace(base=str(run.config["model"]), adapter=checkpoint, **flags))["adapted"]
     except ModelError as error:
         warn(f"{checkpoint}: size and sparsity of the update are left out: {error}")
         return {}
-    return {name: found.get(name) for name in ("U1_rms", "U1_rel_fro", "S1", "S5")}
+    return {name: norms.get(name) for name in ("U1_rms", "U1_rel_fro", "S1", "S5")}
 
 
 def chosen_checkpoints(run: RunData, count: int) -> list[tuple[int, Path]]:
     """Up to `count` checkpoints after step 0, evenly spaced, the last included."""
-    found = [(step, path) for step, path in run.checkpoints() if step > 0]
-    if not found:
+    checkpoints = [(step, path) for step, path in run.checkpoints() if step > 0]
+    if not checkpoints:
         raise ValueError(f"{run.path} has no checkpoint after step 0: nothing can have been forgotten yet")
-    picks = np.unique(np.linspace(0, len(found) - 1, min(count, len(found))).round().astype(int))
-    return [found[i] for i in picks]
+    picks = np.unique(np.linspace(0, len(checkpoints) - 1, min(count, len(checkpoints))).round().astype(int))
+    return [checkpoints[i] for i in picks]
 
 
 def measure(run: RunData, args) -> dict:
@@ -273,7 +273,7 @@ def drops(entry: dict) -> dict:
 
 def fits(measured: dict[str, dict]) -> dict:
     """R^2 of each drop on each predictor over all checkpoints, and what S1 or S5 adds once forward KL is known."""
-    found: dict = {}
+    result: dict = {}
     all_drops = {name: drops(entry) for name, entry in measured.items()}
     for outcome in OUTCOMES:
         points = [
@@ -289,10 +289,10 @@ def fits(measured: dict[str, dict]) -> dict:
         groups = runs if len(set(runs)) >= RUNS_AS_UNITS else None
         columns = {p: np.array([value_of(row, p) for _, row, _ in points]) for p in PREDICTORS}
         columns = {p: x for p, x in columns.items() if np.isfinite(x).all() and np.std(x) > 0}
-        found[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": {}, "added_to_kl": {}}
+        result[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": {}, "added_to_kl": {}}
         for name, x in columns.items():
             line, bent = linear_fit(x, y, groups), linear_fit(np.column_stack([x, x**2]), y, groups)
-            found[outcome]["predictors"][name] = {
+            result[outcome]["predictors"][name] = {
                 "slope": as_json(line.coefficients[1]),
                 "r2": as_json(line.r2),
                 "r2_quadratic": as_json(bent.r2),
@@ -302,9 +302,9 @@ def fits(measured: dict[str, dict]) -> dict:
         for name in ("S1", "S5", "U1_rel_fro"):
             if kl in columns and name in columns and len(points) > 3:
                 both = linear_fit(np.column_stack([columns[kl], columns[name]]), y, groups).r2
-                gain = both.mean - found[outcome]["predictors"][kl]["r2"]["mean"]
-                found[outcome]["added_to_kl"][name] = {"r2": as_json(both), "gain": gain}
-    return found
+                gain = both.mean - result[outcome]["predictors"][kl]["r2"]["mean"]
+                result[outcome]["added_to_kl"][name] = {"r2": as_json(both), "gain": gain}
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- the screen
@@ -403,8 +403,8 @@ def main(args) -> int:
     for run in runs:
         chosen_checkpoints(run, 1)  # refused before anything is measured
     measured = {str(run.path): measure(run, args) for run in runs}
-    found = fits(measured)
-    print_result(measured, found)
-    result = {"runs": measured, "drops": {name: drops(entry) for name, entry in measured.items()}, "fits": found}
-    figures.write_outputs(args, "forgetting", result, draw(measured, found))
+    fitted = fits(measured)
+    print_result(measured, fitted)
+    result = {"runs": measured, "drops": {name: drops(entry) for name, entry in measured.items()}, "fits": fitted}
+    figures.write_outputs(args, "forgetting", result, draw(measured, fitted))
     return 0

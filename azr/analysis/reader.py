@@ -70,10 +70,10 @@ class RunData:
 
     def base(self) -> dict:
         """azr.json of the first checkpoint: what the run trained on; RunError if there is none yet."""
-        found = self.checkpoints()
-        if not found:
+        checkpoints = self.checkpoints()
+        if not checkpoints:
             raise RunError(f"{self.path} has no checkpoint yet (checkpoints/step_0 is written before the first step)")
-        return read_object(found[0][1] / "azr.json", RunError)
+        return read_object(checkpoints[0][1] / "azr.json", RunError)
 
 
 def read_run(path: str | Path, steps_needed: bool = True) -> RunData:
@@ -101,7 +101,7 @@ def read_run(path: str | Path, steps_needed: bool = True) -> RunData:
 
 def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
     """Lines of metrics.jsonl by step; damage becomes a note."""
-    found: dict[int, dict] = {}
+    by_step: dict[int, dict] = {}
     if not (path / "metrics.jsonl").is_file():
         return []
     for row in tolerant_lines(path / "metrics.jsonl", notes):
@@ -109,10 +109,10 @@ def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
         if isinstance(step, bool) or not isinstance(step, int):
             notes.append("metrics.jsonl: a line without a step is left out")
         else:
-            if step in found:
+            if step in by_step:
                 notes.append(f"metrics.jsonl: step {step} is there twice; the later line counts")
-            found[step] = row
-    rows = [found[step] for step in sorted(found)]
+            by_step[step] = row
+    rows = [by_step[step] for step in sorted(by_step)]
     if rows and (missing := rows[-1]["step"] - rows[0]["step"] + 1 - len(rows)):
         notes.append(f"metrics.jsonl: {missing} step(s) between the first and the last are missing: gaps in the curves")
     return rows
@@ -126,13 +126,13 @@ def same_model(runs: list[RunData]) -> dict:
         # a directory's revision is a hash of its weights: the same model may lie in two places
         key = (info.get("revision") or info["base_model"], *(info.get(k) for k in ("quantization", "template_hash")))
         if first is None:
-            first, kept, name = key, info, run
+            first, shared, name = key, info, run
         elif key != first:
             raise RunError(
-                f"runs of different models cannot be put together: {name.path} trained {kept['base_model']} "
+                f"runs of different models cannot be put together: {name.path} trained {shared['base_model']} "
                 f"({key_text(first)}), {run.path} {info['base_model']} ({key_text(key)}); name runs of one model"
             )
-    return kept
+    return shared
 
 
 def key_text(key: tuple) -> str:

@@ -108,12 +108,12 @@ def fits(s, task: Task) -> bool:
 
 def fitting(s, data: list[Task]) -> list[Task]:
     """The tasks that fit the model's context. Warns of those that do not; ValueError if none does."""
-    kept = [task for task in data if fits(s, task)]
-    if len(kept) < len(data):
-        if not kept:
+    short_enough = [task for task in data if fits(s, task)]
+    if len(short_enough) < len(data):
+        if not short_enough:
             raise ValueError("no task of the file fits the model's context with this --max-new-tokens; lower it")
-        warn(f"{len(data) - len(kept)} of {len(data)} tasks of a file do not fit the model's context: left out")
-    return kept
+        warn(f"{len(data) - len(short_enough)} of {len(data)} tasks of a file do not fit the model's context: left out")
+    return short_enough
 
 
 def tokens(samples: list[Sample]) -> int:
@@ -140,11 +140,11 @@ def fill(target: int, n: int, draw: Callable, answer: Callable) -> list[Sample]:
 
 def trimmed(samples: list[Sample], target: int) -> list[Sample]:
     """The first samples, as many as come nearest to `target` tokens."""
-    total, kept = 0, []
+    total, result = 0, []
     for sample in samples:
         length = len(sample.completion.ids)
         if total + length - target > target - total:
             break
-        kept.append(sample)
+        result.append(sample)
         total += length
-    return kept
+    return result

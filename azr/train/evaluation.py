@@ -53,8 +53,8 @@ def evenly(tasks: list[Task], count: int) -> list[Task]:
     groups: dict[tuple[str, int], list[int]] = {}
     for i, task in enumerate(tasks):
         groups.setdefault((task.mode, statements(task.program)), []).append(i)
-    kept = (rows for (_, size), rows in groups.items() if size <= LONGEST)
-    chosen = {rows[i * len(rows) // count] for rows in kept for i in range(count)}
+    groups_of_size = (rows for (_, size), rows in groups.items() if size <= LONGEST)
+    chosen = {rows[i * len(rows) // count] for rows in groups_of_size for i in range(count)}
     return [tasks[i] for i in sorted(chosen)]
 
 
@@ -127,9 +127,9 @@ class Evaluation:
         checkpoints/best.json; returns what to tell. From metrics.jsonl alone, which a resume takes back to its step."""
         best, value = None, -1.0
         for row in read_lines(self.run_dir / "metrics.jsonl"):
-            found = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
-            if found and sum(found) / len(found) > value:
-                best, value = row["step"], sum(found) / len(found)
+            accuracies = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
+            if accuracies and sum(accuracies) / len(accuracies) > value:
+                best, value = row["step"], sum(accuracies) / len(accuracies)
         path = self.run_dir / "checkpoints" / "best.json"
         if best is None:
             path.unlink(missing_ok=True)

@@ -96,13 +96,13 @@ def run_tasks(run: Path) -> list[Task]:
 
 def run_solutions(run: Path, a_task: int) -> list[Task]:
     """Right and well-formed answers from samples.jsonl, up to `a_task` different ones a task, earliest first."""
-    found: dict[str, dict[str, Task]] = {}
+    by_task: dict[str, dict[str, Task]] = {}
     for row in _right(run):
         task = Task.from_json({**row["task"], "response": row["response"]})
-        mine = found.setdefault(task.hash, {})
+        mine = by_task.setdefault(task.hash, {})
         if len(mine) < a_task:
             mine.setdefault(task.response, task)
-    return [task for mine in found.values() for task in mine.values()]
+    return [task for mine in by_task.values() for task in mine.values()]
 
 
 def _right(run: Path) -> Iterator[dict]:

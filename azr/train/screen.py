@@ -166,9 +166,9 @@ def brief(response: str, lines: int) -> str:
     """A response without tags and fences, cut for the screen."""
     for mark in ("<answer>", "</answer>", "</think>"):
         response = response.replace(mark, "\n")
-    kept = [line for line in response.splitlines() if line.strip() and not line.startswith("```")]
-    shown = "\n".join(visible(line[:60]) for line in kept[:lines])
-    return shown + ("\n..." if len(kept) > lines else "")
+    lines_with_text = [line for line in response.splitlines() if line.strip() and not line.startswith("```")]
+    shown = "\n".join(visible(line[:60]) for line in lines_with_text[:lines])
+    return shown + ("\n..." if len(lines_with_text) > lines else "")
 
 
 def visible(text: str) -> str:
@@ -228,9 +228,9 @@ def training_table(first: list[dict], last: list[dict]) -> None:
         ("solver entropy", "solver/{}/entropy"),
         ("answer tokens", "solver/{}/response_tokens"),
     ]
-    known = {key for row in [*first, *last] for key in row}
+    names = {key for row in [*first, *last] for key in row}
     for title, key in rows:
-        if key.format(MODES[0]) not in known:
+        if key.format(MODES[0]) not in names:
             continue  # a run without proposers
         cells = [f"{average(first, key.format(mode))} -> {average(last, key.format(mode))}" for mode in MODES]
         table.add_row(title, *cells)

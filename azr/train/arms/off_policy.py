@@ -188,18 +188,18 @@ class OffPolicy(Arm):
         # the group of the policy's own answers, so that a foreign one is measured against their mean
         groups = {sample.task.hash: sample.group for sample in answers}
         if self.from_file:
-            found = [sample for task in groups for sample in self.solutions.get(task, ())]
+            solutions = [sample for task in groups for sample in self.solutions.get(task, ())]
         else:
-            found = self.of_the_base(s, step, answers, solve)
+            solutions = self.of_the_base(s, step, answers, solve)
         if self.config.off_policy_control == "on-policy":
-            return [dataclasses.replace(sample, group=groups[sample.task.hash]) for sample in found]
+            return [dataclasses.replace(sample, group=groups[sample.task.hash]) for sample in solutions]
         if self.config.off_policy_control == "shuffled":
-            found = exchanged(found)
+            solutions = exchanged(solutions)
             if not self.from_file:  # under their new prompts
-                for sample, of_base in zip(found, update.scored(s, found, base=True)):
+                for sample, of_base in zip(solutions, update.scored(s, solutions, base=True)):
                     sample.completion.log_probs = of_base.old_log_prob
         weight = self.config.off_policy_weight
-        return [dataclasses.replace(x, group=groups[x.task.hash], objective=weight) for x in found]
+        return [dataclasses.replace(x, group=groups[x.task.hash], objective=weight) for x in solutions]
 
     def of_the_base(self, s, step: int, answers: list[Sample], solve) -> list[Sample]:
         """Right answers of the base to tasks that are solved at most half the time (control on-policy: any of the
@@ -218,10 +218,10 @@ class OffPolicy(Arm):
         the solver's own answers (k3)."""
         foreign = [sample for sample in samples if sample.objective]
         own = [x for x in samples if x.role == "solver" and not x.objective and len(x.completion.ids)]
-        known = [(x, now) for x, now in zip(foreign, update.scored(s, foreign)) if x.completion.log_probs]
+        recorded = [(x, now) for x, now in zip(foreign, update.scored(s, foreign)) if x.completion.log_probs]
         ratio = ratio_statistics(
-            torch.tensor([x for _, now in known for x in now.old_log_prob]),
-            torch.tensor([x for sample, _ in known for x in sample.completion.log_probs]),
+            torch.tensor([x for _, now in recorded for x in now.old_log_prob]),
+            torch.tensor([x for sample, _ in recorded for x in sample.completion.log_probs]),
         )
         sampled = torch.tensor([x for sample in own for x in sample.completion.log_probs])
         # k3 is unbiased only on tokens of the policy, hence its own answers and not the foreign ones
