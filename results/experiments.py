@@ -298,7 +298,8 @@ def counts(out: Path) -> dict:
     n, right, different = map(list, columns)
     settings = {name: result[name] for name in ("samples_per_problem", "decoding", "quantization")}
     commonest = {
-        mode: [(top := found.most_common(1)[0])[0], top[1] / found.total()] for mode, found in sorted(answers.items())
+        mode: [(top := counter.most_common(1)[0])[0], top[1] / counter.total()]
+        for mode, counter in sorted(answers.items())
     }
     return {
         "n": n[0] if len(set(n)) == 1 else n,
@@ -313,38 +314,38 @@ def digest(run: Path, measured: dict[str, dict]) -> dict:
     """The run in a few kilobytes: curves, checkpoints, the final update, its proposals at the start and the end."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["step"] > 0]
-    kept: dict = {"seconds": steps[-1]["time/elapsed"]}
-    kept["series"] = {name: [row.get(name) for row in steps] for name in SERIES if any(name in row for row in steps)}
+    result: dict = {"seconds": steps[-1]["time/elapsed"]}
+    result["series"] = {name: [row.get(name) for row in steps] for name in SERIES if any(name in row for row in steps)}
     accuracy = {
         row["step"]: [row[f"held_out/{mode}/accuracy"] for mode in MODES]
         for row in rows
         if "held_out/all/accuracy" in row
     }
-    kept["greedy"] = {"modes": MODES, "accuracy": accuracy}
+    result["greedy"] = {"modes": MODES, "accuracy": accuracy}
     (entry,) = measured["forgetting"]["runs"].values()
     ((_, probed),) = measured["entropy"]["runs"].items()
-    kept["checkpoints"] = {step: checkpoint(row) for step, row in entry["checkpoints"].items()}
-    kept["skill_base"] = sum(entry["base"]["skill"]) / len(entry["base"]["skill"])
-    kept["probe_entropy"] = {
+    result["checkpoints"] = {step: checkpoint(row) for step, row in entry["checkpoints"].items()}
+    result["skill_base"] = sum(entry["base"]["skill"]) / len(entry["base"]["skill"])
+    result["probe_entropy"] = {
         step: {group: row[group]["token_mean"]["mean"] for group in row if row[group]}
         for step, row in probed["probe"].items()
     }
     update = measured["sparsity"]
-    kept["update"] = {part: {key: update[part].get(key) for key in UPDATE} for part in ("whole", "adapted")}
-    kept["path"] = update.get("path")
+    result["update"] = {part: {key: update[part].get(key) for key in UPDATE} for part in ("whole", "adapted")}
+    result["path"] = update.get("path")
     if "dynamics" in measured:
         part = measured["dynamics"]
-        kept["validity"] = {
+        result["validity"] = {
             group: [window["ok"]["mean"] for window in windows] for group, windows in part["validity"].items()
         }
-        kept["solve_rate"] = {name: value["histogram"] for name, value in part["solve_rate"].items()}
-        kept["diversity"] = [
+        result["solve_rate"] = {name: value["histogram"] for name, value in part["solve_rate"].items()}
+        result["diversity"] = [
             {name: value["mean"] if isinstance(value, dict) else value for name, value in window.items()}
             for window in part["diversity"]["windows"]
         ]
     if "difficulty" in measured:
         (table,) = measured["difficulty"]["runs"].values()
-        kept["difficulty"] = {
+        result["difficulty"] = {
             key: table[key]
             for key in (
                 "solvers",
@@ -357,7 +358,7 @@ def digest(run: Path, measured: dict[str, dict]) -> dict:
                 "tasks_by_mode",
             )
         }
-    return kept
+    return result
 
 
 def checkpoint(row: dict) -> dict:

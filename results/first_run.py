@@ -52,7 +52,7 @@ FORCED = "made to think"
 
 def together(runs: list[Path]) -> tuple[dict[str, Path], str, int]:
     """({"seed S": last checkpoint}, the model that all runs began with, --max-new-tokens). ValueError: no such runs."""
-    found, settings = {}, set()
+    checkpoints, settings = {}, set()
     for run in runs:
         try:
             config = json.loads((run / "config.json").read_text())
@@ -61,16 +61,16 @@ def together(runs: list[Path]) -> tuple[dict[str, Path], str, int]:
         steps, name = step_directories(run), f"seed {config['seed']}"
         if not steps:
             raise ValueError(f"{run}: has no checkpoint yet")
-        if name in found:
-            raise ValueError(f"{run}: {found[name].parent.parent} has the same seed")
+        if name in checkpoints:
+            raise ValueError(f"{run}: {checkpoints[name].parent.parent} has the same seed")
         if config["quantization"] != "none":
             raise ValueError(f"{run}: its base was quantized; the embedded model is measured as it is")
-        found[name] = steps[-1][1]
+        checkpoints[name] = steps[-1][1]
         settings.add((config["model"], config["max_new_tokens"]))
     if len(settings) > 1:
         raise ValueError(f"the runs differ in model or --max-new-tokens: {sorted(settings)}")
     ((model, longest),) = settings
-    return dict(sorted(found.items())), model, longest
+    return dict(sorted(checkpoints.items())), model, longest
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -131,10 +131,10 @@ def training(run: Path) -> dict[str, list]:
 def example(base: Lab, trained: Lab, parts: dict, name: str) -> dict | None:
     """A deduction with its greedy answers: the longest program that only the trained model has right."""
     before, after = (base.counts(parts[f"{model} T0"]) for model in ("base", name))
-    found = before.index[(after.right > before.right) & (before.modes == "deduction")]
-    if not len(found):
+    better = before.index[(after.right > before.right) & (before.modes == "deduction")]
+    if not len(better):
         return None
-    task = base.tasks[max(found, key=lambda i: level(base.tasks[i]))]
+    task = base.tasks[max(better, key=lambda i: level(base.tasks[i]))]
     texts = [lab.respond([task], 1, 0.0)[0][0][0] for lab in (base, trained)]
     return {"model": name, "task": task.to_json(), "before": texts[0], "after": texts[1]}
 
@@ -174,8 +174,8 @@ class Figures:
 
     def share(self, name: str, t: float, styles: tuple[str, ...]) -> float:
         """Of the answers, those with a thought in one of the styles."""
-        found = [self.counts[f"{n} T{t:g}"].shares() for n in (self.seeds if name == "after" else [name])]
-        return float(np.mean([sum(shares[style] for style in styles) for shares in found]))
+        by_model = [self.counts[f"{n} T{t:g}"].shares() for n in (self.seeds if name == "after" else [name])]
+        return float(np.mean([sum(shares[style] for style in styles) for shares in by_model]))
 
     def gain(self, name: str, t: float, other: str, t_other: float, k: int = 1, part=slice(None)) -> Interval:
         """pass@k of `name` minus that of `other`, each at its temperature, paired over tasks."""
@@ -309,13 +309,13 @@ def ends(f: Figures) -> str:
 
 def shown_example(f: Figures) -> str:
     """A task with the greedy answers before and after, as the model wrote them."""
-    found = f.parts["example"]
-    if found is None:
+    entry = f.parts["example"]
+    if entry is None:
         return ""
-    task = found["task"]
+    task = entry["task"]
     text = f"{task['program']}\n\nf({task['input']}) is {task['output']}\n\n"
-    text += f"before   <think>{found['before']}\n\nafter    <think>{found['after']}"
-    return f"\n\nA greedy answer before and after ({found['model']}):\n\n````\n{text}\n````"
+    text += f"before   <think>{entry['before']}\n\nafter    <think>{entry['after']}"
+    return f"\n\nA greedy answer before and after ({entry['model']}):\n\n````\n{text}\n````"
 
 
 def sections(f: Figures) -> dict[str, str]:

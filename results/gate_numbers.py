@@ -92,10 +92,10 @@ def statements(program: str) -> int | None:
         tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "f"]
-    if not found:
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "f"]
+    if not functions:
         return None
-    targets = [t for node in ast.walk(found[-1]) if isinstance(node, ast.Assign) for t in node.targets]
+    targets = [t for node in ast.walk(functions[-1]) if isinstance(node, ast.Assign) for t in node.targets]
     return len({name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)})
 
 
@@ -106,14 +106,14 @@ def level(task: Task) -> int:
 
 def stratified(tasks: Sequence[Task], a_cell: int | None) -> list[int]:
     """Indices of the first `a_cell` tasks of each mode and level, in order; None: of all."""
-    taken: dict[tuple, int] = {}
-    kept = []
+    count: dict[tuple, int] = {}
+    indices = []
     for i, task in enumerate(tasks):
         cell = task.mode, level(task)
-        taken[cell] = taken.get(cell, 0) + 1
-        if a_cell is None or taken[cell] <= a_cell:
-            kept.append(i)
-    return kept
+        count[cell] = count.get(cell, 0) + 1
+        if a_cell is None or count[cell] <= a_cell:
+            indices.append(i)
+    return indices
 
 
 def full_prefix(program: str, given: str) -> str:

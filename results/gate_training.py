@@ -57,14 +57,14 @@ def task_file(path: Path, count: int, seed: int, sizes: Sequence[int] | None = N
     """`count` distinct tasks of each mode from the generator, of `sizes` statements (None: as in its documents)."""
     if path.exists():
         return path
-    found: dict[str, Task] = {}
+    by_hash: dict[str, Task] = {}
     for mode in MODES:
-        rng, before = random.Random(f"{seed}/{mode}/{sizes}"), len(found)
-        while len(found) < before + count:
+        rng, before = random.Random(f"{seed}/{mode}/{sizes}"), len(by_hash)
+        while len(by_hash) < before + count:
             drawn = documents.draw_task(mode, rng, count=rng.choice(sizes) if sizes else None)
-            found.setdefault(drawn.task.hash, drawn.task)
+            by_hash.setdefault(drawn.task.hash, drawn.task)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl_atomic(path, [task.to_json() for task in found.values()])
+    write_jsonl_atomic(path, [task.to_json() for task in by_hash.values()])
     return path
 
 
@@ -281,9 +281,9 @@ def shares_report(before: dict[str, Counts], after: dict[str, Counts]) -> str:
     """Styles and lengths, base and trained."""
     rows = []
     for at in ("T0", "T0.6", "T1"):
-        for name, found in (("base", before), ("trained", after)):
-            if at in found:
-                counts = found[at]
+        for name, results in (("base", before), ("trained", after)):
+            if at in results:
+                counts = results[at]
                 shares = [float(share) for share in counts.shares().values()]
                 tokens = [f"{counts.of(levels=[level]).tokens():.0f}" for level in LEVELS]
                 rows.append([f"{at}, {name}", *shares, f"{counts.tokens():.1f}", *tokens])

@@ -256,7 +256,7 @@ def sets(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def support(arms: dict) -> str:
-    """Finding 1: what is kept, found and how varied, beside a second sample of the base."""
+    """Finding 1: what is distinct, found and how varied, beside a second sample of the base."""
     k, first, second = 256, *arms["base"][:2]
     varied = modes_of_tasks(arms) != "deduction"  # there it is one
     different = lambda result: np.array(result["held_out"]["distinct_correct"], float)[varied].mean()  # noqa: E731
@@ -265,9 +265,9 @@ def support(arms: dict) -> str:
         results = arms.get(name, [second])
         wide = [result for result in results if result["held_out"]["n"] >= 2 * k]
         pairs = np.array([sets(solved(first, k), solved(result, k)) for result in wide]).reshape(-1, 2)
-        kept = np.array([different(result) for result in results])
+        distinct = np.array([different(result) for result in results])
         label = name if results == [second] else f"{name} ({len(wide)}, {len(results)})"
-        columns = (pairs[:, 0], pairs[:, 1], kept, kept / different(first))
+        columns = (pairs[:, 0], pairs[:, 1], distinct, distinct / different(first))
         rows.append([label, *(show(over_seeds(x), sign=False) for x in columns)])
     head = [
         "(seeds with 512 answers, all seeds)",
@@ -610,21 +610,21 @@ def constants(arms: dict) -> str:
     """Finding 1: runs whose abduction answers are one and the same for a fifth of all tries, and what that costs."""
     names = [name for name in arms if not is_half(name) and name != "half-base"]
     part = modes_of_tasks(arms) == "abduction"
-    found = [
+    tries = [
         (result["held_out"]["commonest"]["abduction"], loss, f"{name}/{result['seed']}")
         for name in names
         for result, loss in zip(arms[name], gain(arms, name, 64)[:, part].mean(axis=1))
     ]
-    shares, losses = (np.array(x) for x in zip(*((share, loss) for (_, share), loss, _ in found)))
+    shares, losses = (np.array(x) for x in zip(*((share, loss) for (_, share), loss, _ in tries)))
     rows = [
         [run, f"`{answer}`", f"{100 * share:.0f} %", f"{loss:+.3f}"]
-        for (answer, share), loss, run in sorted(found, key=lambda row: -row[0][1])
+        for (answer, share), loss, run in sorted(tries, key=lambda row: -row[0][1])
         if share >= 0.2
     ]
     fit = linear_fit(shares, losses)
     head = ["run", "commonest answer to abduction tasks", "share", "abduction pass@64 - base"]
     return (
-        f"{table(head, rows)}\n\nOver all {len(found)} samplings the share explains {show(fit.r2, 2, sign=False)} of "
+        f"{table(head, rows)}\n\nOver all {len(tries)} samplings the share explains {show(fit.r2, 2, sign=False)} of "
         f"the variance of that loss; its median is {100 * np.median(shares):.0f} %, the base has "
         f"{100 * arms['base'][0]['held_out']['commonest']['abduction'][1]:.0f} %."
     )
@@ -653,8 +653,8 @@ TABLES = (
 def fill(text: str, name: str, content: str) -> str:
     """The text with `content` between the marker of that name and the next end marker. ValueError without marker."""
     start, end = f"<!-- {name} -->", "<!-- end -->"
-    before, found, rest = text.partition(start)
-    if not found or end not in rest:
+    before, marker, rest = text.partition(start)
+    if not marker or end not in rest:
         raise ValueError(f"the page has no {start} ... {end}")
     return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
 

@@ -321,7 +321,7 @@ def print_result(run: RunData, result: dict) -> None:
 
 def across_seeds(results: dict[str, dict]) -> dict:
     """The correlations of every run, their mean, and from three runs on its interval: Student's t on Fisher's z."""
-    found = {}
+    by_measure = {}
     for name in ("difficulty", "answer_tokens"):
         values = np.array([result["correlation"][name] for result in results.values()])
         values = values[np.isfinite(values)]
@@ -330,8 +330,8 @@ def across_seeds(results: dict[str, dict]) -> dict:
             enough = len(values) >= RUNS_FOR_INTERVAL
             ends = [float(np.tanh(x)) if enough else np.nan for x in (z.low, z.high)]
             interval = Interval(float(np.tanh(z.mean)), *ends)
-            found[name] = as_json(interval, len(values)) | {"runs": values.tolist()}
-    return found
+            by_measure[name] = as_json(interval, len(values)) | {"runs": values.tolist()}
+    return by_measure
 
 
 def print_correlations(found: dict, stages_: int) -> None:

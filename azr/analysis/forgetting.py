@@ -98,10 +98,10 @@ def texts(policy, path: Path) -> list[tuple[list[int], list[int]]]:
     else:
         parts = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
     ids = [policy.encode(part.strip())[:TEXT_TOKENS] for part in parts if part.strip()][:TEXTS]
-    found = [(row[:1], row[1:]) for row in ids if len(row) > 1]
-    if not found:
+    pairs = [(row[:1], row[1:]) for row in ids if len(row) > 1]
+    if not pairs:
         raise ValueError(f"--text {path}: holds no text of two tokens or more")
-    return found
+    return pairs
 
 
 # ------------------------------------------------------------------------------------------------------- measuring

@@ -56,11 +56,11 @@ def read_entry(path: str) -> Entry:
     shown_steps = tuple(int(s) for s in np.linspace(run.steps[0], run.steps[-1], STAGES_SHOWN).round())
     try:
         digest = read_samples(run, shown_steps)
-        found = dynamics.dynamics(run, digest)
+        changes = dynamics.dynamics(run, digest)
     except ValueError as error:
         run.notes.append(f"{error}; what is made of samples is left out")
-        digest = found = None
-    entry = Entry(run, digest, found, _passes(run), _extra(run))
+        digest = changes = None
+    entry = Entry(run, digest, changes, _passes(run), _extra(run))
     entry.warnings, entry.facts = warnings_of(entry), facts_of(entry)
     return entry
 
@@ -84,7 +84,7 @@ def _passes(run: RunData) -> tuple[EvalResult, EvalResult, int] | None:
 
 
 def _extra(run: RunData) -> dict:
-    found = {}
+    results = {}
     for name, places in {
         "difficulty": ["eval/difficulty_result.json"],
         "forgetting": ["eval/forgetting.json"],
@@ -94,11 +94,11 @@ def _extra(run: RunData) -> dict:
         for place in places:
             if (run.path / place).is_file():
                 try:
-                    found[name] = json.loads((run.path / place).read_text())
+                    results[name] = json.loads((run.path / place).read_text())
                     break
                 except (ValueError, OSError) as error:
                     run.notes.append(f"{place} cannot be read ({error}): left out")
-    return found
+    return results
 
 
 # ------------------------------------------------------------------------------------------------------- words
@@ -127,14 +127,14 @@ def warnings_of(entry: Entry) -> list[str]:
 
 def facts_of(entry: Entry) -> list[str]:
     """What happened, in sentences with n and intervals."""
-    run, said = entry.run, []
+    run, sentences = entry.run, []
     if entry.passes:
         base, trained, step = entry.passes
         samples = base.settings["samples"]
         n = len(base.tasks)
         for k in dict.fromkeys((1, powers_of_two(samples)[-1])):
             before, after, gain = base.pass_at_k(k), trained.pass_at_k(k), difference(base, trained, k)
-            said.append(
+            sentences.append(
                 f"pass@{k} on {n} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after {step} "
                 f"steps, difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]."
             )
@@ -143,7 +143,7 @@ def facts_of(entry: Entry) -> list[str]:
         values = np.mean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0)
         first, last = (part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:]))
         if len(first) and len(last):
-            said.append(
+            sentences.append(
                 f"Entropy of the {role}, mean of the modes, nats a token: {first.mean():.2f} in the first tenth of the "
                 f"steps, {last.mean():.2f} in the last, difference {shown(difference_of_means(first, last))} "
                 f"(n {len(first)}, {len(last)} steps)."
@@ -154,17 +154,17 @@ def facts_of(entry: Entry) -> list[str]:
         for outcome, lost in forgetting.drops(forgetting_of(entry)).items():
             step, row = list(lost.items())[-1]
             before = np.mean(entry.extra["forgetting"]["base"][outcome])
-            said.append(
+            sentences.append(
                 f"{forgetting.OUTCOMES[outcome].capitalize()}, greedy, at step {step}: {shown(row)} of "
                 f"{before:.3f} before (n {row['n']})."
             )
-    said += entry.extra.get("difficulty", {}).get("verdict", [])
-    return said
+    sentences += entry.extra.get("difficulty", {}).get("verdict", [])
+    return sentences
 
 
 def ends_table(entry: Entry) -> str:
     """First and last tenth of the steps, a row a quantity and mode."""
-    rows, summary, found = [], entropy.training_summary(entry.run), entry.dynamics
+    rows, summary, changes = [], entropy.training_summary(entry.run), entry.dynamics
     for role in ROLES:
         for mode in MODES:
             if row := summary.get(f"{role}/{mode}"):
@@ -175,12 +175,12 @@ def ends_table(entry: Entry) -> str:
         ("mean", "solve rate of own tasks"),
         ("learnable", "0 < solve rate < 1"),
     ):
-        for mode in MODES if found else ():
+        for mode in MODES if changes else ():
             if key == "ok":
-                windows = [row for row in found["validity"].get(f"proposer/{mode}", []) if row]
+                windows = [row for row in changes["validity"].get(f"proposer/{mode}", []) if row]
                 pair = [windows[0], windows[-1]] if windows else []
             else:
-                pair = [row for end in ("first", "last") if (row := found["solve_rate"].get(f"{mode}/{end}"))]
+                pair = [row for end in ("first", "last") if (row := changes["solve_rate"].get(f"{mode}/{end}"))]
             if len(pair) == 2:
                 n = f"{pair[0]['n']}, {pair[1]['n']} proposals"
                 rows.append([title, mode, shown(pair[0][key], 2), shown(pair[1][key], 2), n])
@@ -257,8 +257,10 @@ def one_task(example, mode: str) -> str:
         return html.paragraph(f"{mode}: none in this step", "quiet")
     _, row, answers = example
     task, rate = row["task"], row["solve_rate"]
-    said = row["reason"] if not task else ("not measured" if rate is None else f"solved {per_cent(rate)} of the time")
-    body = f"<h4>{mode}: {said}</h4>"
+    outcome = (
+        row["reason"] if not task else ("not measured" if rate is None else f"solved {per_cent(rate)} of the time")
+    )
+    body = f"<h4>{mode}: {outcome}</h4>"
     if not task:
         return body + html.code(cleaned(row["response"]))
     body += html.code(task["program"])
@@ -279,9 +281,9 @@ def cleaned(response: str) -> str:
         thoughts, answer = "", response
     for mark in ("<think>", "<answer>", "</answer>"):
         answer = answer.replace(mark, "\n")
-    kept = [line for line in answer.splitlines() if line.strip() and not line.lstrip().startswith("```")]
-    said = [f"(thinks: {thoughts.strip()[:200]})"] if thoughts.strip() else []
-    return "\n".join(said + kept) or "(empty)"
+    lines = [line for line in answer.splitlines() if line.strip() and not line.lstrip().startswith("```")]
+    thought = [f"(thinks: {thoughts.strip()[:200]})"] if thoughts.strip() else []
+    return "\n".join(thought + lines) or "(empty)"
 
 
 def forgetting_of(entry: Entry) -> dict:
@@ -328,8 +330,8 @@ def update_section(entry: Entry) -> str:
     if "forgetting" in entry.extra:
         from azr.analysis import forgetting
 
-        known = forgetting_of(entry)
-        lost = forgetting.drops(known)
+        scores = forgetting_of(entry)
+        lost = forgetting.drops(scores)
         rows = [
             [
                 step,
@@ -337,7 +339,7 @@ def update_section(entry: Entry) -> str:
                 *(shown(r.get(f"kl_forward/{k}") or {"mean": None}) for k in forgetting.KINDS),
                 *(f"{forgetting.value_of(r, p):.4f}" for p in ("U1_rel_fro", "S1", "S5")),
             ]
-            for step, r in known["checkpoints"].items()
+            for step, r in scores["checkpoints"].items()
         ]
         heads = [
             "step",
@@ -349,22 +351,22 @@ def update_section(entry: Entry) -> str:
 
 
 def missing_of(entries: list[Entry]) -> list[str]:
-    """Commands that would fill what is not on the html."""
-    said = []
+    """Commands that would make what the page lacks."""
+    commands = []
     for entry in entries:
         path = entry.run.path
         if "difficulty" not in entry.extra:
-            said.append(f"python analyze.py difficulty {path}")
+            commands.append(f"python analyze.py difficulty {path}")
         if "probe" not in entry.extra:
-            said.append(f"python analyze.py entropy --run {path}")
+            commands.append(f"python analyze.py entropy --run {path}")
         if "forgetting" not in entry.extra:
-            said.append(f"python analyze.py forgetting {path}")
+            commands.append(f"python analyze.py forgetting {path}")
         if "sparsity" not in entry.extra:
-            said.append(
+            commands.append(
                 f"python analyze.py sparsity --base {entry.run.config['model']} --adapter {path} --json "
                 f"{path}/eval/sparsity.json"
             )
-    return said
+    return commands
 
 
 def run_section(entry: Entry, drawn: dict) -> str:

@@ -31,19 +31,19 @@ def draw_overview(entries: list[Entry]):
         modes = MODES if len(runs) == 1 else ("all",)
         for mode in modes:
             values = run.column(f"held_out/{mode}/accuracy")
-            known, tasks = np.isfinite(values), held_out_count(run, mode)
+            logged, tasks = np.isfinite(values), held_out_count(run, mode)
             name = f"{mode}, n {tasks}" if len(runs) == 1 else run.name
             tone = figures.MODE_COLORS[mode] if len(runs) == 1 else color
-            if known.any():
-                rows = [as_json(share_of(value, tasks)) for value in values[known]]
-                figures.points(axes[2], run.steps[known], rows, name, tone, shift=0.6 * (i + modes.index(mode)))
+            if logged.any():
+                rows = [as_json(share_of(value, tasks)) for value in values[logged]]
+                figures.points(axes[2], run.steps[logged], rows, name, tone, shift=0.6 * (i + modes.index(mode)))
     axes[2].set_xlim(left=0)
     axes[2].set_ylim(bottom=0)
     figures.label(axes[2], "held-out accuracy, greedy", "step", "share solved")
     for run in runs:
-        known = {row["step"] for row in run.rows}
+        logged = {row["step"] for row in run.rows}
         for one in axes[:2]:
-            figures.mark_gaps(one, run.steps, np.array([step in known for step in run.steps]))
+            figures.mark_gaps(one, run.steps, np.array([step in logged for step in run.steps]))
     return drawn
 
 

@@ -25,16 +25,20 @@ def main(args) -> int:
     if args.answers < 1:
         print(f"analyze.py rewards: --answers must be at least 1, not {args.answers}", file=sys.stderr)
         return 2
-    found = curves(args.answers, args.ends_penalty)
+    rewards = curves(args.answers, args.ends_penalty)
     print(f"Expected proposer reward of a valid task, solve rate measured on {args.answers} answers:")
     drawn, (axes,) = figures.figure(1, 1, 5.6, 3.6)
     for i, shape in enumerate(SHAPES):
-        best = max(found[shape])
-        at = "everywhere" if best - min(found[shape]) < 1e-9 else f"at p = {found['p'][found[shape].index(best)]:.3f}"
+        best = max(rewards[shape])
+        at = (
+            "everywhere"
+            if best - min(rewards[shape]) < 1e-9
+            else f"at p = {rewards['p'][rewards[shape].index(best)]:.3f}"
+        )
         print(f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}")
-        axes.plot(found["p"], found[shape], color=figures.CYCLE[i], linewidth=1.6, label=shape)
+        axes.plot(rewards["p"], rewards[shape], color=figures.CYCLE[i], linewidth=1.6, label=shape)
     penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""
     title = f"expected proposer reward, {args.answers} answers a task{penalty}"
     figures.label(axes, title, "true solve rate p", "E[R(k / n)]")
-    figures.write_outputs(args, "proposer_rewards", found, {"proposer_rewards": drawn})
+    figures.write_outputs(args, "proposer_rewards", rewards, {"proposer_rewards": drawn})
     return 0

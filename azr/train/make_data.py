@@ -46,23 +46,23 @@ def tiny_tasks(options: argparse.Namespace) -> list[Task]:
         raise ValueError(f"--modes {','.join(sorted(unknown))}: there are {', '.join((*MODES, 'math'))}")
     if options.style and not options.solutions:
         raise ValueError(f"--style {options.style} is about the thoughts of responses: it needs --solutions")
-    found: dict[str, Task] = {}
+    by_hash: dict[str, Task] = {}
     for mode in modes:
         # two streams: what is thought must not change which tasks are drawn
         rng, thoughts = (random.Random(f"{options.seed}/{mode}/{name}") for name in ("task file", "thoughts"))
-        before = len(found)
-        while len(found) < before + options.count:
+        before = len(by_hash)
+        while len(by_hash) < before + options.count:
             if mode == "math":
                 task, drawn = recipe.skill_task(rng), None
             else:
                 drawn = recipe.draw_task(mode, rng, count=rng.choice(sizes) if sizes else None)
                 task = drawn.task
-            if task.hash in found:
+            if task.hash in by_hash:
                 continue
             thought = _thought(drawn, options.style or "ladder", thoughts) if options.solutions and drawn else ""
             response = recipe.wrap(thought, recipe.answer(task)) if options.solutions else None
-            found[task.hash] = dataclasses.replace(task, response=response)
-    return list(found.values())
+            by_hash[task.hash] = dataclasses.replace(task, response=response)
+    return list(by_hash.values())
 
 
 def _statements(text: str | None) -> list[int]:

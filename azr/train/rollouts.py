@@ -53,6 +53,6 @@ def judged(s, samples: list[Sample]) -> list[Sample]:
         sample.correct = verdict.ok
         sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason
     s.clock.lap("judge")
-    known = [sample for sample in samples if sample.reason != "infra"]
-    s.clock.count("unjudged", len(samples) - len(known))
-    return known
+    with_verdict = [sample for sample in samples if sample.reason != "infra"]
+    s.clock.count("unjudged", len(samples) - len(with_verdict))
+    return with_verdict
