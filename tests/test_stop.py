@@ -44,6 +44,14 @@ TRAINER = """
     """
 
 
+@pytest.fixture(autouse=True)
+def hang_up_is_not_ignored():
+    """Tests that are started by nohup ignore SIGHUP, and so would every child of theirs."""
+    old = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, old)
+
+
 def signalled(numbers, *arguments, pause=0.3):
     child = start(TRAINER, *arguments)
     assert child.stdout.readline() == "ready\n", child.stderr.read()
