@@ -33,6 +33,11 @@ def one(sandbox, code, *inputs, **options):
     return sandbox.run([Job(code, inputs or ("1",), **options)])[0]
 
 
+def cpu(sandbox) -> float:
+    """Seconds of CPU time of all children so far."""
+    return sandbox.state["children_cpu_seconds"]
+
+
 # --- statuses ------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +185,10 @@ def test_an_input_that_ends_its_child_does_not_spoil_the_others(sandbox):
 
 
 def test_time_of_earlier_inputs_is_not_held_against_later_ones(sandbox):
-    code = "def f(x):\n    n = 0\n    while n < 1_500_000: n += 1\n    return x"  # about a tenth of a second
-    found = one(sandbox, code, *map(str, range(12)), cpu_seconds=0.9)
+    code, before = "def f(x):\n    n = 0\n    while n < 1_000_000: n += 1\n    return x", cpu(sandbox)
+    one(sandbox, code, "1", cpu_seconds=60.0)
+    one_takes = cpu(sandbox) - before  # on this machine, now
+    found = one(sandbox, code, *map(str, range(12)), cpu_seconds=6 * one_takes)
     assert [outcome.output for outcome in found] == [str(i) for i in range(12)]
 
 
@@ -192,10 +199,10 @@ def test_stop_at_failure(sandbox):
         ("error", "ZeroDivisionError"),
         ("error", "not_run"),
     ]
-    before = sandbox.state["children_cpu_seconds"]
-    found = one(sandbox, LOOP, *"12345", stop_at_failure=True, cpu_seconds=0.2)
+    before = cpu(sandbox)
+    found = one(sandbox, LOOP, *"12345", stop_at_failure=True, cpu_seconds=0.4)
     assert [outcome.status for outcome in found] == ["timeout"] * 5
-    assert sandbox.state["children_cpu_seconds"] - before < 0.4
+    assert cpu(sandbox) - before < 0.8  # of one of the five
 
 
 def test_programs_do_not_see_each_other(sandbox):
@@ -294,10 +301,10 @@ def test_two_element_orders_are_rarely_missed():
 def test_a_loop_costs_its_limit_and_little_more(sandbox):
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        before = sandbox.state["children_cpu_seconds"]
+        before = cpu(sandbox)
         assert one(sandbox, LOOP, cpu_seconds=0.5)[0].status == "timeout"
         # little: starting a child, and the tick of a kernel timer, which is late on a busy machine
-        assert 0.45 < sandbox.state["children_cpu_seconds"] - before < 0.75
+        assert 0.45 < cpu(sandbox) - before < 0.75
     finally:
         for process in busy:
             process.kill()
@@ -305,7 +312,7 @@ def test_a_loop_costs_its_limit_and_little_more(sandbox):
 
 
 def test_a_wall_limit_is_infra_and_spoils_nothing():
-    raw = replace(PROPOSAL, gate=False, wall_seconds=0.5, cpu_seconds=0.05, modules=PROPOSAL.modules + ("_thread",))
+    raw = replace(PROPOSAL, gate=False, wall_seconds=1.5, cpu_seconds=0.05, modules=PROPOSAL.modules + ("_thread",))
     with Sandbox(2, raw) as short:
         code = (
             "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n"
@@ -336,12 +343,12 @@ def memory(sandbox):
 def test_lanes_that_are_killed_are_replaced_and_their_jobs_retried():
     with Sandbox(2) as own:
         slow = "def f(x):\n    n = 0\n    while n < 2_000_000: n += 1\n    return x"
-        own.run([Job(slow, ("1",))])
+        own.run([Job(slow, ("1",), 10.0)])
         victims = [lane.process.pid for lane in own._lanes]
         killer = subprocess.Popen(
             [sys.executable, "-c", f"import os, time; time.sleep(0.3); [os.kill(p, 9) for p in {victims}]"]
         )
-        found = own.run([Job(slow, (str(i),)) for i in range(8)])
+        found = own.run([Job(slow, (str(i),), 10.0) for i in range(8)])
         killer.wait()
         assert [outcomes[0].output for outcomes in found] == [str(i) for i in range(8)]
         assert own.state["lanes_replaced"] >= 1
@@ -622,7 +629,7 @@ def test_a_timeout_after_busy_inputs_is_doubted_and_a_kill_from_outside_is_infra
 def test_random_bytes_never_raise_and_never_forge():
     rng = random.Random(3)
     kinds = [b"B", b"G", b"O", b"E", b"U", b"L", b"D", b"R", b"X"]
-    for _ in range(100_000):
+    for _ in range(100_000 if LONG else 30_000):
         heard = b"".join(
             rng.choice(
                 [
@@ -645,7 +652,7 @@ def test_random_bytes_never_raise_and_never_forge():
             assert outcome is None or outcome.status != "ok" or outcome.output.isdigit()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=1_000 if LONG else 80, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.sampled_from([bytes([kind]) for kind in sorted(wire.KINDS)]), st.text(max_size=20))))
 def test_frames_round_trip(parts):
     heard = frames([(kind, text, 0.5) for kind, text in parts])
