@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from azr.tasks import MODES, Proposal, parse_answer, parse_proposal
+from azr.tasks import MODES, STOP, Proposal, parse_answer, parse_proposal
 from azr.tasks.parse import fences
 
 DOUBLE = "def f(x):\n    return x * 2"
@@ -117,7 +117,7 @@ PIECES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=5), max_size=40).map("".join))
 def test_any_text_is_read_and_gets_a_reason(text):
     for mode in MODES:
@@ -126,8 +126,8 @@ def test_any_text_is_read_and_gets_a_reason(text):
         assert parse_proposal(mode, text, "def f(x):\n    return x" if mode == "induction" else None).reason
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text(max_size=60), st.text(max_size=60).filter(lambda t: "`" not in t and t.strip()))
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(max_size=60), st.text(max_size=60).filter(lambda t: "`" not in t and STOP not in t and t.strip()))
 def test_a_fenced_literal_survives_any_thought(thought, value):
     thought = thought.replace("<", "(")
     shown = repr(value)
