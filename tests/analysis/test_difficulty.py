@@ -1,19 +1,19 @@
 """Harder tasks told from a weaker solver: on tables with known answers, and end to end with the embedded model."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import analyze
 from azr.analysis import difficulty
 from azr.evals.held_out import evaluate, load_tasks
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import STOP
 from azr.tasks.prompts import template_hash
+from in_process import run_here
 from sandbox import Sandbox
 
 ROOT = Path(__file__).parents[2]
@@ -105,11 +105,10 @@ def write_run(path: Path, stages: list[list], damage: float, logged: list[float]
 
 
 def run_command(path: Path, *flags):
-    command = [sys.executable, str(ROOT / "analyze.py"), "difficulty", str(path), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_here(analyze.main, "difficulty", path, *flags)
 
 
-FLAGS = ("--stages", 2, "--mode", "deduction", "abduction", "--questions", 60, "--answers", 6)
+FLAGS = ("--stages", 2, "--mode", "deduction", "abduction", "--questions", 40, "--answers", 4)
 
 
 def test_a_run_whose_tasks_get_harder(ranked, tmp_path):

@@ -1,18 +1,15 @@
 """What dynamics measures, on runs whose answers are known, and tolerant reading of run directories."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+import analyze
 from azr.analysis import dynamics, reader
 from azr.runs import RunError
 from bench_report import write_run
-
-ROOT = Path(__file__).parents[2]
+from in_process import run_here
 
 
 @pytest.fixture(scope="module")
@@ -110,23 +107,13 @@ def test_what_is_no_run_is_refused(run_dir, tmp_path):
         with pytest.raises(RunError, match=said) as error:
             reader.read_run(tmp_path / name)
         assert "\n" not in str(error.value)
-        command = [sys.executable, str(ROOT / "analyze.py"), "dynamics", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = run_here(analyze.main, "dynamics", tmp_path / name)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_command(run_dir, tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "analyze.py"),
-        "dynamics",
-        str(run_dir),
-        "--json",
-        str(tmp_path / "d.json"),
-        "--out",
-        str(tmp_path / "plots"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    files = ("--json", tmp_path / "d.json", "--out", tmp_path / "plots")
+    done = run_here(analyze.main, "dynamics", run_dir, *files)
     assert done.returncode == 0, done.stderr
     assert "Share of proposals that are valid" in done.stdout
     assert json.loads((tmp_path / "d.json").read_text())["lengths"]["induction"]["n"] > 0

@@ -4,8 +4,6 @@ import argparse
 import copy
 import json
 import math
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+import analyze
 from azr.analysis import entropy
 from azr.analysis.divergence import divergences, open_policy, token_divergences
 from azr.fits import difference_of_means, linear_fit, ratio_of_sums
 from azr.policy.opening import agree
 from azr.policy.policy import LoraSettings, Policy
 from azr.train.metrics import entropy_metrics
+from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [
@@ -177,16 +177,15 @@ def test_fits_agree_with_numpy_and_cover():
         linear_fit([np.nan], [1.0])
 
 
-def analyze(*flags):
-    command = [sys.executable, str(ROOT / "analyze.py"), "entropy", *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def run_command(*flags):
+    return run_here(analyze.main, "entropy", *flags)
 
 
 def test_command_on_a_file(tmp_path):
     data = tmp_path / "probe.jsonl"
     rows = [{"role": "solver", "mode": "deduction", "prompt": p, "response": r} for p, r in TEXTS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
-    done = analyze("--model", "tiny", "--data", data, "--offset", "--out", tmp_path / "plots")
+    done = run_command("--model", "tiny", "--data", data, "--offset", "--out", tmp_path / "plots")
     assert done.returncode == 0, done.stderr
     assert "last line is torn" in done.stderr and "4-bit base minus" in done.stdout
     found = json.loads((tmp_path / "plots" / "entropy.json").read_text())
@@ -229,7 +228,7 @@ def test_bad_input_is_one_line(tmp_path):
         ("--model", "tiny", "--data", probe, "--temperature", "0"),
         ("--data", probe),
     ):
-        done = analyze(*flags)
+        done = run_command(*flags)
         assert done.returncode == 2, (flags, done.stdout)
         line = [line for line in done.stderr.splitlines() if line.startswith("analyze.py entropy: ")]
         assert len(line) == 1 and "Traceback" not in done.stderr, done.stderr

@@ -1,7 +1,5 @@
 """Export: what is merged, what is written, what the verification sees, what is refused; on 4-bit models with LoRA."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -24,6 +22,7 @@ from azr.tasks.prompts import solve_prompt, template_hash
 from azr.weights import export, export_check, model_card, nf4
 from azr.weights.reference import AdapterUpdate
 from azr.weights.sizes import compare
+from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(model_path("tiny"))
@@ -34,13 +33,8 @@ def command(*arguments) -> tuple[int, str, str]:
     """(exit code, stdout, stderr) of `train_azr.py export ...`."""
     import train_azr
 
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = train_azr.main(["export", *map(str, arguments)])
-        except SystemExit as stop:  # argparse
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+    done = run_here(train_azr.main, "export", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def train(policy: Policy, steps: int, rate: float) -> None:
