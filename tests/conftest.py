@@ -5,8 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 # Files that take longest. Whoever begins one of them last makes the other worker wait.
 LONGEST = (
@@ -21,3 +24,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
+@pytest.fixture(scope="session")
+def few_held_out(tmp_path_factory) -> Path:
+    """A file of two held-out tasks a mode: a run that is evaluated on all of its own takes seconds to read them."""
+    lines = (ROOT / "azr" / "tiny" / "held_out.jsonl").read_text().splitlines()
+    path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
+    path.write_text("\n".join(lines[0:2] + lines[700:702] + lines[1400:1402]) + "\n")
+    return path
