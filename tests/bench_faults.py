@@ -157,8 +157,13 @@ def summary(hits: list[dict], drill: Drill, alone: Drill, different: list[str]) 
 
 
 def measure(directory: Path, steps: int, kills: int, stops: int, quick: bool, seed: int) -> dict:
+    # What a run needs is imported here, once: torch alone would leave some six CPU seconds to every fork.
+    import matplotlib.pyplot  # noqa: F401
+    import peft  # noqa: F401
     import torch
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
+    import train_azr  # noqa: F401
     from azr.train import loop
 
     torch.set_num_threads(1)  # no pool of threads in this process, which forks
@@ -169,7 +174,8 @@ def measure(directory: Path, steps: int, kills: int, stops: int, quick: bool, se
     tasks = 2 if quick else 8  # a mode
     held_out.write_text("\n".join(lines[:tasks] + lines[700 : 700 + tasks] + lines[1400 : 1400 + tasks]) + "\n")
     flags = ["--steps", str(steps), "--eval-data", str(held_out), *SMALL]
-    flags += ["--eval-every", "2", "--eval-samples", "1"] if quick else ["--eval-every", "20", "--eval-samples", "2"]
+    few, many = "--eval-every 2 --eval-samples 1 --max-new-tokens 32", "--eval-every 20 --eval-samples 2"
+    flags += (few if quick else many).split()
     alone, killed, stopped = (Drill(directory / name, flags, not quick) for name in ("alone", "killed", "stopped"))
     alone.finish()
     times = [json.loads(line)["time/step"] for line in (alone.out / "metrics.jsonl").read_text().splitlines()]

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,6 @@ import torch
 
 import train_azr
 from azr import runs
-from azr.models import model_path
 from azr.policy import backoff
 from azr.policy.engine import Engine
 from azr.policy.policy import Policy
@@ -29,19 +29,11 @@ from azr.runs import Run, newest_intact
 from azr.train import checkpoint, loop, rollouts, update
 from azr.train.config import Config, completed, resolve
 from azr.train.evaluation import Evaluation
-from sandbox import Sandbox, SandboxError
+from sandbox import PROPOSAL, Sandbox, SandboxError
 from sandbox.outcomes import Job
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 64 --eval-samples 0 --eval-every 1 --save-every 1".split()
-
-
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
-    lines = (Path(model_path("tiny")) / "held_out.jsonl").read_text().splitlines()
-    path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
-    path.write_text("\n".join(lines[0:2] + lines[700:702] + lines[1400:1402]) + "\n")
-    return path
+SMALL = "--prompts-per-mode 2 --answers 2 --max-new-tokens 40 --eval-samples 0 --eval-every 1 --save-every 1".split()
 
 
 def small_start(patch) -> None:
@@ -56,18 +48,18 @@ def few_seed_tasks(monkeypatch):
     small_start(monkeypatch)
 
 
-def train(out, held_out, *flags) -> int:
+def train(out, few_held_out, *flags) -> int:
     """The exit code of the command, run in this process."""
-    return train_azr.main(["--out", str(out), "--eval-data", str(held_out), *SMALL, *map(str, flags)])
+    return train_azr.main(["--out", str(out), "--eval-data", str(few_held_out), *SMALL, *map(str, flags)])
 
 
 @pytest.fixture(scope="module")
-def whole(held_out, tmp_path_factory):
+def whole(few_held_out, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         small_start(patch)
         gradients = watch_gradients(patch)
-        assert train(out, held_out, "--steps", 3) == 0
+        assert train(out, few_held_out, "--steps", 3) == 0
     return out, gradients
 
 
@@ -163,7 +155,7 @@ class Stopper:
     ],
     ids=["sampling", "sandbox", "update", "evaluation"],
 )
-def test_sigterm_in_the_middle_of_a_phase_saves_at_once(owner, name, whole, held_out, tmp_path, monkeypatch, capfd):
+def test_sigterm_in_the_middle_of_a_phase_saves_at_once(owner, name, whole, few_held_out, tmp_path, monkeypatch, capfd):
     out = before_step_3(whole, tmp_path)
     (out / "checkpoints" / "step_2" / "state" / "checksums.json").unlink()  # as if steps 1 and 2 had been saved last
     shutil.rmtree(out / "checkpoints" / "step_2")
@@ -177,7 +169,7 @@ def test_sigterm_in_the_middle_of_a_phase_saves_at_once(owner, name, whole, held
             return honest(s, step)
 
         patch.setattr(train_azr, "train_step", second)
-        assert train(out, held_out, "--steps", 3, "--save-every", 99, "--resume", "auto") == 0
+        assert train(out, few_held_out, "--steps", 3, "--save-every", 99, "--resume", "auto") == 0
         seconds = time.process_time() - stopper.at
         stopper.thread.join()
     said = capfd.readouterr()
@@ -185,15 +177,15 @@ def test_sigterm_in_the_middle_of_a_phase_saves_at_once(owner, name, whole, held
     assert f"saved {out}/checkpoints/step_2; go on with: python train_azr.py --config {out}/config.json" in said.out
     assert newest_intact(out)[0].name == "step_2" and metrics(out) == metrics(whole[0])[:2]
     if name == "ppo_loss":  # stopped with half a gradient
-        assert train(out, held_out, "--steps", 3, "--resume", out) == 0
+        assert train(out, few_held_out, "--steps", 3, "--resume", out) == 0
         assert_same(out, whole)
 
 
-def test_sigterm_in_the_seed_stage_and_in_a_checkpoint(whole, held_out, tmp_path, monkeypatch, capfd):
+def test_sigterm_in_the_seed_stage_and_in_a_checkpoint(whole, few_held_out, tmp_path, monkeypatch, capfd):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         stopper = Stopper(patch, Policy, "generate")
-        assert train(out, held_out, "--steps", 3) == 0
+        assert train(out, few_held_out, "--steps", 3) == 0
         assert time.process_time() - stopper.at < 5
         stopper.thread.join()
     assert "stopped before the first checkpoint; start again with: python" in capfd.readouterr().out
@@ -206,7 +198,7 @@ def test_sigterm_in_the_seed_stage_and_in_a_checkpoint(whole, held_out, tmp_path
 
     for _ in range(2):  # in the checkpoint of step 0: it is written anew; at the next start in nothing
         monkeypatch.setattr(runs, "_write_state", stopped)
-        assert train(out, held_out, "--steps", 3, "--resume", "auto") == 0
+        assert train(out, few_held_out, "--steps", 3, "--resume", "auto") == 0
     assert capfd.readouterr().out.count(f"saved {out}/checkpoints/step_0; go on") == 1
     assert_same(out, whole)
 
@@ -278,10 +270,10 @@ class Memory:
             run_out()
 
 
-def test_out_of_memory_in_each_phase_changes_nothing(whole, held_out, tmp_path, monkeypatch, capfd):
+def test_out_of_memory_in_each_phase_changes_nothing(whole, few_held_out, tmp_path, monkeypatch, capfd):
     with monkeypatch.context() as patch:
         gradients, memory = watch_gradients(patch), Memory(patch)
-        assert train(tmp_path / "run", held_out, "--steps", 2) == 0
+        assert train(tmp_path / "run", few_held_out, "--steps", 2) == 0
     phases = ["seed_stage", "propose", "solve", "forward", "backward", "optimizer", "greedy"]
     assert sorted(memory.failed) == sorted(2 * phases)
     said = lines_of(capfd.readouterr().err, "out of memory in")
@@ -296,7 +288,7 @@ def test_out_of_memory_in_each_phase_changes_nothing(whole, held_out, tmp_path, 
     assert texts[0] == texts[1][: len(texts[0])] and json.loads(texts[0][-1])["step"] == 2
 
 
-def test_out_of_memory_that_stays_saves_what_is_complete(whole, held_out, tmp_path, monkeypatch, capfd):
+def test_out_of_memory_that_stays_saves_what_is_complete(whole, few_held_out, tmp_path, monkeypatch, capfd):
     out, honest = before_step_3(whole, tmp_path), Engine.generate
 
     def tight(engine, prompts, *rest):
@@ -306,7 +298,7 @@ def test_out_of_memory_that_stays_saves_what_is_complete(whole, held_out, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "generate", tight)
-        assert train(out, held_out, "--steps", 3, "--resume", "auto") == 1
+        assert train(out, few_held_out, "--steps", 3, "--resume", "auto") == 1
     said = capfd.readouterr().err
     assert f"saved {out}/checkpoints/step_2; go on with" in said
     assert len(lines_of(said, "train_azr.py: out of memory sampling a single sequence")) == 1
@@ -319,7 +311,7 @@ def test_out_of_memory_that_stays_saves_what_is_complete(whole, held_out, tmp_pa
 # ------------------------------------------------------------------------------------------------------- not a number
 
 
-def test_one_nan_gradient_is_one_skipped_step(held_out, tmp_path, monkeypatch, capfd):
+def test_one_nan_gradient_is_one_skipped_step(few_held_out, tmp_path, monkeypatch, capfd):
     out, honest = tmp_path / "run", train_azr.ppo_update
 
     def poisoned(s, step, samples):
@@ -332,7 +324,7 @@ def test_one_nan_gradient_is_one_skipped_step(held_out, tmp_path, monkeypatch, c
                 hook.remove()
 
     monkeypatch.setattr(train_azr, "ppo_update", poisoned)
-    assert train(out, held_out, "--steps", 3) == 0
+    assert train(out, few_held_out, "--steps", 3) == 0
     assert [row["train/skipped"] for row in metrics(out)] == [0, 1, 0]
     assert [path.name for path in out.glob("non_finite*")] == ["non_finite_step_2.jsonl"]
     assert len(lines_of(capfd.readouterr().err, "update skipped")) == 1
@@ -343,19 +335,19 @@ def test_one_nan_gradient_is_one_skipped_step(held_out, tmp_path, monkeypatch, c
 # ---------------------------------------------------------------------------------------------------- disk and damage
 
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, held_out, tmp_path, capfd):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(whole, few_held_out, tmp_path, capfd):
     out = before_step_3(whole, tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))  # a checkpoint's tensors have 2.3 MB
-        code = train(out, held_out, "--steps", 3, "--resume", "auto")
+        code = train(out, few_held_out, "--steps", 3, "--resume", "auto")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     said = lines_of(capfd.readouterr().err, "train_azr.py: ")
     assert code == 1 and len(said) == 1
     assert "writing checkpoint 3 failed" in said[0] and f"{out}/checkpoints/step_2, go on with: python" in said[0]
     assert not list(out.glob("**/*.tmp-*")) and newest_intact(out)[0].name == "step_2"
-    assert train(out, held_out, "--steps", 3, "--resume", "auto") == 0
+    assert train(out, few_held_out, "--steps", 3, "--resume", "auto") == 0
     assert_same(out, whole)
 
 
@@ -396,7 +388,7 @@ def test_a_damaged_file_is_told_and_the_checkpoint_before_it_is_used(name, chang
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_out_of_memory_while_it_is_loaded(
-    whole, held_out, tmp_path, monkeypatch, capfd
+    whole, few_held_out, tmp_path, monkeypatch, capfd
 ):
     """And from before two settings existed, with a checkpoint by time, stopped by --max-hours."""
     out, honest, calls = tmp_path / "run", update.restore_tensors, []
@@ -414,7 +406,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_out_of_memor
     monkeypatch.setattr(update, "restore_tensors", tight)
     monkeypatch.setattr(checkpoint, "SAVE_MINUTES", 1e-6)
     flags = ("--steps", 9, "--save-every", 99, "--eval-every", 1)
-    assert train(out, held_out, *flags, "--max-hours", 1e-9, "--resume", "auto") == 0
+    assert train(out, few_held_out, *flags, "--max-hours", 1e-9, "--resume", "auto") == 0
     said = capfd.readouterr()
     assert "out of memory in loading the checkpoint" in said.err and len(calls) == 2
     assert len(lines_of(said.err, "is from before these settings")) == 1 and "proposer joint" in said.err
@@ -455,7 +447,7 @@ def test_settings_that_came_later_count_as_their_defaults(whole, tmp_path, capfd
 # ------------------------------------------------------------------------------------------------------------- sandbox
 
 
-def test_lanes_that_are_killed_while_they_judge_change_no_verdict(whole, held_out, tmp_path, monkeypatch):
+def test_lanes_that_are_killed_while_they_judge_change_no_verdict(whole, few_held_out, tmp_path, monkeypatch):
     out, honest, given = before_step_3(whole, tmp_path), Sandbox._give, []
 
     def killed(sandbox, lane, piece):
@@ -465,7 +457,7 @@ def test_lanes_that_are_killed_while_they_judge_change_no_verdict(whole, held_ou
             os.kill(lane.process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(Sandbox, "_give", killed)
-    assert train(out, held_out, "--steps", 3, "--resume", "auto") == 0
+    assert train(out, few_held_out, "--steps", 3, "--resume", "auto") == 0
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["time/lanes_lost"] >= 2 and row["time/unjudged"] == 0
     assert_same(out, whole)
@@ -497,7 +489,7 @@ def test_lanes_that_are_killed_while_they_start_are_started_again(monkeypatch):
 def test_a_child_that_hangs_is_run_again(tmp_path):
     """Stopped by SIGSTOP in the middle of its program, as a frozen or swapped-out process would be."""
     slow = "def f(x):\n    n = 0\n    while n < 3_000_000: n += 1\n    return x"
-    with Sandbox(1) as sandbox:
+    with Sandbox(1, replace(PROPOSAL, wall_seconds=3.0, cpu_seconds=10.0)) as sandbox:
         sandbox.run([Job("def f(x): return x", ("1",))])
         lane = sandbox._lanes[0].process.pid
         frozen = []
