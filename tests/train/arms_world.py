@@ -20,6 +20,7 @@ from azr.train.arms import Arms
 from azr.train.config import Config, resolve
 from sandbox import Sandbox
 
+STEPS = 3
 SMALL = {
     "seed": 1,
     "prompts_per_mode": 2,
@@ -40,7 +41,7 @@ def reproducible(out) -> list[dict]:
 
 
 class World:
-    """`run(name=value, ...)`: five steps under these settings, made once; see `Result`."""
+    """`run(name=value, ...)`: STEPS steps under these settings, made once; see `Result`."""
 
     def __init__(self, directory) -> None:
         self.directory, self.found = directory, {}
@@ -65,7 +66,7 @@ class World:
         s.buffers.load_state_dict(self.buffers)
         return s
 
-    def run(self, steps: int = 5, **settings) -> SimpleNamespace:
+    def run(self, steps: int = STEPS, **settings) -> SimpleNamespace:
         """rows: metrics without times; samples: what was logged; trained: the samples of each update; adapters: after
         each step; state: as it ended."""
         import train_azr

@@ -143,42 +143,47 @@ def test_other_dtypes_are_not_scaled(dtype):
 SMALL = "--dtype fp16 --prompts-per-mode 2 --answers 2 --max-new-tokens 16 --eval-samples 0 --eval-every 0"
 
 
-def train(out, *flags) -> list[dict]:
-    assert train_azr.main(["--out", str(out), *SMALL.split(), "--minibatches", "2", *map(str, flags)]) == 0
+def train(out, few_held_out, *flags) -> list[dict]:
+    flags = [*SMALL.split(), "--minibatches", "2", "--eval-data", *map(str, (few_held_out, *flags))]
+    assert train_azr.main(["--out", str(out), *flags]) == 0
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
 
-def test_a_run_in_fp16_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+def test_a_run_in_fp16_goes_on_bit_for_bit(few_held_out, tmp_path, monkeypatch, capsys):
     """With overflows in the first step and a scale that grows in the second."""
     monkeypatch.setattr(loop, "PROBE", 1)
     monkeypatch.setattr(loop, "SEED_ROUNDS", 1)
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**26)
     monkeypatch.setattr(loss_scale, "MOST", 2.0**27)
     monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
-    whole = train(tmp_path / "whole", "--steps", 3)
+    whole = train(tmp_path / "whole", few_held_out, "--steps", 3)
     assert whole[0]["train/overflows"] > 0 and all(row["train/skipped"] == 0 for row in whole)
     assert capsys.readouterr().err.count("overflowed") == 1
-    train(tmp_path / "parts", "--steps", 1)
+    train(tmp_path / "parts", few_held_out, "--steps", 1)
     state = json.loads((tmp_path / "parts/checkpoints/step_1/state/state.json").read_text())["loss_scale"]
     assert state["active"] and state["value"] < 2.0**26 and state["overflows"] == whole[0]["train/overflows"]
-    assert train(tmp_path / "parts", "--steps", 3, "--resume", "auto") == whole
+    assert train(tmp_path / "parts", few_held_out, "--steps", 3, "--resume", "auto") == whole
     for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
         one, other = ((tmp_path / run / "checkpoints/step_3" / name).read_bytes() for run in ("whole", "parts"))
         assert one == other
     assert json.loads((tmp_path / "whole/checkpoints/step_3/azr.json").read_text())["dtype"] == "float16"
     assert json.loads((tmp_path / "whole/config.json").read_text())["dtype"] == "fp16"
     other = [*SMALL.replace("fp16", "fp32").split(), "--minibatches", "2", "--steps", "4", "--resume", "auto"]
+    other += ["--eval-data", str(few_held_out)]
     assert train_azr.main(["--out", str(tmp_path / "whole"), *other]) == 2
     assert "cannot resume with other settings (dtype" in capsys.readouterr().err
 
 
-def test_a_run_whose_forward_pass_is_no_number_gives_up_and_says_what_to_take(tmp_path, monkeypatch, capsys):
+def test_a_run_whose_forward_pass_is_no_number_gives_up_and_says_what_to_take(
+    few_held_out, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(loop, "PROBE", 1)
     monkeypatch.setattr(loop, "SEED_ROUNDS", 1)
     honest = train_azr.ppo_loss
     monkeypatch.setattr(train_azr, "ppo_loss", lambda s, batch: honest(s, batch) * math.inf)
-    assert train_azr.main(["--out", str(tmp_path / "run"), *SMALL.split(), "--steps", "5"]) == 1
+    flags = [*SMALL.split(), "--steps", "5", "--eval-data", str(few_held_out)]
+    assert train_azr.main(["--out", str(tmp_path / "run"), *flags]) == 1
     said = capsys.readouterr().err
     assert "3 updates in a row were not finite; lower --learning-rate, or take --dtype bf16 or fp32" in said
     assert "overflowed" not in said

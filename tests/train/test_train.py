@@ -1,74 +1,50 @@
-"""The training script as a user runs it: on the embedded model, stopped, killed and resumed.
+"""The training script as a user runs it: on the embedded model, undisturbed and resumed.
 
-What is disturbed runs in a process of its own; the rest calls `main` with the same arguments, which saves the seconds
-that a start of Python with torch and transformers takes.
+`main` is called with the arguments of the command line, which saves the seconds that a start of Python with torch and
+transformers takes; processes that are killed are in test_faults.py.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import math
-import os
-import random
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from azr.models import model_path
+from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
 TINY = Path(model_path("tiny"))
 SHARED = ROOT.parent / "shared" / "data"
 SMALL = ["--prompts-per-mode", "3", "--answers", "3", "--eval-samples", "2", "--eval-every", "2", "--save-every", "2"]
 SMALL += ["--max-new-tokens", "64"]
+STEPS = 3  # of an undisturbed run; the second is evaluated
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_start():
+    """Two rounds of the seed stage and a small probe, or the start would take longer than the steps."""
+    from azr.train import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SEED_ROUNDS", 2)
+        patch.setattr(loop, "PROBE", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
-    """A few of the held-out tasks, so that evaluations take a second."""
-    lines = (TINY / "held_out.jsonl").read_text().splitlines()
-    path = tmp_path_factory.mktemp("data") / "held_out.jsonl"
-    path.write_text("\n".join(lines[0:8] + lines[700:708] + lines[1400:1408]) + "\n")
-    return path
-
-
-def command(out, held_out, *flags):
-    return [
-        sys.executable,
-        str(ROOT / "train_azr.py"),
-        "--out",
-        str(out),
-        "--eval-data",
-        str(held_out),
-        *SMALL,
-        *map(str, flags),
-    ]
+def held_out(few_held_out):
+    return few_held_out
 
 
 def train(out, held_out, *flags) -> subprocess.CompletedProcess:
-    """In this process: exit code and what was printed."""
+    """Exit code and what was printed."""
     import train_azr
 
-    shown, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(errors):
-        try:
-            code = train_azr.main(command(out, held_out, *flags)[2:])
-        except SystemExit as stop:  # what argparse does
-            code = stop.code
-    return subprocess.CompletedProcess(flags, code, shown.getvalue(), errors.getvalue())
-
-
-def launch(out, held_out, *flags) -> subprocess.Popen:
-    """The same in a process of its own, to be disturbed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command(out, held_out, *flags), stdout=pipe, stderr=pipe, text=True, env=environment)
+    return run_here(train_azr.main, "--out", out, "--eval-data", held_out, *SMALL, *flags)
 
 
 def reproducible(out) -> list[dict]:
@@ -78,9 +54,9 @@ def reproducible(out) -> list[dict]:
 
 @pytest.fixture(scope="module", params=["none", "nf4"])
 def finished(request, held_out, tmp_path_factory):
-    """An undisturbed run of four steps, and its quantization."""
+    """An undisturbed run of STEPS steps, and its quantization."""
     out = tmp_path_factory.mktemp("run") / request.param
-    done = train(out, held_out, "--steps", 4, "--quantization", request.param)
+    done = train(out, held_out, "--steps", STEPS, "--quantization", request.param)
     assert done.returncode == 0, done.stderr
     return out, request.param, done.stdout
 
@@ -88,7 +64,7 @@ def finished(request, held_out, tmp_path_factory):
 def test_a_run_leaves_what_it_promises(finished):
     out, quantization, shown = finished
     rows = reproducible(out)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows] == [1, 2, 3]
     for row in rows:
         assert row["train/log_prob_gap"] < 1e-4 and row["train/skipped"] == 0 and row["train/tokens"] > 0
         assert all(0 <= row[f"proposer/{mode}/valid_rate"] <= 1 for mode in ("deduction", "abduction", "induction"))
@@ -96,42 +72,30 @@ def test_a_run_leaves_what_it_promises(finished):
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {s["role"] for s in samples} == {"proposer", "solver"} and all("reward" in s["reward"] for s in samples)
     assert all(s["reason"] for s in samples)
-    info = json.loads((out / "checkpoints/step_4/azr.json").read_text())
+    info = json.loads((out / "checkpoints/step_3/azr.json").read_text())
     assert info["quantization"] == quantization and info["template"] == "tiny" and info["template_hash"]
     probe = [json.loads(line) for line in (out / "probe.jsonl").read_text().splitlines()]
     assert len({(row["role"], row["mode"]) for row in probe}) == 6
     assert (out / "plots/pass_at_k.png").stat().st_size > 10_000
-    for words in ("step 4/4", "held-out tasks, 2 answers each", "pass@1"):
+    for words in ("step 3/3", "held-out tasks, 2 answers each", "pass@1"):
         assert words in shown
 
 
-def test_a_killed_run_on_4_bits_goes_on_as_if_nothing_had_happened(finished, held_out, tmp_path):
-    """SIGKILL at a random moment, resumed: the same metrics, bit for bit."""
+def test_a_resumed_run_on_4_bits_goes_on_as_if_nothing_had_happened(finished, held_out, tmp_path):
+    """From the checkpoint before its last step: the same metrics, bit for bit. Kills are drilled by bench_faults.py."""
     whole, quantization, _ = finished
     if quantization == "none":
-        pytest.skip("drilled by bench_faults.py, which test_faults.py runs")
-    out, rng = tmp_path / "run", random.Random(5)
-    flags = ("--steps", 4, "--quantization", quantization, "--resume", "auto")
-    process = launch(out, held_out, *flags)
-    wait_for(out, 1, process)
-    time.sleep(rng.random())  # a random moment of the step that follows
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL  # it had not ended by itself
-    done = train(out, held_out, *flags)
-    assert done.returncode == 0, done.stderr
+        pytest.skip("resumed and killed in test_faults.py")
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / f"checkpoints/step_{STEPS}")
+    done = train(out, held_out, "--steps", STEPS, "--quantization", quantization, "--resume", "auto")
+    assert done.returncode == 0 and f"step {STEPS}/{STEPS}" in done.stdout, done.stderr
     assert reproducible(out) == reproducible(whole)
     for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
-        assert (out / "checkpoints/step_4" / name).read_bytes() == (whole / "checkpoints/step_4" / name).read_bytes()
-
-
-def wait_for(out, lines, process):
-    """Until metrics.jsonl has that many lines, or the process has ended."""
-    path, deadline = out / "metrics.jsonl", time.monotonic() + 200
-    while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            return
-        time.sleep(0.05)
+        assert (out / f"checkpoints/step_{STEPS}" / name).read_bytes() == (
+            whole / f"checkpoints/step_{STEPS}" / name
+        ).read_bytes()
 
 
 def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
@@ -142,7 +106,7 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_log_probs(finished):
     from azr.policy.policy import Policy
 
     out, quantization, _ = finished
-    adapter = out / "checkpoints/step_4"
+    adapter = out / "checkpoints/step_3"
     row = json.loads((out / "samples.jsonl").read_text().splitlines()[0])
     policy = Policy.load(TINY, quantization, adapter=adapter)
     prompt, response = policy.encode(row["prompt"]), policy.encode(row["response"])
@@ -194,7 +158,7 @@ def test_a_config_from_before_is_read_with_one_line(finished, held_out, tmp_path
     assert "5 of its settings no longer exist" in line and "loss_weighting token, keep_states 4" in line
     shutil.copytree(out, tmp_path / "run")
     (tmp_path / "run/config.json").write_text(json.dumps({**stored, **gone, "entropy_coefficient": None}))
-    again = ["--steps", 4, "--quantization", "none", "--resume", tmp_path / "run"]
+    again = ["--steps", STEPS, "--quantization", "none", "--resume", tmp_path / "run"]
     done = train(out, held_out, "--config", tmp_path / "run/config.json", *again)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("no longer exist") == 1 and reproducible(tmp_path / "run") == reproducible(out)
@@ -203,7 +167,7 @@ def test_a_config_from_before_is_read_with_one_line(finished, held_out, tmp_path
 
 def test_a_warm_start_from_an_adapter(finished, held_out, tmp_path):
     out, quantization, _ = finished
-    adapter, flags = out / "checkpoints/step_4", ("--steps", 1, "--eval-samples", 0, "--quantization", quantization)
+    adapter, flags = out / "checkpoints/step_3", ("--steps", 1, "--eval-samples", 0, "--quantization", quantization)
     done = train(tmp_path / "run", held_out, *flags, "--adapter", adapter)
     assert done.returncode == 0 and "warm start from the adapter" in done.stdout, done.stderr
     began = tmp_path / "run/checkpoints/step_0/adapter_model.safetensors"
@@ -265,9 +229,9 @@ def test_a_start_that_fails_blocks_nothing_and_the_published_recipe_takes_severa
 def test_a_directory_that_holds_another_run_is_left_alone(finished, held_out):
     out, _, _ = finished
     before = (out / "metrics.jsonl").read_bytes()
-    done = train(out, held_out, "--steps", 4)
+    done = train(out, held_out, "--steps", STEPS)
     assert done.returncode == 2 and "--resume auto" in done.stderr
-    done = train(out, held_out, "--steps", 4, "--resume", "auto", "--learning-rate", "0.5")
+    done = train(out, held_out, "--steps", STEPS, "--resume", "auto", "--learning-rate", "0.5")
     assert done.returncode == 2 and "learning_rate" in done.stderr
     assert (out / "metrics.jsonl").read_bytes() == before
 

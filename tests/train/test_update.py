@@ -238,11 +238,11 @@ SMALL = [
     "--save-every",
     "1",
     "--max-new-tokens",
-    "48",
+    "32",
 ]
 
 
-def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
+def train(out, few_held_out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
     """A run of train_azr.py with memory for `tokens` a micro-batch and `rows` sequences; its reproducible metrics."""
     load, honest = Policy.load, Policy._score_batch
 
@@ -262,15 +262,15 @@ def train(out, monkeypatch, *flags, tokens=None, rows=None) -> list[dict]:
         patch.setattr(Policy, "load", tight_load)
         patch.setattr(loop, "PROBE", 2)
         patch.setattr(loop, "SEED_ROUNDS", 1)
-        assert train_azr.main(["--out", str(out), *SMALL, *map(str, flags)]) == 0
+        assert train_azr.main(["--out", str(out), "--eval-data", str(few_held_out), *SMALL, *map(str, flags)]) == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))} for line in lines]
 
 
-def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(tmp_path, monkeypatch, capsys):
+def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(few_held_out, tmp_path, monkeypatch, capsys):
     """In every phase; and a resume, which never asks for more again, is exact to the last bit."""
-    whole = train(tmp_path / "whole", monkeypatch, "--steps", 2)
-    tight = train(tmp_path / "tight", monkeypatch, "--steps", 2, tokens=250, rows=3)
+    whole = train(tmp_path / "whole", few_held_out, monkeypatch, "--steps", 2)
+    tight = train(tmp_path / "tight", few_held_out, monkeypatch, "--steps", 2, tokens=250, rows=3)
     told = capsys.readouterr().err
     assert "out of memory in sampling" in told and "out of memory in the update" in told
     texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "tight")]
@@ -283,8 +283,8 @@ def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(tmp_path, m
         )
     state = json.loads((tmp_path / "tight/checkpoints/step_2/state/state.json").read_text())
     assert state["sizes"]["scoring"]["token_budget"] <= 512 and state["sizes"]["rollout"]["max_batch"] <= 3
-    train(tmp_path / "halves", monkeypatch, "--steps", 1, tokens=250, rows=3)
-    halves = train(tmp_path / "halves", monkeypatch, "--steps", 2, "--resume", "auto")
+    train(tmp_path / "halves", few_held_out, monkeypatch, "--steps", 1, tokens=250, rows=3)
+    halves = train(tmp_path / "halves", few_held_out, monkeypatch, "--steps", 2, "--resume", "auto")
     assert halves == tight and "out of memory" not in capsys.readouterr().err.split("resume:")[-1]
 
 
