@@ -162,12 +162,12 @@ def test_flash_attn_is_called_as_it_must_be_and_wrong_values_are_noticed(probe_o
 # ------------------------------------------------------------------------------------------------------------ triton
 
 TRITON_CASES = {
-    "qwen-3b": dict(shape=(16, 2, 128), lengths=[1, 17, 64, 65, 256, 257, 300]),
+    "qwen-3b": dict(shape=(16, 2, 128), lengths=[1, 64, 65, 257]),
     "qwen-7b": dict(shape=(28, 4, 128), lengths=[33, 260]),
     "dim 64, seven heads a group": dict(shape=(28, 4, 64), lengths=[5, 513]),
     "dim 40, page 16": dict(shape=(4, 2, 40), lengths=[1, 16, 47, 300], page_size=16),
     "page 128, fp16": dict(shape=(14, 2, 64), lengths=[130, 256], page_size=128, dtype=torch.float16),
-    "more splits than are combined at a time": dict(shape=(4, 2, 16), lengths=[4097, 4500, 700]),
+    "more splits than are combined at a time": dict(shape=(2, 1, 16), lengths=[4097, 700]),
     "no groups, page 32": dict(shape=(3, 3, 16), lengths=[31, 32, 33, 290], page_size=32),
 }
 
