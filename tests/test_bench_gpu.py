@@ -42,10 +42,10 @@ def test_every_step_runs_whatever_fails_beside_it(tmp_path, fails):
 
 
 def test_the_rest_goes_on_in_another_process_when_one_dies(tmp_path):
-    code, rows, shown = run(tmp_path, "--only", "chunked", "micro", "--die", "chunked", "--fail", "micro")
+    code, rows, shown = run(tmp_path, "--only", "build", "micro", "--die", "build", "--fail", "micro")
     assert code == 1, shown
-    dead, other = ([row for row in rows if row["part"] == part] for part in ("chunked", "micro"))
-    assert len(dead) == 2 and all(row["error"] == "the process ended with 9" for row in dead)
+    dead, other = ([row for row in rows if row["part"] == part] for part in ("build", "micro"))
+    assert len(dead) == 1 and all(row["error"] == "the process ended with 9" for row in dead)
     assert len(other) == 10 and all(row["error"].startswith("Injected") for row in other)
 
 
