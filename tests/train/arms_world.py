@@ -20,7 +20,7 @@ from azr.train.arms import Arms
 from azr.train.config import Config, resolve
 from sandbox import Sandbox
 
-STEPS = 3
+STEPS = 2  # the second samples from, and scores, adapters that an update has moved
 SMALL = {
     "seed": 1,
     "prompts_per_mode": 2,
