@@ -6,11 +6,13 @@ Everything runs in real fp16 on the CPU, on the embedded model, which is small e
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 import train_azr
+from azr import runs
 from azr.models import model_path
 from azr.policy.backoff import Sizes
 from azr.policy.policy import LoraSettings, Policy, Sampling
@@ -157,13 +159,17 @@ def test_a_run_in_fp16_goes_on_bit_for_bit(few_held_out, tmp_path, monkeypatch, 
     monkeypatch.setattr(loss_scale, "FIRST", 2.0**26)
     monkeypatch.setattr(loss_scale, "MOST", 2.0**27)
     monkeypatch.setattr(loss_scale, "GROW_AFTER", 3)
-    whole = train(tmp_path / "whole", few_held_out, "--steps", 3)
+    monkeypatch.setattr(runs, "KEEP_STATES", 4)
+    whole = train(tmp_path / "whole", few_held_out, "--steps", 3, "--save-every", 1)
     assert whole[0]["train/overflows"] > 0 and all(row["train/skipped"] == 0 for row in whole)
     assert capsys.readouterr().err.count("overflowed") == 1
-    train(tmp_path / "parts", few_held_out, "--steps", 1)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for step in (2, 3):  # as if it had ended after its first step
+        shutil.rmtree(tmp_path / f"parts/checkpoints/step_{step}")
     state = json.loads((tmp_path / "parts/checkpoints/step_1/state/state.json").read_text())["loss_scale"]
     assert state["active"] and state["value"] < 2.0**26 and state["overflows"] == whole[0]["train/overflows"]
-    assert train(tmp_path / "parts", few_held_out, "--steps", 3, "--resume", "auto") == whole
+    flags = ("--steps", 3, "--save-every", 1, "--resume", "auto")
+    assert train(tmp_path / "parts", few_held_out, *flags) == whole
     for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
         one, other = ((tmp_path / run / "checkpoints/step_3" / name).read_bytes() for run in ("whole", "parts"))
         assert one == other

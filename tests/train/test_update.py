@@ -6,6 +6,7 @@ once, as a full card would.
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -283,7 +284,8 @@ def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(few_held_ou
         )
     state = json.loads((tmp_path / "tight/checkpoints/step_2/state/state.json").read_text())
     assert state["sizes"]["scoring"]["token_budget"] <= 512 and state["sizes"]["rollout"]["max_batch"] <= 3
-    train(tmp_path / "halves", few_held_out, monkeypatch, "--steps", 1, tokens=250, rows=3)
+    shutil.copytree(tmp_path / "tight", tmp_path / "halves")
+    shutil.rmtree(tmp_path / "halves/checkpoints/step_2")  # as if it had ended after its first step
     halves = train(tmp_path / "halves", few_held_out, monkeypatch, "--steps", 2, "--resume", "auto")
     assert halves == tight and "out of memory" not in capsys.readouterr().err.split("resume:")[-1]
 
