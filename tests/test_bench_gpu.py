@@ -1,5 +1,6 @@
 """bench_gpu.py in its dry mode: every step runs, failures and deaths leave the others; packing, tables."""
 
+import gc
 import json
 import subprocess
 import sys
@@ -25,15 +26,20 @@ def run(tmp_path, *flags: str) -> tuple[int, list[dict], str]:
     return done.returncode, rows, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("fails", (PARTS[0::2], PARTS[1::2]))
-def test_every_step_runs_whatever_fails_beside_it(tmp_path, fails):
+# Each part works in one of the two runs. In the second, `build`, which is one measurement, ends the process.
+@pytest.mark.parametrize("bad, dies", [(PARTS[0::2], ""), (PARTS[1::2], "build")])
+def test_every_step_runs_whatever_fails_or_dies_beside_it(tmp_path, bad, dies):
     pytest.importorskip("bitsandbytes")
-    code, rows, shown = run(tmp_path, "--smollm2", str(TINY), "--fail", *fails)
+    fails = [part for part in bad if part != dies]
+    code, rows, shown = run(tmp_path, "--smollm2", str(TINY), "--fail", *fails, *(["--die", dies] if dies else []))
     assert code == 1, shown
     assert list(dict.fromkeys(row["part"] for row in rows)) == PARTS
+    assert len({(row["part"], row["name"]) for row in rows}) == len(rows), "measured again after the process died"
     for row in rows:
         assert "left_out" not in row, row
-        if row["part"] in fails:
+        if row["part"] == dies:
+            assert row["error"] == "the process ended with 9", row
+        elif row["part"] in fails:
             assert not row["ok"] and row["error"].startswith("Injected: ") and row["traceback"], row
         else:
             assert row["ok"] and row["figures"] and row["seconds"] >= 0, (row, shown[-3000:])
@@ -41,18 +47,22 @@ def test_every_step_runs_whatever_fails_beside_it(tmp_path, fails):
     assert all(f"| {row['name']} |" in text for row in rows if row["figures"])
 
 
-def test_the_rest_goes_on_in_another_process_when_one_dies(tmp_path):
-    code, rows, shown = run(tmp_path, "--only", "build", "micro", "--die", "build", "--fail", "micro")
-    assert code == 1, shown
-    dead, other = ([row for row in rows if row["part"] == part] for part in ("build", "micro"))
-    assert len(dead) == 1 and all(row["error"] == "the process ended with 9" for row in dead)
-    assert len(other) == 10 and all(row["error"].startswith("Injected") for row in other)
+def test_what_does_not_fit_the_time_is_left_out(tmp_path, monkeypatch, capsys):
+    """In this process, as `--run` and `--until` are what the one that watches gives to the one that measures."""
+    import transformers
 
-
-def test_what_does_not_fit_the_time_is_left_out(tmp_path):
-    code, rows, shown = run(tmp_path, "--only", "hardware", "train", "--seconds", "0")
-    assert [row["part"] for row in rows] == ["hardware", "train"] and all("left_out" in row for row in rows), shown
-    assert code == 0
+    monkeypatch.setattr(bench_gpu, "HEAVY", ())  # nothing is measured
+    verbosity, file = transformers.logging.get_verbosity(), tmp_path / "lines.jsonl"
+    flags = ["--cpu", "--json", str(file), "--only", "hardware", "train", "--run", "1", "--until", "0"]
+    try:
+        assert bench_gpu.main(flags) == 0
+    finally:
+        gc.unfreeze()
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["part"] for row in rows] == ["hardware", "train"] and all("left_out" in row for row in rows)
+    assert capsys.readouterr().out.count("s are left") == 2
 
 
 def test_without_a_gpu_it_says_so(tmp_path):
