@@ -266,23 +266,15 @@ def test_workers_do_not_change_the_figures(tmp_path, base):
     assert reports[0] == reports[1]
 
 
-def test_the_command_itself_on_the_embedded_model(tmp_path):
+def test_the_command_itself_on_the_embedded_model(tmp_path, capsys):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(TINY), LoraConfig(r=2, target_modules="all-linear"))
     model.save_pretrained(tmp_path / "a")
-    command = [
-        sys.executable,
-        str(ROOT / "analyze.py"),
-        "sparsity",
-        "--base",
-        "tiny",
-        "--adapter",
-        str(tmp_path / "a"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2 and "--quantization nf4 or --quantization none" in done.stderr  # no azr.json
+    flags = ["--base", "tiny", "--adapter", str(tmp_path / "a")]
+    assert "--quantization nf4 or --quantization none" in refused(capsys, *flags)  # no azr.json
+    command = [sys.executable, str(ROOT / "analyze.py"), "sparsity", *flags]
     command += ["--quantization", "none", "--json", str(tmp_path / "r.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

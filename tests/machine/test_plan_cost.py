@@ -1,8 +1,6 @@
 """Time, dollars and disk of a plan; --dry-run and --config as typed; the plan against a measured peak; the probe."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import sys
 from pathlib import Path
@@ -21,6 +19,7 @@ from azr.policy import backoff
 from azr.policy.policy import SHARED_ROW, LoraSettings, Policy
 from azr.train import memory_probe, update
 from azr.train.config import Config, resolve
+from in_process import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,13 +28,8 @@ def typed(*flags) -> tuple[int, str, str]:
     """Exit code, stdout, stderr of train_azr.py."""
     import train_azr
 
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = train_azr.main(list(flags))
-        except SystemExit as stop:
-            code = stop.code
-    return code, out.getvalue(), err.getvalue()
+    done = run_here(train_azr.main, *flags)
+    return done.returncode, done.stdout, done.stderr
 
 
 def made(size="3B", preset="24gb", **change):
