@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from azr.analysis import health
-from azr.analysis.conditions import WINDOW
-from azr.analysis.health import CHECKS, Health, Watch, example
+from azr.analysis.checks import CHECKS, WINDOW
+from azr.analysis.health import Health, Watch, example
 from azr.train import loop, update
 from azr.train.config import Config
 from azr.train.metrics import commonest_share
