@@ -22,35 +22,13 @@ from azr.fits import linear_fit, over_runs
 from azr.passk import Interval, difference_interval, holm, pass_at_k, t_quantile
 
 MODES = ("deduction", "abduction", "induction")
-REWARDS = {
-    "learnability": "joint",
-    "half-peak": "half-peak",
-    "uniform": "uniform",
-    "variance": "variance",
-    "gaussian": "gaussian",
-    "gate": "gate",
-    "random": "random",
+REWARDS = {"learnability": "joint"} | {
+    name: name for name in ("half-peak", "uniform", "variance", "gaussian", "gate", "random")
 }
 CONTROLS = (
-    "joint",
-    "fresh",
-    "answers-4",
-    "answers-16",
-    "temperature",
-    "nf4",
-    "bonus",
-    "adaptive",
-    "clip-cov",
-    "top-entropy",
-    "high-advantage-clip",
-    "minibatches",
-    "clip-higher",
-    "kl-cov",
-    "off-policy",
-    "off-policy-more",
-    "off-policy-shuffled",
-    "off-policy-gold",
-)
+    "joint fresh answers-4 answers-16 temperature nf4 bonus adaptive clip-cov top-entropy high-advantage-clip "
+    "minibatches clip-higher kl-cov off-policy off-policy-more off-policy-shuffled off-policy-gold"
+).split()
 REFERENCE = {"clip-higher": "minibatches", "kl-cov": "minibatches"}  # what an arm is compared with, if not with joint
 SEVERAL_UPDATES = ("minibatches", "clip-higher", "kl-cov")
 MAIN = ("joint", "frozen-base", "rlvr", "sft", "off-policy")
@@ -112,10 +90,10 @@ def probe(result: dict, role: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(entropy), np.array(norm)
 
 
-def at_norm(norm: np.ndarray, values: np.ndarray, where: float) -> float:
-    """Linear interpolation along a run's checkpoints; NaN beyond its last one."""
-    order = np.argsort(norm)
-    return float(np.interp(where, norm[order], values[order])) if where <= norm.max() else np.nan
+def at(sizes: np.ndarray, values: np.ndarray, where: float) -> float:
+    """Linear interpolation along the sizes of a run's checkpoints (steps,); NaN outside of what was seen."""
+    order, inside = np.argsort(sizes), sizes.min() <= where <= sizes.max() + 1e-9
+    return float(np.interp(where, sizes[order], values[order])) if inside else np.nan
 
 
 def pooled(arms: dict, value) -> Pooled:
@@ -203,10 +181,10 @@ def show(interval: Interval, digits: int = 3, sign: bool = True) -> str:
     return f"**{text}**" if sign and (interval.low > 0 or interval.high < 0) else text
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(head: str, rows: list[list[str]]) -> str:
+    """A Markdown table; head: the titles of the columns with " | " between them."""
+    lines = [head, " | ".join(["---"] * len(head.split(" | "))), *map(" | ".join, rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def available(arms: dict, names) -> list[str]:
@@ -228,8 +206,9 @@ def sharpening(arms: dict) -> str:
         )
     counts = [f"{name} ({len(arms[name])} seeds)" for name in names]
     errors = ", ".join(f"{answer_error(arms['base'], k):.3f} at k = {k}" for k in (1, 64, 256))
+    made = table(" | ".join(["k", "base", *counts]), rows)
     return (
-        f"{table(['k', 'base', *counts], rows)}\n\nThe base's figure has a standard error of its own, from its "
+        f"{made}\n\nThe base's figure has a standard error of its own, from its "
         f"{len(arms['base'])} x {arms['base'][0]['held_out']['n']} answers a task: {errors}. It is common to all "
         "columns and not in the intervals."
     )
@@ -245,7 +224,7 @@ def per_mode(arms: dict) -> str:
             values = gain(arms, name, k)
             cells += [show(over_seeds(values[:, tasks == mode].mean(axis=1))) for mode in MODES]
         rows.append([f"{name} ({len(arms[name])})", *cells])
-    return table(["arm (seeds)", *(f"{mode} @{k}" for k in (1, 64) for mode in MODES)], rows)
+    return table(" | ".join(["arm (seeds)", *(f"{mode} @{k}" for k in (1, 64) for mode in MODES)]), rows)
 
 
 def sets(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
@@ -259,7 +238,10 @@ def support(arms: dict) -> str:
     """Finding 1: what is distinct, found and how varied, beside a second sample of the base."""
     k, first, second = 256, *arms["base"][:2]
     varied = modes_of_tasks(arms) != "deduction"  # there it is one
-    different = lambda result: np.array(result["held_out"]["distinct_correct"], float)[varied].mean()  # noqa: E731
+
+    def different(result: dict) -> float:
+        return np.array(result["held_out"]["distinct_correct"], float)[varied].mean()
+
     rows = []
     for name in ("base, second sample", *available(arms, MAIN)):
         results = arms.get(name, [second])
@@ -269,13 +251,10 @@ def support(arms: dict) -> str:
         label = name if results == [second] else f"{name} ({len(wide)}, {len(results)})"
         columns = (pairs[:, 0], pairs[:, 1], distinct, distinct / different(first))
         rows.append([label, *(show(over_seeds(x), sign=False) for x in columns)])
-    head = [
-        "(seeds with 512 answers, all seeds)",
-        "SRR: of what the base solves, kept",
-        "NDR: of what is solved, new",
-        "different right answers a task, of 128",
-        "ratio to the base",
-    ]
+    head = (
+        "(seeds with 512 answers, all seeds) | SRR: of what the base solves, kept | "
+        "NDR: of what is solved, new | different right answers a task, of 128 | ratio to the base"
+    )
     return table(head, rows)
 
 
@@ -299,19 +278,13 @@ def entropy(arms: dict) -> str:
         size = min(min(norms[other]) for other in names if is_half(other) == is_half(name))
         for role in ("proposer", "solver"):
             curves = [probe(result, role) for result in arms[name]]
-            change = [at_norm(norm, values, size) - values[0] for values, norm in curves]
+            change = [at(norm, values, size) - values[0] for values, norm in curves]
             cells.append(show(over_seeds(change), 2))
         rows.append([f"{name} ({len(arms[name])})", *cells, show(over_seeds(norms[name]), 3, sign=False)])
-    head = [
-        "arm (seeds)",
-        "proposer, own samples",
-        "solver, own samples",
-        "probe, proposer",
-        "probe, solver",
-        "proposer at equal norm",
-        "solver at equal norm",
-        "norm of the update / base",
-    ]
+    head = (
+        "arm (seeds) | proposer, own samples | solver, own samples | probe, proposer | probe, solver | "
+        "proposer at equal norm | solver at equal norm | norm of the update / base"
+    )
     return table(head, rows)
 
 
@@ -327,31 +300,23 @@ def sparsity(arms: dict) -> str:
     rows = []
     for name in names:
         parts = [result["update"]["adapted"] for result in arms[name]]
-        s1 = lambda result: np.array([row["S1"] for row in in_order(result)])  # noqa: E731
-        rms = lambda result: np.array([row["U1_rms"] for row in in_order(result)])  # noqa: E731
-        equal = [at_size(rms(result), s1(result), size) for result in arms[name]]
-        columns = [
-            [f"{np.mean([part['U1_rms'] for part in parts]):.1e}"],
-            *([show(over_seeds([100 * part[key] for part in parts]), 2, sign=False)] for key in ("S1", "S2")),
-            *([show(over_seeds([100 * p["at_rms_3e-5"][key] for p in parts]), 2, sign=False)] for key in ("S1", "S2")),
-            [show(over_seeds([100 * x for x in equal]), 2, sign=False)],
-            [show(over_seeds([100 * part["S5"]["excess"] for part in parts]), 3)],
-            [show(over_seeds([100 * part["at_rms_3e-5"]["S5"]["excess"] for part in parts]), 3)],
-            [show(over_seeds([part["R1_effective_rank"] for part in parts]), 1, sign=False)],
-        ]
-        rows.append([f"{name} ({len(parts)})", *(column[0] for column in columns)])
-    head = [
-        "arm (seeds)",
-        "U1: RMS",
-        "S1, %",
-        "S2, %",
-        "S1 at RMS 3e-5, %",
-        "S2 at RMS 3e-5, %",
-        f"S1 at RMS {size:.1e}, %",
-        "S5, points",
-        "S5 at RMS 3e-5",
-        "effective rank of 16",
-    ]
+        curves = [[(np.log(row["U1_rms"]), row["S1"]) for row in in_order(result)] for result in arms[name]]
+        equal = [at(*np.array(curve).T, np.log(size)) for curve in curves]
+        matched = [part["at_rms_3e-5"] for part in parts]
+        shares = [[part[key] for part in group] for group in (parts, matched) for key in ("S1", "S2")]
+        rows.append(
+            [
+                f"{name} ({len(parts)})",
+                f"{np.mean([part['U1_rms'] for part in parts]):.1e}",
+                *(show(over_seeds(100 * np.array(values)), 2, sign=False) for values in (*shares, equal)),
+                *(show(over_seeds([100 * part["S5"]["excess"] for part in group]), 3) for group in (parts, matched)),
+                show(over_seeds([part["R1_effective_rank"] for part in parts]), 1, sign=False),
+            ]
+        )
+    head = (
+        f"arm (seeds) | U1: RMS | S1, % | S2, % | S1 at RMS 3e-5, % | S2 at RMS 3e-5, % | "
+        f"S1 at RMS {size:.1e}, % | S5, points | S5 at RMS 3e-5 | effective rank of 16"
+    )
     return table(head, rows)
 
 
@@ -363,13 +328,6 @@ def in_order(result: dict) -> list[dict]:
 def last(result: dict) -> dict:
     """What a result says about its last checkpoint."""
     return in_order(result)[-1]
-
-
-def at_size(rms: np.ndarray, values: np.ndarray, where: float) -> float:
-    """Interpolated over log RMS; NaN outside of what was seen."""
-    order = np.argsort(rms)
-    inside = rms.min() <= where <= rms.max() * (1 + 1e-9)
-    return float(np.interp(np.log(where), np.log(rms[order]), values[order])) if inside else np.nan
 
 
 def rewards(arms: dict) -> str:
@@ -391,7 +349,8 @@ def rewards(arms: dict) -> str:
                 for label, part in columns.items()
             ]
             rows.append([f"{reward} ({len(arms[name])})", *cells, " / ".join(f"{100 * x:.0f}" for x in shares)])
-    return table(["reward (seeds)", *columns, "own tasks solved never / sometimes / always, %"], rows)
+    head = ["reward (seeds)", *columns, "own tasks solved never / sometimes / always, %"]
+    return table(" | ".join(head), rows)
 
 
 def rate_shares(result: dict) -> np.ndarray:
@@ -451,15 +410,10 @@ def difficulty(arms: dict) -> str:
         cells = [show(over_seeds(x)) for x in (logged, base, final, stronger)]
         cells += [show(over_seeds(x), 2) for x in (own, longer)]
         rows.append([f"{name} ({len(tables)})", *cells])
-    head = [
-        "arm (seeds)",
-        "solve rate as logged",
-        "of the base: the tasks",
-        "of the final model: the tasks",
-        "final minus base, same tasks: the solver",
-        "tokens of answers, logged",
-        "tokens of the base's answers: the tasks",
-    ]
+    head = (
+        "arm (seeds) | solve rate as logged | of the base: the tasks | of the final model: the tasks | "
+        "final minus base, same tasks: the solver | tokens of answers, logged | tokens of the base's answers: the tasks"
+    )
     return table(head, rows)
 
 
@@ -484,17 +438,10 @@ def controls(arms: dict) -> str:
                 f"{tokens:.0f}",
             ]
         )
-    head = [
-        "arm (seeds)",
-        "pass@1 - base",
-        "pass@64 - base",
-        "pass@1 - joint (*)",
-        "pass@64 - joint (*)",
-        "solver entropy at the end",
-        "on the probe",
-        "tokens touched, %",
-        "tokens a step",
-    ]
+    head = (
+        "arm (seeds) | pass@1 - base | pass@64 - base | pass@1 - joint (*) | pass@64 - joint (*) | "
+        "solver entropy at the end | on the probe | tokens touched, % | tokens a step"
+    )
     spread = "; ".join(f"pass@{k}: {gains[k]}" for k in gains)
     names = [name for name in CONTROLS if arms.get(name) and name != "joint"]
     stand = "; ".join(f"pass@{k}: {gains[k].standing(names)}" for k in gains)
@@ -527,21 +474,13 @@ def forgetting(arms: dict) -> str:
         both = linear_fit(np.column_stack([x, text]), lost, groups=runs)
         added = both.r2.mean - linear_fit(text, lost, groups=runs).r2.mean
         fewer = linear_fit(x[once], lost[once], groups=runs[once])
-        rows.append(
-            [
-                label,
-                show(line.r2, 2, sign=False),
-                "" if key == "kl_forward/untrained" else f"{added:+.2f}",
-                show(fewer.r2, 2, sign=False),
-            ]
-        )
+        more = "" if key == "kl_forward/untrained" else f"{added:+.2f}"
+        rows.append([label, show(line.r2, 2, sign=False), more, show(fewer.r2, 2, sign=False)])
     n = f"{len(points)} checkpoints of {len(set(runs))} runs"
-    head = [
-        f"the drop against ({n})",
-        "R^2",
-        "added to forward KL on that text",
-        f"R^2 with one update a step ({once.sum()} checkpoints)",
-    ]
+    head = (
+        f"the drop against ({n}) | R^2 | added to forward KL on that text | "
+        f"R^2 with one update a step ({once.sum()} checkpoints)"
+    )
     return table(head, rows)
 
 
@@ -552,16 +491,9 @@ def forgetting_points(arms: dict) -> list[dict]:
         for result in results:
             if "checkpoints" in result and not is_half(name):
                 for row in in_order(result):
-                    numbers = {key: row[key] for key in PREDICTORS}
-                    points.append(
-                        numbers
-                        | {
-                            "S5": row["S5"]["excess"],
-                            "arm": name,
-                            "run": f"{name}/{result['seed']}",
-                            "drop": result["skill_base"] - row["skill"],
-                        }
-                    )
+                    point = {key: row[key] for key in PREDICTORS} | {"S5": row["S5"]["excess"]}
+                    drop = result["skill_base"] - row["skill"]
+                    points.append(point | {"arm": name, "run": f"{name}/{result['seed']}", "drop": drop})
     return points
 
 
@@ -573,15 +505,9 @@ def lost_by_arm(arms: dict) -> str:
         drop = [100 * (result["skill_base"] - last(result)["skill"]) for result in results]
         kl = [last(result)["kl_forward/untrained"] for result in results]
         new = [last(result)["kl_forward/solver"] for result in results]
-        rows.append(
-            [
-                f"{name} ({len(results)})",
-                show(over_seeds(drop), 1),
-                show(over_seeds(kl), 3, sign=False),
-                show(over_seeds(new), 3, sign=False),
-            ]
-        )
-    head = ["arm (seeds)", "untrained skill lost, points", "forward KL there, nats a token", "on solver prompts"]
+        divergences = [show(over_seeds(values), 3, sign=False) for values in (kl, new)]
+        rows.append([f"{name} ({len(results)})", show(over_seeds(drop), 1), *divergences])
+    head = "arm (seeds) | untrained skill lost, points | forward KL there, nats a token | on solver prompts"
     return table(head, rows)
 
 
@@ -593,17 +519,10 @@ def seeds_and_tasks(arms: dict) -> str:
             values = gain(arms, name, k)
             if not len(values):
                 continue
-            over_tasks = difference_interval(values.mean(axis=0))
-            rows.append(
-                [
-                    name,
-                    str(k),
-                    show(over_seeds(values.mean(axis=1))),
-                    show(over_tasks),
-                    " / ".join(f"{x:+.3f}" for x in values.mean(axis=1)),
-                ]
-            )
-    return table(["arm", "k", "over training seeds", "over tasks (mean of the seeds)", "seed by seed"], rows)
+            each, over_tasks = values.mean(axis=1), difference_interval(values.mean(axis=0))
+            seeds = " / ".join(f"{x:+.3f}" for x in each)
+            rows.append([name, str(k), show(over_seeds(each)), show(over_tasks), seeds])
+    return table("arm | k | over training seeds | over tasks (mean of the seeds) | seed by seed", rows)
 
 
 def constants(arms: dict) -> str:
@@ -622,7 +541,7 @@ def constants(arms: dict) -> str:
         if share >= 0.2
     ]
     fit = linear_fit(shares, losses)
-    head = ["run", "commonest answer to abduction tasks", "share", "abduction pass@64 - base"]
+    head = "run | commonest answer to abduction tasks | share | abduction pass@64 - base"
     return (
         f"{table(head, rows)}\n\nOver all {len(tries)} samplings the share explains {show(fit.r2, 2, sign=False)} of "
         f"the variance of that loss; its median is {100 * np.median(shares):.0f} %, the base has "
@@ -630,21 +549,8 @@ def constants(arms: dict) -> str:
     )
 
 
-TABLES = (
-    sharpening,
-    seeds_and_tasks,
-    per_mode,
-    support,
-    constants,
-    entropy,
-    sparsity,
-    rewards,
-    power,
-    difficulty,
-    controls,
-    forgetting,
-    lost_by_arm,
-)
+FIRST = (sharpening, seeds_and_tasks, per_mode, support, constants, entropy, sparsity)
+TABLES = (*FIRST, rewards, power, difficulty, controls, forgetting, lost_by_arm)
 
 
 # ---------------------------------------------------------------- the script
