@@ -2,7 +2,7 @@
 
     python analyze.py difficulty runs/tiny-0                        base, middle and final checkpoint; about a minute
     python analyze.py difficulty runs/qwen-3b-0 --questions 800 --mode deduction     the published analysis (2510.27072)
-    python analyze.py difficulty runs/tiny-0 runs/tiny-1 runs/tiny-2    also: correlations with an interval across seeds
+    python analyze.py difficulty runs/tiny-0 runs/tiny-1 runs/tiny-2    one after the other
 
 The solve rate that training logs falls when tasks get harder and when the solver gets worse. A solver that does not
 change tells the two apart: the same one on tasks of the first and the last stage (tasks), and two of them on the same
@@ -13,8 +13,6 @@ and are used again. Left out: intervals speak of other tasks of this run; only s
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,16 +22,15 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
-from azr.analysis.reader import MODES, RunData, read_run, same_model, stages
+from azr.analysis.reader import MODES, RunData, mean_row, read_runs, read_samples, remembered, stages
 from azr.console import note, warn
-from azr.fits import as_json, difference_of_means, linear_fit, over_runs
-from azr.jsonl import read_object, tolerant_lines, write_json_atomic
-from azr.passk import Interval, bootstrap_interval, share_interval
+from azr.fits import as_json, difference_of_means, linear_fit
+from azr.jsonl import write_json_atomic
+from azr.passk import share_interval
 
 STAGES, ANSWERS = 4, 8
 QUESTIONS, QUESTIONS_EMBEDDED = 800, 480
 FLOOR = 0.05  # a mean solve rate this near 0 or 1 cannot show much of a change
-RUNS_FOR_INTERVAL = 3
 
 
 @dataclass
@@ -67,14 +64,14 @@ def analyse(table: Table) -> dict:
     result = {
         "solvers": names,
         "tasks_per_stage": [int(rows.sum()) for rows in at.values()],
-        "rate": {n: [_share(r[rows]) for rows in at.values()] for n, r in table.rates.items()},
-        "tokens": {n: [_mean(t[rows]) for rows in at.values()] for n, t in table.tokens.items()},
-        "logged_rate": [_share(table.logged[rows]) for rows in at.values()],
+        "rate": {n: [mean_row(r[rows], share_interval) for rows in at.values()] for n, r in table.rates.items()},
+        "tokens": {n: [mean_row(t[rows]) for rows in at.values()] for n, t in table.tokens.items()},
+        "logged_rate": [mean_row(table.logged[rows], share_interval) for rows in at.values()],
         "tasks_by_solver": {n: _change(r, at[0], at[last]) for n, r in table.rates.items()},
         "tasks_by_mode": {m: _change(every, at[0] & (table.mode == m), at[last] & (table.mode == m)) for m in MODES},
         "tasks": _change(every, at[0], at[last]),
         "trend_per_100_steps": as_json(linear_fit(table.step / 100, every).coefficients[1], len(every)),
-        "split": {"tasks": _change(pair, at[0], at[last]), "solver": _mean(gain[ends])},
+        "split": {"tasks": _change(pair, at[0], at[last]), "solver": mean_row(gain[ends])},
         # the final solver was trained on the last stage's tasks, the base on none: do they differ more there?
         "lead_grows": _change(gain, at[0], at[last]),
         "tokens_change": {n: _change(t, at[0], at[last]) for n, t in table.tokens.items()},
@@ -87,27 +84,17 @@ def analyse(table: Table) -> dict:
 def verdict(result: dict) -> list[str]:
     """What the numbers say, in sentences; n is in the table."""
     tasks, solver, by = result["tasks"], result["split"]["solver"], result["tasks_by_solver"]
-    sentences, base = [], next(iter(by.values()))
-    agree = [name for name, row in by.items() if row["mean"] * tasks["mean"] > 0]
-    # only the base was trained on none of these tasks: without its consent nothing is sentences
-    if tasks["high"] < 0 and base["mean"] < 0:
-        sentences.append(
-            f"The proposals get harder: fixed solvers solve {shown(tasks)} fewer of the last stage's tasks"
-            f" (negative: fewer), {len(agree)} of {len(by)} solvers agree."
-        )
-    elif tasks["low"] > 0 and base["mean"] > 0:
-        sentences.append(
-            f"The proposals get easier: fixed solvers solve {shown(tasks)} more of the last stage's tasks, "
-            f"{len(agree)} of {len(by)} solvers agree."
-        )
+    base = next(iter(by.values()))
+    agree = sum(row["mean"] * tasks["mean"] > 0 for row in by.values())
+    # only the base was trained on none of these tasks: without its consent nothing is said
+    if max(tasks["high"], base["mean"]) < 0 or min(tasks["low"], base["mean"]) > 0:
+        start = f"The proposals get {'harder' if base['mean'] < 0 else 'easier'} ({agree} of {len(by)} solvers agree)"
     else:
-        sentences.append(f"No change of difficulty is shown: fixed solvers, last stage minus first, {shown(tasks)}.")
+        start = "No change of difficulty is shown"
+    sentences = [f"{start}: share solved by fixed solvers, last stage minus first, {shown(tasks)}."]
     word = "weaker" if solver["high"] < 0 else "stronger" if solver["low"] > 0 else None
-    sentences.append(
-        f"The solver gets {word} on these tasks: final minus base, same tasks, {shown(solver)}."
-        if word
-        else f"No change of the solver is shown on these tasks: final minus base {shown(solver)}."
-    )
+    start = f"The solver gets {word}" if word else "No change of the solver is shown"
+    sentences.append(f"{start} on these tasks: final minus base, same tasks, {shown(solver)}.")
     lead = result["lead_grows"]
     if lead["low"] > 0:
         sentences.append(
@@ -121,43 +108,9 @@ def verdict(result: dict) -> list[str]:
     return sentences
 
 
-def _share(values: np.ndarray) -> dict | None:
-    values = values[np.isfinite(values)]
-    return as_json(share_interval(values), len(values)) if len(values) else None
-
-
-def _mean(values: np.ndarray) -> dict | None:
-    values = values[np.isfinite(values)]
-    return as_json(bootstrap_interval(values), len(values)) if len(values) else None
-
-
 def _change(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> dict | None:
     a, b = (values[rows & np.isfinite(values)] for rows in (first, last))
     return as_json(difference_of_means(a, b), min(len(a), len(b))) if len(a) and len(b) else None
-
-
-def correlations(run: RunData, table: Table, bounds: list[tuple[int, int]]) -> dict:
-    """Pearson's r over the stages between held_out-out accuracy and (a) difficulty for the fixed solvers, (b) length.
-
-    Held-out accuracy is interpolated between evaluations to the middle of the stage. NaN with fewer than 3 stages.
-    """
-    steps, accuracy = run.steps, run.column("held_out/all/accuracy")
-    measured = np.isfinite(accuracy)
-    tokens = np.nanmean([run.column(f"solver/{m}/response_tokens") for m in MODES], axis=0)
-    every = np.mean(list(table.rates.values()), axis=0)
-    number = range(len(bounds))
-    series = {
-        "difficulty": [1 - every[table.stage == i].mean() for i in number],
-        "answer_tokens": [np.nanmean(tokens[(steps >= a) & (steps <= b)]) for a, b in bounds],
-    }
-    held_out = (
-        np.interp([(a + b) / 2 for a, b in bounds], steps[measured], accuracy[measured]) if measured.sum() > 1 else None
-    )
-    result = {"n": len(bounds)}
-    for name, values in series.items():
-        usable = held_out is not None and len(bounds) > 2 and np.std(values) > 0 and np.std(held_out) > 0
-        result[name] = float(np.corrcoef(values, held_out)[0, 1]) if usable else float("nan")
-    return result
 
 
 # ------------------------------------------------------------------------------------------------------- measuring
@@ -170,29 +123,25 @@ def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questi
     """
     from azr.tasks import Task
 
-    candidates: dict[tuple[int, str], dict] = {(i, mode): {} for i in range(len(bounds)) for mode in modes}
-    notes: list[str] = []
-    if not (run.path / "samples.jsonl").is_file():
-        raise ValueError(f"{run.path} has no samples.jsonl, so there are no proposals to solve")
-    for row in tolerant_lines(run.path / "samples.jsonl", notes):
-        if row.get("role") != "proposer" or not row.get("task") or row.get("mode") not in modes:
-            continue
-        stage = next((i for i, (a, b) in enumerate(bounds) if a <= row.get("step", -1) <= b), None)
-        if stage is not None:
-            task = Task.from_json(row["task"])
-            entry = {"stage": stage, "step": row["step"], "logged": row.get("solve_rate"), "task": task}
-            candidates[stage, row["mode"]].setdefault(task.hash, entry)
-    for line in notes:
+    numbers, digest = range(len(bounds)), read_samples(run)
+    candidates: dict[tuple[int, str], dict] = {(i, mode): {} for i in numbers for mode in modes}
+    for line in digest.notes:
         warn(f"{run.path}: {line}")
-    present = [mode for mode in modes if all(candidates[i, mode] for i in range(len(bounds)))]
+    for proposal in digest.proposals:
+        stage = next((i for i, (a, b) in enumerate(bounds) if a <= proposal.step <= b), None)
+        if stage is not None and proposal.task and proposal.mode in modes:
+            task = Task.from_json(proposal.task)
+            entry = {"stage": stage, "step": proposal.step, "logged": proposal.solve_rate, "task": task}
+            candidates[stage, proposal.mode].setdefault(task.hash, entry)
+    present = [mode for mode in modes if all(candidates[i, mode] for i in numbers)]
     for mode in set(modes) - set(present):
         warn(f"{run.path}: some stage has no valid {mode} proposal; {mode} is left out")
     if not present:
         raise ValueError(f"{run.path}: no mode has valid proposals in all {len(bounds)} stages; try fewer --stages")
     chosen, per_cell = [], max(1, questions // (len(bounds) * len(present)))
     for mode in present:
-        size = min(per_cell, *(len(candidates[i, mode]) for i in range(len(bounds))), per_cell)
-        for i in range(len(bounds)):
+        size = min(per_cell, *(len(candidates[i, mode]) for i in numbers))
+        for i in numbers:
             pool = [candidates[i, mode][key] for key in sorted(candidates[i, mode])]
             chosen += random.Random(f"difficulty/{i}/{mode}").sample(pool, size)
     return chosen
@@ -207,55 +156,26 @@ def fixed_solvers(run: RunData) -> dict[str, Path | None]:
     return {"base": None} | {f"step_{step}": path for step, path in (middle, checkpoints[-1])}
 
 
-def solve(run: RunData, chosen: list[dict], solvers: dict, settings: dict, fresh: bool) -> dict:
-    """{solver: {"correct": [...], "tokens": [...]}} for the chosen tasks; from RUN/eval/difficulty.json if it is there
-    for the same tasks, settings and adapters, else sampled and results there, solver by solver."""
-    path = run.path / "eval" / "difficulty.json"
-    key = hashlib.sha256(json.dumps([settings, [c["task"].hash for c in chosen]]).encode()).hexdigest()[:16]
-    marks = {n: _digest(d / "adapter_model.safetensors") if d else "base" for n, d in solvers.items()}
-    results = {}
-    if path.is_file() and not fresh:
-        try:
-            stored = read_object(path)
-            same = stored.get("key") == key
-            results = {n: row for n, row in stored["solvers"].items() if same and row.get("adapter") == marks.get(n)}
-        except (ValueError, KeyError, AttributeError):
-            warn(f"{path} cannot be read and is made again")
-    if results:
-        note(f"{run.path}: answers of {', '.join(results)} are taken from {path} (--fresh samples again)")
-    missing = {name: solvers[name] for name in solvers if name not in results}
-    if missing:
-        path.parent.mkdir(exist_ok=True)
-        for name, row in _sample(run, [c["task"] for c in chosen], missing, settings):
-            results[name] = row | {"adapter": marks[name]}
-            rows = [{**c, "task": c["task"].to_json()} for c in chosen]
-            ordered = {n: results[n] for n in solvers if n in results}
-            write_json_atomic(path, {"key": key, "settings": settings, "solvers": ordered, "tasks": rows})
-    return {name: results[name] for name in solvers}
-
-
-def _sample(run: RunData, tasks: list, solvers: dict, settings: dict):
-    """Yields (solver, {"correct", "tokens"}), answers sampled with seeds that all solvers share."""
+def solve(run: RunData, tasks: list, solvers: dict[str, Path | None], settings: dict) -> dict:
+    """{solver: {"correct": [...], "tokens": [...]}}, answers sampled with seeds that all solvers share."""
     from azr.analysis.divergence import open_run, use
     from azr.evals.held_out import evaluate
     from azr.policy.policy import Sampling
     from azr.tasks import STOP
     from sandbox import Sandbox
 
-    policy = open_run(run)
+    policy, results = open_run(run), {}
     sampling = Sampling(settings["temperature"], max_new_tokens=settings["max_new_tokens"], stop=(STOP,))
     with Sandbox() as sandbox:
         for name, checkpoint in solvers.items():
             if checkpoint:
                 use(policy, checkpoint)
             with policy.disable_adapter() if checkpoint is None else nullcontext():
-                evaluation = evaluate(policy, tasks, settings["answers"], sampling, settings["template"], sandbox, 0)
-            tokens = [float(np.mean(task.tokens)) for task in evaluation.tasks]
-            yield name, {"correct": [task.correct for task in evaluation.tasks], "tokens": tokens}
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+                done = evaluate(policy, tasks, settings["answers"], sampling, settings["template"], sandbox, 0).tasks
+            tokens = [float(np.mean(task.tokens)) for task in done]
+            results[name] = {"correct": [task.correct for task in done], "tokens": tokens}
+            note(f"{run.path}: {len(tasks)} tasks solved by {name}, {len(results)} of {len(solvers)} solvers")
+    return results
 
 
 def measure(run: RunData, args) -> dict:
@@ -272,8 +192,11 @@ def measure(run: RunData, args) -> dict:
         "max_new_tokens": run.config.get("max_new_tokens", 512),
         "template": run.base()["template"],
     }
-    solvers = fixed_solvers(run)
-    done = solve(run, chosen, solvers, settings, args.fresh)
+    solvers, tasks = fixed_solvers(run), [c["task"] for c in chosen]
+    adapters = [path / "adapter_model.safetensors" for path in solvers.values() if path]
+    key = [settings, [task.hash for task in tasks], *adapters]
+    where = run.path / "eval" / "difficulty.json"
+    done = remembered(where, key, args.fresh, lambda: solve(run, tasks, solvers, settings))
     table = Table(
         np.array([c["stage"] for c in chosen]),
         np.array([c["step"] for c in chosen]),
@@ -282,11 +205,7 @@ def measure(run: RunData, args) -> dict:
         {n: np.array(row["tokens"], float) for n, row in done.items()},
         np.array([np.nan if c["logged"] is None else c["logged"] for c in chosen], float),
     )
-    result = analyse(table) | {
-        "stages": bounds,
-        "settings": settings,
-        "correlation": correlations(run, table, bounds),
-    }
+    result = analyse(table) | {"stages": bounds, "settings": settings}
     write_json_atomic(run.path / "eval" / "difficulty_result.json", result)
     return result
 
@@ -298,73 +217,38 @@ def print_result(run: RunData, result: dict) -> None:
     """Prints one run's result: rates and answer lengths a stage, the split into tasks and solver, the trend."""
     n, answers = result["tasks_per_stage"][0], result["settings"]["answers"]
     print(f"{run.path}: share of right answers of solvers that do not change, on proposals of each stage")
-    print(
-        f"({n} tasks a stage, {answers} answers each; [95 % intervals over tasks]; 'as logged': by the solver of then)"
-    )
+    print(f"({n} tasks a stage, {answers} answers each; [95 % intervals over tasks]; 'logged': by the solver of then)")
     for line in result["verdict"]:
         print(f"  {line}")
-    heads = [f"steps {a}-{b}" for a, b in result["stages"]]
-    print(f"\n{'':17s}" + "".join(f"{h:24s}" for h in heads))
-    for name, row in [*result["rate"].items(), ("as logged", result["logged_rate"])]:
-        print(f"{name:17s}" + "".join(f"{shown(c) if c else '-':24s}" for c in row))
+    print(f"\n{'':17s}" + "".join(f"{f'steps {a}-{b}':24s}" for a, b in result["stages"]))
+    rows = [*result["rate"].items(), ("logged", result["logged_rate"])]
+    for name, row in rows:
+        print(f"{name:17s}" + "".join(f"{shown(cell):24s}" for cell in row))
     for name, row in result["tokens"].items():
-        print(f"{name + ' length':17s}" + "".join(f"{shown(c, 1) if c else '-':24s}" for c in row))
+        print(f"{name + ' length':17s}" + "".join(f"{shown(cell, 1):24s}" for cell in row))
     split = result["split"]
-    print(
-        f"\nlast stage and final solver minus first stage and base: tasks {shown(split['tasks'])}, "
-        f"solver {shown(split['solver'])}"
-    )
-    modes = {m: row for m, row in result["tasks_by_mode"].items() if row}
-    print("tasks, by mode: " + "; ".join(f"{m} {shown(row)} (n {row['n']})" for m, row in modes.items()))
+    print("\nlast stage and final solver minus first stage and base:", end=" ")
+    print(f"tasks {shown(split['tasks'])}, solver {shown(split['solver'])}")
+    modes = (f"{m} {shown(row)} (n {row['n']})" for m, row in result["tasks_by_mode"].items() if row)
+    print("tasks, by mode: " + "; ".join(modes))
     print(f"trend of the fixed solvers' rate per 100 steps: {shown(result['trend_per_100_steps'])}\n")
-
-
-def across_seeds(results: dict[str, dict]) -> dict:
-    """The correlations of every run, their mean, and from three runs on its interval: Student's t on Fisher's z."""
-    by_measure = {}
-    for name in ("difficulty", "answer_tokens"):
-        values = np.array([result["correlation"][name] for result in results.values()])
-        values = values[np.isfinite(values)]
-        if len(values):
-            z = over_runs(np.arctanh(np.clip(values, -0.999, 0.999)))  # Fisher's z: an interval of r inside [-1, 1]
-            enough = len(values) >= RUNS_FOR_INTERVAL
-            ends = [float(np.tanh(x)) if enough else np.nan for x in (z.low, z.high)]
-            interval = Interval(float(np.tanh(z.mean)), *ends)
-            by_measure[name] = as_json(interval, len(values)) | {"runs": values.tolist()}
-    return by_measure
-
-
-def print_correlations(found: dict, stages_: int) -> None:
-    """Prints what `across_seeds` found, a line for each; `stages_` says how many stages a run has."""
-    for name, row in found.items():
-        each = ", ".join(f"{value:+.2f}" for value in row["runs"])
-        text = f"correlation over {stages_} stages of held-out accuracy with {name.replace('_', ' ')}: {each}"
-        if row["low"] == row["low"]:
-            text += f"; mean over {row['n']} runs {shown(row, 2)}"
-        else:
-            text += f" ({row['n']} run(s): an interval across seeds needs {RUNS_FOR_INTERVAL})"
-        print(text)
 
 
 def draw(run_name: str, result: dict):
     """The figure of one run: share solved a stage, the change split into tasks and solver, answer lengths in tokens."""
     drawn, (rates, split, tokens) = figures.figure(1, 3, 3.7, 2.9)
     x = np.arange(len(result["stages"]))
-    labels = [f"{a}-{b}" for a, b in result["stages"]]
-    for i, name in enumerate(result["solvers"]):
-        color = figures.CYCLE[i]
-        figures.points(rates, x, result["rate"][name], name, color, shift=0.06 * (i - 1))
-        figures.points(tokens, x, result["tokens"][name], name, color, shift=0.06 * (i - 1))
+    for axes, key in ((rates, "rate"), (tokens, "tokens")):
+        for i, name in enumerate(result["solvers"]):
+            figures.points(axes, x, result[key][name], name, figures.CYCLE[i], shift=0.06 * (i - 1))
+        axes.set_xticks(x, [f"{a}-{b}" for a, b in result["stages"]])
+        axes.set_ylim(bottom=0)
     logged = [row["mean"] if row else np.nan for row in result["logged_rate"]]
     rates.plot(x, logged, "k--", linewidth=1, label="as logged in training")
-    for axes in (rates, tokens):
-        axes.set_xticks(x, labels)
-        axes.set_ylim(bottom=0)
     figures.label(rates, f"{run_name}: fixed solvers on each stage's tasks", "steps proposed in", "share solved")
     figures.label(tokens, "length of their answers", "steps proposed in", "tokens")
-    rows = [result["split"]["tasks"], result["split"]["solver"], result["logged_change"]]
     split.axhline(0, color="#333333", linewidth=0.8)
-    for i, row in enumerate(rows):
+    for i, row in enumerate((result["split"]["tasks"], result["split"]["solver"], result["logged_change"])):
         figures.points(split, [i], [row], "", figures.CYCLE[i], False)
     split.set_xticks(range(3), ["tasks\n(solver fixed)", "solver\n(tasks fixed)", "as logged"], fontsize=7.5)
     split.set_xlim(-0.5, 2.5)
@@ -390,18 +274,13 @@ def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
     if args.stages < 2 or args.answers < 1 or (args.questions or 1) < 1:
         raise ValueError("--stages must be at least 2, --answers and --questions at least 1")
-    runs = [read_run(path) for path in args.run]
-    same_model(runs)
+    runs = read_runs(args.run)
     for run in runs:
         fixed_solvers(run)  # refused before anything is sampled
     results, drawn = {}, {}
     for run in runs:
-        for line in run.notes:
-            warn(f"{run.path}: {line}")
         results[str(run.path)] = result = measure(run, args)
         print_result(run, result)
         drawn[f"difficulty_{run.name}" if len(runs) > 1 else "difficulty"] = draw(run.name, result)
-    seeds = across_seeds(results)
-    print_correlations(seeds, len(result["stages"]))
-    figures.write_outputs(args, "difficulty", {"runs": results, "correlation_with_held_out": seeds}, drawn)
+    figures.write_outputs(args, "difficulty", {"runs": results}, drawn)
     return 0

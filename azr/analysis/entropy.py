@@ -3,7 +3,7 @@
     python analyze.py entropy --model tiny --data runs/tiny-0/probe.jsonl                  the base on the frozen probe
     python analyze.py entropy --model tiny --adapter runs/tiny-0/checkpoints/step_100 --data runs/tiny-0/probe.jsonl
     python analyze.py entropy --run runs/tiny-0                 training curves, the probe at every checkpoint, the fit
-    python analyze.py entropy --model qwen-3b --data FILE --offset  the same base in 4 bits and unquantized
+    python analyze.py entropy --model qwen-3b --data FILE --quantization none     what 4 bits alone add: see with nf4
 
 Exact: H_t = -sum_v p log p over the whole vocabulary at temperature T, at every response token. Sampled: -log p of the
 token that is there, an estimate of H only where this model wrote the text at this T; elsewhere a cross-entropy.
@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
-from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, read_run, same_model
+from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, ends, mean_row, read_runs
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
@@ -55,39 +53,24 @@ class Row:
 # ------------------------------------------------------------------------------------------------------- reading
 
 
-def read_rows(path: str | Path, limit: int | None = None, steps: tuple[int, int] | None = None) -> list[Row]:
-    """The responses of a JSON-lines file (of these steps); ValueError in one line if there are none. Rows without a
-    prompt have ""."""
+def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
+    """The (first so many) responses of a JSON-lines file; rows without a prompt have "". ValueError: there are none."""
     path, notes, rows = Path(path), [], []
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give JSON lines with prompt and response, such as RUN/probe.jsonl")
     for row in tolerant_lines(path, notes):
         response = row.get("response", row.get("completion", row.get("answer")))
         prompt = row.get("prompt", "")
-        if not isinstance(response, str) or not isinstance(prompt, str) or not (prompt or "task_id" in row):
-            continue
-        if steps and not steps[0] <= row.get("step", -1) <= steps[1]:
-            continue
-        group = f"{row.get('step', '')}/{row['task_id'] if 'task_id' in row else prompt}"
-        rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response, group))
+        if isinstance(response, str) and isinstance(prompt, str) and (prompt or "task_id" in row):
+            group = f"{row.get('step', '')}/{row['task_id'] if 'task_id' in row else prompt}"
+            rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response, group))
         if limit and len(rows) >= limit:
             break
-    for note in notes:
-        warn(f"{path.parent.name}/{note}")
+    for line in notes:
+        warn(f"{path.parent.name}/{line}")
     if not rows:
-        raise ValueError(f"{path}: no line has a prompt and a response (or task_id and completion)" + steps_text(steps))
+        raise ValueError(f"{path}: no line has a prompt and a response (or task_id and completion)")
     return rows
-
-
-def steps_text(steps: tuple[int, int] | None) -> str:
-    """The end of an error message that names the steps asked for, both ends included; empty if none were."""
-    return f" in steps {steps[0]} to {steps[1]}" if steps else ""
-
-
-def step_range(text: str) -> tuple[int, int]:
-    """ "25" or "25-50"."""
-    first, _, last = text.partition("-")
-    return int(first), int(last or first)
 
 
 # ------------------------------------------------------------------------------------------------------- scoring
@@ -98,12 +81,8 @@ def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget
     if empty := [row for row in rows if not row.prompt]:
         raise ValueError(f"{len(empty)} of {len(rows)} rows have no prompt, so a model cannot be asked about them")
     prompts, ids = ([policy.encode(getattr(row, name)) for row in rows] for name in ("prompt", "response"))
-    entropy, log_prob = [np.empty(0, np.float32)] * len(rows), [np.empty(0, np.float32)] * len(rows)
-    for indices, p, h, mask in policy.score(prompts, ids, temperature, token_budget):
-        p, h, counts = p.cpu().numpy(), h.cpu().numpy(), mask.sum(-1).tolist()
-        for i, index in enumerate(indices):
-            log_prob[index], entropy[index] = p[i, : counts[i]].copy(), h[i, : counts[i]].copy()
-    return ids, entropy, log_prob
+    log_prob, entropy = policy.score_lists(prompts, ids, temperature, token_budget)
+    return ids, *([np.array(row, np.float32) for row in rows] for rows in (entropy, log_prob))
 
 
 def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
@@ -130,11 +109,9 @@ def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
 
 
 def by_group(rows: list[Row], entropy: list, log_prob: list) -> dict:
-    """`summary` of every (role, mode) there is, of each role, and of all."""
-    names = [f"{row.role}/{row.mode}" for row in rows]
-    present = list(dict.fromkeys(names))
-    usual = [f"{role}/{mode}" for role, mode in GROUPS]
-    order = [name for name in usual if name in present] + [name for name in present if name not in usual]
+    """`summary` of every (role, mode) there is, in the usual order, of each role, and of all."""
+    names, usual = [f"{row.role}/{row.mode}" for row in rows], [f"{role}/{mode}" for role, mode in GROUPS]
+    order = sorted(dict.fromkeys(names), key=lambda name: usual.index(name) if name in usual else len(usual))
     picks = {name: [i for i, own in enumerate(names) if own == name] for name in order}
     for role in dict.fromkeys(row.role for row in rows):
         picks[f"{role}/all"] = [i for i, row in enumerate(rows) if row.role == role]
@@ -250,121 +227,40 @@ def measure(args) -> int:
     """--model and --data."""
     from azr.analysis.divergence import open_policy
 
-    rows = read_rows(args.data, args.limit, args.steps)
-    if args.model is None and any(row.prompt for row in rows):
-        raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
+    rows = read_rows(args.data, args.limit)
     result = {"data": str(args.data), "temperature": args.temperature, "answers": entropy_over_answers(rows)}
-    drawn = {}
-    if args.model is not None and any(row.prompt for row in rows):
+    if any(row.prompt for row in rows):
+        if args.model is None:
+            raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
         opening = agree(args.model, args.adapter, args.quantization)
         policy = open_policy(opening)
-        begin = time.perf_counter()
         ids, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
-        seconds, tokens = time.perf_counter() - begin, sum(map(len, ids))
-        groups = by_group(rows, entropy, log_prob)
         result |= {name: policy.info[name] for name in ("base_model", "revision", "quantization", "dtype")}
-        adapter = str(opening.adapter) if opening.adapter else None
-        result |= {"adapter": adapter, "groups": groups, "tokens": token_shares(policy, ids, entropy)}
-        result["scoring"] = {"seconds": seconds, "response_tokens": tokens}
+        result |= {"adapter": str(opening.adapter) if opening.adapter else None}
+        result |= {"groups": by_group(rows, entropy, log_prob), "tokens": token_shares(policy, ids, entropy)}
         print_groups(result)
-        drawn["entropy"] = draw_groups(result)
-        if args.offset:
-            info = policy.info
-            del policy  # or both would be in memory together
-            result["offset"] = offset(args, rows, info, entropy)
-            if result["offset"] is None:
-                return 1
-            print_offset(result["offset"])
     print_answers(result["answers"])
-    figures.write_outputs(args, "entropy", result, drawn)
+    figures.write_outputs(args, "entropy", result, {})
     return 0
-
-
-def offset(args, rows: list[Row], info: dict, entropy: list) -> dict | None:
-    """Mean entropy of the same base under the other quantization minus this one, paired by token; None: no room.
-
-    info: of the policy that gave `entropy`, which must be gone.
-    """
-    import torch
-
-    from azr.analysis.divergence import open_policy
-    from azr.policy.backoff import free
-
-    if args.adapter:
-        raise ValueError("--offset compares the base in 4 bits and unquantized: leave --adapter out")
-    own, dtype = info["quantization"], info["dtype"]
-    other = "none" if own == "nf4" else "nf4"
-    free()
-    try:
-        second = open_policy(agree(args.model, None, other))
-        _, entropy_b, _ = score_rows(second, rows, args.temperature, args.token_budget)
-    except (torch.OutOfMemoryError, ValueError) as error:
-        if isinstance(error, ValueError) and "does not fit" not in str(error):
-            raise
-        print(f"analyze.py entropy: --offset: {args.model} in {other} does not fit this machine", file=sys.stderr)
-        return None
-    four, full = (entropy, entropy_b) if own == "nf4" else (entropy_b, entropy)
-    # paired: both scored the same text, so what differs between responses drops out
-    gap = [a - b for a, b in zip(four, full)]
-    names = [f"{row.role}/{row.mode}" for row in rows]
-    result = {"unquantized_dtype": dtype if own == "none" else second.info["dtype"], "groups": {}}
-    for name in [*dict.fromkeys(names), "all"]:
-        pick = [i for i, own_name in enumerate(names) if name in (own_name, "all") and len(gap[i])]
-        if pick:
-            sums, counts = [gap[i].sum(dtype=np.float64) for i in pick], [len(gap[i]) for i in pick]
-            result["groups"][name] = as_json(ratio_of_sums(sums, counts), len(pick))
-    return result
 
 
 def curves(args) -> int:
     """--run: what was logged while training, the frozen probe at every checkpoint, and the fit."""
-    runs = [read_run(path) for path in args.run]
-    same_model(runs)
+    runs = read_runs(args.run)
     result = {"runs": {}, "fits": fits_of(runs)}
     for run in runs:
-        for note in run.notes:
-            warn(f"{run.path}: {note}")
         probe = probe_curve(run, args) if not args.no_probe else {}
-        result["runs"][str(run.path)] = {"training": training_summary(run), "logged": logged(run), "probe": probe}
+        result["runs"][str(run.path)] = {"training": training_summary(run), "probe": probe}
     print_curves(result)
     figures.write_outputs(args, "entropy", result, {"entropy": draw_curves(runs, result)})
     return 0
 
 
 def training_summary(run: RunData) -> dict:
-    """First and last tenth of the steps, token-mean entropy per (role, mode), with intervals over steps."""
-    tenth, summary = max(1, len(run.steps) // 10), {}
-    for role in ROLES:
-        for mode in (*MODES, "all"):
-            values = run.column(f"{role}/{mode}/entropy")
-            if np.isfinite(values).any():
-                ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
-                if all(map(len, ends)):
-                    summary[f"{role}/{mode}"] = {
-                        name: as_json(bootstrap_interval(part), len(part))
-                        for name, part in zip(("first", "last"), ends)
-                    }
-    return summary
-
-
-LOGGED = {
-    "log_prob_advantage_cov": "Cov(log p, A), which drives entropy down where it is above 0",
-    "entropy_top20_share": "share of the entropy in the top 20 % of tokens",
-    "sampled_entropy": "sampled estimator, -log p",
-}
-
-
-def logged(run: RunData) -> dict:
-    """The same ends for what a step logs beside the exact entropy; {} for logs that are older than these."""
-    tenth, result = max(1, len(run.steps) // 10), {}
-    for role in ROLES:
-        for name in LOGGED:
-            values = run.column(f"{role}/all/{name}")
-            ends = [part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:])]
-            if all(map(len, ends)):
-                rows = (as_json(bootstrap_interval(part), len(part)) for part in ends)
-                result[f"{role}/{name}"] = dict(zip(("first", "last"), rows))
-    return result
+    """{"role/mode": {"first", "last"}}: token-mean entropy over the first and last tenth of the steps, with intervals
+    over steps."""
+    pairs = {f"{role}/{m}": ends(run.column(f"{role}/{m}/entropy")) for role in ROLES for m in (*MODES, "all")}
+    return {name: {"first": mean_row(pair[0]), "last": mean_row(pair[1])} for name, pair in pairs.items() if pair}
 
 
 def probe_curve(run: RunData, args) -> dict:
@@ -381,8 +277,7 @@ def probe_curve(run: RunData, args) -> dict:
         _, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
         result[str(step)] = by_group(rows, entropy, log_prob)
     (run.path / "eval").mkdir(exist_ok=True)
-    stored = {"temperature": args.temperature, "probe": result}
-    write_json_atomic(run.path / "eval" / "probe_entropy.json", stored)
+    write_json_atomic(run.path / "eval" / "probe_entropy.json", {"temperature": args.temperature, "probe": result})
     return result
 
 
@@ -395,28 +290,19 @@ def print_groups(result: dict) -> None:
     what += f" with {result['adapter']}" if result["adapter"] else ", no adapter"
     print(f"Entropy of {what}, at temperature {result['temperature']}, on {result['data']}, in nats a token.")
     print(
-        "Exact over the vocabulary; [95 % intervals over responses]. 'written' is -log p of the tokens that are there:"
+        "Exact over the vocabulary; [95 % intervals over responses]. 'written' is -log p of the tokens that are there,"
     )
-    print("an estimate of the entropy only if this model wrote them. 'top 20 %': their share of all the entropy.\n")
-    print(
-        f"{'':22s}{'responses':>10s}{'tokens':>8s}  {'mean over tokens':24s}{'mean over responses':24s}{'written':24s}"
-        "top 20 %"
-    )
+    print("an estimate of it only if this model wrote them. 'top 20 %': their share of all the entropy.\n")
+    heads = ("mean over tokens", "mean over responses", "written")
+    print(f"{'':22s}{'responses':>10s}{'tokens':>8s}  " + "".join(f"{head:24s}" for head in heads) + "top 20 %")
     for name, row in result["groups"].items():
         if row["tokens"]:
-            cells = [shown(row[key]) for key in ("token_mean", "sequence_mean", "sampled_token_mean")]
-            print(
-                f"{name:22s}{row['sequences']:10d}{row['tokens']:8d}  "
-                + "".join(f"{cell:24s}" for cell in cells)
-                + f"{100 * row['top20_share']:5.0f} %"
-            )
+            cells = "".join(f"{shown(row[key]):24s}" for key in ("token_mean", "sequence_mean", "sampled_token_mean"))
+            share = f"{100 * row['top20_share']:5.0f} %"
+            print(f"{name:22s}{row['sequences']:10d}{row['tokens']:8d}  {cells}{share}")
+    tokens = (f"{t['token']!r} {100 * t['share']:.0f} % ({t['mean']:.2f}, {t['count']})" for t in result["tokens"])
     print("\nWhere it sits, by the token that is written there (share of all the entropy, mean, count):")
-    print(
-        "  "
-        + ", ".join(
-            f"{t['token']!r} {100 * t['share']:.0f} % ({t['mean']:.2f}, {t['count']})" for t in result["tokens"]
-        )
-    )
+    print("  " + ", ".join(tokens))
 
 
 def print_answers(answers: dict) -> None:
@@ -431,35 +317,18 @@ def print_answers(answers: dict) -> None:
         )
 
 
-def print_offset(result: dict) -> None:
-    """Prints what `offset` found, a line for each group: 4 bits minus unquantized, in nats a token."""
-    print(
-        f"\n4-bit base minus the same base in {result['unquantized_dtype']}, paired by token: what quantization alone"
-    )
-    print("adds to the entropy, so to be subtracted before comparing with published runs:")
-    for name, row in result["groups"].items():
-        print(f"  {name:22s}{row['mean']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]  ({row['n']} responses)")
-
-
 def print_curves(result: dict) -> None:
     """Prints the result of --run: logged entropies, the frozen probe, and the fit of R = -a exp(H) + b."""
     for path, run in result["runs"].items():
         print(f"{path}: entropy while training, nats a token, first and last tenth of the steps [interval over steps]")
         for name, row in run["training"].items():
-            print(
-                f"  {name:22s}{shown(row['first'])} -> {shown(row['last'])}  "
-                f"(n {row['first']['n']}, {row['last']['n']})"
-            )
-        for name, row in run["logged"].items():
-            role, _, key = name.partition("/")
-            print(f"  {role}: {LOGGED[key]}: {shown(row['first'])} -> {shown(row['last'])}")
+            print_ends(name, row["first"], row["last"])
         if run["probe"]:
-            steps = list(run["probe"])
-            print(f"  on the frozen probe (text of the untrained model), step {steps[0]} -> {steps[-1]}:")
-            for name in (name for name in run["probe"][steps[0]] if name != "all"):
-                ends = [run["probe"][s][name].get("token_mean") for s in (steps[0], steps[-1])]
-                if all(ends):
-                    print(f"  {name:22s}{shown(ends[0])} -> {shown(ends[1])}  (n {ends[0]['n']} responses)")
+            start, end = list(run["probe"])[0], list(run["probe"])[-1]
+            print(f"  on the frozen probe (text of the untrained model), step {start} -> {end}, n responses:")
+            for name, row in run["probe"][start].items():
+                if name != "all" and row["tokens"]:
+                    print_ends(name, row["token_mean"], run["probe"][end][name]["token_mean"])
     for name, fit in result["fits"].items():
         print(f"\nR = -a exp(H) + b with R = {name.replace('_', ' ')}, H = solver entropy, n = {fit['n']}:")
         print(f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}")
@@ -467,70 +336,52 @@ def print_curves(result: dict) -> None:
             print(f"  {fit['resampled_units']} points are too few for intervals: give several runs or evaluate more.")
         low, high = fit["entropy_range"]
         print(f"  H was between {low:.2f} and {high:.2f}; the value at H = 0 lies outside of what was seen.")
-        if fit["a"]["low"] is not None and fit["a"]["low"] <= 0:
+        if fit["a"]["low"] <= 0:
             print("  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy.")
     if "held_out_accuracy" not in result["fits"]:
         print("\nToo few held-out evaluations for the fit of R = -a exp(H) + b: three are needed (--eval-every).")
 
 
+def print_ends(name: str, first: dict, last: dict) -> None:
+    """A line: a mean at the start and at the end, with n of both."""
+    print(f"  {name:22s}{shown(first)} -> {shown(last)}  (n {first['n']}, {last['n']})")
+
+
 # ------------------------------------------------------------------------------------------------------- plots
 
 
-def draw_groups(result: dict):
-    """The figure of --data: exact entropy beside -log p in every group, and the tokens that carry the entropy."""
-    drawn, (left, right) = figures.figure(1, 2, 4.6, 3.2)
-    groups = {name: row for name, row in result["groups"].items() if row["tokens"]}
-    x = np.arange(len(groups))
-    for i, (key, name) in enumerate((("token_mean", "exact"), ("sampled_token_mean", "-log p of the text"))):
-        figures.points(left, x, [row[key] for row in groups.values()], name, figures.CYCLE[i], False, 0.15 * i)
-    left.set_xticks(x, list(groups), rotation=35, ha="right", fontsize=7)
-    left.set_ylim(bottom=0)
-    figures.label(left, f"entropy, token mean, T = {result['temperature']}", "", "nats a token")
-    tokens = result["tokens"][::-1]
-    right.barh([repr(t["token"])[1:-1] for t in tokens], [100 * t["share"] for t in tokens], color=figures.CYCLE[0])
-    figures.label(right, "which tokens carry it", "% of all the entropy", legend=False)
-    return drawn
-
-
-def draw_training(axes_pair, runs: list[RunData]) -> None:
+def draw_training(pair, runs: list[RunData]) -> None:
     """Proposer left, solver right: per mode for one run, over all modes for several."""
-    for axes, role in zip(axes_pair, ROLES):
-        for i, run in enumerate(runs):
-            width = max(1, len(run.steps) // 20)
-            if len(runs) == 1:
-                for mode in MODES:
-                    values = run.column(f"{role}/{mode}/entropy")
-                    figures.curve(axes, run.steps, values, mode, figures.MODE_COLORS[mode], width)
-            else:
-                values = np.nanmean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0)
-                figures.curve(axes, run.steps, values, run.name, figures.CYCLE[i % len(figures.CYCLE)], width)
+    for axes, role in zip(pair, ROLES):
+        figures.curves(axes, runs, f"{role}/{{}}/entropy")
         figures.label(axes, f"{role}: entropy on its own samples", "step", "nats a token")
-    top = max(axes.get_ylim()[1] for axes in axes_pair)
-    for axes in axes_pair:
+    top = max(axes.get_ylim()[1] for axes in pair)
+    for axes in pair:
         axes.set_ylim(0, top)  # the same scale, so that the two roles can be compared by eye
+
+
+def draw_probe(axes, probes: dict[str, dict]) -> None:
+    """Both roles on the frozen probe at each checkpoint; probes: name of a run -> {step: groups}."""
+    for i, (name, probe) in enumerate(probes.items()):
+        for j, role in enumerate(ROLES):
+            rows = [groups.get(f"{role}/all", {}).get("token_mean") for groups in probe.values()]
+            figures.points(axes, list(map(int, probe)), rows, f"{name} {role}", figures.color(2 * i + j))
+    axes.set_ylim(bottom=0)
+    figures.label(axes, "on the frozen probe", "step", "nats a token")
 
 
 def draw_curves(runs: list[RunData], result: dict):
     """The figure of --run: both roles while training, the frozen probe, and held-out accuracy against entropy."""
     drawn, axes = figures.figure(1, 4, 3.4, 2.9)
     draw_training(axes[:2], runs)
-    for i, (run, entry) in enumerate(zip(runs, result["runs"].values())):
-        for role, style in zip(ROLES, ("-", "--")):
-            steps = [int(s) for s in entry["probe"]]
-            rows = [entry["probe"][str(s)].get(f"{role}/all", {}).get("token_mean") for s in steps]
-            if any(rows):
-                color = figures.CYCLE[(ROLES.index(role) if len(runs) == 1 else i) % len(figures.CYCLE)]
-                figures.points(axes[2], steps, rows, f"{role}" if len(runs) == 1 else f"{run.name} {role}", color)
-    axes[2].set_ylim(bottom=0)
-    figures.label(axes[2], "on the frozen probe", "step", "nats a token")
-    fit = result["fits"].get("held_out_accuracy")
+    draw_probe(axes[2], {run.name: result["runs"][str(run.path)]["probe"] for run in runs})
     for i, run in enumerate(runs):
-        h, r = solver_entropy(run), run.column("held_out/all/accuracy")
-        axes[3].plot(h, r, "o", color=figures.CYCLE[i % len(figures.CYCLE)], markersize=4, label=run.name)
-    if fit:
-        x = np.linspace(*fit["entropy_range"], 50)
+        reward = run.column("held_out/all/accuracy")
+        axes[3].plot(solver_entropy(run), reward, "o", color=figures.color(i), markersize=4, label=run.name)
+    title = "too few evaluations to fit"
+    if fit := result["fits"].get("held_out_accuracy"):
+        x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']}"
         axes[3].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color="#333333", linewidth=1)
-    title = f"R = -a exp(H) + b, n = {fit['n']}" if fit else "too few evaluations to fit"
     figures.label(axes[3], title, "solver entropy H", "held-out accuracy R")
     return drawn
 
@@ -545,11 +396,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="JSON lines with prompt and response, such as RUN/probe.jsonl")
     parser.add_argument("--run", nargs="+", metavar="RUN", help="curves and fit of one or more runs of one model")
     parser.add_argument("--no-probe", action="store_true", help="with --run: no model is loaded, logged values only")
-    parser.add_argument("--offset", action="store_true", help="also the base in 4 bits against the unquantized one")
     parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base (default: as the adapter's)")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default 1.0)")
     parser.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default 8192)")
-    parser.add_argument("--steps", type=step_range, metavar="A-B", help="of --data only the lines of these steps")
     parser.add_argument("--limit", type=int, help="only the first so many responses")
     figures.add_output_arguments(parser)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr.analysis.reader import MODES
 from azr.jsonl import write_json_atomic
 
 MODE_COLORS = {"deduction": "#1b6ca8", "abduction": "#c8553d", "induction": "#3f7d20", "all": "#333333"}
@@ -40,6 +41,11 @@ def label(axes, title: str, x: str = "", y: str = "", legend: bool = True) -> No
         axes.legend(fontsize=7.5, frameon=False)
 
 
+def color(number: int) -> str:
+    """The colour of the run with this number."""
+    return CYCLE[number % len(CYCLE)]
+
+
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean over `width` steps; NaN where the value itself is missing, so a gap stays a gap."""
     if width < 2 or len(values) < width:
@@ -47,51 +53,45 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     kernel, finite = np.ones(width), np.isfinite(values)
     total = np.convolve(np.where(finite, values, 0.0), kernel, "same")
     count = np.convolve(finite.astype(float), kernel, "same")
-    with np.errstate(invalid="ignore"):
-        return np.where(finite, total / np.maximum(count, 1), np.nan)
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
-def curve(axes, x, values, name: str, color: str, width: int = 1, style: str = "-") -> None:
-    """A curve with the raw values faint behind its running mean. NaN breaks the line."""
-    if not np.isfinite(values).any():
-        return
-    if width > 1:
-        axes.plot(x, values, color=color, alpha=0.18, linewidth=0.8)
-    shown = smooth(np.asarray(values, float), width)
-    marker = "o" if np.isfinite(shown).sum() < 30 else None
-    axes.plot(x, shown, style, color=color, linewidth=1.5, label=name, marker=marker, markersize=3)
+def curves(axes, runs: list, key: str) -> None:
+    """A metric at every step, faint, and its running mean: by mode for one run, for several the mean of their modes.
+
+    key: of metrics.jsonl with {} for the mode, such as "solver/{}/entropy". NaN breaks a line.
+    """
+    for i, run in enumerate(runs):
+        rows = {mode: (run.column(key.format(mode)), MODE_COLORS[mode]) for mode in MODES}
+        if len(runs) > 1:
+            rows = {run.name: (np.mean([values for values, _ in rows.values()], axis=0), color(i))}
+        for name, (values, tone) in rows.items():
+            if np.isfinite(values).any():
+                shown = smooth(values, max(1, len(run.steps) // 20))
+                marker = "o" if np.isfinite(shown).sum() < 30 else None
+                axes.plot(run.steps, values, color=tone, alpha=0.18, linewidth=0.8)
+                axes.plot(run.steps, shown, color=tone, linewidth=1.5, label=name, marker=marker, markersize=3)
 
 
-def points(axes, x, intervals: list, name: str, color: str, connect: bool = True, shift: float = 0.0) -> None:
+def points(axes, x, intervals: list, name: str, tone: str, connect: bool = True, shift: float = 0.0) -> None:
     """Estimates with their intervals: dicts with mean, low, high; None and NaN are gaps."""
-    nan = {"mean": np.nan, "low": np.nan, "high": np.nan}
-    rows = [row or nan for row in intervals]
-    mean, low, high = (np.array([row[k] if row[k] is not None else np.nan for row in rows], float) for k in nan)
+    rows = [[(row or {}).get(key) for key in ("mean", "low", "high")] for row in intervals]
+    mean, low, high = np.array(rows, float).reshape(-1, 3).T
     error = np.maximum(0, np.nan_to_num(np.stack([mean - low, high - mean])))
-    axes.errorbar(
-        np.asarray(x, float) + shift,
-        mean,
-        error,
-        fmt="o-" if connect else "o",
-        color=color,
-        markersize=3.5,
-        linewidth=1.3,
-        elinewidth=0.9,
-        capsize=2,
-        label=name,
-    )
+    style = {"fmt": "o-" if connect else "o", "color": tone, "markersize": 3.5, "linewidth": 1.3}
+    axes.errorbar(np.asarray(x, float) + shift, mean, error, elinewidth=0.9, capsize=2, label=name, **style)
 
 
-def mark_gaps(axes, steps: np.ndarray, known: np.ndarray) -> None:
-    """A grey band over steps whose line is missing."""
-    for step in steps[~known]:
+def mark_gaps(axes, run) -> None:
+    """A grey band over steps whose line in metrics.jsonl is missing."""
+    for step in set(run.steps.tolist()) - {row["step"] for row in run.rows}:
         axes.axvspan(step - 0.5, step + 0.5, color="#bbbbbb", alpha=0.5, linewidth=0)
 
 
-def png(drawn, dpi: int = 110) -> bytes:
-    """The figure as PNG bytes."""
+def png(drawn) -> bytes:
+    """A figure as PNG bytes."""
     buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=dpi)
+    drawn.savefig(buffer, format="png", dpi=130)
     return buffer.getvalue()
 
 
@@ -101,36 +101,29 @@ def png(drawn, dpi: int = 110) -> bytes:
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of every instrument."""
     parser.add_argument("--json", metavar="FILE", help="write the numbers there")
-    parser.add_argument(
-        "--out", metavar="DIR", help="write the plots (PNG) there, and the numbers if --json is not given"
-    )
+    parser.add_argument("--out", metavar="DIR", help="write the plots (PNG) there, and without --json the numbers")
 
 
 def write_outputs(args, name: str, result: dict, figures: dict) -> None:
-    """--json FILE and --out DIR/NAME.json, DIR/FIGURE.png; says where."""
-    written = []
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(Path(args.json), result)
-        written.append(args.json)
-    if args.out:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        if not args.json:
-            write_json_atomic(out / f"{name}.json", result)
-            written.append(str(out / f"{name}.json"))
-        for title, drawn in figures.items():
-            (out / f"{title}.png").write_bytes(png(drawn, 150))
-            written.append(str(out / f"{title}.png"))
-    if written:
-        print("\nwritten: " + ", ".join(written))
+    """--json FILE and --out DIR/NAME.json, DIR/FIGURE.png; says where. figures: name -> a figure or its PNG bytes."""
+    numbers = args.json or (args.out and Path(args.out) / f"{name}.json")
+    if not numbers:
+        return
+    for folder in (Path(numbers).parent, *([Path(args.out)] if args.out else [])):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(numbers, result)
+    written = [numbers]
+    for title, drawn in figures.items() if args.out else ():
+        written.append(Path(args.out) / f"{title}.png")
+        written[-1].write_bytes(drawn if isinstance(drawn, bytes) else png(drawn))
+    print("\nwritten: " + ", ".join(map(str, written)))
 
 
 def shown(interval, digits: int = 3) -> str:
-    """An estimate with its interval for the screen; takes an Interval or its dict."""
-    row = interval if isinstance(interval, dict) else interval.__dict__
-    if row["mean"] is None or row["mean"] != row["mean"]:
+    """An estimate with its interval for the screen; takes an Interval, its dict, or None, which is "-"."""
+    row = interval if isinstance(interval, dict) else interval.to_json() if interval else {}
+    mean, low, high = (float("nan") if row.get(key) is None else row[key] for key in ("mean", "low", "high"))
+    if mean != mean:
         return "-"
-    if row["low"] is None or row["low"] != row["low"]:
-        return f"{row['mean']:.{digits}f} [no interval]"
-    return f"{row['mean']:.{digits}f} [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    ends = "no interval" if low != low else f"{low:.{digits}f}, {high:.{digits}f}"
+    return f"{mean:.{digits}f} [{ends}]"

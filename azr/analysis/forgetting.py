@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
-from azr.analysis.reader import ROLES, RunData, read_run, same_model
+from azr.analysis.reader import ROLES, RunData, read_runs, remembered
 from azr.console import note, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
-from azr.jsonl import read_object, strict_lines, write_json_atomic
 from azr.models import model_path
 from azr.passk import difference_interval, share_interval
 from azr.policy.opening import ModelError
@@ -47,6 +44,7 @@ PREDICTORS = {
     "S1": "S1: share unchanged in bf16",
     "S5": "S5: S1 minus that of chance",
 }
+SIZES = ("U1_rel_fro", "S1", "S5")
 OUTCOMES = {"skill": "drop on the untouched skill", "held_out": "drop on held-out tasks"}
 
 
@@ -87,16 +85,8 @@ def questions(run: RunData, policy, args) -> dict:
 
 
 def texts(policy, path: Path) -> list[tuple[list[int], list[int]]]:
-    """(first token, the next ones) of the paragraphs of a text file or of the "text" of JSON lines."""
-    if not path.is_file():
-        raise ValueError(f"--text {path}: no such file; give plain text with blank lines between paragraphs")
-    if path.suffix == ".jsonl":
-        rows = list(strict_lines(path))
-        if without := [where for where, row in rows if not isinstance(row.get("text"), str)]:
-            raise ValueError(f'--text {without[0]}: expected {{"text": ...}} on every line')
-        parts = [row["text"] for _, row in rows]
-    else:
-        parts = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
+    """(first token, the next ones) of the paragraphs of a text file."""
+    parts = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
     ids = [policy.encode(part.strip())[:TEXT_TOKENS] for part in parts if part.strip()][:TEXTS]
     pairs = [(row[:1], row[1:]) for row in ids if len(row) > 1]
     if not pairs:
@@ -120,12 +110,10 @@ def write_responses(policy, prompts: list[list[int]], run: RunData, seed: int) -
 
 def per_token(rows: list[np.ndarray]) -> dict:
     """Token mean of a divergence with its interval over sequences, and the mean over sequences of their sums."""
-    kept = [row for row in rows if len(row)]
-    sums, counts = np.array([row.sum() for row in kept]), np.array([len(row) for row in kept])
-    return as_json(ratio_of_sums(sums, counts), len(kept)) | {
-        "per_sequence": float(sums.mean()),
-        "tokens": int(counts.sum()),
-    }
+    rows = [row for row in rows if len(row)]
+    sums, counts = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
+    row = as_json(ratio_of_sums(sums, counts), len(rows))
+    return row | {"per_sequence": float(sums.mean()), "tokens": int(counts.sum())}
 
 
 def kl_at(policy, run: RunData, asked: dict) -> dict:
@@ -167,85 +155,61 @@ def scores(policy, run: RunData, asked: dict, sandbox) -> dict[str, list[int]]:
 
 def sizes(run: RunData, checkpoint: Path) -> dict:
     """U1, S1 and S5 of the adapter, by azr/weights/sparsity.py; {} with a warning if they cannot be had."""
-    from azr.weights.sparsity import analyse
+    from azr.weights.sparsity import add_arguments, analyse
 
-    flags = dict(tuned=None, other=None, spectral=False, quantization=None, json=None, out=None, workers=1)
+    arguments = ["--base", str(run.config["model"]), "--adapter", str(checkpoint), "--workers", "1"]
+    add_arguments(parser := argparse.ArgumentParser())
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # its progress lines
-            norms = analyse(argparse.Namespace(base=str(run.config["model"]), adapter=checkpoint, **flags))["adapted"]
+            norms = analyse(parser.parse_args(arguments))["adapted"]
     except ModelError as error:
         warn(f"{checkpoint}: size and sparsity of the update are left out: {error}")
         return {}
-    return {name: norms.get(name) for name in ("U1_rms", "U1_rel_fro", "S1", "S5")}
+    return {name: norms.get(name) for name in ("U1_rms", *SIZES)}
 
 
-def chosen_checkpoints(run: RunData, count: int) -> list[tuple[int, Path]]:
-    """Up to `count` checkpoints after step 0, evenly spaced, the last included."""
+def chosen_checkpoints(run: RunData, count: int) -> dict[int, Path]:
+    """step -> directory of up to `count` checkpoints after step 0, evenly spaced, the last included."""
     checkpoints = [(step, path) for step, path in run.checkpoints() if step > 0]
     if not checkpoints:
         raise ValueError(f"{run.path} has no checkpoint after step 0: nothing can have been forgotten yet")
-    picks = np.unique(np.linspace(0, len(checkpoints) - 1, min(count, len(checkpoints))).round().astype(int))
-    return [checkpoints[i] for i in picks]
+    picks = np.linspace(0, len(checkpoints) - 1, min(count, len(checkpoints))).round().astype(int)
+    return dict(checkpoints[i] for i in np.unique(picks))
 
 
 def measure(run: RunData, args) -> dict:
-    """{"base": scores, "checkpoints": {step: row}}; rows that are kept in RUN/eval/forgetting.json are used again."""
-    path = run.path / "eval" / "forgetting.json"
-    text = args.text and hashlib.sha256(Path(args.text).read_bytes()).hexdigest()[:16] if args.text else None
-    settings = {"probe": args.probe, "held_out": args.held_out, "text": text, "version": 1}
-    kept = _kept(path, settings) if not args.fresh else {}
-    wanted = {step: (directory, _digest(directory)) for step, directory in chosen_checkpoints(run, args.checkpoints)}
-    rows = {
-        s: r
-        for s, (_, mark) in wanted.items()
-        if (r := kept.get("checkpoints", {}).get(str(s), {})).get("adapter") == mark
-    }
-    if missing := [step for step in wanted if step not in rows]:
-        for step, row, base in _measure(run, args, {s: wanted[s][0] for s in missing}, kept.get("base")):
-            rows[step] = row | {"adapter": wanted[step][1]}
-            done = {str(s): rows[s] for s in sorted(rows)}
-            write_json_atomic(path, {"settings": settings, "base": base, "checkpoints": done})
-        kept["base"] = base
-    else:
-        note(f"{run.path}: measurements are taken from {path} (--fresh measures again)")
-    return {"base": kept["base"], "checkpoints": {step: rows[step] for step in sorted(rows)}}
+    """{"base": scores, "checkpoints": {step: row}}, from RUN/eval/forgetting.json if it was measured before."""
+    checkpoints = chosen_checkpoints(run, args.checkpoints)
+    adapters = [path / "adapter_model.safetensors" for path in checkpoints.values()]
+    key = [args.probe, args.held_out, args.text and Path(args.text), *checkpoints, *adapters]
+    where = run.path / "eval" / "forgetting.json"
+    return by_step(remembered(where, key, args.fresh, lambda: _measure(run, args, checkpoints)))
 
 
-def _measure(run: RunData, args, checkpoints: dict[int, Path], base: dict | None):
-    """Yields (step, row, scores of the base)."""
+def by_step(stored: dict) -> dict:
+    """What RUN/eval/forgetting.json holds, with steps as numbers."""
+    return {"base": stored["base"], "checkpoints": {int(step): row for step, row in stored["checkpoints"].items()}}
+
+
+def _measure(run: RunData, args, checkpoints: dict[int, Path]) -> dict:
+    """As `measure`, with steps as text, as JSON has them."""
     from azr.analysis.divergence import open_run, use
     from sandbox import Sandbox
 
-    policy = open_run(run)
+    policy, rows = open_run(run), {}
     asked = questions(run, policy, args)
-    (run.path / "eval").mkdir(exist_ok=True)
     with Sandbox() as sandbox:
         with policy.disable_adapter():
             if asked["untrained"] and "untrained" not in asked["fixed"]:
                 prompts = [p for p, _ in asked["untrained"]]
                 asked["untrained"] = list(zip(prompts, write_responses(policy, prompts, run, seed=0)))
-            base = base or scores(policy, run, asked, sandbox)
-        for number, (step, directory) in enumerate(checkpoints.items(), 1):
+            base = scores(policy, run, asked, sandbox)
+        for step, directory in checkpoints.items():
             use(policy, directory)
-            with nullcontext():
-                row = kl_at(policy, run, asked) | {"scores": scores(policy, run, asked, sandbox)}
-            note(f"{run.path}: checkpoint {number} of {len(checkpoints)} (step {step}) measured")
-            yield step, row | sizes(run, directory), base
-
-
-def _kept(path: Path, settings: dict) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        stored = read_object(path)
-        return stored if stored["settings"] == settings else {}
-    except (ValueError, KeyError):
-        warn(f"{path} cannot be read and is made again")
-        return {}
-
-
-def _digest(directory: Path) -> str:
-    return hashlib.sha256((directory / "adapter_model.safetensors").read_bytes()).hexdigest()[:16]
+            row = kl_at(policy, run, asked) | {"scores": scores(policy, run, asked, sandbox)}
+            rows[str(step)] = row | sizes(run, directory)
+            note(f"{run.path}: checkpoint {len(rows)} of {len(checkpoints)} (step {step}) measured")
+    return {"base": base, "checkpoints": rows}
 
 
 # ------------------------------------------------------------------------------------------------------- the question
@@ -274,107 +238,85 @@ def drops(entry: dict) -> dict:
 def fits(measured: dict[str, dict]) -> dict:
     """R^2 of each drop on each predictor over all checkpoints, and what S1 or S5 adds once forward KL is known."""
     result: dict = {}
-    all_drops = {name: drops(entry) for name, entry in measured.items()}
     for outcome in OUTCOMES:
         points = [
-            (number, row, all_drops[name][outcome][step]["mean"])
-            for number, (name, entry) in enumerate(measured.items())
-            for step, row in entry["checkpoints"].items()
-            if outcome in all_drops[name]
+            (number, entry["checkpoints"][step], drop["mean"])
+            for number, entry in enumerate(measured.values())
+            for step, drop in drops(entry).get(outcome, {}).items()
         ]
         if len(points) < 3:
             continue
-        y = np.array([drop for *_, drop in points])
-        runs = np.array([number for number, *_ in points])
+        y, runs = (np.array([point[i] for point in points]) for i in (2, 0))
         groups = runs if len(set(runs)) >= RUNS_AS_UNITS else None
         columns = {p: np.array([value_of(row, p) for _, row, _ in points]) for p in PREDICTORS}
         columns = {p: x for p, x in columns.items() if np.isfinite(x).all() and np.std(x) > 0}
-        result[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": {}, "added_to_kl": {}}
+        predictors, added = {}, {}
         for name, x in columns.items():
             line, bent = linear_fit(x, y, groups), linear_fit(np.column_stack([x, x**2]), y, groups)
-            result[outcome]["predictors"][name] = {
-                "slope": as_json(line.coefficients[1]),
-                "r2": as_json(line.r2),
-                "r2_quadratic": as_json(bent.r2),
-                "n": line.n,
-            }
+            r2 = {"r2": as_json(line.r2), "r2_quadratic": as_json(bent.r2)}
+            predictors[name] = {"slope": as_json(line.coefficients[1]), **r2, "n": line.n}
         kl = "kl_forward/solver"
-        for name in ("S1", "S5", "U1_rel_fro"):
-            if kl in columns and name in columns and len(points) > 3:
+        for name in SIZES if kl in columns and len(points) > 3 else ():
+            if name in columns:
                 both = linear_fit(np.column_stack([columns[kl], columns[name]]), y, groups).r2
-                gain = both.mean - result[outcome]["predictors"][kl]["r2"]["mean"]
-                result[outcome]["added_to_kl"][name] = {"r2": as_json(both), "gain": gain}
+                added[name] = {"r2": as_json(both), "gain": both.mean - predictors[kl]["r2"]["mean"]}
+        result[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": predictors, "added_to_kl": added}
     return result
 
 
 # ------------------------------------------------------------------------------------------------------- the screen
 
 
-def print_result(measured: dict[str, dict], found: dict) -> None:
+def print_result(measured: dict[str, dict], fitted: dict) -> None:
     """Prints the drops, divergences and norms of every checkpoint, then how well each predicts the drop."""
     for name, entry in measured.items():
         base = {o: share_interval(np.array(v, float)) for o, v in entry["base"].items() if v}
-        print(
-            f"{name}: base solves, greedy, "
-            + ", ".join(f"{o.replace('_', '-')} {shown(i)} (n {len(entry['base'][o])})" for o, i in base.items())
-        )
+        solved = (f"{o.replace('_', '-')} {shown(i)} (n {len(entry['base'][o])})" for o, i in base.items())
+        print(f"{name}: base solves, greedy, {', '.join(solved)}")
         lost = drops(entry)
         heads = "".join(f"{OUTCOMES[o].replace('drop on ', 'drop: '):27s}" for o in lost)
-        print(
-            f"  {'step':>5s}  {heads}{'KL(base||policy) a token: proposer, solver, untrained':54s}|D|/|W|    S1      S5"
-        )
+        print(f"  {'step':>5s}  {heads}{'KL(base||policy) a token: ' + ', '.join(KINDS):54s}|D|/|W|    S1      S5")
         for step, row in entry["checkpoints"].items():
             cells = "".join(f"{shown(lost[o][step]):27s}" for o in lost)
             kl = ", ".join(f"{value_of(row, f'kl_forward/{kind}'):.3f}" for kind in KINDS)
-            size = "  ".join(f"{value_of(row, p):.4f}" for p in ("U1_rel_fro", "S1", "S5"))
+            size = "  ".join(f"{value_of(row, p):.4f}" for p in SIZES)
             print(f"  {step:5d}  {cells}{kl:54s}{size}")
         print()
-    for outcome, row in found.items():
+    for outcome, row in fitted.items():
         print(
-            f"R^2 of the {OUTCOMES[outcome]} over {row['n']} checkpoints of {row['runs']} run(s) [95 %], "
-            "straight line; bent:"
+            f"R^2 of the {OUTCOMES[outcome]} over {row['n']} checkpoints of {row['runs']} run(s), straight line; bent:"
         )
         for name, fit in sorted(row["predictors"].items(), key=lambda item: -item[1]["r2"]["mean"]):
             print(f"  {PREDICTORS[name]:40s}{shown(fit['r2'], 2):22s} {shown(fit['r2_quadratic'], 2)}")
         for name, more in row["added_to_kl"].items():
-            print(
-                f"  adding {name} to KL(base || policy) on solver prompts: "
-                f"R^2 {shown(more['r2'], 2)}, {more['gain']:+.2f}"
-            )
+            print(f"  {name} added to KL on solver prompts: R^2 {shown(more['r2'], 2)}, {more['gain']:+.2f}")
         if row["n"] < FEW:
             print(f"  {row['n']} points are too few for intervals.")
-    if not found:
+    if not fitted:
         print("Too few checkpoints to ask what predicts the drop: three are needed.")
         return
     print("The untrained text is the skill itself unless --text gave another: KL there is close to the drop by design.")
-    print(
-        "Checkpoints of one run are not independent: the intervals are too narrow unless several runs are given"
-        f" (from {RUNS_AS_UNITS} runs on, whole runs are resampled)."
-    )
+    print("Checkpoints of one run are not independent: the intervals are too narrow unless several runs are given")
+    print(f"(from {RUNS_AS_UNITS} runs on, whole runs are resampled).")
 
 
-def draw(measured: dict[str, dict], found: dict) -> dict:
+def draw(measured: dict[str, dict], fitted: dict) -> dict:
     """{"forgetting_OUTCOME": figure}: the drop against each predictor, a colour a run."""
-    from matplotlib.ticker import MaxNLocator
-
-    shown_, drawn = ("kl_forward/solver", "kl_forward/untrained", "U1_rel_fro", "S1", "S5"), {}
+    names, drawn = ("kl_forward/solver", "kl_forward/untrained", *SIZES), {}
     for outcome in OUTCOMES:
         lost = {run: drops(entry).get(outcome, {}) for run, entry in measured.items()}
         if not any(lost.values()):
             continue
-        drawn[f"forgetting_{outcome}"], axes = figures.figure(1, len(shown_), 2.6, 2.6)
-        for j, (one, name) in enumerate(zip(axes, shown_)):
+        drawn[f"forgetting_{outcome}"], axes = figures.figure(1, len(names), 2.6, 2.6)
+        for j, (one, name) in enumerate(zip(axes, names)):
             for k, (run, rows) in enumerate(lost.items()):
                 x = [value_of(measured[run]["checkpoints"][step], name) for step in rows]
-                color = figures.CYCLE[k % len(figures.CYCLE)]
-                figures.points(one, x, list(rows.values()), Path(run).name, color, False)
+                figures.points(one, x, list(rows.values()), Path(run).name, figures.color(k), False)
             one.axhline(0, color="#333333", linewidth=0.7)
-            one.xaxis.set_major_locator(MaxNLocator(4))
-            fit = found.get(outcome, {}).get("predictors", {}).get(name)
+            one.locator_params(axis="x", nbins=4)
+            fit = fitted.get(outcome, {}).get("predictors", {}).get(name)
             title = f"R² {shown(fit['r2'], 2)}, n {fit['n']}" if fit else ""
             figures.label(one, title, PREDICTORS[name], OUTCOMES[outcome] if j == 0 else "", legend=j == 0)
-            one.title.set_fontsize(8)
-            one.xaxis.label.set_fontsize(7.5)
     return drawn
 
 
@@ -384,7 +326,9 @@ def draw(measured: dict[str, dict], found: dict) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `analyze.py forgetting` to its parser."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
-    parser.add_argument("--text", metavar="FILE", help="text never trained on: plain, or JSON lines with text")
+    parser.add_argument(
+        "--text", metavar="FILE", help="plain text never trained on, with blank lines between paragraphs"
+    )
     parser.add_argument("--probe", type=int, default=PROBE_ROWS, help=f"prompts a role (default {PROBE_ROWS})")
     parser.add_argument("--held-out", type=int, default=HELD_OUT, help=f"held-out tasks (default {HELD_OUT}; 0: none)")
     parser.add_argument("--checkpoints", type=int, default=CHECKPOINTS, help=f"of each run (default {CHECKPOINTS})")
@@ -398,8 +342,7 @@ def main(args) -> int:
         raise ValueError("--probe and --checkpoints must be at least 1, --held-out at least 0")
     if args.text and not Path(args.text).is_file():
         raise ValueError(f"--text {args.text}: no such file")
-    runs = [read_run(path) for path in args.run]
-    same_model(runs)
+    runs = read_runs(args.run)
     for run in runs:
         chosen_checkpoints(run, 1)  # refused before anything is measured
     measured = {str(run.path): measure(run, args) for run in runs}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 from html import escape
 
-from azr.analysis.figures import png
-
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d1d1f; background: #fff; max-width: 1120px; margin: 0 auto;
   padding: 24px 20px 80px; }
@@ -16,7 +14,7 @@ h3 { font-size: 1.05em; margin: 1.4em 0 .3em; } p { margin: .5em 0; max-width: 6
 img { max-width: 100%; display: block; margin: .6em 0; } .quiet { color: #666; font-size: .9em; }
 table { border-collapse: collapse; font-size: .88em; margin: .6em 0; } th { text-align: left; color: #555; }
 th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid #eee; vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td { font-variant-numeric: tabular-nums; }
 .warning { background: #fff6e0; border-left: 4px solid #d99a00; padding: 6px 12px; margin: 6px 0; max-width: 62em; }
 pre { background: #f6f6f4; padding: 8px 10px; font-size: .82em; line-height: 1.35; overflow-x: auto; margin: 4px 0;
   white-space: pre-wrap; } code { background: #f6f6f4; padding: 1px 4px; font-size: .9em; }
@@ -27,9 +25,9 @@ details { margin: .6em 0; } summary { cursor: pointer; color: #1b6ca8; }
 """
 
 
-def image(drawn, alt: str) -> str:
-    """A matplotlib figure as an inline PNG."""
-    data = base64.b64encode(png(drawn)).decode()
+def image(png: bytes, alt: str) -> str:
+    """A PNG, inline."""
+    data = base64.b64encode(png).decode()
     return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
 
 
@@ -38,21 +36,21 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
 
 
+def warning(text: str) -> str:
+    """A line that is to be read first."""
+    return f'<div class="warning">{escape(text)}</div>'
+
+
 def bullets(lines: list[str]) -> str:
     """A list; nothing without lines."""
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>" if lines else ""
 
 
 def table(heads: list[str], rows: list[list]) -> str:
-    """Cells are escaped; those that start with a digit, a sign or a dot are set as numbers."""
+    """Cells are escaped."""
     head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(_cell(str(cell)) for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _cell(text: str) -> str:
-    number = text[:1].isdigit() or text[:1] in "+-." and text[1:2].isdigit()
-    return f'<td class="number">{escape(text)}</td>' if number else f"<td>{escape(text)}</td>"
 
 
 def code(text: str, lines: int = 14) -> str:

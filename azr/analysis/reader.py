@@ -10,19 +10,26 @@ Left out: torch, models.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from azr.jsonl import read_object, tolerant_lines
+from azr.console import note, warn
+from azr.fits import as_json
+from azr.jsonl import read_object, tolerant_lines, write_json_atomic
+from azr.passk import bootstrap_interval
 from azr.runs import RunError, step_directories
 from azr.tasks.task import MODES
 
 ROLES = ("proposer", "solver")
 GROUPS = [(role, mode) for role in ROLES for mode in MODES]
+PROGRAMS_A_STEP = 24  # induction answers that are kept for comparison
 
 
 @dataclass
@@ -31,7 +38,6 @@ class RunData:
 
     path: Path
     config: dict
-    environment: dict
     rows: list[dict]
     notes: list[str] = field(default_factory=list)
 
@@ -59,10 +65,6 @@ class RunData:
                 values[row["step"] - self.rows[0]["step"]] = value
         return values
 
-    def keys(self, prefix: str) -> list[str]:
-        """The metrics whose names start with `prefix`, in order of appearance."""
-        return list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))
-
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of every checkpoint with an adapter and its azr.json."""
         files = ("adapter_model.safetensors", "adapter_config.json", "azr.json")
@@ -76,8 +78,8 @@ class RunData:
         return read_object(checkpoints[0][1] / "azr.json", RunError)
 
 
-def read_run(path: str | Path, steps_needed: bool = True) -> RunData:
-    """RunError: no directory, no run directory, or (steps_needed) no finished step yet."""
+def read_run(path: str | Path) -> RunData:
+    """RunError: no directory, no run directory, or no finished step yet."""
     path, notes = Path(path), []
     if not path.is_dir():
         raise RunError(f"{path}: no such directory; give the directory of a run, such as runs/tiny-0")
@@ -87,16 +89,10 @@ def read_run(path: str | Path, steps_needed: bool = True) -> RunData:
     config = read_object(path / "config.json", RunError)
     if "model" not in config or "seed" not in config:
         raise RunError(f"{path}/config.json has no model or no seed: some other program's directory, not a run")
-    environment = {}
-    if (path / "environment.json").is_file():
-        try:
-            environment = read_object(path / "environment.json", RunError)
-        except RunError as error:
-            notes.append(f"{error}: left out")
     rows = _metric_rows(path, notes)
-    if steps_needed and not rows:
+    if not rows:
         raise RunError(f"{path}: no step is finished yet (metrics.jsonl has no complete line); try again after one")
-    return RunData(path, config, environment, rows, notes)
+    return RunData(path, config, rows, notes)
 
 
 def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
@@ -118,27 +114,27 @@ def _metric_rows(path: Path, notes: list[str]) -> list[dict]:
     return rows
 
 
-def same_model(runs: list[RunData]) -> dict:
-    """azr.json of the base that all these runs trained; RunError in one line if they differ in base or template."""
-    first = None
+def same_model(runs: list[RunData]) -> None:
+    """RunError in one line if the runs differ in base, quantization or template."""
+    known: dict[tuple, RunData] = {}
     for run in runs:
         info = run.base() if run.checkpoints() else {"base_model": run.config["model"]}
         # a directory's revision is a hash of its weights: the same model may lie in two places
         key = (info.get("revision") or info["base_model"], *(info.get(k) for k in ("quantization", "template_hash")))
-        if first is None:
-            first, shared, name = key, info, run
-        elif key != first:
-            raise RunError(
-                f"runs of different models cannot be put together: {name.path} trained {shared['base_model']} "
-                f"({key_text(first)}), {run.path} {info['base_model']} ({key_text(key)}); name runs of one model"
-            )
-    return shared
+        known.setdefault(key, run)
+    if len(known) > 1:
+        trained = (f"{run.path} trained {', '.join(str(part) for part in key if part)}" for key, run in known.items())
+        raise RunError(f"runs of different models cannot be put together: {'; '.join(trained)}; name runs of one model")
 
 
-def key_text(key: tuple) -> str:
-    """Revision (or name), quantization and template hash of a base as an error message shows them, less what is
-    unknown."""
-    return ", ".join(str(part) for part in key if part is not None)
+def read_runs(paths: list[str]) -> list[RunData]:
+    """Runs of one model, saying what is damaged in them; see `read_run` and `same_model`."""
+    runs = [read_run(path) for path in paths]
+    same_model(runs)
+    for run in runs:
+        for line in run.notes:
+            warn(f"{run.path}: {line}")
+    return runs
 
 
 # ------------------------------------------------------------------------------------------------------- samples
@@ -153,9 +149,6 @@ class Proposal:
     task: dict | None
     reason: str
     solve_rate: float | None
-    tokens: int
-    reward: float | None
-    program: str
 
 
 @dataclass
@@ -164,37 +157,34 @@ class Digest:
 
     proposals: list[Proposal]
     reasons: dict  # (role, mode) -> {step: Counter of reasons}
-    answers: dict  # mode -> {"step", "tokens", "correct", "task"}: arrays (answers,); task: a number a task and step
-    programs: dict  # induction answers kept for comparison: step -> [(task number, response)]
-    examples: dict  # (step, mode) -> (a proposal's row, the first answers to its task)
+    answers: dict  # mode -> {"step", "tokens", "correct"}: arrays (answers,)
+    programs: dict  # up to PROGRAMS_A_STEP induction answers: step -> [(number of the task, response)]
+    examples: dict  # (step, mode) -> [rank, a proposal's row, the first answer to its task or None]
     notes: list[str]
     lines: int = 0
 
 
-def read_samples(run: RunData, example_steps: tuple[int, ...] = (), programs_a_step: int = 24) -> Digest:
+def read_samples(run: RunData, example_steps: tuple[int, ...] = ()) -> Digest:
     """One pass over samples.jsonl; RunError if the file is missing or holds nothing that can be read."""
     path = run.path / "samples.jsonl"
     if not path.is_file():
         raise RunError(f"{path}: no such file; the run has not logged any sample yet")
     digest = Digest([], {group: defaultdict(Counter) for group in GROUPS}, {}, defaultdict(list), {}, [])
-    columns = {mode: ([], [], [], []) for mode in MODES}
+    columns = {mode: ([], [], []) for mode in MODES}
     numbers: dict[tuple, int] = {}
     strange = 0
     for row in tolerant_lines(path, digest.notes):
         try:
-            step, role, mode, reason = row["step"], row["role"], row["mode"], row["reason"]
+            step, role, mode, reason, task = (row[name] for name in ("step", "role", "mode", "reason", "task"))
             digest.reasons[role, mode][step][reason] += 1
             if role == "proposer":
-                digest.proposals.append(_proposal(row))
+                digest.proposals.append(Proposal(step, mode, task, reason, row["solve_rate"]))
             elif role == "solver":
-                task = row["task"]
                 key = (step, task["program"], task.get("input") or task.get("message"))
                 number = numbers.setdefault(key, len(numbers))
-                for column, value in zip(
-                    columns[mode], (step, row["tokens"], row["reward"].get("correct", False), number)
-                ):
+                for column, value in zip(columns[mode], (step, row["tokens"], row["reward"].get("correct", False))):
                     column.append(value)
-                if mode == "induction" and len(digest.programs[step]) < programs_a_step:
+                if mode == "induction" and len(digest.programs[step]) < PROGRAMS_A_STEP:
                     digest.programs[step].append((number, row["response"]))
             if step in example_steps:
                 _keep_example(digest.examples, row)
@@ -205,33 +195,62 @@ def read_samples(run: RunData, example_steps: tuple[int, ...] = (), programs_a_s
         digest.notes.append(f"samples.jsonl: {strange} line(s) lack fields of a sample: left out")
     if not digest.lines:
         raise RunError(f"{path}: holds no complete sample; the run has not logged any yet")
-    for mode, (steps, tokens, correct, task) in columns.items():
-        kinds = (("step", steps, np.int32), ("tokens", tokens, np.int32), ("correct", correct, bool))
-        digest.answers[mode] = {name: np.array(values, kind) for name, values, kind in kinds}
-        digest.answers[mode]["task"] = np.array(task, np.int64)
+    for mode, (steps, tokens, correct) in columns.items():
+        steps, tokens = np.array(steps, np.int32), np.array(tokens, np.int32)
+        digest.answers[mode] = {"step": steps, "tokens": tokens, "correct": np.array(correct, bool)}
     return digest
 
 
-def _proposal(row: dict) -> Proposal:
-    task = row["task"]
-    program = task["program"] if task else ""
-    reward = row["reward"].get("reward")
-    return Proposal(row["step"], row["mode"], task, row["reason"], row["solve_rate"], row["tokens"], reward, program)
-
-
-def _keep_example(examples: dict, row: dict, answers: int = 2) -> None:
-    """The first learnable proposal of a step and mode, else the first valid, else the first; and answers to it."""
+def _keep_example(examples: dict, row: dict) -> None:
+    """The first learnable proposal of a step and mode, else the first valid, else the first; and an answer to it."""
     key = (row["step"], row["mode"])
     if row["role"] == "proposer":
         rate = row["solve_rate"]
         rank = 2 if rate is not None and 0 < rate < 1 else int(row["task"] is not None)
         if key not in examples or rank > examples[key][0]:
-            examples[key] = (rank, row, [])
-    elif key in examples and examples[key][1]["task"] == row["task"] and len(examples[key][2]) < answers:
-        examples[key][2].append(row)
+            examples[key] = [rank, row, None]
+    elif key in examples and examples[key][1]["task"] == row["task"]:
+        examples[key][2] = examples[key][2] or row
+
+
+# ------------------------------------------------------------------------------------------------- parts of a run
 
 
 def stages(steps: np.ndarray, count: int) -> list[tuple[int, int]]:
     """(first, last) step of `count` equal stages, fewer if there are fewer steps."""
     parts = np.array_split(np.asarray(steps), max(1, min(count, len(steps))))
     return [(int(part[0]), int(part[-1])) for part in parts]
+
+
+def ends(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """What is finite of (steps,) in the first and in the last tenth of the steps; None if one of them has nothing."""
+    tenth = max(1, len(values) // 10)
+    first, last = (part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:]))
+    return (first, last) if len(first) and len(last) else None
+
+
+def mean_row(values: np.ndarray, interval: Callable = bootstrap_interval) -> dict | None:
+    """{"mean", "low", "high", "n"} of the values that are finite, which are resampled; None without any."""
+    values = values[np.isfinite(values)]
+    return as_json(interval(values), len(values)) if len(values) else None
+
+
+def remembered(path: Path, key: list, fresh: bool, make: Callable[[], dict]) -> dict:
+    """What `make()` returns, or what it did: it is stored at `path` with a hash of `key`, which says what it depends
+    on (plain data; of a Path the hash of that file), and made again if the key differs, the file is damaged, or
+    `fresh`."""
+    parts = [hashlib.sha256(part.read_bytes()).hexdigest() if isinstance(part, Path) else part for part in key]
+    mark = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    if path.is_file() and not fresh:
+        try:
+            stored = read_object(path)
+        except ValueError:
+            warn(f"{path} cannot be read and is made again")
+        else:
+            if stored.pop("key", None) == mark:
+                note(f"measurements are taken from {path} (--fresh measures again)")
+                return stored
+    path.parent.mkdir(exist_ok=True)
+    made = make()
+    write_json_atomic(path, {"key": mark, **made})
+    return made

@@ -12,26 +12,52 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import time
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
-from azr.analysis import dynamics, entropy, figures, html, report_plots
+from azr.analysis import difficulty, dynamics, entropy, figures, forgetting, html
 from azr.analysis.figures import shown
 from azr.analysis.health import Health
-from azr.analysis.reader import MODES, ROLES, Digest, RunData, read_run, read_samples, same_model
+from azr.analysis.reader import MODES, ROLES, Digest, RunData, ends, mean_row, read_run, read_samples, same_model
 from azr.console import warn
-from azr.evals.held_out import EvalResult, difference
+from azr.evals.held_out import EvalResult, difference, plot_pass_at_k
 from azr.fits import difference_of_means, over_runs
-from azr.jsonl import replacing
-from azr.passk import powers_of_two
+from azr.jsonl import read_object, replacing, tolerant_lines
+from azr.passk import powers_of_two, share_interval
 
 STAGES_SHOWN = 4
 CONFIG_SHOWN = "model seed steps recipe algorithm learning_rate prompts_per_mode answers lora_rank quantization".split()
+# What other instruments leave in a run -> the file, and the arguments of analyze.py that make it.
+EXTRAS = {
+    "difficulty": ("eval/difficulty_result.json", "difficulty {run}"),
+    "probe": ("eval/probe_entropy.json", "entropy --run {run}"),
+    "forgetting": ("eval/forgetting.json", "forgetting {run}"),
+    "sparsity": (
+        "eval/sparsity.json",
+        "sparsity --base {model} --adapter {run} --json {run}/eval/sparsity.json",
+    ),
+}
+CAPTIONS = {
+    "validity": "Why proposals were refused, stacked; what is missing to the top was valid.",
+    "rewards": "Rewards by step (faint) and their running mean; seconds by phase.",
+}
+RATES = {
+    "valid_rate": "valid proposals",
+    "solve_rate": "solve rate of own tasks",
+    "learnable_rate": "0 < solve rate < 1",
+}
+SIZES = {
+    "U1_rms": "U1, RMS of the change",
+    "U1_rel_fro": "U1, relative to the weights",
+    "S1": "S1, unchanged in bf16",
+    "S2": "S2, within 1e-5",
+    "R1_effective_rank": "R1, effective rank",
+}
 
 
 @dataclass
@@ -42,9 +68,14 @@ class Entry:
     digest: Digest | None
     dynamics: dict | None
     passes: tuple[EvalResult, EvalResult, int] | None  # base, trained, its step
-    extra: dict = field(default_factory=dict)  # what other instruments left in RUN/eval
+    extra: dict  # what other instruments left: a key of EXTRAS -> what its file holds
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
+
+    @property
+    def ks(self) -> list[int]:
+        """The k of pass@k that are named: 1 and the largest power of two up to the answers a task has."""
+        return list(dict.fromkeys((1, powers_of_two(self.passes[0].settings["samples"])[-1])))
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -60,63 +91,44 @@ def read_entry(path: str) -> Entry:
     except ValueError as error:
         run.notes.append(f"{error}; what is made of samples is left out")
         digest = changes = None
-    entry = Entry(run, digest, changes, _passes(run), _extra(run))
+    extra = {name: optional(run, place) for name, (place, _) in EXTRAS.items()}
+    entry = Entry(run, digest, changes, _passes(run), {name: value for name, value in extra.items() if value})
     entry.warnings, entry.facts = warnings_of(entry), facts_of(entry)
     return entry
 
 
+def optional(run: RunData, place: str) -> dict | None:
+    """The JSON object in a file of the run; None, and if it is damaged a note, if there is none."""
+    try:
+        return read_object(run.path / place) if (run.path / place).is_file() else None
+    except ValueError as error:
+        run.notes.append(f"{error}: left out")
+        return None
+
+
 def _passes(run: RunData) -> tuple[EvalResult, EvalResult, int] | None:
     """base.json and the newest step_N.json of RUN/eval, if they are comparable."""
-    steps = [
-        (int(m[1]), p) for p in (run.path / "eval").glob("step_*.json") if (m := re.fullmatch(r"step_(\d+)", p.stem))
-    ]
-    base = run.path / "eval" / "base.json"
-    if not steps or not base.is_file():
+    steps = [int(m[1]) for p in (run.path / "eval").glob("step_*.json") if (m := re.fullmatch(r"step_(\d+)", p.stem))]
+    files = [optional(run, f"eval/{name}.json") for name in ("base", f"step_{max(steps)}")] if steps else [None]
+    if None in files:
         return None
-    step, newest = max(steps)
     try:
-        results = [EvalResult.from_json(json.loads(p.read_text())) for p in (base, newest)]
-        difference(*results)
-        return results[0], results[1], step
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        base, newest = map(EvalResult.from_json, files)
+        difference(base, newest)
+    except ValueError as error:
         run.notes.append(f"eval/: pass@k is left out ({error})")
         return None
-
-
-def _extra(run: RunData) -> dict:
-    results = {}
-    for name, places in {
-        "difficulty": ["eval/difficulty_result.json"],
-        "forgetting": ["eval/forgetting.json"],
-        "probe": ["eval/probe_entropy.json"],
-        "sparsity": ["eval/sparsity.json", "plots/sparsity.json", "sparsity.json"],
-    }.items():
-        for place in places:
-            if (run.path / place).is_file():
-                try:
-                    results[name] = json.loads((run.path / place).read_text())
-                    break
-                except (ValueError, OSError) as error:
-                    run.notes.append(f"{place} cannot be read ({error}): left out")
-    return results
+    return base, newest, max(steps)
 
 
 # ------------------------------------------------------------------------------------------------------- words
-
-
-def per_cent(value: float) -> str:
-    """A share, as 0 to 100 %."""
-    return f"{100 * value:.0f} %"
 
 
 def warnings_of(entry: Entry) -> list[str]:
     """What a reader must know before believing a curve: what is missing or damaged, and the run's own warnings."""
     run, lines = entry.run, []
     if not run.finished:
-        lines.append(
-            f"Step {run.steps[-1]} of {run.config.get('steps')}: the run goes on or was stopped. All below is of the "
-            "steps so far."
-        )
+        lines = [f"Step {run.steps[-1]} of {run.config.get('steps')}: the run goes on or was stopped."]
     health = Health(run.config)
     for row in run.rows:
         if row["step"] > 0:
@@ -130,75 +142,46 @@ def facts_of(entry: Entry) -> list[str]:
     run, sentences = entry.run, []
     if entry.passes:
         base, trained, step = entry.passes
-        samples = base.settings["samples"]
-        n = len(base.tasks)
-        for k in dict.fromkeys((1, powers_of_two(samples)[-1])):
+        for k in entry.ks:
             before, after, gain = base.pass_at_k(k), trained.pass_at_k(k), difference(base, trained, k)
             sentences.append(
-                f"pass@{k} on {n} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after {step} "
-                f"steps, difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]."
+                f"pass@{k} on {len(base.tasks)} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after "
+                f"{step} steps, difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]."
             )
-    tenth = max(1, len(run.steps) // 10)
     for role in ROLES:
-        values = np.mean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0)
-        first, last = (part[np.isfinite(part)] for part in (values[:tenth], values[-tenth:]))
-        if len(first) and len(last):
+        if pair := mean_ends(run, role):
+            first, last = pair
             sentences.append(
                 f"Entropy of the {role}, mean of the modes, nats a token: {first.mean():.2f} in the first tenth of the "
                 f"steps, {last.mean():.2f} in the last, difference {shown(difference_of_means(first, last))} "
                 f"(n {len(first)}, {len(last)} steps)."
             )
-    if "forgetting" in entry.extra:
-        from azr.analysis import forgetting
-
-        for outcome, lost in forgetting.drops(forgetting_of(entry)).items():
-            step, row = list(lost.items())[-1]
-            before = np.mean(entry.extra["forgetting"]["base"][outcome])
+    if stored := entry.extra.get("forgetting"):
+        for outcome, lost in forgetting.drops(forgetting.by_step(stored)).items():
+            step, row = max(lost.items())
             sentences.append(
                 f"{forgetting.OUTCOMES[outcome].capitalize()}, greedy, at step {step}: {shown(row)} of "
-                f"{before:.3f} before (n {row['n']})."
+                f"{np.mean(stored['base'][outcome]):.3f} before (n {row['n']})."
             )
-    sentences += entry.extra.get("difficulty", {}).get("verdict", [])
-    return sentences
+    return sentences + entry.extra.get("difficulty", {}).get("verdict", [])
 
 
-def ends_table(entry: Entry) -> str:
-    """First and last tenth of the steps, a row a quantity and mode."""
-    rows, summary, changes = [], entropy.training_summary(entry.run), entry.dynamics
-    for role in ROLES:
-        for mode in MODES:
-            if row := summary.get(f"{role}/{mode}"):
-                n = f"{row['first']['n']}, {row['last']['n']} steps"
-                rows.append([f"{role} entropy, nats a token", mode, shown(row["first"], 2), shown(row["last"], 2), n])
-    for key, title in (
-        ("ok", "valid proposals"),
-        ("mean", "solve rate of own tasks"),
-        ("learnable", "0 < solve rate < 1"),
-    ):
-        for mode in MODES if changes else ():
-            if key == "ok":
-                windows = [row for row in changes["validity"].get(f"proposer/{mode}", []) if row]
-                pair = [windows[0], windows[-1]] if windows else []
-            else:
-                pair = [row for end in ("first", "last") if (row := changes["solve_rate"].get(f"{mode}/{end}"))]
-            if len(pair) == 2:
-                n = f"{pair[0]['n']}, {pair[1]['n']} proposals"
-                rows.append([title, mode, shown(pair[0][key], 2), shown(pair[1][key], 2), n])
-    return html.table(["", "mode", "first tenth of the steps", "last tenth", "n"], rows)
+def mean_ends(run: RunData, role: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """The entropy of a role, mean of its modes, in the first and in the last tenth of the steps; None without any."""
+    return ends(np.mean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0))
 
 
 CAVEATS = [
-    "Brackets are 95 % intervals. Those of pass@k and difficulty are over tasks, those of entropies over steps, those "
-    "of the probe over responses. None of them is about another training seed: only several runs are.",
+    "Brackets are 95 % intervals over tasks (pass@k, difficulty), steps (entropies) or responses (the probe). None of "
+    "them is about another training seed: only several runs are.",
     "Entropy on its own samples changes with the policy and with the text it writes. The frozen probe keeps the text "
     "fixed, but it is text of the untrained model, which the trained one might never write.",
     "The solve rate logged in training mixes harder tasks with a weaker solver. Only fixed solvers tell the two apart, "
     "and only the base was trained on none of the tasks.",
     "Held-out tasks look like the training tasks. They say nothing about other abilities; see forgetting.",
-    "A base in 4 bits has a higher entropy than the same base in bf16: compare entropies with published bf16 runs only "
-    "after subtracting the offset (analyze.py entropy --offset).",
+    "A base in 4 bits has a higher entropy than the same base in bf16: measure both with analyze.py entropy "
+    "--quantization nf4 and none, on the same text.",
     "Sparsity is mostly a reading of the size of the update: compare it at matched size.",
-    "Correlations over the checkpoints of one run are of few points that follow each other.",
 ]
 
 
@@ -207,21 +190,14 @@ CAVEATS = [
 
 def summary_table(entries: list[Entry]) -> str:
     """A row a run: settings, steps, hours."""
-    heads = [
-        "run",
-        *[key.replace("_", " ") for key in CONFIG_SHOWN if any(key in e.run.config for e in entries)],
-        "steps done",
-        "hours",
-        "samples",
-    ]
+    keys = [key for key in CONFIG_SHOWN if any(key in entry.run.config for entry in entries)]
     rows = []
     for entry in entries:
-        run = entry.run
-        seconds = run.column("time/elapsed")
+        run, seconds = entry.run, entry.run.column("time/elapsed")
         hours = f"{np.nanmax(seconds) / 3600:.2f}" if np.isfinite(seconds).any() else "?"
-        cells = [run.config.get(key, "") for key in CONFIG_SHOWN if any(key in e.run.config for e in entries)]
-        rows.append([run.name, *cells, int(run.steps[-1]), hours, f"{entry.digest.lines:,}" if entry.digest else "?"])
-    return html.table(heads, rows)
+        samples = f"{entry.digest.lines:,}" if entry.digest else "?"
+        rows.append([run.name, *(run.config.get(key, "") for key in keys), int(run.steps[-1]), hours, samples])
+    return html.table(["run", *(key.replace("_", " ") for key in keys), "steps done", "hours", "samples"], rows)
 
 
 def pass_table(entry: Entry) -> str:
@@ -229,15 +205,11 @@ def pass_table(entry: Entry) -> str:
     base, trained, step = entry.passes
     rows = []
     for mode in [*base.modes, None]:
-        for k in dict.fromkeys((1, 8, powers_of_two(base.settings["samples"])[-1])):
-            if k <= base.settings["samples"]:
-                gain = difference(base, trained, k, mode)
-                cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode))]
-                mark = "" if gain.excludes_zero else "not shown"
-                change = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
-                rows.append([mode or "all", len(base.of(mode)), f"@{k}", *cells, change, mark])
-    heads = ["mode", "tasks", "pass", "base", f"step {step}", "difference, paired", ""]
-    return html.table(heads, rows)
+        for k in entry.ks:
+            gain = difference(base, trained, k, mode)
+            cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode)), str(gain)]
+            rows.append([mode or "all", len(base.of(mode)), f"@{k}", *cells, "" if gain.excludes_zero else "not shown"])
+    return html.table(["mode", "tasks", "pass", "base", f"step {step}", "difference, paired", ""], rows)
 
 
 def sample_tasks(entry: Entry) -> str:
@@ -252,14 +224,12 @@ def sample_tasks(entry: Entry) -> str:
 
 
 def one_task(example, mode: str) -> str:
-    """A proposal with its first answer; example: (rank, row of samples.jsonl, its answers), or None."""
+    """A proposal with its first answer; example: as in `Digest.examples`, or None."""
     if example is None:
         return html.paragraph(f"{mode}: none in this step", "quiet")
-    _, row, answers = example
+    _, row, answer = example
     task, rate = row["task"], row["solve_rate"]
-    outcome = (
-        row["reason"] if not task else ("not measured" if rate is None else f"solved {per_cent(rate)} of the time")
-    )
+    outcome = row["reason"] if not task else f"solved {100 * rate:.0f} % of the time" if rate is not None else "valid"
     body = f"<h4>{mode}: {outcome}</h4>"
     if not task:
         return body + html.code(cleaned(row["response"]))
@@ -268,7 +238,7 @@ def one_task(example, mode: str) -> str:
         body += html.code(task["message"]) + html.code("\n".join(f"{a} -> {b}" for a, b in task["visible"][:3]))
     else:
         body += html.code(f"f({task['input']}) = {task['output']}")
-    for answer in answers[:1]:
+    if answer:
         right = "right" if answer["reward"].get("correct") else answer["reason"]
         body += html.paragraph(f"an answer ({right}):", "quiet") + html.code(cleaned(answer["response"]), 8)
     return body
@@ -286,26 +256,16 @@ def cleaned(response: str) -> str:
     return "\n".join(thought + lines) or "(empty)"
 
 
-def forgetting_of(entry: Entry) -> dict:
-    """RUN/eval/forgetting.json with steps as numbers, in order."""
-    stored = entry.extra["forgetting"]
-    rows = sorted((int(step), row) for step, row in stored["checkpoints"].items())
-    return {"base": stored["base"], "checkpoints": dict(rows)}
-
-
 def across_runs(entries: list[Entry]) -> str:
     """What changed in every run, and the mean over runs with an interval across training seeds."""
     columns: dict[str, list[float]] = {}
     for entry in entries:
-        if entry.passes:
-            for k in dict.fromkeys((1, powers_of_two(entry.passes[0].settings["samples"])[-1])):
-                gain = difference(entry.passes[0], entry.passes[1], k).mean
-                columns.setdefault(f"pass@{k}, after minus before", []).append(gain)
-        summary = entropy.training_summary(entry.run)
+        for k in entry.ks if entry.passes else ():
+            gain = difference(entry.passes[0], entry.passes[1], k).mean
+            columns.setdefault(f"pass@{k}, after minus before", []).append(gain)
         for role in ROLES:
-            rows = [summary[f"{role}/{m}"] for m in MODES if f"{role}/{m}" in summary]
-            if rows:
-                change = np.mean([row["last"]["mean"] - row["first"]["mean"] for row in rows])
+            if pair := mean_ends(entry.run, role):
+                change = pair[1].mean() - pair[0].mean()
                 columns.setdefault(f"{role} entropy, last minus first tenth", []).append(change)
     rows = []
     for name, values in columns.items():
@@ -314,170 +274,136 @@ def across_runs(entries: list[Entry]) -> str:
     return html.table(["change", *(e.run.name for e in entries), "mean over runs", "runs"], rows)
 
 
-def update_section(entry: Entry) -> str:
-    """Size and sparsity at the end, and what was forgotten, if measured."""
-    body, row = "", entry.extra.get("sparsity", {}).get("adapted")
-    if row:
-        names = {
-            "U1_rms": "U1, RMS of the change",
-            "U1_rel_fro": "U1, relative to the weights",
-            "S1": "S1, unchanged in bf16",
-            "S2": "S2, within 1e-5",
-            "R1_effective_rank": "R1, effective rank",
-        }
-        cells = [[text, f"{row[key]:.4g}"] for key, text in names.items() if isinstance(row.get(key), (int, float))]
-        body += html.table(["what", "value, adapted matrices"], cells)
-    if "forgetting" in entry.extra:
-        from azr.analysis import forgetting
-
-        scores = forgetting_of(entry)
-        lost = forgetting.drops(scores)
-        rows = [
-            [
-                step,
-                *(shown(lost[o][step]) for o in lost),
-                *(shown(r.get(f"kl_forward/{k}") or {"mean": None}) for k in forgetting.KINDS),
-                *(f"{forgetting.value_of(r, p):.4f}" for p in ("U1_rel_fro", "S1", "S5")),
-            ]
-            for step, r in scores["checkpoints"].items()
-        ]
-        heads = [
-            "step",
-            *(forgetting.OUTCOMES[o] for o in lost),
-            *(f"KL to the base, {k} text" for k in forgetting.KINDS),
-        ]
-        body += html.table([*heads, "size |D|/|W|", "S1: unchanged in bf16", "S5: S1 minus chance"], rows)
-    return body
-
-
-def missing_of(entries: list[Entry]) -> list[str]:
-    """Commands that would make what the page lacks."""
-    commands = []
-    for entry in entries:
-        path = entry.run.path
-        if "difficulty" not in entry.extra:
-            commands.append(f"python analyze.py difficulty {path}")
-        if "probe" not in entry.extra:
-            commands.append(f"python analyze.py entropy --run {path}")
-        if "forgetting" not in entry.extra:
-            commands.append(f"python analyze.py forgetting {path}")
-        if "sparsity" not in entry.extra:
-            commands.append(
-                f"python analyze.py sparsity --base {entry.run.config['model']} --adapter {path} --json "
-                f"{path}/eval/sparsity.json"
-            )
-    return commands
-
-
 def run_section(entry: Entry, drawn: dict) -> str:
-    """The details of one run."""
+    """The details of one run; adds their figures to `drawn`."""
     parts, name = [], entry.run.name
     if entry.dynamics:
-        made = {title: fig for title, fig in dynamics.plots(entry.run, entry.dynamics).items()}
-        drawn |= {f"{name}_{title}": fig for title, fig in made.items()}
-        captions = {
-            "validity": "Why proposals were refused, stacked; what is missing to the top was valid.",
-            "solve_rates": "How many of its answers were right, over the valid tasks of the first and the last tenth.",
-            "lengths": "Tokens of right and of wrong answers; intervals over steps.",
-            "diversity": "Distance of syntax trees, names aside, between proposals and between induction answers.",
-            "rewards": "Rewards by step (faint) and their running mean; seconds by phase.",
-        }
-        for title, fig in made.items():
-            parts.append(html.image(fig, captions[title]) + html.paragraph(captions[title], "quiet"))
-        rows = [
-            [m, shown(r["per_100_steps"], 2), shown(r["right_minus_wrong"], 2), r["n"]]
-            for m, r in entry.dynamics["lengths"].items()
-        ]
-        parts.append(html.paragraph("Answer length in tokens, controlled for being right:"))
-        parts.append(html.table(["mode", "drift per 100 steps", "right minus wrong", "answers"], rows))
-    if "difficulty" in entry.extra:
-        from azr.analysis import difficulty
-
-        drawn[f"{name}_difficulty"] = fig = difficulty.draw(name, entry.extra["difficulty"])
-        parts.append("<h3>Harder tasks, or a weaker solver?</h3>" + html.bullets(entry.extra["difficulty"]["verdict"]))
-        parts.append(html.image(fig, "fixed solvers on the proposals of each stage"))
-    if body := update_section(entry):
-        parts.append("<h3>The update, and what it cost</h3>" + body)
+        for title, figure in dynamics.plots(entry.run, entry.dynamics).items():
+            parts.append(picture(drawn, f"{name}_{title}", figure, CAPTIONS[title]))
+            parts.append(html.paragraph(CAPTIONS[title], "quiet"))
+    if stored := entry.extra.get("difficulty"):
+        alt, figure = "fixed solvers on the proposals of each stage", difficulty.draw(name, stored)
+        parts.append("<h3>Harder tasks, or a weaker solver?</h3>" + html.bullets(stored["verdict"]))
+        parts.append(picture(drawn, f"{name}_difficulty", figure, alt))
+    if row := entry.extra.get("sparsity", {}).get("adapted"):
+        cells = [[text, f"{row[key]:.4g}"] for key, text in SIZES.items() if isinstance(row.get(key), (int, float))]
+        parts.append("<h3>The update</h3>" + html.table(["what", "value, adapted matrices"], cells))
     if entry.digest and entry.digest.examples:
-        parts.append("<h3>Tasks it proposed, by stage</h3>")
         text = "One a mode: the first of the step that was neither always nor never solved, else the first valid one."
-        parts.append(html.paragraph(text, "quiet") + sample_tasks(entry))
+        parts.append("<h3>Tasks it proposed, by stage</h3>" + html.paragraph(text, "quiet") + sample_tasks(entry))
     return "".join(parts)
+
+
+def picture(drawn: dict[str, bytes], name: str, figure, alt: str) -> str:
+    """The HTML of a figure, which is drawn once, for the page and for the file of that name."""
+    drawn[name] = figures.png(figure)
+    return html.image(drawn[name], alt)
 
 
 def build(entries: list[Entry]) -> tuple[str, dict]:
     """(HTML, figures by name)."""
     names, drawn = ", ".join(entry.run.name for entry in entries), {}
+    commit = (optional(entries[0].run, "environment.json") or {}).get("git")
+    made = f"Written {time.strftime('%Y-%m-%d %H:%M')}{f', code at commit {commit[:10]}' if commit else ''}."
     parts = [f"<h1>Self-play: {html.escape(names)}</h1>"]
-    when = time.strftime("%Y-%m-%d %H:%M")
-    info = entries[0].run.environment.get("git")
-    made = f"Written {when}{f', code at commit {info[:10]}' if info else ''}."
     parts.append(html.paragraph(f"{made} Numbers in brackets are 95 % intervals.", "quiet"))
     parts.append(summary_table(entries))
     if len(entries) > 1:
-        parts.append("<h2>Across the runs</h2>" + across_runs(entries))
-        text = (
-            "The interval is Student's t over the runs: about other training seeds of the same settings, if only the "
-        )
-        parts.append(html.paragraph(text + "seed differs.", "quiet"))
+        text = "The interval is Student's t over the runs: about other training seeds, if only the seed differs."
+        parts.append("<h2>Across the runs</h2>" + across_runs(entries) + html.paragraph(text, "quiet"))
     for entry in entries:
         parts.append(f"<h2>{html.escape(entry.run.name)} in short</h2>" + html.bullets(entry.facts))
-        parts.append(html.details("numbers by mode", ends_table(entry)) if len(entries) > 1 else ends_table(entry))
-        parts += [f'<div class="warning">{html.escape(text)}</div>' for text in entry.warnings]
+        parts += map(html.warning, entry.warnings)
     if len(entries) == 1:
-        parts.append(
-            '<div class="warning">One run, one seed: what follows may be luck. Give several runs to see.</div>'
-        )
+        parts.append(html.warning("One run, one seed: what follows may be luck. Give several runs to see."))
     parts += curves(entries, drawn)
-    drawn["proposer"] = report_plots.draw_proposer(entries)
-    parts.append("<h2>The proposer</h2>" + html.image(drawn["proposer"], "valid, solved and learnable proposals"))
     for entry in entries:
         inside = run_section(entry, drawn)
         parts.append(inside if len(entries) == 1 else html.details(f"{entry.run.name} in detail", inside))
     parts.append("<h2>What these numbers do and do not show</h2>" + html.bullets(CAVEATS))
-    if missing := missing_of(entries):
-        parts.append("<h2>Not measured yet</h2>" + "".join(html.code(line) for line in missing))
+    missing = [
+        f"python analyze.py {command.format(run=entry.run.path, model=entry.run.config['model'])}"
+        for entry in entries
+        for name, (_, command) in EXTRAS.items()
+        if name not in entry.extra
+    ]
+    if missing:
+        parts.append("<h2>Not measured yet</h2>" + "".join(map(html.code, missing)))
     inside = "".join(html.paragraph(e.run.name) + html.code(json.dumps(e.run.config, indent=1), 80) for e in entries)
     parts.append("<h2>Settings</h2>" + html.details("config.json", inside))
     return html.page(f"Self-play: {names}", parts), drawn
 
 
 def curves(entries: list[Entry], drawn: dict) -> list[str]:
-    """Entropy, held-out accuracy, the probe and pass@k; adds their figures to `drawn`."""
-    drawn["overview"] = report_plots.draw_overview(entries)
-    parts = ["<h2>Entropy and held-out accuracy</h2>" + html.image(drawn["overview"], "entropy, held-out accuracy")]
+    """Entropy, held-out accuracy, the probe, pass@k and the proposer; adds their figures to `drawn`."""
+    runs = [entry.run for entry in entries]
     text = "Exact token entropy of the training samples; faint: every step, strong: running mean. A grey bar is a step "
-    parts.append(html.paragraph(text + "without a line in metrics.jsonl.", "quiet"))
-    parts += fit_section(entries)
-    if with_probe := [entry for entry in entries if "probe" in entry.extra]:
-        drawn["probe"] = report_plots.draw_probe(with_probe)
-        parts.append(html.image(drawn["probe"], "entropy on the frozen probe"))
-    if with_pass := [entry for entry in entries if entry.passes]:
-        drawn["pass_at_k"] = report_plots.draw_pass_at_k(with_pass)
-        parts.append("<h2>pass@k, before and after</h2>" + html.image(drawn["pass_at_k"], "pass@k"))
-        text = "The band is the 95 % interval of the paired difference from the base, drawn around the trained curve: "
-        parts.append(html.paragraph(text + "where it leaves the base's curve, a difference is shown.", "quiet"))
-        for entry in with_pass:
-            inside = pass_table(entry)
-            parts.append(inside if len(entries) == 1 else html.details(f"table of {entry.run.name}", inside))
+    text += "without a line in metrics.jsonl."
+    alt = "entropy, held-out accuracy"
+    parts = ["<h2>Entropy and held-out accuracy</h2>"]
+    parts.append(picture(drawn, "overview", draw_overview(runs), alt) + html.paragraph(text, "quiet"))
+    if probes := {e.run.name: e.extra["probe"]["probe"] for e in entries if "probe" in e.extra}:
+        figure, (axes,) = figures.figure(1, 1, 6.0, 2.9)
+        entropy.draw_probe(axes, probes)
+        parts.append(picture(drawn, "probe", figure, "entropy on the frozen probe"))
+    for entry in (entry for entry in entries if entry.passes):
+        base, trained, step = entry.passes
+        plot_pass_at_k({"base": base, f"step {step}": trained}, plot := BytesIO())
+        drawn[f"{entry.run.name}_pass_at_k"] = plot.getvalue()
+        parts.append(f"<h2>pass@k of {html.escape(entry.run.name)}, before and after</h2>")
+        parts.append(html.image(plot.getvalue(), "pass@k") + pass_table(entry))
+    alt = "valid, solved and learnable proposals"
+    parts.append("<h2>The proposer</h2>" + picture(drawn, "proposer", draw_proposer(runs), alt))
     return parts
 
 
-def fit_section(entries: list[Entry]) -> list[str]:
-    """The fit of held-out accuracy against entropy, or why there is none."""
-    fit = entropy.fits_of([entry.run for entry in entries]).get("held_out_accuracy")
-    if not fit:
-        return [html.paragraph("Fewer than three held-out evaluations: no fit of accuracy against entropy.", "quiet")]
-    if fit["a"]["low"] is None or math.isnan(fit["a"]["low"]):
-        text = f"{fit['n']} evaluations are too few to fit accuracy against entropy, R = -a exp(H) + b, with intervals."
-        return [html.paragraph(text, "quiet")]
-    text = (
-        f"R = -a exp(H) + b with R the held-out accuracy and H the solver's entropy, {fit['n']} evaluations: "
-        f"a = {shown(fit['a'])}, b = {shown(fit['b'])}, R^2 = {shown(fit['r2'], 2)}."
-    )
-    if fit["a"]["low"] <= 0:
-        text += " The interval of a holds 0 or less: no exchange of entropy for accuracy is shown."
-    return [html.paragraph(text)]
+# ------------------------------------------------------------------------------------------------------- plots
+
+
+def draw_overview(runs: list[RunData]):
+    """Entropy of both roles and held-out accuracy; by mode for one run, else by run."""
+    drawn, axes = figures.figure(1, 3, 3.7, 3.0)
+    entropy.draw_training(axes[:2], runs)
+    for i, run in enumerate(runs):
+        for j, mode in enumerate(MODES if len(runs) == 1 else ("all",)):
+            name = mode if len(runs) == 1 else run.name
+            tone = figures.MODE_COLORS[mode] if len(runs) == 1 else figures.color(i)
+            steps, rows = held_out(run, mode)
+            if rows:
+                figures.points(axes[2], steps, rows, f"{name}, n {rows[0]['n']}", tone, shift=0.6 * (i + j))
+        for one in axes[:2]:
+            figures.mark_gaps(one, run)
+    axes[2].set_xlim(left=0)
+    axes[2].set_ylim(bottom=0)
+    figures.label(axes[2], "held-out accuracy, greedy", "step", "share solved")
+    return drawn
+
+
+def held_out(run: RunData, mode: str) -> tuple[list[int], list[dict]]:
+    """The steps with a greedy held-out accuracy, and that accuracy with its interval over tasks (none if the tasks'
+    file is missing, and n is 0)."""
+    values, path = run.column(f"held_out/{mode}/accuracy"), run.path / "eval" / "held_out.jsonl"
+    tasks = tolerant_lines(path, []) if path.is_file() else ()
+    n = sum(mode in ("all", row.get("mode")) for row in tasks)
+    steps, rows = [], []
+    for step, value in zip(run.steps.tolist(), values.tolist()):
+        if np.isfinite(value):
+            # each task was right or wrong
+            right = round(value * n)
+            answers = np.repeat([1.0, 0.0], [right, n - right])
+            steps.append(step)
+            rows.append(mean_row(answers, share_interval) or {"mean": value, "low": None, "high": None, "n": 0})
+    return steps, rows
+
+
+def draw_proposer(runs: list[RunData]):
+    """Valid, solved and learnable shares by step."""
+    drawn, axes = figures.figure(1, 3, 3.7, 2.8)
+    for one, (key, title) in zip(axes, RATES.items()):
+        figures.curves(one, runs, f"proposer/{{}}/{key}")
+        one.set_ylim(0, 1)
+        figures.label(one, title, "step", "share")
+    return drawn
 
 
 # ------------------------------------------------------------------------------------------------------- flags
@@ -506,7 +432,5 @@ def main(args) -> int:
             warn(line)
     result = {str(e.run.path): {"facts": e.facts, "warnings": e.warnings, "dynamics": e.dynamics} for e in entries}
     figures.write_outputs(args, "report", result, drawn)
-    print(
-        f"\nreport: {out / 'report.html'} ({(out / 'report.html').stat().st_size / 1e6:.1f} MB, open it in a browser)"
-    )
+    print(f"\nreport: {out / 'report.html'} ({len(body) / 1e6:.1f} MB, open it in a browser)")
     return 0

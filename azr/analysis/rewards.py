@@ -7,7 +7,6 @@ python analyze.py rewards --answers 4 --ends-penalty 0.5
 from __future__ import annotations
 
 import argparse
-import sys
 
 from azr.analysis import figures
 from azr.train.rewards import SHAPES, curves, expected_reward
@@ -21,20 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args) -> int:
-    """Prints where each shape is highest and plots them all; returns the exit code."""
+    """Prints where each shape is highest and plots them all; returns the exit code. ValueError for bad input."""
     if args.answers < 1:
-        print(f"analyze.py rewards: --answers must be at least 1, not {args.answers}", file=sys.stderr)
-        return 2
+        raise ValueError(f"--answers must be at least 1, not {args.answers}")
     rewards = curves(args.answers, args.ends_penalty)
     print(f"Expected proposer reward of a valid task, solve rate measured on {args.answers} answers:")
     drawn, (axes,) = figures.figure(1, 1, 5.6, 3.6)
     for i, shape in enumerate(SHAPES):
         best = max(rewards[shape])
-        at = (
-            "everywhere"
-            if best - min(rewards[shape]) < 1e-9
-            else f"at p = {rewards['p'][rewards[shape].index(best)]:.3f}"
-        )
+        flat, p = best - min(rewards[shape]) < 1e-9, rewards["p"][rewards[shape].index(best)]
+        at = "everywhere" if flat else f"at p = {p:.3f}"
         print(f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}")
         axes.plot(rewards["p"], rewards[shape], color=figures.CYCLE[i], linewidth=1.6, label=shape)
     penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""

@@ -1,10 +1,8 @@
 """Entropy and KL against float64 references, the logged metrics, the fit, and the command."""
 
-import argparse
 import copy
 import json
 import math
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -185,34 +183,11 @@ def test_command_on_a_file(tmp_path):
     data = tmp_path / "probe.jsonl"
     rows = [{"role": "solver", "mode": "deduction", "prompt": p, "response": r} for p, r in TEXTS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
-    done = run_command("--model", "tiny", "--data", data, "--offset", "--out", tmp_path / "plots")
+    done = run_command("--model", "tiny", "--data", data, "--out", tmp_path / "plots")
     assert done.returncode == 0, done.stderr
-    assert "last line is torn" in done.stderr and "4-bit base minus" in done.stdout
+    assert "last line is torn" in done.stderr and "Where it sits" in done.stdout
     found = json.loads((tmp_path / "plots" / "entropy.json").read_text())
-    assert (
-        found["groups"]["solver/deduction"]["token_mean"]["n"] == 3 and (tmp_path / "plots" / "entropy.png").is_file()
-    )
-    assert found["offset"]["groups"]["all"]["mean"] != 0
-
-
-def test_offset_holds_one_model_at_a_time(monkeypatch, tmp_path):
-    """The first must be gone when the second is opened: both would not fit a card that one of them fills."""
-    opened, alive = [], []
-
-    def watched(*arguments):
-        alive.append([model() is not None for model in opened])
-        policy = open_policy(*arguments)
-        opened.append(weakref.ref(policy.model))
-        return policy
-
-    monkeypatch.setattr("azr.analysis.divergence.open_policy", watched)
-    data = tmp_path / "probe.jsonl"
-    data.write_text(json.dumps({"prompt": TEXTS[0][0], "response": TEXTS[0][1]}) + "\n")
-    parser = argparse.ArgumentParser()
-    entropy.add_arguments(parser)
-    args = parser.parse_args(["--model", "tiny", "--data", str(data), "--offset", "--out", str(tmp_path)])
-    assert entropy.main(args) == 0
-    assert alive == [[], [False]]
+    assert found["groups"]["solver/deduction"]["token_mean"]["n"] == 3
 
 
 def test_bad_input_is_one_line(tmp_path):
