@@ -27,6 +27,8 @@ from azr.policy.opening import ModelError, by_pattern, check_adapter, fingerprin
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
+FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+
 
 class WeightsError(ModelError):
     """The files cannot be measured; the message is one line that says why and what to do."""
@@ -49,16 +51,14 @@ class Entry:
 
 def read_header(file: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file, which must be as long as its header says."""
+    tensors = {}
     try:
         length = file.stat().st_size
         with file.open("rb") as stream:
             (header,) = struct.unpack("<Q", stream.read(8))
-            entries = json.loads(stream.read(header)) if header < length else None
+            entries = json.loads(stream.read(header) if header < length else "")
     except (OSError, struct.error, ValueError) as error:
-        raise WeightsError(f"{file} is no safetensors file, or only its start ({error})") from error
-    if not isinstance(entries, dict):
-        raise WeightsError(f"{file} ends inside its header: copy or download it again")
-    tensors = {}
+        raise WeightsError(f"{file} is no safetensors file, or only its start: copy or download it again") from error
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
@@ -69,13 +69,8 @@ def read_header(file: Path) -> dict[str, Entry]:
             )
         begin, end = entry["data_offsets"]
         tensors[name] = Entry(file, DTYPES[entry["dtype"]], tuple(entry["shape"]), 8 + header + begin)
-        if 8 + header + end > length:
-            raise WeightsError(
-                f"{file} is truncated: {name} ends at byte {8 + header + end}, the file at {length}; "
-                "copy or download it again"
-            )
-        if end - begin != tensors[name].size * tensors[name].dtype.itemsize:
-            raise WeightsError(f"{file}: {name} has {end - begin} bytes for shape {tensors[name].shape}")
+        if 8 + header + end > length or end - begin != tensors[name].size * tensors[name].dtype.itemsize:
+            raise WeightsError(f"{file} is truncated: {name} is not there as a whole; copy or download it again")
     return tensors
 
 
@@ -133,9 +128,9 @@ class Checkpoint:
     excluded: dict[str, str]
 
     @classmethod
-    def open(cls, model: str) -> Checkpoint:
-        """`model`: an alias (tiny, qwen-3b), a hub id in the cache, or a directory."""
-        directory = find_directory(model)
+    def open(cls, model: str, revision: str | None = None) -> Checkpoint:
+        """`model`: an alias (tiny, qwen-3b), a hub id (of that revision), or a directory. WeightsError."""
+        directory = find_directory(model, revision)
         config = read_json(directory / "config.json")
         if quantization := config.get("quantization_config"):
             method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
@@ -165,8 +160,8 @@ class Checkpoint:
         return "/".join(sorted({str(entry.dtype).removeprefix("torch.") for entry in self.entries.values()}))
 
 
-def find_directory(model: str) -> Path:
-    """Where the weights of a model lie. WeightsError if nowhere."""
+def find_directory(model: str, revision: str | None = None) -> Path:
+    """Where the weights, the tokenizer and the licence of a model lie. WeightsError if nowhere."""
     path = model_path(str(model))
     if (directory := Path(path)).is_dir():
         if (directory / "adapter_config.json").is_file() and not (directory / "config.json").is_file():
@@ -179,10 +174,11 @@ def find_directory(model: str) -> Path:
 
     cached = only_cached(path)
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"], local_files_only=cached))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FROM_HUB, local_files_only=cached))
     except LocalEntryNotFoundError as error:
         raise WeightsError(
-            f"{path} is not in the local cache: download it where there is a network, or give its directory"
+            f"{path} ({revision or 'main'}) is not in the local cache: download it where there is a network, or give "
+            "its directory"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -191,25 +187,17 @@ def find_directory(model: str) -> Path:
 
 def find_tensors(directory: Path) -> dict[str, Entry]:
     """All tensors of model.safetensors or of the shards that the index names, in the order of their names."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        where = read_json(index).get("weight_map")
-        if not isinstance(where, dict) or not where:
-            raise WeightsError(f"{index} has no weight_map")
-        files = sorted(set(where.values()))
-        if missing := [name for name in files if not (directory / name).is_file()]:
-            raise WeightsError(f"{directory} lacks {missing[0]} ({len(missing)} of {len(files)} shards are missing)")
-    else:
-        where, files = None, [path.name for path in sorted(directory.glob("*.safetensors"))]
-        if not files:
-            raise WeightsError(f"{directory} holds no safetensors file (pickled .bin weights are not read)")
-        if len(files) > 1 and "model.safetensors" not in files:
-            raise WeightsError(f"{directory} has {len(files)} safetensors files and no model.safetensors.index.json")
-        files = ["model.safetensors"] if "model.safetensors" in files else files
+    where = read_json(directory / "model.safetensors.index.json").get("weight_map") or {}
+    present = sorted(path.name for path in directory.glob("*.safetensors"))
+    files = sorted(set(where.values())) or (["model.safetensors"] if "model.safetensors" in present else present)
+    if not where and len(files) != 1:
+        raise WeightsError(f"{directory} holds no model.safetensors and no index of shards (.bin weights are not read)")
+    if missing := [name for name in files if name not in present]:
+        raise WeightsError(f"{directory} lacks {missing[0]} ({len(missing)} of {len(files)} shards are missing)")
     entries: dict[str, Entry] = {}
     for name in files:
         entries |= read_header(directory / name)
-    if where is not None and (missing := sorted(set(where) - set(entries))):
+    if missing := sorted(set(where) - set(entries)):
         raise WeightsError(f"{directory}: no shard holds {missing[0]} ({len(missing)} tensors are missing)")
     return dict(sorted(entries.items(), key=lambda item: natural(item[0])))
 
@@ -260,8 +248,6 @@ class Adapter:
         """ModelError: it is no adapter, or not one of this base; see `check_adapter`."""
         directory = Path(directory)
         file = directory / "adapter_model.safetensors"
-        if not (directory / "adapter_config.json").is_file() or not file.is_file():
-            raise WeightsError(f"{directory} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
         entries = read_header(file)
         shapes = ({name: entry.shape for name, entry in table.items()} for table in (entries, base.entries))
         config, targets = check_adapter(directory, *shapes, base.name)

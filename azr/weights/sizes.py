@@ -24,7 +24,7 @@ from azr.weights.nf4 import NF4, PIECE, code_values, frozen_codes, pieces, quant
 
 TOLERANCES = tuple(10 ** (k / 2) for k in range(-16, -3))  # 1e-8 .. 1e-2, two a decade
 PAPER_TOLERANCE = 1e-5  # Mukherjee et al. 2025, arXiv 2505.11711
-MATCHED_RMS = 3e-5  # updates of different size are compared at this one
+MATCHED_RMS, MATCHED = 3e-5, "at_rms_3e-5"  # updates of different size are compared at this one; its key in reports
 BIN_SHIFT = 18  # of the bits of an fp32 number: 5 bits of mantissa stay, bins 3 % wide
 BINS = 1 << (31 - BIN_SHIFT)
 DRAWS, T_QUANTILE = 16, 2.131  # null draws; Student's t for 95 % and 15 degrees of freedom
@@ -37,6 +37,10 @@ class Additive:
     def __add__(self, other):
         values = (getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self))
         return type(self)(*values)
+
+    def __radd__(self, zero: int):
+        """For `sum`, which begins with 0."""
+        return self
 
 
 def ratio(part: float, whole: float) -> float | None:

@@ -17,7 +17,6 @@ import argparse
 import logging
 import math
 import os
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -44,7 +43,6 @@ from azr.weights.reference import (
 )
 
 WHOLE_TENSOR = 1 << 26  # entries; larger ones (embeddings) are read in pieces of rows
-MATCHED = "at_rms_3e-5"
 
 
 # ---------------------------------------------------------------- one tensor
@@ -120,11 +118,9 @@ def mask_overlaps(w0: torch.Tensor, delta: torch.Tensor, masks: dict, null: size
     total = int(changed.sum())
     return {
         name: {
-            "overlap": sizes.ratio(int((changed & mask).sum()), total),
-            "null": float(null.overlaps[name].mean()) if null is not None else None,
-            "excess": sizes.excess(int((changed & mask).sum()) / total, null.overlaps[name])
-            if null and total
-            else None,
+            "overlap": (share := sizes.ratio(int((changed & mask).sum()), total)),
+            "null": float(null.overlaps[name].mean()) if null else None,
+            "excess": sizes.excess(share, null.overlaps[name]) if null and total else None,
             "mask_share": spectra.MASK_SHARE,
         }
         for name, mask in masks.items()
@@ -135,7 +131,7 @@ def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
     """A tensor that is no adapted matrix: of a pair it is compared, of an adapter only counted. Large: in pieces."""
     entry = update.base.entries[name]
     quantized = update.reference.quantization == "nf4" and is_matrix(name, entry.shape)
-    total = None
+    size = shares = 0
     for first, last in row_pieces(entry):
         w0 = update.base.tensor(name, first, last)
         if tuned is None:
@@ -144,8 +140,8 @@ def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
             delta = difference(tuned.tensor(name, first, last), w0)
             counts = sizes.sizes(w0, delta), sizes.compare(w0, delta, w0)
         check_finite(update, name, counts[0])
-        total = counts if total is None else (total[0] + counts[0], total[1] + counts[1])
-    return Measured(name, False, *total)
+        size, shares = size + counts[0], shares + counts[1]
+    return Measured(name, False, size, shares)
 
 
 def row_pieces(entry) -> Iterator[tuple[int, int | None]]:
@@ -164,28 +160,19 @@ def row_pieces(entry) -> Iterator[tuple[int, int | None]]:
 
 def group_report(parts: list[Measured], parameters: int) -> dict:
     """The figures of a set of tensors, by their ids. parameters: of the whole model, for S4."""
-    size, shares = sum_of(part.size for part in parts), sum_of(part.shares for part in parts)
+    size, shares = sum(part.size for part in parts), sum(part.shares for part in parts)
     report = {**size.report(), **shares.report(), "S4": denominators(size.n, shares.s1, parameters)}
-    matched = sum_of(part.matched or part.shares for part in parts)
-    report[MATCHED] = {"S0": report["S0"], **matched.report(), "S4": denominators(size.n, matched.s1, parameters)}
-    report["S5"], report[MATCHED]["S5"] = group_excess(parts, shares, matched)
+    matched = sum(part.matched or part.shares for part in parts)
+    report[sizes.MATCHED] = {"S0": report["S0"], **matched.report(), "S4": denominators(size.n, matched.s1, parameters)}
+    report["S5"], report[sizes.MATCHED]["S5"] = group_excess(parts, shares, matched)
     changed = [part for part in parts if part.adapted]
     for key in ("R1_effective_rank", "R1_stable_rank", "R1_participation_ratio", "R1_rank"):
-        values = [part.ranks[key] for part in changed if part.ranks.get(key) is not None]
-        report[key] = sum(values) / len(values) if values else None
+        report[key] = mean_of([part.ranks[key] for part in changed if part.ranks.get(key) is not None])
     if len(parts) == 1 and parts[0].stripes:
         report["S6"] = {**(report["S6"] or {}), **parts[0].stripes}
     elif report["S6"] is not None:
         report["S6"] |= striped_share(changed)
     return report
-
-
-def sum_of(parts):
-    """Adds up counts (`Additive`), of which there is at least one."""
-    first, *rest = parts
-    for part in rest:
-        first = first + part
-    return first
 
 
 def denominators(n: int, s1: float, parameters: int) -> dict:
@@ -211,9 +198,7 @@ def striped_share(parts: list[Measured]) -> dict:
     """Returns the share of a group's matrices whose rows (columns) are unequal beyond chance; chance gives 2.5 %."""
     result = {}
     for axis in ("rows", "columns"):
-        excesses = [
-            part.stripes[axis]["gini_excess"] for part in parts if part.stripes.get(axis, {}).get("gini_excess")
-        ]
+        excesses = [excess for part in parts if (excess := part.stripes.get(axis, {}).get("gini_excess"))]
         result[f"{axis}_striped_share"] = sizes.ratio(sum(e["low"] > 0 for e in excesses), len(excesses))
     return result
 
@@ -278,33 +263,20 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `analyze.py sparsity` to its parser."""
-    parser.add_argument(
-        "--base", required=True, metavar="M", help="tiny, qwen-3b, a hub id in the cache, or a directory"
-    )
+    parser.add_argument("--base", required=True, metavar="M", help="tiny, qwen-3b, a hub id, or a directory")
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--adapter",
-        type=Path,
-        metavar="DIR",
-        help="a LoRA, rsLoRA or DoRA adapter, or a run directory: its last checkpoint, and the path along all of them",
-    )
+    what = "a LoRA, rsLoRA or DoRA adapter, or a run: its last checkpoint, and the path along all of them"
+    which.add_argument("--adapter", type=Path, metavar="DIR", help=what)
     which.add_argument("--tuned", metavar="M", help="a merged or fully fine-tuned checkpoint in safetensors")
     parser.add_argument("--other", metavar="DIR", help="a second update of the same kind and base: how much they share")
-    parser.add_argument(
-        "--spectral",
-        action="store_true",
-        help="singular vectors of base and tuned matrices: intruders, rotation, principal energy; also the null (S5) "
-        "of full-rank updates; minutes",
-    )
+    what = "singular vectors: intruders, rotation, principal energy, and the null (S5) of full-rank updates; minutes"
+    parser.add_argument("--spectral", action="store_true", help=what)
     parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base in training; default: azr.json's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure here")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write plots and sparsity.json here")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(2, len(os.sched_getaffinity(0))),
-        help="matrices at a time (default 2, or 1 on one processor; each adds up to 600 MB for a 3B model)",
-    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write modules.png and sparsity.json here")
+    most = min(2, len(os.sched_getaffinity(0)))
+    what = f"matrices at a time (default {most}; each adds up to 600 MB for a 3B model)"
+    parser.add_argument("--workers", type=int, default=most, help=what)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -318,8 +290,8 @@ def main(args: argparse.Namespace) -> int:
     for line in sparsity_view.lines(report):
         console.say(line)
     if args.out:
-        sparsity_view.plots(report, args.out)
-        console.say(f"\nplots: {args.out}")
+        sparsity_view.plot(report, args.out / "modules.png")
+        console.say(f"\nplot: {args.out / 'modules.png'}")
     for path in filter(None, (args.json, args.out and args.out / "sparsity.json")):
         write_json_atomic(path, report)
     return 0
@@ -327,7 +299,10 @@ def main(args: argparse.Namespace) -> int:
 
 def analyse(args: argparse.Namespace) -> dict:
     """The whole report. WeightsError: what cannot be measured, before anything is written."""
-    prepare_output(args)
+    if args.workers < 1:
+        raise WeightsError("--workers must be at least 1")
+    for folder in filter(None, (args.out, args.json and args.json.parent)):
+        folder.mkdir(parents=True, exist_ok=True)  # before measuring, as it may be refused
     base = Checkpoint.open(model_path(args.base))
     if not base.matrices:
         raise WeightsError(f"{args.base} has no linear layers in numbered blocks: nothing to measure")
@@ -340,9 +315,6 @@ def analyse(args: argparse.Namespace) -> dict:
         )
     for note in notes:
         console.warn(note)
-    if args.spectral:
-        minutes = spectral_minutes(base, update.adapted, args.workers)
-        console.say(f"--spectral: about {minutes:.0f} minutes" if minutes > 1 else "--spectral: under a minute")
 
     def run(task: Callable, names: Iterable[str], title: str) -> Iterator:
         return parallel(task, list(names), title, args.workers)
@@ -372,19 +344,6 @@ def analyse(args: argparse.Namespace) -> dict:
     return report
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Makes the directories of --out and --json before measuring. WeightsError if it cannot, or without a worker."""
-    try:
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-        if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise WeightsError(f"cannot write there: {error}") from error
-    if args.workers < 1:
-        raise WeightsError("--workers must be at least 1")
-
-
 def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdate, dict[int, Path], list[str]]:
     """Opens what is compared with the base: (update, step -> checkpoint of a run, lines to say). ModelError if it does
     not belong to the base."""
@@ -409,16 +368,12 @@ def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdat
 
 
 def open_other(args, base: Checkpoint, update):
-    """The second update of --other, on the same reference."""
-    before = dict(base.entries)
+    """The second update of --other, on the same reference. WeightsError: on another one, or of other matrices."""
+    before = list(base.entries)
     other, _, _ = open_update(args, base, args.other)
-    if base.entries.keys() != before.keys() or list(other.adapted) != list(update.adapted):
-        raise WeightsError(f"{args.other} changes other matrices than the first update: they cannot be compared")
-    if other.reference != update.reference:
-        raise WeightsError(
-            f"{args.other} was trained on a base held as {describe(other.reference)}, the first on "
-            f"{describe(update.reference)}: they cannot be compared"
-        )
+    if list(base.entries) != before or other.adapted != update.adapted or other.reference != update.reference:
+        held = f"{describe(other.reference)}, the first {describe(update.reference)}"
+        raise WeightsError(f"{args.other} changes other matrices, or a base held as {held}: they cannot be compared")
     return other
 
 
@@ -432,22 +387,6 @@ def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iter
                 advance(done, len(jobs))
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-def spectral_minutes(base: Checkpoint, names: list[str], workers: int) -> float:
-    """Estimates the minutes of --spectral from one eigendecomposition and one product here, scaled by size cubed."""
-    p = 512
-    w = torch.randn(p, p)
-    start = time.perf_counter()
-    torch.linalg.eigh(w @ w.T)
-    middle = time.perf_counter()
-    w @ w.T
-    product, eigen = time.perf_counter() - middle, middle - start
-    seconds = 0.0
-    for name in names:
-        short, long = sorted(base.entries[name].shape)
-        seconds += 9 * eigen * (short / p) ** 3 + 8 * product * (short / p) ** 2 * (long / p)
-    return seconds / workers / 60
 
 
 def describe(reference: Reference) -> str:
