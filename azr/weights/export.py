@@ -6,9 +6,9 @@
     hf upload NAME models/a-50 --private                                              and onto the hub, if you like
 
 Merge: the base's weights as the forward pass of the training used them (a 4-bit base dequantised, also where it has no
-adapter) + (alpha / r) B A in fp32, rounded once to bf16. One tensor at a time, so a 7B model needs no more memory than
-its largest matrices; the verification (export_check.py) loads the models. DIR is written aside and renamed: a kill
-leaves DIR.tmp-PID, which the next export of DIR removes. What fails its verification becomes DIR.unverified.
+adapter) + (alpha / r) B A in fp32, rounded once to bf16, file by file of at most 2 GB, which is the memory that it
+takes; the verification (export_check.py) loads the models. DIR is written aside and renamed: a kill
+leaves DIR.tmp, which the next export of DIR removes. What fails its verification becomes DIR.unverified.
 
 Exit codes: 0 verified (or asked not to be), 1 verification failed, 2 bad input, nothing written. Left out:
 GGUF (llama.cpp's convert_hf_to_gguf.py reads DIR), 4-bit merges (they lose the update), adapters (PEFT reads them).
@@ -20,45 +20,31 @@ import json
 import math
 import os
 import shutil
-import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from azr.command import Parser
 from azr.console import bar, say, warn
-from azr.jsonl import write_json_atomic
-from azr.models import only_cached
+from azr.jsonl import sync, write_json_atomic
 from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of
-from azr.runs import RunError, fault, read_metrics
-from azr.tasks import MODES
+from azr.runs import RunError, fault
 from azr.weights import model_card, nf4
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of
 from azr.weights.reference import Reference, reference_of
 from azr.weights.sizes import Additive
-from azr.weights.sparsity import describe, row_pieces
+from azr.weights.sparsity import describe
 
-SHARD_BYTES = 4e9  # of the largest file: one upload that fails costs no more than that
+SHARD_BYTES = 2e9  # of the largest file, which is in memory as a whole
 WELL_STORED = 0.9  # share of the update along its own direction, below which a warning says that rounding lost it
 # of the base, as they are; base.json and tokenizer_check.json: of the embedded model, which this repository reads
 COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "base.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer_check.json",
-    "generation_config.json",
-)
-FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
+    "tokenizer.json tokenizer_config.json tokenizer.model tokenizer_check.json vocab.json merges.txt base.json "
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json generation_config.json"
+).split()
 
 
 class ExportError(ValueError):
@@ -76,11 +62,6 @@ class Source:
     step: int | None
     run: Path | None
 
-    @property
-    def trained_on_gpu(self) -> bool:
-        """Whether environment.json of the run names a GPU; False without that file."""
-        return self.run is not None and read_json(self.run / "environment.json").get("gpu") is not None
-
 
 def find_source(path: Path, asked: str | None) -> Source:
     """`path`: a run directory or one of its checkpoints; asked: step_N, best, last (None: last). ExportError."""
@@ -88,24 +69,20 @@ def find_source(path: Path, asked: str | None) -> Source:
     if (path / "adapter_config.json").is_file():
         if asked is not None:
             raise ExportError(f"{path} is a checkpoint already; give the run directory with --checkpoint {asked}")
-        number = path.name.removeprefix("step_")
-        run = path.absolute().parent.parent
-        return _intact(
-            Source(path, int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None)
-        )
+        number, run = path.name.removeprefix("step_"), path.absolute().parent.parent
+        step, run = int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None
+        return _intact(Source(path, step, run))
     checkpoints = checkpoints_of(path)
     if not checkpoints:
         what = "has no checkpoint" if path.is_dir() else "does not exist"
         raise ExportError(f"{path} {what}: export takes a run directory, or a checkpoint directory in it")
-    asked = asked or "last"
-    if asked in ("last", "best"):
-        step = max(checkpoints) if asked == "last" else best_step(path, list(checkpoints))
-    elif (number := asked.removeprefix("step_")).isdigit() and int(number) in checkpoints:
-        step = int(number)
-    else:
+    steps = {f"step_{step}": step for step in checkpoints} | {"last": max(checkpoints), None: max(checkpoints)}
+    if asked == "best":
+        steps["best"] = best_step(path, list(checkpoints))
+    if asked not in steps:
         have = ", ".join(f"step_{step}" for step in checkpoints)
         raise ExportError(f"{path} has no checkpoint {asked}: take last, best or one of {have}")
-    return _intact(Source(checkpoints[step], step, path))
+    return _intact(Source(checkpoints[steps[asked]], steps[asked], path))
 
 
 def _intact(source: Source) -> Source:
@@ -115,56 +92,25 @@ def _intact(source: Source) -> Source:
 
 
 def best_step(run: Path, steps: list[int]) -> int:
-    """The checkpoint with the highest held-out greedy accuracy (mean over the modes): training marks it, in runs from
-    before that it is found in metrics.jsonl. ExportError: none was evaluated."""
-    record = read_json(run / "checkpoints" / "best.json")
-    scores = {record["step"]: record["value"]} if {"step", "value"} <= set(record) else {}
-    for row in read_metrics(run) if not scores else ():
-        modes = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
-        if modes:
-            scores[row["step"]] = sum(modes) / len(modes)
-    scores = {step: score for step, score in scores.items() if step in steps}
-    if not scores:
-        raise ExportError(
-            f"{run} evaluated no step that has a checkpoint (--eval-every), so none is best; "
-            "take --checkpoint last or step_N"
-        )
-    # Of equal ones the earliest, as training marks it.
-    step = max(scores, key=lambda step: (scores[step], -step))
-    say(f"best checkpoint: step {step}, held-out greedy accuracy {100 * scores[step]:.1f} %, mean over the modes")
-    return step
+    """The checkpoint with the highest held-out greedy accuracy (mean over the modes), as training marked it.
+    ExportError: it marked none, or that one is gone."""
+    best = read_json(run / "checkpoints" / "best.json")
+    if best.get("step") not in steps:
+        raise ExportError(f"{run} marked no checkpoint as best (--eval-every); take --checkpoint last or step_N")
+    say(f"best checkpoint: step {best['step']}, held-out greedy accuracy {100 * best['value']:.1f} %, mean of modes")
+    return best["step"]
 
 
 def open_base(opening: Opening) -> Checkpoint:
     """The base of an adapter, in the revision of its azr.json. ModelError if it is not that one or not there."""
-    path, revision = opening.model, opening.record.get("revision") or ""
-    if not Path(path).is_dir():
-        # A fingerprint of files is no revision that the hub knows; check_base compares it below.
-        path = str(_snapshot(path, None if revision.startswith("sha256:") else revision or None))
-    base = Checkpoint.open(path)
+    revision = opening.record.get("revision") or ""
+    # A fingerprint of files is no revision that the hub knows; check_base compares it below.
+    base = Checkpoint.open(opening.model, None if revision.startswith("sha256:") else revision or None)
     for doubt in (*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})):
         warn(doubt)
     if not revision:
         warn(f"{opening.adapter} does not say which revision of its base it was trained on: {base.directory} is taken")
     return base
-
-
-def _snapshot(name: str, revision: str | None) -> Path:
-    """Weights, tokenizer and licence of a hub model, from the cache or the hub."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=FROM_HUB, local_files_only=only_cached(name))
-        )
-    except LocalEntryNotFoundError as error:
-        raise ExportError(
-            f"{name} in revision {revision or 'main'} is not in the local cache, and the hub cannot be "
-            "reached: export where there is a network, or give a directory with --base"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise ExportError(f"no model {name} ({revision or 'main'}): {str(error).strip().splitlines()[0]}") from error
 
 
 # ---------------------------------------------------------------- the merge
@@ -200,23 +146,17 @@ class Merge:
     base: Checkpoint
     adapter: Adapter
     reference: Reference
-    on_gpu: bool = False  # where the training ran: kernels differ if rows are no whole number of blocks
 
     def quantized(self, name: str) -> bool:
         """Tells whether the training held this tensor in NF4."""
         return self.reference.quantization == "nf4" and is_matrix(name, self.base.entries[name].shape)
 
-    def held(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Rows of a tensor as the forward pass held it; a quantized one only as a whole."""
-        tensor, dtype = self.base.tensor(name, first, last), self.reference.dtype
-        if not self.quantized(name):
-            return tensor if dtype is None else tensor.to(dtype)
-        # A GPU follows a block into the next row; Reference.weights reads such rows as the CPU's kernel does.
-        if self.on_gpu and self.reference.straddles(tuple(tensor.shape)):
-            tensor = tensor if dtype is None else tensor.to(dtype)
-            codes = nf4.quantize(tensor, self.reference.block, self.reference.double)
-            return codes.dequantize(tensor.dtype).view_as(tensor)
-        return self.reference.weights(tensor)[0]
+    def held(self, name: str) -> torch.Tensor:
+        """A tensor as the forward pass held it."""
+        tensor, dtype = self.base.tensor(name), self.reference.dtype
+        if self.quantized(name):
+            return self.reference.weights(tensor)[0]
+        return tensor if dtype is None else tensor.to(dtype)
 
     def delta(self, name: str, held: torch.Tensor) -> torch.Tensor | None:
         """(alpha / r) B A, fp32; None for a tensor without adapter."""
@@ -254,14 +194,6 @@ class Merge:
             raise WeightsError(f"{self.adapter.directory}: NaN or infinity in the merged {name}")
         return out, cost
 
-    def pieces(self, name: str) -> Iterator[tuple[torch.Tensor, Rounding]]:
-        """The bf16 tensor in pieces of rows, so that an embedding is never there as a whole."""
-        if self.quantized(name) or name in self.adapter.targets:
-            yield self.rounded(name)
-            return
-        for first, last in row_pieces(self.base.entries[name]):
-            yield self.held(name, first, last).bfloat16(), Rounding()
-
 
 def open_merge(source: Source, base_name: str | None) -> Merge:
     """Checks that adapter, base and azr.json belong together. ExportError, WeightsError."""
@@ -271,14 +203,7 @@ def open_merge(source: Source, base_name: str | None) -> Merge:
     reference, notes = reference_of(opening.quantization, opening.record, source.checkpoint / "azr.json", True)
     for note in notes:
         warn(note)
-    merge = Merge(base, adapter, reference, source.trained_on_gpu)
-    if any(merge.quantized(name) and reference.straddles(base.entries[name].shape) for name in base.entries):
-        warn(
-            f"some rows are no whole number of NF4 blocks ({reference.block}), where bitsandbytes' CPU kernel reads "
-            f"scales of other blocks: merged as the {'GPU' if merge.on_gpu else 'CPU'} that trained it read them, and "
-            "the weights of this machine's forward pass are measured against that"
-        )
-    return merge
+    return Merge(base, adapter, reference)
 
 
 # ---------------------------------------------------------------- files
@@ -298,50 +223,27 @@ def plan_shards(base: Checkpoint, limit: float) -> list[list[str]]:
 
 def write_weights(merge: Merge, directory: Path, limit: float = SHARD_BYTES) -> Rounding:
     """model.safetensors, or shards of at most `limit` bytes and their index."""
-    shards = plan_shards(merge.base, limit)
-    count, total, where = len(shards), Rounding(), {}
+    shards, total, where = plan_shards(merge.base, limit), Rounding(), {}
     with bar(f"merging {len(merge.base.entries)} tensors") as advance:
         for number, names in enumerate(shards, 1):
-            file = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            total += write_shard(
-                merge, names, directory / file, lambda: advance(len(where), len(merge.base.entries)), where
-            )
-    if count > 1:
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {}
+            for name in names:
+                tensors[name], cost = merge.rounded(name)
+                total, where[name] = total + cost, file
+                advance(len(where), len(merge.base.entries))
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+            # On disk before the directory gets its name: a complete name must not lead to half a file.
+            sync(directory / file)
+    if len(shards) > 1:
         index = {"metadata": {"total_size": 2 * merge.base.parameters}, "weight_map": where}
-        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return total
-
-
-def write_shard(merge: Merge, names: list[str], file: Path, done, where: dict) -> Rounding:
-    """One safetensors file, whose header is known before its first tensor: none has to be kept."""
-    header, offset, total = {"__metadata__": {"format": "pt"}}, 0, Rounding()
-    for name in names:
-        entry = merge.base.entries[name]
-        end = offset + 2 * entry.size
-        header[name] = {"dtype": "BF16", "shape": list(entry.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    # As safetensors' own writer pads it, so that tensors start at a multiple of 8.
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            for tensor, cost in merge.pieces(name):
-                stream.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-                total += cost
-            where[name] = file.name
-            done()
-        # On disk before the directory gets its name: a complete name must not lead to half a file.
-        stream.flush()
-        os.fsync(stream.fileno())
+        write_json_atomic(directory / "model.safetensors.index.json", index)
     return total
 
 
 def write_files(merge: Merge, directory: Path) -> None:
     """config.json without a trace of quantization, generation_config.json, tokenizer files and licence of the base."""
-    config = {
-        key: value for key, value in merge.base.config.items() if key not in ("quantization_config", "_name_or_path")
-    }
+    config = {k: value for k, value in merge.base.config.items() if k not in ("quantization_config", "_name_or_path")}
     # Newer transformers call it dtype and read either; older ones know torch_dtype only.
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = "bfloat16"
@@ -351,11 +253,9 @@ def write_files(merge: Merge, directory: Path) -> None:
         if file.is_file():
             shutil.copyfile(file, directory / file.name)
     # Some programs look for the stop token there, others in config.json.
-    if not (directory / "generation_config.json").is_file():
-        ids = {
-            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
-        }
-        (directory / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+    if not (generation := directory / "generation_config.json").is_file():
+        ids = {key: config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation.write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=2) + "\n")
 
 
 def refuse_taken(out: Path) -> None:
@@ -368,31 +268,18 @@ def refuse_taken(out: Path) -> None:
 
 def free_place(out: Path, need: int) -> Path:
     """Where to write before the rename. ExportError: the disk is too full, or refuses."""
+    aside = out.with_name(f"{out.name}.tmp")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for stale in out.parent.glob(f"{out.name}.tmp-*"):
-            # A second export to the same place may be at work: only what no process owns is removed.
-            if not _alive(stale.name.rpartition("-")[2]):
-                warn(f"removing {stale}, left by an export that was killed")
-                shutil.rmtree(stale)
-        if (free := shutil.disk_usage(out.parent).free) < need:
+        if aside.exists():
+            warn(f"removing {aside}, left by an export that was killed")
+            shutil.rmtree(aside)
+        aside.mkdir(parents=True)
+        if (free := shutil.disk_usage(aside).free) < need:
+            aside.rmdir()
             raise ExportError(f"{out.parent} has {free / 1e9:.1f} GB free, and the model needs {need / 1e9:.1f}")
-        aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-        aside.mkdir()
     except OSError as error:
         raise ExportError(f"{out} cannot be written: {error}") from error
     return aside
-
-
-def _alive(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    # The process is there and belongs to another user.
-    except PermissionError:
-        return True
-    except (ValueError, ProcessLookupError):
-        return False
-    return True
 
 
 # ---------------------------------------------------------------- the command
@@ -418,11 +305,19 @@ def export(args) -> int:
                 f"bf16 stores {100 * cost['survival']:.0f} % of this update, the rest is smaller than its steps: the "
                 "exported model lies between base and policy; for the policy itself use base and adapter"
             )
-        report, failures = verify(args, source, merge, aside)
-        provenance = {"checkpoint": str(source.checkpoint), "step": source.step, "rounding": cost, **report}
+        provenance, failures = {"checkpoint": str(source.checkpoint), "step": source.step, "rounding": cost}, []
+        if args.no_verify:
+            warn("--no-verify: nobody has compared this model with the policy")
+            provenance["verified"] = None
+        else:
+            from azr.weights import export_check
+
+            report, failures = export_check.check(merge, aside, source.run, args.verify_samples)
+            export_check.show(report)
+            provenance |= {"verified": not failures, **report}
         (aside / "azr.json").write_text(json.dumps({**merge.adapter.info, "merged": True}, indent=2) + "\n")
         write_json_atomic(aside / "export.json", provenance)
-        (aside / "README.md").write_text(model_card.card(source, merge, provenance), encoding="utf-8")
+        (aside / "README.md").write_text(model_card.card(source, merge, provenance["verified"]), encoding="utf-8")
         # Kept for whoever looks into it, but not under the name that a script would go on with.
         place = out if not failures else out.with_name(out.name + ".unverified")
         os.rename(aside, place)
@@ -446,18 +341,6 @@ def rounding_line(cost: dict) -> str:
         f"keep the value they had; ||rounded - exact|| is {cost['error_over_update']:.3g} of ||update||; along it "
         f"{100 * cost['survival']:.1f} % of the update is stored"
     )
-
-
-def verify(args, source: Source, merge: Merge, aside: Path) -> tuple[dict, list[str]]:
-    """Compares the written model with the policy: (figures, what failed in words). --no-verify leaves it out."""
-    if args.no_verify:
-        warn("--no-verify: nobody has compared this model with the policy")
-        return {"verified": None}, []
-    from azr.weights import export_check
-
-    report, failures = export_check.check(merge, aside, source.run, args.verify_samples)
-    export_check.show(report)
-    return {"verified": not failures, **report}, failures
 
 
 def parse(arguments: list[str]):

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from azr.evals.held_out import EvalResult, TaskResult, load_tasks
+from azr.evals.held_out import load_tasks
 from azr.models import model_path
 from azr.policy.load import LoraSettings
 from azr.policy.opening import Opening
 from azr.policy.policy import Policy
 from azr.runs import Run
 from azr.tasks.prompts import solve_prompt, template_hash
-from azr.weights import export, export_check, model_card, nf4
+from azr.weights import export, export_check, files, model_card, nf4
 from azr.weights.reference import AdapterUpdate
 from azr.weights.sizes import compare
 from in_process import run_here
@@ -68,6 +68,7 @@ def make_run(out: Path, policy: Policy, rate: float = 1e-3) -> Path:
                     }
                 )
             run.save_checkpoint(step, policy.save_adapter, {}, {}, info, keep=True)
+    (out / "checkpoints" / "best.json").write_text(json.dumps({"step": 4, "metric": "accuracy", "value": 0.5}))
     rows = [
         {
             "role": role,
@@ -79,20 +80,6 @@ def make_run(out: Path, policy: Policy, rate: float = 1e-3) -> Path:
         for task in [TASKS[0], TASKS[1], TASKS[700], TASKS[701]]
     ]
     (out / "probe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (out / "eval").mkdir()
-    for name, correct in (("base", 1), ("step_8", 3)):
-        tasks = [
-            TaskResult(task.hash, task.mode, 4, correct, 4, correct, 1, 0, 0, [9] * 4)
-            for task in TASKS[:10] + TASKS[700:710]
-        ]
-        settings = {
-            "samples": 4,
-            "seed": 0,
-            "template": "tiny",
-            "template_hash": "x",
-            "sampling": {"temperature": 1.0},
-        }
-        (out / "eval" / f"{name}.json").write_text(json.dumps(EvalResult(tasks, settings).to_json()))
     return out
 
 
@@ -174,7 +161,7 @@ def test_a_run_is_exported_verified_and_within_the_bound(tiny_run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]  # nothing aside
     report = json.loads((tmp_path / "m" / "export.json").read_text())
     assert report["verified"] and report["step"] == 8 and report["wrong_tensors"] == []
-    assert report["fp32_merge"]["max"] <= 1e-3 and report["base"] == 0
+    assert report["fp32_merge"]["max"] <= 1e-3
     model, control = report["bf16_model"], report["random_rounding"]
     assert model["mean"] <= 2 * control["mean"] and model["kl"] <= 4 * control["kl"]
     # it is the trained model, not the base: what is left of the difference is small against the update
@@ -294,16 +281,13 @@ def test_a_changed_file_is_seen(small_checkpoint, tmp_path):
 
 
 def test_other_base_weights_in_the_forward_pass_are_seen(tiny_run, monkeypatch):
-    """Merged as a GPU reads the 4-bit weights, here off by 5 %, and run by a CPU's kernel. (That of a CPU with AVX-512
-    really reads some widths differently.)"""
+    """Merged as another kernel reads the 4-bit weights, here off by 5 %. (Rows of this model are no whole number of
+    blocks, and a GPU really reads such rows in another way than a CPU.)"""
     merge = export.open_merge(export.find_source(tiny_run, "last"), None)
+    honest = nf4.read_as_on_cpu
+    monkeypatch.setattr(nf4, "read_as_on_cpu", lambda *arguments: 1.05 * honest(*arguments))
     report, _, _ = export_check.measure_policy(merge, tiny_run, 1)
-    assert report["base"] == 0
-    honest = nf4.NF4.dequantize
-    monkeypatch.setattr(nf4.NF4, "dequantize", lambda stored, dtype: 1.05 * honest(stored, dtype))
-    other = export.Merge(merge.base, merge.adapter, merge.reference, on_gpu=True)
-    report, _, _ = export_check.measure_policy(other, tiny_run, 1)
-    assert report["base"] > 0.01 and report["fp32_merge"]["max"] > 1e-3
+    assert report["fp32_merge"]["max"] > 1e-2
 
 
 def test_an_update_smaller_than_the_steps_of_bf16_is_said(small_checkpoint, tmp_path):
@@ -386,12 +370,12 @@ def test_a_kill_leaves_no_model(tiny_run, tmp_path):
         arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     limit = time.monotonic() + 120
-    while not list(tmp_path.glob("m.tmp-*/model.safetensors")) and time.monotonic() < limit:
+    while not list(tmp_path.glob("m.tmp/model.safetensors")) and time.monotonic() < limit:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [f"m.tmp-{process.pid}"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m.tmp"]
     code, _, err = command(tiny_run, "--out", tmp_path / "m", "--no-verify")
     assert code == 0 and "killed" in err
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -411,25 +395,24 @@ def test_the_revision_of_a_cached_hub_model_is_the_one_in_azr_json(small, tmp_pa
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(new)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(export, "only_cached", lambda name: True)
+    monkeypatch.setattr(files, "only_cached", lambda name: True)
     base = export.open_base(opened(old))
     assert base.directory.name == old
-    with pytest.raises(export.ExportError, match="local cache"):
+    with pytest.raises(files.WeightsError, match="local cache"):
         export.open_base(opened("c" * 40))
 
 
 # ---------------------------------------------------------------- the card
 
 
-def test_the_card_says_what_was_measured(tiny_run, tmp_path):
+def test_the_card_says_what_it_is_and_how_to_load_it(tiny_run, tmp_path):
     from huggingface_hub import ModelCard
 
     assert command(tiny_run, "--out", tmp_path / "m", "--no-verify")[0] == 0
     text = (tmp_path / "m" / "README.md").read_text()
     card = ModelCard(text)
     assert card.data.license == "mit" and card.data.library_name == "transformers" and "self-play" in card.data.tags
-    assert "| all | 20 | 0.250 | 0.750 | +0.500 [+0.500, +0.500] |" in text
-    assert "step 8 of 8, seed 5" in text and "2,000 response tokens" in text and "0.20 h" in text
+    assert "azr, step 8" in text and "algorithm selfplay, seed 5, learning rate 0.001" in text
     assert "2505.03335" in text and "untrusted" in text and "</answer>" in text and "NOT compared" in text
     assert text.count("\n") < 60  # one screen
     code = text.split("```python\n", 1)[1].split("\n```\n\nThe model")[0]
