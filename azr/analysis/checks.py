@@ -223,7 +223,7 @@ def remedy(w: Window, mode: str, reason: str) -> str:
 
 @check(2, steps=1)
 def skipped(w: Window, past: Callable):
-    """of the last 10 updates had a non-finite gradient; one can be chance"""
+    """Updates of the last 10 with a non-finite gradient; one can be chance."""
     if over := past({"": sum(number(row, "train/skipped") or 0 for row in w.last)}):
         what = f"{over['']:.0f} of the last 10 updates were not finite and were skipped"
         return over, what, f"Try {lower_rate(w.config)}; non_finite_step_*.jsonl has the batches"
@@ -231,7 +231,7 @@ def skipped(w: Window, past: Callable):
 
 @check(4, steps=1)
 def memory(w: Window, past: Callable):
-    """times smaller micro-batches or fewer sequences than planned: two back-offs or more"""
+    """Times smaller micro-batches, or fewer sequences, than planned: two back-offs or more."""
     sizes = {}
     for name, what in (("token_budget", "tokens of a micro-batch"), ("max_batch", "sequences at once")):
         planned = w.config.get(name) or number(w.first[0], f"memory/{name}")
@@ -275,14 +275,14 @@ def gap(w: Window, past: Callable, dtype: str):
 
 
 for _dtype, (_limit, _healthy) in GAPS.items():
-    _why = f"nats a token between sampler and trainer in {_dtype}; healthy {_healthy}"
+    _why = f"Nats a token between sampler and trainer in {_dtype}; healthy {_healthy}."
     _name = "gap" if _dtype == "bf16" else f"gap, {_dtype}"
     CHECKS.append(Check(_name, _limit, 3, partial(gap, dtype=_dtype), _why, below=False, short=False))
 
 
 @check(1.50, steps=8)
 def entropy_rise(w: Window, past: Callable):
-    """times that of the first 3 steps, in the last 5, as a text falls apart within a few; healthy up to 1.11"""
+    """Entropy of the last 5 steps over that of the first 3, as a text falls apart within a few; healthy up to 1.11."""
     ends = w.entropies(3, 5)
     if over := past({role: last / first for role, (first, last) in ends.items()}):
         moved = ", ".join(f"{role} {ends[role][0]:.2f} -> {ends[role][1]:.2f}" for role in over)
@@ -292,7 +292,7 @@ def entropy_rise(w: Window, past: Callable):
 
 @check(CUT_OFF, steps=3)
 def cut_off(w: Window, past: Callable):
-    """share of responses that end at --max-new-tokens; healthy up to 8 %"""
+    """Share of responses that end at --max-new-tokens; healthy up to 8 %."""
     rates = {f"{role} {mode}": value for role in ROLES for mode, value in w.rates(role, "truncated_rate").items()}
     if over := past(rates):
         longest = f" {w.config['max_new_tokens']}" if w.config.get("max_new_tokens") else ""
@@ -305,7 +305,7 @@ def cut_off(w: Window, past: Callable):
 
 @check(0.50, steps=5)
 def format_(w: Window, past: Callable):
-    """share of answers without the asked form; healthy up to 6 %, an untrained base more"""
+    """Share of answers without the asked form; healthy up to 6 %, an untrained base more."""
     if over := past({mode: 1 - value for mode, value in w.rates("solver", "well_formed_rate").items()}):
         advice = f"Try {cooler(w.config)} or {lower_rate(w.config)}; samples.jsonl has them under no_format"
         if max(w.mean(f"solver/{mode}/truncated_rate") or 0 for mode in over) >= CUT_OFF:
@@ -315,7 +315,7 @@ def format_(w: Window, past: Callable):
 
 @check(HARDLY_VALID, steps=3, below=True, short=True)
 def valid(w: Window, past: Callable):
-    """share of a mode's proposals; healthy from 25 %; below, the group is one long refusal"""
+    """Share of a mode's proposals that are valid; healthy from 25 %; below, the group is one long refusal."""
     if under := past(w.rates("proposer", "valid_rate")):
         reasons = sum((w.refusals(mode)[0] for mode in under), Counter())
         named = ", ".join(f"{name} {count}" for name, count in reasons.most_common(3))
@@ -327,7 +327,7 @@ def valid(w: Window, past: Callable):
 
 @check(0.50, steps=3, short=True)
 def no_task(w: Window, past: Callable):
-    """share of steps without any valid proposal: most of the run proposes for nothing"""
+    """Share of steps without any valid proposal: most of the run proposes for nothing."""
     steps = [[number(row, f"proposer/{mode}/valid_rate") for mode in MODES] for row in w.last]
     steps = [not any(rates) for rates in steps if any(rate is not None for rate in rates)]
     if over := past({"": sum(steps) / len(steps)} if steps else {}):
@@ -337,7 +337,7 @@ def no_task(w: Window, past: Callable):
 
 @check(0.75, steps=5)
 def refused(w: Window, past: Callable):
-    """share of a mode's proposals refused for one reason; healthy up to 72 % (wrong_count)"""
+    """Share of a mode's proposals refused for one reason; healthy up to 72 % (wrong_count)."""
     main = {}  # mode -> (commonest reason, share of the proposals that it refuses)
     for mode in MODES:
         reasons, total = w.refusals(mode)
@@ -354,14 +354,14 @@ def refused(w: Window, past: Callable):
 
 @check(0.30, steps=5)
 def duplicates(w: Window, past: Callable):
-    """share of a mode's proposals that were proposed before; healthy up to 13 %"""
+    """Share of a mode's proposals that were proposed before; healthy up to 13 %."""
     if over := past(w.rates("proposer", "duplicate_rate")):
         return over, f"proposals repeat earlier ones ({listed(over)})", warmer(w.config)
 
 
 @check(0.95, steps=5)
 def no_advantage(w: Window, past: Callable):
-    """share of answers in groups that are all alike: no gradient; healthy up to 89 %"""
+    """Share of answers in groups that are all alike: no gradient; healthy up to 89 %."""
     if over := past(w.rates("solver", "zero_advantage_rate")):
         solved = {mode: w.mean(f"solver/{mode}/accuracy") or 0.0 for mode in over}
         answers = f"--answers {2 * (w.config.get('answers') or 8)}"
@@ -374,7 +374,7 @@ def no_advantage(w: Window, past: Callable):
 
 @check(0.50, steps=3, short=True)
 def no_update(w: Window, past: Callable):
-    """share of steps in which no sample had an advantage: most of the run trains nothing"""
+    """Share of steps in which no sample had an advantage: most of the run trains nothing."""
     norms = [norm for row in w.last if (norm := number(row, "train/grad_norm")) is not None]
     if over := past({"": sum(norm == 0 for norm in norms) / len(norms)} if norms else {}):
         what = f"{100 * over['']:.0f} % of the last steps trained nothing: no sample had an advantage"
@@ -383,7 +383,7 @@ def no_update(w: Window, past: Callable):
 
 @check(0.40, steps=5)
 def one_answer(w: Window, past: Callable):
-    """share of a mode's answers that are one text; 101 of 109 runs stayed below 37 %"""
+    """Share of a mode's answers that are one text; 101 of 109 runs stayed below 37 %."""
     shares = w.rates("solver", "commonest_share")
     # not where so few tasks were answered that one makes the share
     shares = {mode: s for mode, s in shares.items() if s * (w.mean(f"solver/{mode}/tasks") or 0) >= FEW_TASKS}
@@ -397,7 +397,7 @@ def one_answer(w: Window, past: Callable):
 
 @check(0.70, steps=2 * WINDOW)
 def entropy(w: Window, past: Callable):
-    """share lost since the first 10 steps; healthy up to 60 %, as they learn"""
+    """Share of the entropy lost since the first 10 steps; healthy up to 60 %, as they learn."""
     ends = w.entropies(WINDOW, WINDOW)
     if over := past({role: 1 - last / first for role, (first, last) in ends.items()}):
         fell = " and ".join(
@@ -412,7 +412,7 @@ def entropy(w: Window, past: Callable):
 
 @check(0.055, steps=1)
 def held_out(w: Window, past: Callable):
-    """lost since the best: 3 standard errors, 360 tasks of which 12 % change sides"""
+    """Held-out accuracy lost since the best: 3 standard errors, 360 tasks of which 12 % change sides."""
     if len(w.held_out) < 2:
         return None
     best, now = max(w.held_out, key=lambda point: point[1]), w.held_out[-1]
@@ -427,7 +427,7 @@ def held_out(w: Window, past: Callable):
 
 @check(0.02, steps=3)
 def sandbox(w: Window, past: Callable):
-    """share of a mode's proposals without a verdict, the machine's fault; healthy 0"""
+    """Share of a mode's proposals without a verdict, the machine's fault; healthy 0."""
     if over := past(w.refused_for("infra")):
         what = f"the sandbox gave no verdict on proposals ({listed(over)}): the machine is too busy"
         return over, what, "They count for nothing; run python -m sandbox doctor, and stop what else uses the CPU"
@@ -435,7 +435,7 @@ def sandbox(w: Window, past: Callable):
 
 @check(0.20, steps=5)
 def timeout(w: Window, past: Callable):
-    """share of proposals or answers that ran out of CPU time; healthy up to 0.8 %"""
+    """Share of proposals or answers that ran out of CPU time; healthy up to 0.8 %."""
     values = {f"answers {mode}": value for mode, value in w.rates("solver", "timeout_rate").items()}
     if over := past(values | {f"proposals {mode}": value for mode, value in w.refused_for("timeout").items()}):
         advice = f"Steps get slow; see them in samples.jsonl under timeout; try {cooler(w.config)}"

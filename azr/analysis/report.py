@@ -232,7 +232,7 @@ def one_task(example, mode: str) -> str:
     outcome = row["reason"] if not task else f"solved {100 * rate:.0f} % of the time" if rate is not None else "valid"
     body = f"<h4>{mode}: {outcome}</h4>"
     if not task:
-        return body + html.code(cleaned(row["response"]))
+        return body + html.code(row["response"])
     body += html.code(task["program"])
     if mode == "induction":
         body += html.code(task["message"]) + html.code("\n".join(f"{a} -> {b}" for a, b in task["visible"][:3]))
@@ -240,20 +240,8 @@ def one_task(example, mode: str) -> str:
         body += html.code(f"f({task['input']}) = {task['output']}")
     if answer:
         right = "right" if answer["reward"].get("correct") else answer["reason"]
-        body += html.paragraph(f"an answer ({right}):", "quiet") + html.code(cleaned(answer["response"]), 8)
+        body += html.paragraph(f"an answer ({right}):", "quiet") + html.code(answer["response"], 8)
     return body
-
-
-def cleaned(response: str) -> str:
-    """A response without tags and fences: thoughts, then the answer."""
-    thoughts, _, answer = response.partition("</think>")
-    if not answer:
-        thoughts, answer = "", response
-    for mark in ("<think>", "<answer>", "</answer>"):
-        answer = answer.replace(mark, "\n")
-    lines = [line for line in answer.splitlines() if line.strip() and not line.lstrip().startswith("```")]
-    thought = [f"(thinks: {thoughts.strip()[:200]})"] if thoughts.strip() else []
-    return "\n".join(thought + lines) or "(empty)"
 
 
 def across_runs(entries: list[Entry]) -> str:
@@ -370,7 +358,8 @@ def draw_overview(runs: list[RunData]):
             tone = figures.MODE_COLORS[mode] if len(runs) == 1 else figures.color(i)
             steps, rows = held_out(run, mode)
             if rows:
-                figures.points(axes[2], steps, rows, f"{name}, n {rows[0]['n']}", tone, shift=0.6 * (i + j))
+                name += f", n {rows[0]['n']}" if rows[0]["n"] else ""
+                figures.points(axes[2], steps, rows, name, tone, shift=0.6 * (i + j))
         for one in axes[:2]:
             figures.mark_gaps(one, run)
     axes[2].set_xlim(left=0)
