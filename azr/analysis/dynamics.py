@@ -19,7 +19,7 @@ from collections import Counter
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import CYCLE, shown
+from azr.analysis.figures import CYCLE, print_change, shown
 from azr.analysis.reader import MODES, ROLES, Digest, RunData, ends, mean_row, read_run, read_samples, stages
 from azr.console import warn
 from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
@@ -251,7 +251,7 @@ def print_result(run: RunData, result: dict) -> None:
         if rows and rows[0] and rows[-1]:
             why = [(reason, share) for reason, share in rows[-1]["shares"].items() if reason != "ok"][:3]
             causes = ", ".join(f"{reason} {100 * share:.0f} %" for reason, share in why) or "none refused"
-            print_change(mode, rows[0]["ok"], rows[-1]["ok"], f"; last: {causes}")
+            print_change(f"{mode:10s}", rows[0]["ok"], rows[-1]["ok"], f"; last: {causes}")
     for key, title in (
         ("mean", "Solve rate of the valid ones:"),
         ("learnable", "Share of them that teaches anything (neither never nor always solved):"),
@@ -260,7 +260,7 @@ def print_result(run: RunData, result: dict) -> None:
         for mode in MODES:
             first, last = (result["solve_rate"].get(f"{mode}/{end}") for end in ("first", "last"))
             if first and last:
-                print_change(mode, first[key], last[key])
+                print_change(f"{mode:10s}", first[key], last[key])
     print("Answer length in tokens, controlled for being right: drift per 100 steps; right minus wrong:")
     for mode, row in result["lengths"].items():
         print(f"  {mode:10s}{shown(row['per_100_steps'], 2)};  {shown(row['right_minus_wrong'], 2)}  (n {row['n']})")
@@ -278,11 +278,6 @@ def print_result(run: RunData, result: dict) -> None:
         print(f"Tokens whose ratio of trainer to sampler is outside [0.9, 1.1]: {shown(result['gap_outside_10'])}")
     seconds = (f"{n} {row['mean']:.2f} ({100 * row['share']:.0f} %)" for n, row in result["time"].items())
     print("Seconds a step: " + ", ".join(seconds))
-
-
-def print_change(name: str, first: dict, last: dict, more: str = "") -> None:
-    """A line: a quantity at the start and at the end, with n of both."""
-    print(f"  {name:10s}{shown(first)} -> {shown(last)}  (n {first['n']}, {last['n']}){more}")
 
 
 # ------------------------------------------------------------------------------------------------------- plots

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import shown
+from azr.analysis.figures import print_change, shown
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, ends, mean_row, read_runs
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
@@ -322,13 +322,13 @@ def print_curves(result: dict) -> None:
     for path, run in result["runs"].items():
         print(f"{path}: entropy while training, nats a token, first and last tenth of the steps [interval over steps]")
         for name, row in run["training"].items():
-            print_ends(name, row["first"], row["last"])
+            print_change(f"{name:22s}", row["first"], row["last"])
         if run["probe"]:
             start, end = list(run["probe"])[0], list(run["probe"])[-1]
             print(f"  on the frozen probe (text of the untrained model), step {start} -> {end}, n responses:")
             for name, row in run["probe"][start].items():
                 if name != "all" and row["tokens"]:
-                    print_ends(name, row["token_mean"], run["probe"][end][name]["token_mean"])
+                    print_change(f"{name:22s}", row["token_mean"], run["probe"][end][name]["token_mean"])
     for name, fit in result["fits"].items():
         print(f"\nR = -a exp(H) + b with R = {name.replace('_', ' ')}, H = solver entropy, n = {fit['n']}:")
         print(f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}")
@@ -340,11 +340,6 @@ def print_curves(result: dict) -> None:
             print("  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy.")
     if "held_out_accuracy" not in result["fits"]:
         print("\nToo few held-out evaluations for the fit of R = -a exp(H) + b: three are needed (--eval-every).")
-
-
-def print_ends(name: str, first: dict, last: dict) -> None:
-    """A line: a mean at the start and at the end, with n of both."""
-    print(f"  {name:22s}{shown(first)} -> {shown(last)}  (n {first['n']}, {last['n']})")
 
 
 # ------------------------------------------------------------------------------------------------------- plots

@@ -127,3 +127,8 @@ def shown(interval, digits: int = 3) -> str:
         return "-"
     ends = "no interval" if low != low else f"{low:.{digits}f}, {high:.{digits}f}"
     return f"{mean:.{digits}f} [{ends}]"
+
+
+def print_change(name: str, first: dict, last: dict, more: str = "") -> None:
+    """A line: an estimate at the start and at the end of a run, with n of both; name: filled up to its column."""
+    print(f"  {name}{shown(first)} -> {shown(last)}  (n {first['n']}, {last['n']}){more}")

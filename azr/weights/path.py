@@ -92,17 +92,14 @@ def path_of(base: Checkpoint, reference: Reference, checkpoints: dict[int, Adapt
 # ---------------------------------------------------------------- two runs: X1
 
 
-def cross_run(update, other, name: str, change: Change) -> dict:
+def cross_run(change: Change, other: Change) -> dict:
     """X1 of one matrix: counts of changed entries in either run and in both; directions for LoRA."""
-    second = other.load(name).delta
     bits = sizes.bf16_bits(change.w0)
-    ours, theirs = (sizes.bf16_bits(change.w0.float() + delta) != bits for delta in (change.delta, second))
-    counts = [int(x.sum()) for x in (ours, theirs, ours & theirs)]
-    b1, b2 = update.columns(name), other.columns(name)
-    return {
-        "counts": np.array([ours.numel(), *counts]),
-        **(spectra.shared_span(b1, b2) if b1 is not None and b2 is not None else {}),
-    }
+    ours, theirs = (sizes.bf16_bits(change.w0.float() + delta) != bits for delta in (change.delta, other.delta))
+    counts = np.array([ours.numel(), *(int(x.sum()) for x in (ours, theirs, ours & theirs))])
+    if change.columns is None or other.columns is None:
+        return {"counts": counts}
+    return {"counts": counts, **spectra.shared_span(change.columns, other.columns)}
 
 
 def cross_report(crosses: list[dict], second: str) -> dict:

@@ -68,14 +68,15 @@ def reference_of(quantization: str, record: dict, where: Path, adapter: bool) ->
 
 @dataclass
 class Change:
-    """One matrix: reference, checkpoint, update; singular values where they are free."""
+    """One matrix: reference, checkpoint, update; of a LoRA also what its factors give away."""
 
     w0: torch.Tensor
     original: torch.Tensor
     delta: torch.Tensor
     stored: nf4.NF4 | None
     rank: int | None = None
-    singular: torch.Tensor | None = None
+    singular: torch.Tensor | None = None  # (rank,)
+    columns: torch.Tensor | None = None  # B (m, rank), which spans the columns of the update
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class AdapterUpdate:
         factors = self.adapter.factors(name)
         change = Change(w0, original, factors.delta(w0), stored)
         if factors.magnitude is None:
-            change.rank = factors.a.shape[0]
+            change.rank, change.columns = factors.a.shape[0], factors.b
             change.singular = spectra.factor_spectrum(factors.b, factors.a, factors.scale)
         return change
 
@@ -108,11 +109,6 @@ class AdapterUpdate:
             return energy_of(self.load(name).delta)
         a, b = factors.a.double(), factors.b.double()
         return factors.scale**2 * max(0.0, ((b.T @ b) * (a @ a.T)).sum().item())
-
-    def columns(self, name: str) -> torch.Tensor | None:
-        """Returns B (m, r), which spans the columns of the update; None for DoRA, where it does not."""
-        factors = self.adapter.factors(name)
-        return None if factors.magnitude is not None else factors.b
 
 
 @dataclass(frozen=True)
@@ -136,10 +132,6 @@ class PairUpdate:
     def energy(self, name: str) -> float:
         """Returns ||delta||^2 of one matrix, which takes reading and subtracting all of it."""
         return energy_of(self.load(name).delta)
-
-    def columns(self, name: str) -> None:
-        """Returns None: without factors the column space is not known."""
-        return None
 
 
 def difference(tuned: torch.Tensor, w0: torch.Tensor) -> torch.Tensor:

@@ -87,7 +87,7 @@ def measure(update, name: str, factor: float, spectral: bool, other=None) -> Mea
     result.stripes = stripes(delta, result.null)
     result.overlaps = mask_overlaps(w0, delta, masks, result.null)
     if other is not None:
-        result.cross = cross_run(update, other, name, change)
+        result.cross = cross_run(change, other.load(name))
     return result
 
 

@@ -281,11 +281,10 @@ def test_a_changed_file_is_seen(small_checkpoint, tmp_path):
 
 
 def test_other_base_weights_in_the_forward_pass_are_seen(tiny_run, monkeypatch):
-    """Merged as another kernel reads the 4-bit weights, here off by 5 %. (Rows of this model are no whole number of
-    blocks, and a GPU really reads such rows in another way than a CPU.)"""
-    merge = export.open_merge(export.find_source(tiny_run, "last"), None)
-    honest = nf4.read_as_on_cpu
-    monkeypatch.setattr(nf4, "read_as_on_cpu", lambda *arguments: 1.05 * honest(*arguments))
+    """Merged as if another kernel had read the 4-bit weights, here off by 5 %."""
+    merge, honest = export.open_merge(export.find_source(tiny_run, "last"), None), export.Merge.held
+    other = lambda merge, name: honest(merge, name) * (1.05 if merge.quantized(name) else 1)  # noqa: E731
+    monkeypatch.setattr(export.Merge, "held", other)
     report, _, _ = export_check.measure_policy(merge, tiny_run, 1)
     assert report["fp32_merge"]["max"] > 1e-2
 
