@@ -66,40 +66,14 @@ class NF4:
         return out
 
 
-def read_as_on_cpu(stored: NF4, shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
-    """(m, n): what bitsandbytes' CPU kernels make of the codes, which a forward pass on a CPU uses.
-
-    Where n is no multiple of the block size, a block goes on in the next row; these kernels (0.50.2) do not follow it
-    there and take scales of other blocks: an error of 26 % instead of 9 %. Otherwise the same as `dequantize`.
-    """
-    import bitsandbytes.functional  # noqa: F401  registers the operation
-
-    # The kernel reads two codes a byte, the first in the upper half; an odd number of them is filled up.
-    codes = stored.codes if len(stored.codes) % 2 == 0 else np.append(stored.codes, np.uint8(0))
-    packed = torch.from_numpy((codes[0::2] << 4) | codes[1::2])
-    return torch.ops.bitsandbytes.dequantize_4bit(packed, stored.scales, stored.block, "nf4", shape, dtype)
-
-
 def scaled_by(x: torch.Tensor, scales: torch.Tensor, start: int, end: int, block: int) -> torch.Tensor:
-    """x (end - start,) times the scale of its block; the last block of a tensor may be short."""
-    scale = scales[start // block : -(-end // block)]
-    # Nearly always: the view needs no scale written out for every weight.
-    if x.numel() % block == 0:
-        return (x.view(-1, block) * scale[:, None]).view(-1)
-    return x * scale.repeat_interleave(block)[: x.numel()]
+    """x (end - start,) times the scale of its block."""
+    return (x.view(-1, block) * scales[start // block : end // block, None]).view(-1)
 
 
 def block_maxima(source, n: int, block: int) -> torch.Tensor:
     """max|w| of every block, (blocks,) fp32. source(start, end) gives a piece in fp32."""
-    out = torch.empty(-(-n // block))
-    for start, end in pieces(n):
-        x = source(start, end).abs()
-        # Pieces are whole blocks, so that only the tensor's last block can be short.
-        whole = x.numel() // block * block
-        out[start // block : (start + whole) // block] = x[:whole].view(-1, block).amax(1)
-        if whole < x.numel():
-            out[-1] = x[whole:].max()
-    return out
+    return torch.cat([source(start, end).abs().view(-1, block).amax(1) for start, end in pieces(n)])
 
 
 def store_scales(maxima: torch.Tensor, double: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -114,40 +88,29 @@ def store_scales(maxima: torch.Tensor, double: bool) -> tuple[torch.Tensor, torc
     return dequantize_blockwise(codes, state) + offset, codes
 
 
-def quantize_pieces(source, n: int, block: int, double: bool) -> NF4:
-    """`quantize` of what source(start, end) gives in fp32: a sum need not exist as a whole. Called twice a piece."""
-    maxima = block_maxima(source, n, block)
+def codes_under(source, scales: torch.Tensor, n: int, block: int) -> np.ndarray:
+    """(n,) uint8: the codes of what source(start, end) gives in fp32, under these scales (blocks,)."""
     values = code_values()
     bounds = (values[1:] + values[:-1]) / np.float32(2)
     # bitsandbytes multiplies by the reciprocal, and a division would put some weights into another code. The clamp is
     # for blocks of zeros: 0 * 1e38 is 0, where 0 times infinity would be NaN.
-    inverse = 1.0 / maxima.clamp(min=1e-38)
+    inverse = 1.0 / scales.clamp(min=1e-38)
     codes = np.empty(n, dtype=np.uint8)
     for start, end in pieces(n):
-        x = source(start, end)
-        scaled = scaled_by(x, inverse, start, end, block)
-        if tail := x.numel() % block:  # bitsandbytes divides the short last block instead of multiplying
-            scaled[-tail:] = x[-tail:] / maxima[-1].clamp(min=1e-38)
-        codes_of(scaled.numpy(), bounds, codes[start:end])
-    return NF4(codes, *store_scales(maxima, double), block)
-
-
-def frozen_codes(source, stored: NF4) -> np.ndarray:
-    """(n,) uint8: the codes of what source(start, end) gives under the scales of `stored`."""
-    values = code_values()
-    bounds = (values[1:] + values[:-1]) / np.float32(2)
-    # By the scales as they are read back, which a merge that keeps them would have, not by the block's own maxima.
-    inverse = 1.0 / stored.scales.clamp(min=1e-38)
-    codes = np.empty(len(stored.codes), dtype=np.uint8)
-    for start, end in pieces(len(codes)):
-        codes_of(scaled_by(source(start, end), inverse, start, end, stored.block).numpy(), bounds, codes[start:end])
+        codes_of(scaled_by(source(start, end), inverse, start, end, block).numpy(), bounds, codes[start:end])
     return codes
+
+
+def quantize_pieces(source, n: int, block: int, double: bool) -> NF4:
+    """`quantize` of what source(start, end) gives in fp32: a sum need not exist as a whole. Called twice a piece."""
+    maxima = block_maxima(source, n, block)
+    return NF4(codes_under(source, maxima, n, block), *store_scales(maxima, double), block)
 
 
 def quantize(weight: torch.Tensor, block: int = 64, double: bool = True) -> NF4:
     """NF4 of a tensor, flattened row by row. It must already have the dtype in which the loader held it (bf16, fp32):
-    rounding comes first. ValueError: a block size that does not divide a piece."""
-    if PIECE % block:
-        raise ValueError(f"block size {block}: it must be a power of two up to 4096")
+    rounding comes first. ValueError: a block size that divides a piece or the tensor with a rest."""
+    if PIECE % block or weight.numel() % block:
+        raise ValueError(f"block size {block}: it must be a power of two up to 4096 that divides {weight.numel()}")
     flat = weight.reshape(-1)
     return quantize_pieces(lambda start, end: flat[start:end].float(), flat.numel(), block, double)

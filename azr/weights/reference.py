@@ -35,18 +35,20 @@ class Reference:
     double: bool = True
 
     def weights(self, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, nf4.NF4 | None]:
-        """(w0, original, NF4 codes), each of the shape of `original`; w0 is original for an unquantized base."""
+        """(w0, original, NF4 codes), each of the shape of `original` (m, n); w0 is original for an unquantized base.
+
+        WeightsError: in 4 bits, and n is no multiple of the block size. A block then goes on in the next row, which
+        bitsandbytes' CPU and GPU kernels (0.50.2) read differently: what the training used cannot be told.
+        """
         held = original if self.dtype is None else original.to(self.dtype)
         if self.quantization == "none":
             return held, held, None
+        if original.shape[1] % self.block:
+            raise WeightsError(
+                f"rows of {original.shape[1]} weights are no whole number of NF4's blocks of {self.block}"
+            )
         stored = nf4.quantize(held, self.block, self.double)
-        if self.straddles(original.shape):
-            return nf4.read_as_on_cpu(stored, tuple(original.shape), held.dtype), original, stored
         return stored.dequantize(held.dtype).view_as(original), original, stored
-
-    def straddles(self, shape: tuple[int, ...]) -> bool:
-        """Whether blocks go on from one row into the next: in small models only."""
-        return self.quantization == "nf4" and shape[1] % self.block != 0
 
 
 def reference_of(quantization: str, record: dict, where: Path, adapter: bool) -> tuple[Reference, list[str]]:
@@ -176,7 +178,8 @@ def open_pair(base: Checkpoint, tuned: Checkpoint) -> list[str]:
 
 def merged_from_4bit(update: PairUpdate) -> bool:
     """Whether `tuned` lies much closer to the dequantised base than to the base: an adapter merged on a 4-bit base."""
-    name = next((n for n in update.adapted if update.base.entries[n].size >= 4096), None)
+    shapes = {name: update.base.entries[name].shape for name in update.adapted}
+    name = next((name for name, (m, n) in shapes.items() if m * n >= 4096 and n % 64 == 0), None)
     if name is None or update.reference.quantization == "nf4":
         return False
     tuned, base = update.tuned.tensor(name).float(), update.base.tensor(name)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from azr.weights.nf4 import NF4, PIECE, code_values, frozen_codes, pieces, quantize_pieces
+from azr.weights.nf4 import NF4, PIECE, code_values, codes_under, pieces, quantize_pieces
 
 TOLERANCES = tuple(10 ** (k / 2) for k in range(-16, -3))  # 1e-8 .. 1e-2, two a decade
 PAPER_TOLERANCE = 1e-5  # Mukherjee et al. 2025, arXiv 2505.11711
@@ -239,7 +239,8 @@ def compare_codes(w0: torch.Tensor, delta: torch.Tensor, factor: float, stored: 
         return torch.add(w0[start:end].float(), delta[start:end], alpha=factor)
 
     n = len(stored.codes)
-    frozen = np.count_nonzero(frozen_codes(source, stored) == stored.codes)
+    # by the scales as they are read back, which a merge that keeps them would have, not by the block's own maxima
+    frozen = np.count_nonzero(codes_under(source, stored.scales, n, stored.block) == stored.codes)
     new = quantize_pieces(source, n, stored.block, stored.scale_codes is not None)
     requantized = np.count_nonzero(new.codes == stored.codes)
     if stored.scale_codes is None:

@@ -308,11 +308,6 @@ def analyse(args: argparse.Namespace) -> dict:
         raise WeightsError(f"{args.base} has no linear layers in numbered blocks: nothing to measure")
     update, checkpoints, notes = open_update(args, base, args.tuned or args.adapter)
     other = open_other(args, base, update) if args.other else None
-    if odd := [name for name in update.adapted if update.reference.straddles(base.entries[name].shape)]:
-        notes.append(
-            f"{odd[0]} ({len(odd)} in all) has rows of no multiple of {update.reference.block}: bitsandbytes' CPU "
-            "kernels mix up the scales of such matrices; measured as a run on the CPU used them, not one on a GPU"
-        )
     for note in notes:
         console.warn(note)
 

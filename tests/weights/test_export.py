@@ -19,7 +19,7 @@ from azr.policy.opening import Opening
 from azr.policy.policy import Policy
 from azr.runs import Run
 from azr.tasks.prompts import solve_prompt, template_hash
-from azr.weights import export, export_check, files, model_card, nf4
+from azr.weights import export, export_check, files, model_card
 from azr.weights.reference import AdapterUpdate
 from azr.weights.sizes import compare
 from in_process import run_here
@@ -85,7 +85,7 @@ def make_run(out: Path, policy: Policy, rate: float = 1e-3) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
-    """NF4 + LoRA on the embedded model, whose rows are no whole number of blocks."""
+    """NF4 + LoRA on the embedded model."""
     policy = Policy.load(str(TINY), "nf4", LoraSettings(8, 16.0), seed=1)
     return make_run(tmp_path_factory.mktemp("run") / "tiny", policy)
 

@@ -35,7 +35,7 @@ def base():
 # ---------------------------------------------------------------- NF4
 
 
-@pytest.mark.parametrize("shape", [(256, 192), (80, 160), (37, 54), (3, 6)])
+@pytest.mark.parametrize("shape", [(256, 192), (80, 128), (3, 64)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("double", [True, False])
 def test_nf4_is_bit_equal_to_bitsandbytes(shape, dtype, double):
@@ -50,25 +50,22 @@ def test_nf4_is_bit_equal_to_bitsandbytes(shape, dtype, double):
     assert np.array_equal(stored.codes, codes.numpy())
     assert torch.equal(stored.scale_codes if double else stored.scales, state.absmax)
     read = dequantize_4bit(packed.view(-1, 1), state).to(dtype)
-    assert torch.equal(nf4.read_as_on_cpu(stored, shape, dtype), read)
-    if shape[1] % 64 == 0:
-        assert torch.equal(stored.dequantize(dtype).view(shape), read)
+    assert torch.equal(stored.dequantize(dtype).view(shape), read)
 
 
 def test_the_reference_is_what_the_loaded_model_computes_with():
-    """On the CPU, for rows that are a multiple of the block size and for such that are not."""
     import bitsandbytes as bnb
 
     from azr.weights.reference import Reference
 
-    for columns in (128, 96):
-        weight = (SIGMA * gaussian(64, columns)).bfloat16()
-        layer = bnb.nn.Linear4bit(columns, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-        layer.weight = bnb.nn.Params4bit(weight.float(), requires_grad=False, quant_type="nf4")
-        used = layer.to("cpu")(torch.eye(columns)).T
-        w0, original, stored = Reference("nf4", torch.float32).weights(weight)
-        assert torch.equal(w0, used) and torch.equal(original, weight)
-        assert Reference("nf4", torch.float32).straddles(weight.shape) == (columns == 96)
+    weight = (SIGMA * gaussian(64, 128)).bfloat16()
+    layer = bnb.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bnb.nn.Params4bit(weight.float(), requires_grad=False, quant_type="nf4")
+    used = layer.to("cpu")(torch.eye(128)).T
+    w0, original, stored = Reference("nf4", torch.float32).weights(weight)
+    assert torch.equal(w0, used) and torch.equal(original, weight)
+    with pytest.raises(ValueError, match="rows of 96"):  # there the kernels disagree with each other
+        Reference("nf4", torch.float32).weights(weight[:, :96])
 
 
 def test_nf4_of_a_block_of_zeros_and_of_weights_on_the_bounds():
