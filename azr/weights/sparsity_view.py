@@ -37,18 +37,18 @@ def fact(words: str, value: str, ids: str) -> str:
 
 def lines(report: dict) -> list[str]:
     """Everything that is printed."""
-    adapted = report["adapted"]
-    out = heading(report)
-    if not adapted["U1_rms"]:
-        return [*out, "", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
-    out += [*size_part(adapted, report["whole"]), *quantized_part(adapted), *structure_part(report)]
-    if "R2_margin" in adapted:
-        out += spectral_part(adapted)
-    out += [*tolerance_part(adapted), *table(report)]
-    if "along" in report:
-        out += along_part(report["along"])
-    if "cross_run" in report:
-        out += cross_part(report["cross_run"])
+    adapted, out = report["adapted"], heading(report)
+    if adapted["U1_rms"]:
+        out += [*size_part(adapted, report["whole"]), *quantized_part(adapted), *structure_part(report)]
+        if "R2_margin" in adapted:
+            out += spectral_part(adapted)
+        out += [*tolerance_part(adapted), *table(report)]
+        if "along" in report:
+            out += along_part(report["along"])
+        if "cross_run" in report:
+            out += cross_part(report["cross_run"])
+    else:
+        out += ["", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
     return out + [f"not counted: {name} ({why})" for name, why in report["excluded"].items()]
 
 
