@@ -147,12 +147,12 @@ class Check:
 CHECKS: list[Check] = []
 
 
-def check(limit: float, steps: int, below: bool = False, short: bool = False, name: str | None = None) -> Callable:
+def check(limit: float, steps: int, below: bool = False, short: bool = False) -> Callable:
     """Puts a function into the table, under its own name and with its docstring as the reason."""
 
     def add(ask: Callable) -> Callable:
-        own = name or ask.__name__.rstrip("_").replace("_", "-")
-        CHECKS.append(Check(own, limit, steps, ask, " ".join(ask.__doc__.split()), below, short))
+        name = ask.__name__.rstrip("_").replace("_", "-")
+        CHECKS.append(Check(name, limit, steps, ask, ask.__doc__, below, short))
         return ask
 
     return add
@@ -274,10 +274,18 @@ def gap(w: Window, past: Callable, dtype: str):
     )
 
 
-for _dtype, (_limit, _healthy) in GAPS.items():
-    _why = f"Nats a token between sampler and trainer in {_dtype}; healthy {_healthy}."
-    _name = "gap" if _dtype == "bf16" else f"gap, {_dtype}"
-    CHECKS.append(Check(_name, _limit, 3, partial(gap, dtype=_dtype), _why, below=False, short=False))
+CHECKS += [
+    Check(
+        "gap" if dtype == "bf16" else f"gap, {dtype}",
+        limit,
+        3,
+        partial(gap, dtype=dtype),
+        f"Nats a token between sampler and trainer in {dtype}; healthy {healthy}.",
+        below=False,
+        short=False,
+    )
+    for dtype, (limit, healthy) in GAPS.items()
+]
 
 
 @check(1.50, steps=8)
