@@ -56,7 +56,7 @@ from azr.policy.policy import Policy, Sampling
 from azr.runs import Run
 from azr.stop import StopRequest
 from azr.tasks import MODES, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
-from azr.train import loop, ppo, rollouts, start, trackers, update
+from azr.train import loop, ppo, rollouts, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, as_json, dry_run, parse, resolve
 from azr.train.data import fits
@@ -382,7 +382,6 @@ def record(s: State, step: int, proposals, answers, more, trained: list[Sample],
         s.tracker.log(metrics)
         s.run.log_samples([sample_row(step, sample) for sample in [*proposals, *answers, *more]])
         loop.complete(s, step)
-    loop.give_up_if_not_finite(s, step)
     return metrics
 
 
@@ -408,7 +407,7 @@ def main(arguments: list[str]) -> int:
         return export(arguments[1:])
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
-    return start.exit_code(lambda: run(arguments))
+    return loop.exit_code(lambda: run(arguments))
 
 
 def run(arguments: list[str]) -> int | None:
@@ -421,7 +420,7 @@ def run(arguments: list[str]) -> int | None:
     if config.dry_run:
         return dry_run(config, why)
     with StopRequest() as stop:
-        start.start(config, why, stop, State, train)
+        loop.run(config, why, stop, State, train)
 
 
 if __name__ == "__main__":

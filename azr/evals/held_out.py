@@ -38,8 +38,9 @@ ANSWERS_PER_CALL = 2048  # samples between two reports of progress
 # ---------------------------------------------------------------- tasks
 
 
-def load_tasks(path: str | Path) -> list[Task]:
-    """The tasks of a JSON-lines file. ValueError with file and line for a bad one; repeats are left out, loudly."""
+def load_tasks(path: str | Path, solutions: bool = False) -> list[Task]:
+    """The tasks of a JSON-lines file; with `solutions` each (task, response) counts as one. Repeats are left out,
+    loudly. ValueError with file and line for a bad one, and for one without the response that is wanted."""
     from azr.tasks import Task
 
     path, tasks, repeats = Path(path), {}, 0
@@ -48,10 +49,13 @@ def load_tasks(path: str | Path) -> list[Task]:
     for where, row in strict_lines(path):
         try:
             task = Task.from_json(row)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
-        repeats += task.hash in tasks
-        tasks.setdefault(task.hash, task)
+        if solutions and not task.response:
+            raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
+        key = task.hash, task.response if solutions else None
+        repeats += key in tasks
+        tasks.setdefault(key, task)
     if not tasks:
         raise ValueError(f"{path}: holds no tasks; expected one task as JSON a line")
     if repeats:

@@ -185,6 +185,18 @@ def check_base(opening: Opening, facts: dict) -> list[str]:
     return doubts
 
 
+def check_warm_start(directory: str, info: dict, lora: dict) -> None:
+    """ValueError unless an adapter that training starts from was trained on the base of `info` (Policy.info; where its
+    azr.json says so) and has the settings `lora`."""
+    base = info["base_model"]
+    trained_on = read_record(Path(directory)).get("base_model", base)
+    if trained_on != base:
+        raise ValueError(f"--adapter {directory} was trained on {trained_on}, not on {base}; give --model {trained_on}")
+    if info["lora"] != lora:
+        has = ", ".join(f"{name} {value}" for name, value in info["lora"].items())
+        raise ValueError(f"--adapter {directory} has {has}; leave the --lora flags out, or give them these values")
+
+
 def fingerprint(directory: Path) -> str:
     """A model in a directory: 16 hex digits over its config and the start of its weight files."""
     digest = hashlib.sha256((directory / "config.json").read_bytes())

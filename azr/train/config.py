@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from azr.command import Parser
+from azr.jsonl import read_object
 from azr.machine import cost, plan
 from azr.models import base_description, model_path
 from azr.tasks.prompts import template_hash
@@ -17,25 +17,15 @@ from azr.train import rules
 from azr.train.rewards import SHAPES
 
 TRACKERS = ("none", "wandb", "tensorboard")  # here: settings are read before rich, which trackers.py needs
-NO_BF16 = ("t4",)  # of cost.CARDS: older than Ampere
+MAY_BE_0 = ("seed", "references", "eval_every", "eval_samples")  # of the whole numbers
 # --preset smoke: the smallest sizes, lowered until a run of any model is over in a minute or two. It learns nothing.
 SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}
-# Settings that earlier versions had, with what is done now whatever they say.
-GONE = {
-    "loss_weighting": "group",
-    "off_policy_schedule": "constant",
-    "off_policy_baseline": "union",
-    "off_policy_samples": 8,
-    "eval_temperature": 1.0,
-    "save_minutes": 10.0,
-    "keep_states": 2,
-    "probe": "auto",
-    "card": None,
-    "control_fraction": None,
-    "entropy_coefficient": None,
-    "entropy_target": None,
-    "kl_coefficient": 1.0,
-}
+# Settings that earlier versions had: a config.json may still hold them.
+GONE = frozenset(
+    "loss_weighting off_policy_schedule off_policy_baseline off_policy_samples eval_temperature save_minutes "
+    "keep_states probe card control_fraction entropy_coefficient entropy_target kl_coefficient".split()
+)
+METAVARS = {"resume": "auto|none|DIR", "entropy_control": "NAME[=VALUE]", "off_policy_source": "base|FILE"}
 
 
 def setting(default, text: str, choices: tuple = (), group: str = ""):
@@ -55,9 +45,7 @@ class Config:
         "The model to train: tiny (the embedded one), qwen-3b, qwen-7b, a hub id, or a directory.",
         group="the run",
     )
-    adapter: str | None = setting(
-        None, "Training starts from this PEFT adapter of the same base, rank and targets (a warm start)."
-    )
+    adapter: str | None = setting(None, "Training starts from this PEFT adapter of the same base (a warm start).")
     out: str | None = setting(None, "The run directory; it is runs/MODEL-SEED unless given.")
     steps: int | None = setting(None, "The number of training steps (500; tiny: what fits 15 CPU minutes).")
     seed: int = setting(0, "Every random draw of the run follows from this number.")
@@ -72,10 +60,8 @@ class Config:
         f"whether everything works; {', '.join(plan.PRESETS)} are for that much memory; a card's name, such as 4090, "
         "is for that card, whatever is in this machine.",
     )
-    max_hours: float | None = setting(
-        None, "The run stops with a checkpoint after the step in which so many hours are full; a resume counts anew."
-    )
-    price_per_hour: float | None = setting(None, "The machine's price in dollars: what the run costs is printed.")
+    max_hours: float | None = setting(None, "The run stops with a checkpoint once so many hours are over.")
+    price_per_hour: float | None = setting(None, "The machine's price in dollars: the cost is printed.")
     algorithm: str = setting(
         "selfplay",
         "In selfplay the model makes its own tasks; rlvr answers the fixed tasks of --data; sft is cross-entropy on "
@@ -84,10 +70,10 @@ class Config:
         group="the method",
     )
     data: str | None = setting(
-        None, "The tasks of rlvr, the tasks with responses of sft (python -m azr.tasks make writes both)."
+        None, "The tasks of rlvr, or of sft with responses (python -m azr.tasks make writes both)."
     )
     step_tokens: int | None = setting(
-        None, "rlvr and sft train on so many response tokens per step; a run of selfplay logs its own as train/tokens."
+        None, "The response tokens of a step of rlvr or sft; selfplay logs its own as train/tokens."
     )
     recipe: str = setting(
         "lean",
@@ -96,18 +82,14 @@ class Config:
     )
     learning_rate: float | None = setting(None, "The constant learning rate of AdamW (tiny 1e-3, else 2e-5).")
     prompts_per_mode: int | None = setting(
-        None, "How many proposals each step has per mode; lower it if a step takes too long."
+        None, "How many proposals a step has per mode; lower it if it takes too long."
     )
-    answers: int = setting(8, "How many answers measure a task's solve rate; more give finer rewards and slower steps.")
+    answers: int = setting(8, "How many answers measure a task's solve rate; more give finer rewards.")
     references: int | None = setting(None, "How many earlier tasks the proposer is shown (6; tiny 2).")
-    max_new_tokens: int | None = setting(
-        None, "The longest response in tokens; raise it if many are cut off ('truncated')."
-    )
-    prompt_tokens: int | None = setting(
-        None, "The longest prompt of the proposer in tokens; references that do not fit are left out."
-    )
+    max_new_tokens: int | None = setting(None, "The longest response in tokens; raise it if many are cut off.")
+    prompt_tokens: int | None = setting(None, "The longest prompt in tokens; the proposer sees fewer references.")
     temperature: float = setting(1.0, "The temperature of sampling and of the log-probs that are trained.")
-    minibatches: int = setting(1, "How many optimizer steps each training step has; PPO's clip becomes active above 1.")
+    minibatches: int = setting(1, "How many optimizer steps a training step has; PPO's clip acts above 1.")
     solver_tasks: str = setting(
         "backfill",
         "fresh solves this step's tasks only; backfill adds some of the buffer when few proposals are valid.",
@@ -174,9 +156,7 @@ class Config:
         ("auto", "bf16", "fp16", "fp32"),
     )
     lora_rank: int | None = setting(None, "The rank of the adapter (32; tiny 16).")
-    lora_alpha: float | None = setting(
-        None, "The adapter adds alpha / rank x B A to a matrix (alpha is 2 x rank; tiny 4 x rank)."
-    )
+    lora_alpha: float | None = setting(None, "The adapter adds alpha / rank x B A (alpha is 2 x rank; tiny 4 x).")
     lora_targets: str = setting("all-linear", "Which matrices get an adapter.", ("all-linear", "attention"))
     attn: str = setting(
         "auto",
@@ -190,27 +170,18 @@ class Config:
         "fits beside the copy.",
         ("auto", "stored", "bf16"),
     )
-    token_budget: int | None = setting(
-        None, "The tokens of a training micro-batch; lower it when memory is short, the gradient stays the same."
-    )
-    max_batch: int | None = setting(
-        None, "How many sequences are decoded at once; what is learned does not depend on it."
-    )
-    allow_cpu: bool = setting(
-        False, "A model other than tiny is trained on the CPU if no GPU can be used; that takes days for 3B."
-    )
+    token_budget: int | None = setting(None, "The tokens of a micro-batch; the gradient does not depend on it.")
+    max_batch: int | None = setting(None, "The sequences decoded at once; what is learned does not depend on it.")
+    allow_cpu: bool = setting(False, "Any model is trained on the CPU if no GPU can be used: days for 3B.")
     eval_every: int = setting(
         25,
         "Steps between held-out evaluations; 0 evaluates only before and after training.",
         group="measuring and saving",
     )
-    eval_samples: int | None = setting(
-        None, "How many answers each held-out task gets before and after training, for pass@k (tiny 64, else 0)."
-    )
+    eval_samples: int | None = setting(None, "The answers per held-out task before and after, for pass@k (tiny 64).")
     eval_data: str | None = setting(
         None,
-        "The held-out tasks, a JSON-lines file (200 each of CRUXEval-O and -I and 64 induction tasks of the seed "
-        "stage; tiny: its own).",
+        "The held-out tasks, a file (200 each of CRUXEval-O and -I and 64 of the seed stage; tiny: its own).",
     )
     save_every: int = setting(10, "Steps between checkpoints; one is also written every ten minutes.")
     tracker: str = setting("none", "Each step's numbers are sent there too; its package is yours to install.", TRACKERS)
@@ -228,29 +199,17 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "prompts_per_mode",
-            "answers",
-            "max_new_tokens",
-            "minibatches",
-            "lora_rank",
-            "token_budget",
-            "save_every",
-            "step_tokens",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        for f in dataclasses.fields(self):
+            choices, value, flag = f.metadata["choices"], getattr(self, f.name), f"--{f.name.replace('_', '-')}"
+            if value is not None and "int" in str(f.type) and value < 1 and f.name not in MAY_BE_0:
+                raise ValueError(f"{flag} must be at least 1, not {value}")
+            if value is not None and choices and value not in choices:
+                raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
         if self.temperature <= 0:
             raise ValueError(f"--temperature must be above 0 to train, not {self.temperature}")
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning-rate must be between 0 and 1, not {self.learning_rate}")
         rules.control_of(self.entropy_control)
-        for f in dataclasses.fields(self):
-            choices, value = f.metadata["choices"], getattr(self, f.name)
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"--{f.name.replace('_', '-')} must be one of {', '.join(choices)}, not {value!r}")
 
     @property
     def control(self) -> str:
@@ -294,25 +253,10 @@ def make_parser(description: str) -> Parser:
             type=_type(f),
             choices=f.metadata["choices"] or None,
             default=argparse.SUPPRESS,
-            metavar=None if f.metadata["choices"] else METAVARS.get(f.name, _type(f).__name__.upper()),
+            metavar=METAVARS.get(f.name),
             help=text if f.default is None else f"{text} The default is {f.default}.",
         )
     return parser
-
-
-METAVARS = {
-    "model": "MODEL",
-    "adapter": "DIR",
-    "out": "DIR",
-    "resume": "auto|none|DIR",
-    "preset": "PRESET",
-    "data": "FILE",
-    "entropy_control": "NAME[=VALUE]",
-    "off_policy_source": "base|FILE",
-    "eval_data": "FILE",
-    "steps": "N",
-    "seed": "N",
-}
 
 
 def parse(arguments: list[str], description: str) -> Config:
@@ -320,9 +264,8 @@ def parse(arguments: list[str], description: str) -> Config:
     parser = make_parser(description)
     typed = vars(parser.parse_args(arguments))
     path = typed.pop("config", None)
-    stored = read_config(path) if path else {}
     try:
-        config = Config(**{**stored, **typed})
+        config = Config(**{**(read_config(path) if path else {}), **typed})
     except ValueError as error:
         parser.error(str(error))
     for file in dict.fromkeys(Path(name).resolve() for name in (path, _config_to_resume(config)) if name):
@@ -330,26 +273,14 @@ def parse(arguments: list[str], description: str) -> Config:
     return config
 
 
-def _read_settings(path: str | Path) -> dict:
-    """A config.json as a dict; ValueError or OSError if it is none."""
-    stored = json.loads(Path(path).read_text())
-    if not isinstance(stored, dict):
-        raise ValueError("not a JSON object")
-    return stored
-
-
 def read_config(path: str) -> dict:
-    """Settings of a config.json; exits 2 with one line if it is none."""
-    try:
-        stored = modern(_read_settings(path))
-    except (OSError, ValueError) as error:
-        sys.exit(_complain(f"--config {path}: {error}"))
-    known = {f.name for f in dataclasses.fields(Config)}
-    if unknown := sorted(set(stored) - known):
-        sys.exit(_complain(f"--config {path}: unknown settings {', '.join(unknown)}"))
-    for f in dataclasses.fields(Config):
-        if f.name in stored and not _is_a(stored[f.name], str(f.type)):
-            sys.exit(_complain(f"--config {path}: {f.name} must be {f.type}, not {json.dumps(stored[f.name])}"))
+    """Settings of a config.json, but for what is asked of one command. ValueError, in one line, if it is none."""
+    stored, kinds = modern(read_object(path)), {f.name: str(f.type) for f in dataclasses.fields(Config)}
+    if unknown := sorted(stored.keys() - kinds.keys()):
+        raise ValueError(f"--config {path}: unknown settings {', '.join(unknown)}")
+    for name, value in stored.items():
+        if not _is_a(value, kinds[name]):
+            raise ValueError(f"--config {path}: {name} must be {kinds[name]}, not {json.dumps(value)}")
     return {key: value for key, value in stored.items() if key not in ("resume", "dry_run", "print_config", "doctor")}
 
 
@@ -367,20 +298,13 @@ def modern(stored: dict) -> dict:
 def _tell_what_is_gone(path: Path) -> None:
     """One line on stderr for what an old config.json holds that no longer exists."""
     try:
-        stored = _read_settings(path)
-    except (OSError, ValueError):
+        stored = read_object(path)
+    except ValueError:
         return  # whoever opens it says what is wrong
-    gone = [name for name in GONE if name in stored]
-    other = [
-        f"{name} {stored[name]}"
-        for name in gone
-        if stored[name] not in (GONE[name], None) and name not in ("control_fraction", "entropy_coefficient")
-    ]
-    if gone:
+    if gone := [f"{name} {stored[name]}" for name in sorted(GONE & stored.keys())]:
         from azr.console import warn  # the doctor reads settings before it knows whether there is rich
 
-        ignored = f"; these said something else than what is done now: {', '.join(other)}" if other else ""
-        warn(f"{path}: {len(gone)} of its settings no longer exist and are left out{ignored}")
+        warn(f"{path}: settings that no longer exist are left out: {', '.join(gone)}")
 
 
 def completed(stored: dict) -> dict:
@@ -439,13 +363,13 @@ def resolve(config: Config) -> tuple[Config, str]:
 def _lora_of(adapter: str) -> dict[str, float]:
     """Rank and alpha of a PEFT adapter, which a warm start keeps. ValueError if there is none."""
     try:
-        stored = _read_settings(Path(adapter) / "adapter_config.json")
+        stored = read_object(Path(adapter) / "adapter_config.json")
         return {"lora_rank": int(stored["r"]), "lora_alpha": float(stored["lora_alpha"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--adapter {adapter}: no LoRA adapter of PEFT ({error})") from error
 
 
-def preset_of(config: Config) -> tuple[plan.Preset, str, str | None]:
+def preset_of(config: Config) -> tuple[plan.Preset, str, cost.Card | None]:
     """(sizes, one line that says why, the card that --preset names or None). PlanError for an unknown name."""
     model = "tiny" if base_description(config.model) is not None else config.model
     name = config.preset.lower()
@@ -458,10 +382,10 @@ def preset_of(config: Config) -> tuple[plan.Preset, str, str | None]:
             f"unknown preset {config.preset}: take auto, smoke, {', '.join(plan.PRESETS)}, or a card: "
             f"{', '.join(cost.CARDS)}"
         )
-    card = name if name in cost.CARDS else None
-    free = cost.free_bytes(card, plan.free_gpu_bytes())
+    card = cost.CARDS.get(name)
+    free = card.free if card else plan.free_gpu_bytes()
     preset, why = plan.choose_preset("auto" if card else name, model, free)
-    return preset, f"preset {preset.name}, for a {card}" if card and preset.gib else why, card
+    return preset, f"preset {preset.name}, for a {card.name}" if card and preset.gib else why, card
 
 
 def _config_to_resume(config: Config) -> Path | None:
@@ -477,8 +401,8 @@ def _carried_over(config: Config) -> Config:
     if path is None:
         return config
     try:
-        stored = modern(_read_settings(path))
-    except (OSError, ValueError):
+        stored = modern(read_object(path))
+    except ValueError:
         return config  # opening the run will say what is wrong
     names = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None} & set(stored)
     return dataclasses.replace(
@@ -486,11 +410,11 @@ def _carried_over(config: Config) -> Config:
     )
 
 
-def _auto_dtype(config: Config, preset: plan.Preset, card: str | None) -> str:
+def _auto_dtype(config: Config, preset: plan.Preset, card: cost.Card | None) -> str:
     """What --dtype auto is: in a plan that of the named card, or of a recent one where there is no GPU; in a run that
     of this machine."""
     if card and config.dry_run:
-        return "fp16" if card in NO_BF16 else "bf16"
+        return "bf16" if card.bf16 else "fp16"
     import torch
 
     from azr.policy.load import auto_dtype
@@ -524,25 +448,17 @@ def as_json(config: Config) -> str:
 
 def dry_run(config: Config, why: str) -> int:
     """Prints settings, memory plan, time and cost; 1 if it does not fit. Needs no GPU and no network."""
-    preset, _, named = preset_of(config)
-    here = None if named else plan.free_gpu_bytes()
+    preset, _, card = preset_of(config)
+    here = None if card else plan.free_gpu_bytes()
     given = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(preset) if f.name != "name"}
     preset = dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
-    room, device = cost.room(named, preset, here), "cuda" if preset.gib or here else "cpu"
-    card, which = cost.card_for(named, preset, cost.gpu_here() if here else None)
-    made = plan.plan_memory(plan.shape_of(config.model), preset, room, device)
+    room = card.free if card and preset.gib else plan.capacity(preset, here)
+    made = plan.plan_memory(plan.shape_of(config.model), preset, room, "cuda" if preset.gib or here else "cpu")
+    which = f"{card.name}, as asked" if card else ""
+    if not card:
+        card, which = cost.card_for(preset, cost.gpu_here() if here else None)
+    price, every = config.price_per_hour, config.eval_every
     print(as_json(config), why, plan.render(made, config.model), "", sep="\n")
-    print(
-        cost.render(
-            made, config.model, card, which, config.steps, config.price_per_hour, config.eval_every, out=config.out
-        ),
-        "",
-        plan.verdict(made),
-        sep="\n",
-    )
+    print(cost.render(made, config.model, card, which, config.steps, price, every, config.out), "", sep="\n")
+    print(plan.verdict(made))
     return 0 if made.fits else 1
-
-
-def _complain(text: str) -> int:
-    print(f"train_azr.py: {text}", file=sys.stderr)
-    return 2

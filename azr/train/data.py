@@ -1,23 +1,18 @@
-"""The fixed tasks and solutions that arms train on: their files, draws that follow from the step, steps of N tokens.
+"""The fixed tasks and solutions that arms train on: draws that follow from the step, steps of N tokens.
 
-    data = read_data("tasks.jsonl", solutions=False)     # a list of Task, read-only
-    tasks = draw(data, step=3, count=48, seed=0)         # the same for the same step, whatever happened before
+    tasks = draw(load_tasks("tasks.jsonl"), step=3, count=48, seed=0)    # the same for the same step, whatever happened
 
-Every draw follows from (seed, step), so a resume needs no position in the data. `python -m azr.tasks make` writes such
-files. No torch.
+Every draw follows from (seed, step), so a resume needs no position in the data. No torch.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from azr.console import warn
-from azr.jsonl import strict_lines
 from azr.tasks import MODES, Task
 from azr.tasks.prompts import solve_prompt
 
@@ -27,43 +22,6 @@ if TYPE_CHECKING:
 FILL_WAVES = 20  # rounds of sampling that fill a step up to a number of tokens
 FILL = "fill-"  # in the group of what was sampled for that
 FIRST_GUESS = 32  # tokens of an answer, before there is one
-
-
-# ---------------------------------------------------------------- files of tasks and solutions
-
-
-def read_data(path: str, solutions: bool) -> list[Task]:
-    """The tasks of a JSON-lines file, each once; with `solutions` each (task, response) once.
-
-    ValueError with file and line: a bad line, a task without a response where responses are wanted, an empty file.
-    """
-    tasks: dict[tuple, Task] = {}
-    for where, row in strict_lines(path):
-        try:
-            task = Task.from_json(row)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: {error}") from error
-        if solutions and not task.response:
-            raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
-        tasks.setdefault((task.hash, task.response if solutions else None), task)
-    if not tasks:
-        raise ValueError(f"{path}: holds no tasks; expected one task as JSON per line")
-    return list(tasks.values())
-
-
-def by_mode(tasks: list[Task]) -> str:
-    """How many tasks each mode has, as text: "deduction 8, induction 2"."""
-    return ", ".join(f"{mode} {count}" for mode, count in Counter(task.mode for task in tasks).items())
-
-
-def digest(path: str) -> str:
-    """16 hex digits of a file's bytes."""
-    import hashlib
-
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-
-
-# ---------------------------------------------------------------- draws
 
 
 def draw(data: list[Task], step: int, count: int, seed: int, wave: int | None = None) -> list[Task]:

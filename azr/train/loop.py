@@ -1,5 +1,6 @@
-"""Around the steps of train_azr.py: seed stage, frozen probe, non-finite updates, what follows a step, the conclusion.
+"""Around the steps of train_azr.py: what is refused, the open run, seed stage and probe, checkpoints, the conclusion.
 
+    code = exit_code(lambda: run(config, why, stop, State, train))     # one line on stderr for what ends a run
     begin(s, propose, validate, solve)                       # what comes before the first step, or a checkpoint
     watcher = Watcher(s, watch)
     for step in range(s.completed + 1, s.config.steps + 1):
@@ -7,24 +8,41 @@
             return
     conclude(s, watch)
 
-`s` is the State of train_azr.py. Nothing here imports the script: the phases that are needed come as arguments.
+`s` is the State of train_azr.py. Nothing here imports the script: what is needed of it comes as arguments.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 
 from azr import console
-from azr.console import warn
-from azr.evals.held_out import plot_pass_at_k
+from azr.console import prose, warn
+from azr.evals import math_answers
+from azr.evals.held_out import load_tasks, plot_pass_at_k
 from azr.jsonl import write_jsonl_atomic
+from azr.models import base_description, model_path
 from azr.passk import powers_of_two
-from azr.runs import read_lines
+from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
+from azr.policy.opening import check_warm_start
+from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
+from azr.runs import DiskError, Run, RunError, read_lines
+from azr.stop import StopNow, StopRequest
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
-from azr.train import checkpoint, memory_probe, screen, update
+from azr.tasks.prompts import STOP
+from azr.train import checkpoint, memory_probe, screen, trackers, update
+from azr.train.arms import Arms
+from azr.train.config import Config, completed, template_of
+from azr.train.evaluation import Evaluation
+from azr.train.loss_scale import LossScale
 from azr.train.metrics import memory, sample_row
+from azr.train.rollouts import judged
+from sandbox import Sandbox, SandboxError
 
 SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
 SEED_ROUNDS = 20  # a model that proposes nothing valid in so many rounds will not in more
@@ -33,6 +51,111 @@ PROBE = 64  # prompts and answers of each role and mode, frozen at step 0, for e
 NON_FINITE_LIMIT = 3  # skipped updates in a row: one is bad luck, three are a learning rate
 TABLE_EVERY = 25  # steps between tables of samples on the screen
 NAMES = {"selfplay": "self-play", "rlvr": "RLVR", "sft": "SFT"}
+
+
+# --------------------------------------------------------------------------------------------------- opening a run
+
+
+def run(config: Config, why: str, stop: StopRequest, state_class: type, train: Callable) -> None:
+    """Loads the model, opens the run directory, trains: `train` gets the State that `make_state` makes of all that."""
+    arms = refuse(config)
+    policy = load_policy(config)
+    maths = any(task.mode == "math" for arm in arms.arms for task in arm.judged)
+    grader = math_answers.MathGrader() if maths else nullcontext()
+    run_dir = Path(config.out if config.resume in ("auto", "none") else config.resume)
+    with Sandbox() as sandbox, grader as grader:
+        s = make_state(state_class, config, policy, sandbox, run_dir, arms, grader)
+        with Run.open(Path(config.out), dataclasses.asdict(config), config.resume, completed) as s.run:
+            screen.header(config, why, policy, s.run.environment(sandbox=sandbox.state))
+            s.stop, s.tracker = stop, trackers.open_tracker(config.tracker, s.run)
+            try:
+                train(s)
+            except StopNow:
+                with stop.shield():
+                    console.say(checkpoint.stopped(s))
+            except Exception as error:
+                with stop.shield():
+                    checkpoint.failed(s, error)
+            finally:
+                s.tracker.close()
+
+
+def make_state(state_class, config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, arms: Arms, grader=None):
+    """The State of a run before its first step; the arms look at their files. ValueError: one of these is of no use."""
+    sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
+    held_out = dataclasses.replace(sampling, temperature=1.0)  # whatever the training has: runs stay comparable
+    template = template_of(config)
+    s = state_class(
+        config,
+        policy,
+        update.make_optimizer(policy, config.learning_rate),
+        sandbox,
+        arms=arms,
+        grader=grader,
+        sizes=Sizes(config.token_budget),
+        loss_scale=LossScale.of(policy.info["dtype"]),
+        template=template,
+        sampling=sampling,
+        evaluation=Evaluation(config, policy, sandbox, template, held_out, run_dir),
+    )
+    arms.start(s, judged)
+    return s
+
+
+def refuse(config: Config) -> Arms:
+    """The arms of a run, once everything is checked that can be before the model is loaded and a directory made.
+
+    RunError, ValueError: the run directory holds something else, a file of tasks or a tracker cannot be used.
+    """
+    Run.check(Path(config.out), config.resume)
+    template_of(config)
+    trackers.check(config.tracker)
+    if config.eval_data and any(task.mode == "math" for task in load_tasks(config.eval_data)):
+        raise ValueError(f"{config.eval_data}: has math tasks; measure them with eval_passk.py, before and after")
+    return Arms.of(config)
+
+
+def load_policy(config: Config) -> Policy:
+    """The base with new LoRA on it, or with the adapter that --adapter names. ModelError, in one line, for what cannot
+    be loaded; ValueError for an adapter of another base or of other settings."""
+    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
+    policy = Policy.load(
+        model_path(config.model),
+        config.quantization,
+        lora=None if config.adapter else lora,
+        adapter=config.adapter,
+        seed=config.seed,
+        max_batch=config.max_batch,
+        dtype=config.dtype,
+        attn=config.attn,
+        rollout_weights=config.rollout_weights,
+        need_gpu=not config.allow_cpu and base_description(config.model) is None,
+    )
+    if config.adapter:
+        check_warm_start(config.adapter, policy.info, dataclasses.asdict(lora))
+        console.say(f"warm start from the adapter in {config.adapter}")
+    if policy.device.type == "cuda":
+        policy.checkpoint_activations()
+    return policy
+
+
+def exit_code(work: Callable[[], int | None]) -> int:
+    """What work() returns, or 0 for None; 1 or 2 and one line on stderr for an error that a user can act on."""
+    try:
+        return work() or 0
+    except (checkpoint.GaveUp, DoesNotFit, DiskError) as error:
+        print(f"train_azr.py: {error}", file=sys.stderr)
+        return 1
+    except (ModelError, RunError, SandboxError, ValueError) as error:
+        print(f"train_azr.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"train_azr.py: {str(error).splitlines()[0]}; take a smaller --preset", file=sys.stderr)
+        return 1
+    except StopNow:
+        return 0  # before the run began: nothing to save
 
 
 # ------------------------------------------------------------------------------------------------ before the first step
@@ -129,7 +252,10 @@ def not_reproducible(s) -> dict[str, float]:
 
 
 def complete(s, step: int) -> None:
-    """The step counts from here on; a checkpoint if one is due, wanted, or belongs to an evaluation."""
+    """The step counts from here on; a checkpoint if one is due, wanted, or belongs to an evaluation.
+
+    GaveUp after NON_FINITE_LIMIT skipped updates in a row.
+    """
     evaluated, last = evaluates(s, step), step == s.config.steps
     # number and snapshot change together: whatever stops the run later saves a state that fits its number
     s.completed, s.snapshot = step, checkpoint.changing(s)
@@ -139,10 +265,6 @@ def complete(s, step: int) -> None:
     if evaluated:
         # after the save, so that best.json never names a checkpoint that is not there
         s.evaluation.mark_best()
-
-
-def give_up_if_not_finite(s, step: int) -> None:
-    """GaveUp after NON_FINITE_LIMIT skipped updates in a row."""
     if s.non_finite >= NON_FINITE_LIMIT:
         wider = ", or take --dtype bf16 or fp32, whose range is wider" if s.loss_scale.active else ""
         raise checkpoint.GaveUp(
@@ -160,7 +282,6 @@ class Watcher:
         """watch: what notes warnings (analysis.health.Watch)."""
         self.s, self.watch, self.start = s, watch, time.monotonic()
         self.lines = screen.StepLines(s.config.steps, s.config.price_per_hour)
-        self.lines.header()
 
     def goes_on(self, metrics: dict, proposals: list[Sample], answers: list[Sample]) -> bool:
         """Shows a step. False: the hours are full; the run is saved."""
@@ -191,5 +312,6 @@ def conclude(s, watch) -> None:
         console.say(f"pass@k, base against trained: {plot}")
     if best := s.evaluation.mark_best():
         console.say(best)
-    screen.summary(watch.health.summary())
-    screen.where(s.run.dir)
+    for line in watch.health.summary():
+        prose(line)
+    prose(f"run directory: {s.run.dir} (metrics.jsonl, samples.jsonl, checkpoints/, eval/, plots/)")

@@ -22,14 +22,13 @@ import dataclasses
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 
 from azr.command import Parser
 from azr.jsonl import write_jsonl_atomic
 from azr.runs import newest_intact, read_metrics, read_samples
 from azr.tasks import MODES, SEED_PROGRAM, Task
-from azr.train.data import by_mode
 
 STYLES = ("none", "junk", "coarse", "full", "check", "ladder")  # see azr/tiny/documents.py
 
@@ -40,10 +39,13 @@ def tiny_tasks(options: argparse.Namespace) -> list[Task]:
     ValueError: an unknown mode, a number of statements that no program has, or a flag that would do nothing.
     """
     from azr.tiny import documents as recipe
+    from azr.tiny.programs import MAX_STATEMENTS
 
-    modes, sizes = options.modes.split(","), _statements(options.statements)
+    modes, sizes = options.modes.split(","), options.statements.split(",") if options.statements else []
     if unknown := set(modes) - {*MODES, "math"}:
         raise ValueError(f"--modes {','.join(sorted(unknown))}: there are {', '.join((*MODES, 'math'))}")
+    if any(not size.isdecimal() or not 1 <= int(size) <= MAX_STATEMENTS for size in sizes):
+        raise ValueError(f"--statements {options.statements}: expected numbers from 1 to {MAX_STATEMENTS}, as in 5,6")
     if options.style and not options.solutions:
         raise ValueError(f"--style {options.style} is about the thoughts of responses: it needs --solutions")
     by_hash: dict[str, Task] = {}
@@ -55,33 +57,19 @@ def tiny_tasks(options: argparse.Namespace) -> list[Task]:
             if mode == "math":
                 task, drawn = recipe.skill_task(rng), None
             else:
-                drawn = recipe.draw_task(mode, rng, count=rng.choice(sizes) if sizes else None)
+                drawn = recipe.draw_task(mode, rng, count=int(rng.choice(sizes)) if sizes else None)
                 task = drawn.task
             if task.hash in by_hash:
                 continue
-            thought = _thought(drawn, options.style or "ladder", thoughts) if options.solutions and drawn else ""
-            response = recipe.wrap(thought, recipe.answer(task)) if options.solutions else None
+            response = None
+            if options.solutions:
+                style = options.style or "ladder"
+                if drawn and style == "ladder":  # of a style drawn as in the last part of the base's training
+                    style = thoughts.choices(recipe.STYLES, recipe.style_weights(1.0))[0]
+                thought = recipe.think(drawn, style, thoughts) if drawn else ""
+                response = recipe.wrap(thought, recipe.answer(task))
             by_hash[task.hash] = dataclasses.replace(task, response=response)
     return list(by_hash.values())
-
-
-def _statements(text: str | None) -> list[int]:
-    """The numbers of statements asked for; [] for the generator's own mixture."""
-    from azr.tiny.programs import MAX_STATEMENTS
-
-    numbers = [part.strip() for part in text.split(",")] if text else []
-    if any(not part.isdecimal() or not 1 <= int(part) <= MAX_STATEMENTS for part in numbers):
-        raise ValueError(f"--statements {text}: expected numbers from 1 to {MAX_STATEMENTS}, separated by commas")
-    return [int(part) for part in numbers]
-
-
-def _thought(drawn, style: str, rng: random.Random) -> str:
-    """A thought of the style; "ladder": of a style drawn as in the last part of the base's training."""
-    from azr.tiny import documents as recipe
-
-    if style == "ladder":
-        style = rng.choices(recipe.STYLES, recipe.style_weights(1.0))[0]
-    return recipe.think(drawn, style, rng)
 
 
 def run_tasks(run: Path) -> list[Task]:
@@ -97,18 +85,15 @@ def run_tasks(run: Path) -> list[Task]:
 def run_solutions(run: Path, a_task: int) -> list[Task]:
     """Right and well-formed answers from samples.jsonl, up to `a_task` different ones a task, earliest first."""
     by_task: dict[str, dict[str, Task]] = {}
-    for row in _right(run):
-        task = Task.from_json({**row["task"], "response": row["response"]})
-        mine = by_task.setdefault(task.hash, {})
-        if len(mine) < a_task:
-            mine.setdefault(task.response, task)
-    return [task for mine in by_task.values() for task in mine.values()]
-
-
-def _right(run: Path) -> Iterator[dict]:
     for row in read_samples(run):
         if row["role"] == "solver" and row["reward"].get("correct") and row["reward"].get("well_formed"):
-            yield row
+            task = Task.from_json({**row["task"], "response": row["response"]})
+            mine = by_task.setdefault(task.hash, {})
+            if len(mine) < a_task:
+                mine.setdefault(task.response, task)
+    if not by_task:
+        raise ValueError(f"{run}: nothing to write, no answer was right and well-formed yet")
+    return [task for mine in by_task.values() for task in mine.values()]
 
 
 def benchmark_tasks(name: str) -> list[Task]:
@@ -121,19 +106,19 @@ def benchmark_tasks(name: str) -> list[Task]:
     return list({item.task.hash: item.task for item in benchmark.items}.values())
 
 
-def collect(options: argparse.Namespace) -> list[Task]:
-    """The tasks that the command asks for. ValueError, or OSError for a file, where they cannot be had."""
+def collect(options: argparse.Namespace) -> tuple[list[Task], str]:
+    """(the tasks that the command asks for, what to add to the line about them: for a run how many tokens a step of its
+    own trained on, so that another algorithm can be given as many). ValueError or OSError where they cannot be had."""
+    if getattr(options, "count", 1) < 1 or getattr(options, "per_task", 1) < 1:
+        raise ValueError("--count and --per-task must be at least 1")
     if options.command == "tiny":
-        return tiny_tasks(options)
+        return tiny_tasks(options), ""
     if options.command == "benchmark":
-        return benchmark_tasks(options.name)
-    return run_solutions(options.run, options.per_task) if options.solutions else run_tasks(options.run)
-
-
-def tokens_hint(run: Path) -> str:
-    """What a step of the run trained on, so that another algorithm can be given as much."""
-    counts = [row["train/tokens"] for row in read_metrics(run) if row.get("train/tokens")]
-    return f"; --step-tokens {round(sum(counts) / len(counts))} makes steps as large as its own" if counts else ""
+        return benchmark_tasks(options.name), ""
+    tasks = run_solutions(options.run, options.per_task) if options.solutions else run_tasks(options.run)
+    counts = [row["train/tokens"] for row in read_metrics(options.run) if row.get("train/tokens")]
+    mean = round(sum(counts) / len(counts)) if counts else 0
+    return tasks, f"; --step-tokens {mean} makes steps as large as its own" if counts else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -159,16 +144,12 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("out", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        if getattr(options, "count", 1) < 1 or getattr(options, "per_task", 1) < 1:
-            raise ValueError("--count and --per-task must be at least 1")
-        tasks = collect(options)
-        if not tasks:
-            raise ValueError(f"{options.run}: nothing to write, no answer was right and well-formed yet")
+        tasks, hint = collect(options)
         write_jsonl_atomic(options.out, [task.to_json() for task in tasks])
-        hint = tokens_hint(options.run) if options.command == "run" else ""
     except (ValueError, OSError) as error:
         print(f"python -m azr.tasks make: {error}", file=sys.stderr)
         return 2
     what = "solutions" if getattr(options, "solutions", False) else "tasks"
-    print(f"{options.out}: {len(tasks)} {what} ({by_mode(tasks)}){hint}")
+    modes = ", ".join(f"{mode} {count}" for mode, count in Counter(task.mode for task in tasks).items())
+    print(f"{options.out}: {len(tasks)} {what} ({modes}){hint}")
     return 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.table import Table
 from rich.text import Text
 
@@ -60,15 +58,15 @@ def header(config, why: str, policy, environment: dict) -> None:
 
 
 class StepLines:
-    """A line a step, with the time that is left and, at a price, what it has cost; now and then where time goes."""
+    """A line a step, with the time that is left and, at a price, what it has cost; now and then where time goes.
+
+    Making one says what the columns are.
+    """
 
     def __init__(self, steps: int, price_per_hour: float | None) -> None:
         self.steps, self.price = steps, price_per_hour
         self.seconds: list[float] = []
         self.recent: list[dict] = []
-
-    def header(self) -> None:
-        """Says what the columns of the step lines are."""
         prose(
             f"columns {INITIALS} ({', '.join(MODES)}): valid proposals in %, solved answers in %; H: entropy in nats "
             "a token, proposer and solver"
@@ -241,14 +239,3 @@ def average(rows: list[dict], key: str) -> str:
     """The mean of a metric over the rows that have it, with two decimals; a dash if none has."""
     values = [row[key] for row in rows if row.get(key) is not None]
     return f"{sum(values) / len(values):.2f}" if values else "-"
-
-
-def summary(lines: list[str]) -> None:
-    """What to look at, from `azr.analysis.health`."""
-    for line in lines:
-        prose(line)
-
-
-def where(run_dir: Path) -> None:
-    """What the run leaves and what to do with it."""
-    prose(f"run directory: {run_dir} (metrics.jsonl, samples.jsonl, checkpoints/, eval/, plots/)")

@@ -90,7 +90,6 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
     """train_azr.main(flags) in this process; seconds by phase and memory after each. real: weights and rewards are."""
     import train_azr
     from azr.train import loop, rollouts
-    from azr.train import start as begin
 
     why, laps, text = sandbox_refuses(), [], io.StringIO()
     start, turn = time.perf_counter(), itertools.count()
@@ -99,7 +98,7 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
         if not real:
             made_up = lambda *_, **__: float((-1) ** next(turn))  # noqa: E731
             changes += [
-                (begin, "Policy", random_weights(bench)),
+                (loop, "Policy", random_weights(bench)),
                 (loop, "SEED_ROUNDS", 1),
                 (train_azr, "solver_reward", made_up),
                 (train_azr, "proposer_reward", made_up),
@@ -108,7 +107,7 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
             changes += [(loop, "SEED_ROUNDS", 2)]
         if why:
             changes += [
-                (begin, "Sandbox", NoSandbox),
+                (loop, "Sandbox", NoSandbox),
                 (train_azr, "validate", made_up_validate),
                 (rollouts, "judge", made_up_judge),
             ]

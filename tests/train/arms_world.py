@@ -15,7 +15,7 @@ from azr.models import model_path
 from azr.policy.policy import LoraSettings, Policy
 from azr.runs import Run
 from azr.stop import StopRequest
-from azr.train import checkpoint, loop, start
+from azr.train import checkpoint, loop
 from azr.train.arms import Arms
 from azr.train.config import Config, resolve
 from sandbox import Sandbox
@@ -57,7 +57,7 @@ class World:
 
         config = resolve(Config(**{**SMALL, **settings}))[0]
         self.policy.load_adapter_state(self.start)
-        s = start.make_state(train_azr.State, config, self.policy, self.sandbox, run.dir, Arms.of(config), grader)
+        s = loop.make_state(train_azr.State, config, self.policy, self.sandbox, run.dir, Arms.of(config), grader)
         s.run, s.stop = run, stop
         if self.buffers is None:
             with patch.object(loop, "SEED_ROUNDS", 4):

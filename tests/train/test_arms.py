@@ -11,13 +11,14 @@ import torch
 
 import train_azr
 from azr.analysis import rewards as rewards_plot
+from azr.evals.held_out import load_tasks
 from azr.policy.sampling import Completion
 from azr.tasks import Task, judge, parse_answer
 from azr.tasks.task import Parsed, Sample
 from azr.train import arms, make_data, rewards, rules, update
 from azr.train.arms import entropy_control, off_policy, sft
 from azr.train.config import Config, resolve
-from azr.train.data import draw, fill, read_data, tokens, trimmed
+from azr.train.data import draw, fill, tokens, trimmed
 
 
 def made(length: int) -> Sample:
@@ -281,7 +282,7 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     path, modes = tmp_path / "gold.jsonl", "deduction,abduction,induction,math"
     assert make_data.main(["tiny", str(path), "--count", "12", "--modes", modes, "--solutions"]) == 0
     assert "48 solutions (deduction 12, abduction 12, induction 12, math 12)" in capsys.readouterr().out
-    solutions = read_data(path, solutions=True)
+    solutions = load_tasks(path, solutions=True)
     parsed = [parse_answer(task.mode, task.response) for task in solutions]
     assert all(p.well_formed for p in parsed)
     from sandbox import Sandbox
@@ -292,9 +293,9 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     assert all(p.value == task.answer for task, p in zip(solutions, parsed) if task.mode == "math")
     again = tmp_path / "tasks.jsonl"
     assert make_data.main(["tiny", str(again), "--count", "12", "--modes", modes]) == 0
-    assert {t.hash for t in read_data(again, False)} == {t.hash for t in solutions}
+    assert {t.hash for t in load_tasks(again)} == {t.hash for t in solutions}
     with pytest.raises(ValueError, match="line 1: has no .response."):
-        read_data(again, solutions=True)
+        load_tasks(again, solutions=True)
     assert make_data.main(["run", str(tmp_path), str(again)]) == 2
     capsys.readouterr()
     for flags, words in (
@@ -315,7 +316,7 @@ def test_task_files_of_one_difficulty_and_style(tmp_path):
 
     def written(*flags):
         assert make_data.main(["tiny", str(tmp_path / "made.jsonl"), "--count", "30", *flags]) == 0
-        return read_data(tmp_path / "made.jsonl", "--solutions" in flags)
+        return load_tasks(tmp_path / "made.jsonl", "--solutions" in flags)
 
     for sizes in ("1", "3,6", "8"):
         assert {statements(task.program) for task in written("--statements", sizes)} == set(map(int, sizes.split(",")))
@@ -332,21 +333,6 @@ def test_task_files_of_one_difficulty_and_style(tmp_path):
         assert again and trace.endswith(again)
     assert sum(len(text) for text in thoughts["full"].values()) > sum(len(t) for t in thoughts["coarse"].values())
     assert len({bool(text) for text in thoughts["ladder"].values()}) == 2
-
-
-def test_a_bad_line_is_named(tmp_path):
-    path = tmp_path / "tasks.jsonl"
-    for text, words in (
-        ("{", "line 1"),
-        ("[]", "expected a JSON object"),
-        ("\n", "holds no tasks"),
-        ('{"mode": "math"}', "'question' is missing"),
-    ):
-        path.write_text(text + "\n")
-        with pytest.raises(ValueError, match=words):
-            read_data(path, False)
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_data(tmp_path / "none", False)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

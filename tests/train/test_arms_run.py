@@ -14,10 +14,10 @@ import torch
 from arms_world import STEPS, World, reproducible
 
 import train_azr
+from azr.evals.held_out import load_tasks
 from azr.tasks import MODES
 from azr.train import arms, loop, make_data, rewards, rules, update
 from azr.train.arms import Arms, entropy_control, off_policy
-from azr.train.data import read_data
 from azr.train.data import tokens as tokens_of
 
 # So many answers that some tasks are solved sometimes and some ratios leave the clip's band.
@@ -252,7 +252,7 @@ def test_a_file_of_solutions_with_shaping(world, files):
     arm = world.run(off_policy_gamma=0.25, off_policy_source=files["gold"], off_policy_weight="luffy")
     proposals = [row for row in rollouts(world.run()) if row[0] == "proposer"]
     assert [row for row in rollouts(arm) if row[0] == "proposer"] == proposals
-    gold = {(task.hash, task.response) for task in read_data(files["gold"], True)}
+    gold = {(task.hash, task.response) for task in load_tasks(files["gold"], True)}
     for samples, row in zip(arm.trained, arm.rows):
         assert foreign(samples) and all((s.task.hash, s.response) in gold for s in foreign(samples))
         assert row["train/off_policy_gamma"] == 0.25
@@ -266,7 +266,7 @@ def test_a_file_of_solutions_with_shaping(world, files):
 
 def test_rlvr_solves_the_tasks_of_its_file_and_proposes_nothing(world, files):
     arm = world.run(algorithm="rlvr", data=files["tasks"])
-    known = {task.hash for task in read_data(files["tasks"], False)}
+    known = {task.hash for task in load_tasks(files["tasks"])}
     count, config = 0, arm.state.config
     for samples, row in zip(arm.trained, arm.rows):
         count += len(samples)
@@ -290,7 +290,7 @@ def test_rlvr_takes_mathematics_and_a_number_of_tokens(world, files):
 
 def test_sft_is_cross_entropy_on_given_responses(world, files):
     arm = world.run(algorithm="sft", data=files["gold"])
-    gold = {(task.hash, task.response) for task in read_data(files["gold"], True)}
+    gold = {(task.hash, task.response) for task in load_tasks(files["gold"], True)}
     for samples, row in zip(arm.trained, arm.rows):
         assert all((s.task.hash, s.response) in gold and s.advantage == 1 for s in samples)
         negative = sum(row[f"solver/{mode}/sampled_entropy"] for mode in MODES) / 6
@@ -386,11 +386,11 @@ def test_a_runs_tasks_and_answers_become_files(world, tmp_path, capsys):
     tasks, own = tmp_path / "tasks.jsonl", tmp_path / "own.jsonl"
     assert make_data.main(["run", str(run.out), str(tasks)]) == 0
     assert "--step-tokens" in capsys.readouterr().out
-    assert len(read_data(tasks, False)) == sum(buffers.size(mode) for mode in MODES) - 3
+    assert len(load_tasks(tasks)) == sum(buffers.size(mode) for mode in MODES) - 3
     assert make_data.main(["run", str(run.out), str(own), "--solutions", "--per-task", "2"]) == 0
     right = {(row["prompt"], row["response"]) for row in run.samples if row["reward"].get("correct")}
     from azr.tasks.prompts import solve_prompt
 
-    written = read_data(own, True)
+    written = load_tasks(own, True)
     assert written and all((solve_prompt(task, "tiny"), task.response) in right for task in written)
     assert all(json.loads(line)["response"] for line in own.read_text().splitlines())

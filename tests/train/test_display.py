@@ -46,7 +46,6 @@ def sample(role, mode, response, reason="ok", task=None, rate=None):
     return Sample(role, mode, "", [], None, response, "", Parsed(True, None, reason), task, reason, solve_rate=rate)
 
 lines = display.StepLines(int(sys.argv[1]), 1.99)
-lines.header()
 for step in (1, 10, int(sys.argv[1])):
     lines.show(row(step))
 console.warn("step 5: responses are cut off at --max-new-tokens 40 (proposer induction 100 %). Cut-off ones count as "

@@ -17,7 +17,7 @@ from azr.policy.sampling import Completion
 from azr.tasks import MODES, SEED_TASKS, Buffers, Sample, Task, parse_answer, parse_proposal
 from azr.tasks.program import skeleton
 from azr.tasks.prompts import fence
-from azr.train import evaluation, start
+from azr.train import evaluation, loop
 from azr.train.arms import Arms
 from azr.train.config import Config, resolve
 from azr.train.evaluation import Evaluation, evenly, statements
@@ -147,7 +147,7 @@ def test_a_proposal_of_a_held_out_program_is_refused_and_punished(held_out, tmp_
         sample.parsed, sample.entropy = parse_proposal(mode, response, program), [0.1] * len(ids)
         samples.append(sample)
     with Sandbox(1) as sandbox:
-        state = start.make_state(train_azr.State, config, policy, sandbox, tmp_path, Arms())
+        state = loop.make_state(train_azr.State, config, policy, sandbox, tmp_path, Arms())
         train_azr.validate_all(state, samples)
         assert [s.reason for s in samples] == ["held_out"] * 3 + ["ok"] and [s for s in samples if s.task] == samples[
             3:

@@ -14,8 +14,9 @@ State of train_azr.py; its functions `solve` and `judge` come as arguments, sinc
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import reduce
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -120,8 +121,23 @@ class Arm:
         return {}
 
 
+def joined(hook: str) -> Callable[..., list]:
+    """A hook of `Arms`: the lists of all arms, one after the other."""
+    return lambda self, *given: [item for arm in self.arms for item in getattr(arm, hook)(*given)]
+
+
+def united(hook: str) -> Callable[..., dict]:
+    """A hook of `Arms`: the metrics of all arms; of two with the same name the later one stays."""
+    return lambda self, *given: {k: v for arm in self.arms for k, v in getattr(arm, hook)(*given).items()}
+
+
+def handed_on(hook: str) -> Callable:
+    """A hook of `Arms`: each arm gets, as the last argument, what the arm before it returned."""
+    return lambda self, *given: reduce(lambda value, arm: getattr(arm, hook)(*given[:-1], value), self.arms, given[-1])
+
+
 class Arms(Arm):
-    """Several arms as one: lists are joined, changes are made one after the other. Without arms it does nothing."""
+    """Several arms as one, in the order of REGISTRY. Without arms it does nothing."""
 
     def __init__(self, arms: list[Arm] | tuple = ()) -> None:
         self.arms = list(arms)
@@ -130,6 +146,11 @@ class Arms(Arm):
     def of(cls, config: Config) -> Arms:
         """The arms that the settings ask for. ValueError for a file that one of them cannot read."""
         return cls([kind(config) for kind in chosen(config)])
+
+    files, tasks, answers = joined("files"), joined("tasks"), joined("answers")
+    samples, given = joined("samples"), joined("given")
+    prepare, metrics, after = united("prepare"), united("metrics"), united("after")
+    reward, weights, token_loss = handed_on("reward"), handed_on("weights"), handed_on("token_loss")
 
     @property
     def proposes(self) -> bool:
@@ -142,11 +163,6 @@ class Arms(Arm):
         return any(arm.every_token for arm in self.arms)
 
     @property
-    def judged(self) -> list[Task]:
-        """The tasks of all arms that will be judged."""
-        return [task for arm in self.arms for task in arm.judged]
-
-    @property
     def state(self) -> dict:
         """The states of all arms in one dictionary; of two arms with the same key the later one would win."""
         return {key: value for arm in self.arms for key, value in arm.state.items()}
@@ -157,12 +173,8 @@ class Arms(Arm):
         for arm in self.arms:
             arm.state = state
 
-    def files(self):
-        """The paths of all arms."""
-        return [path for arm in self.arms for path in arm.files()]
-
     def start(self, s, judge):
-        """Starts every arm, in the order of REGISTRY."""
+        """Starts every arm."""
         for arm in self.arms:
             arm.start(s, judge)
 
@@ -173,42 +185,10 @@ class Arms(Arm):
             stack.enter_context(arm.proposing(s))
         return stack
 
-    def tasks(self, s, step):
-        """The tasks of all arms, one list after the other."""
-        return [task for arm in self.arms for task in arm.tasks(s, step)]
-
-    def answers(self, s, step, solve):
-        """The answers of all arms, one list after the other."""
-        return [sample for arm in self.arms for sample in arm.answers(s, step, solve)]
-
-    def samples(self, s, step, proposals, answers, solve):
-        """The samples of all arms, one list after the other."""
-        return [sample for arm in self.arms for sample in arm.samples(s, step, proposals, answers, solve)]
-
-    def given(self, s, step):
-        """The given samples of all arms, one list after the other."""
-        return [sample for arm in self.arms for sample in arm.given(s, step)]
-
-    def reward(self, sample, reward):
-        """Each arm gets the reward that the arm before it returned."""
-        for arm in self.arms:
-            reward = arm.reward(sample, reward)
-        return reward
-
-    def prepare(self, s, step, samples):
-        """The metrics of all arms; of two with the same name the later one stays."""
-        return {name: value for arm in self.arms for name, value in arm.prepare(s, step, samples).items()}
-
     def mark(self, s, samples, seed):
         """Lets every arm mark the samples."""
         for arm in self.arms:
             arm.mark(s, samples, seed)
-
-    def weights(self, samples, weights):
-        """Each arm gets the weights that the arm before it returned."""
-        for arm in self.arms:
-            weights = arm.weights(samples, weights)
-        return weights
 
     def clip(self, low, high):
         """Each arm gets the bounds that the arm before it returned."""
@@ -216,36 +196,19 @@ class Arms(Arm):
             low, high = arm.clip(low, high)
         return low, high
 
-    def token_loss(self, batch, loss):
-        """Each arm gets the loss, (batch, time), that the arm before it returned."""
-        for arm in self.arms:
-            loss = arm.token_loss(batch, loss)
-        return loss
-
     def term(self, batch):
         """The sum of the terms of all arms, a scalar."""
         return sum(arm.term(batch) for arm in self.arms)
 
-    def metrics(self, columns):
-        """The metrics of all arms; of two with the same name the later one stays."""
-        return {name: value for arm in self.arms for name, value in arm.metrics(columns).items()}
 
-    def after(self, s, samples):
-        """The metrics of all arms; of two with the same name the later one stays."""
-        return {name: value for arm in self.arms for name, value in arm.after(s, samples).items()}
-
-
-def chosen(config: Config) -> list[type[Arm]]:
-    """The classes of the arms that the settings ask for."""
-    return [loaded(kind) for asked, kind in REGISTRY if asked(config)]
-
-
-def loaded(kind: str | type[Arm]) -> type[Arm]:
-    """A class of REGISTRY, imported if it is given as "file.Class"."""
-    if not isinstance(kind, str):
-        return kind
-    module, name = kind.split(".")
-    return getattr(importlib.import_module(f"azr.train.arms.{module}"), name)
+def chosen(config: Config) -> Iterator[type[Arm]]:
+    """The classes of the arms that the settings ask for; one that is given as "file.Class" is imported."""
+    for asked, kind in REGISTRY:
+        if asked(config) and isinstance(kind, str):
+            module, name = kind.split(".")
+            yield getattr(importlib.import_module(f"azr.train.arms.{module}"), name)
+        elif asked(config):
+            yield kind
 
 
 def refuse(config: Config) -> None:

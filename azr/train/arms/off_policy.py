@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from azr.console import warn
+from azr.evals.held_out import load_tasks
 from azr.policy.sampling import Completion
 from azr.tasks import Sample, Task, parse_answer
 from azr.tasks.prompts import solve_prompt
 from azr.train import ppo, update
 from azr.train.arms import Arm
-from azr.train.data import draw, fitting, read_data, tokens
+from azr.train.data import draw, fitting, tokens
 
 if TYPE_CHECKING:
     from azr.policy.policy import Policy
@@ -109,7 +110,7 @@ class OffPolicy(Arm):
     def __init__(self, config) -> None:
         super().__init__(config)
         self.from_file = config.off_policy_source != "base"
-        self.judged = read_data(config.off_policy_source, solutions=True) if self.from_file else []
+        self.judged = load_tasks(config.off_policy_source, solutions=True) if self.from_file else []
         self.solutions: dict[str, list[Sample]] = {}  # of the file, right and well-formed, by the hash of their task
 
     @classmethod

@@ -5,9 +5,10 @@ The seed stage and the probe are those of self-play, so what is held out or prob
 
 from __future__ import annotations
 
+from azr.evals.held_out import load_tasks
 from azr.tasks import Task
 from azr.train.arms import Arm
-from azr.train.data import draw, fill, fitting, read_data
+from azr.train.data import draw, fill, fitting
 
 MODES_OF_SELFPLAY = 3  # a step answers as many tasks as self-play proposes
 
@@ -20,7 +21,7 @@ class FixedTasks(Arm):
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.data = read_data(config.data, self.solutions)
+        self.data = load_tasks(config.data, self.solutions)
 
     @classmethod
     def refuses(cls, c):
