@@ -4,23 +4,19 @@
     found = finding(check, argument)                            # a check that returns Findings
     print(scrub(text))                                          # no home directory, user, host, tokens
 
-Left out: checks side by side, Windows (no fork there: the check runs in this process, guarded but not apart).
+Left out: checks side by side, Windows (which has no fork).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
-import io
-import json
+import multiprocessing
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,22 +38,22 @@ class Findings:
 @functools.cache
 def _secrets() -> list[tuple[re.Pattern, str]]:
     """(pattern, what stands for it): values first, then names."""
+    import pwd  # here: whoever reads on Windows that nothing can be tried there gets no further
+
     patterns = [(re.compile(r"\bhf_\w+"), "<token>"), (re.compile(r"(?<=://)[^/@\s]+@"), "")]
     for name, value in os.environ.items():
         if re.search("TOKEN|SECRET|PASSW|CREDENTIAL|KEY", name.upper()) and len(value) >= 6:
             patterns.append((re.compile(re.escape(value)), "<secret>"))
-    homes, users = {os.path.expanduser("~")}, {os.environ.get(name, "") for name in ("USER", "LOGNAME", "USERNAME")}
-    with contextlib.suppress(ImportError, KeyError):  # Windows; an unnamed uid
-        entry = importlib.import_module("pwd").getpwuid(os.getuid())
+    homes, users = {os.path.expanduser("~")}, {os.environ.get(name, "") for name in ("USER", "LOGNAME")}
+    with contextlib.suppress(KeyError):  # an unnamed uid
+        entry = pwd.getpwuid(os.getuid())
         homes, users = homes | {entry.pw_dir}, users | {entry.pw_name}
     homes |= {os.path.realpath(home) for home in homes}
-    for home in sorted(homes, key=len, reverse=True):
-        if len(home) > 1:
-            patterns.append((re.compile(re.escape(home) + r"(?![\w-])"), "~"))
     users |= {os.path.basename(home) for home in homes}
+    for home in sorted(homes - {"/"}, key=len, reverse=True):
+        patterns.append((re.compile(re.escape(home) + r"(?![\w-])"), "~"))
     names = [(user, "<user>") for user in users - {"root"}] + [(socket.gethostname(), "<host>")]
-    patterns += [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), mask) for name, mask in names if len(name) > 1]
-    return patterns
+    return patterns + [(re.compile(rf"(?<!\w){re.escape(n)}(?!\w)"), mask) for n, mask in names if len(n) > 1]
 
 
 def scrub(text: str) -> str:
@@ -78,68 +74,43 @@ def one_line(error: BaseException | str) -> str:
 
 
 def apart(check: Callable[[], Iterator], seconds: float = 300) -> tuple[list, str | None]:
-    """(what `check()` yields, why it ended early or None), run in a forked child: it may crash, hang or exit.
-
-    The values pass through JSON. Where there is no fork (Windows), it runs in this process.
-    """
-    if not hasattr(os, "fork"):
-        return _here(check)
-    read, write = os.pipe()
-    with tempfile.TemporaryFile() as transcript:
-        pid = os.fork()
-        if pid == 0:
-            _child(check, write, transcript.fileno())
-        os.close(write)
-        text, late = _read_until(read, time.monotonic() + seconds)
-        os.close(read)
-        if late:
-            os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        transcript.seek(0)
-        last = transcript.read().decode(errors="replace").strip().splitlines()[-1:]
-    records = [json.loads(line) for line in text.splitlines() if line.endswith("]")]
-    values = [value for kind, value in records if kind == "value"]
-    if late:
-        return values, f"no answer in {seconds:.0f} s"
-    if code == 0 or (errors := [value for kind, value in records if kind == "error"]):
-        return values, None if code == 0 else errors[0]
-    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return values, f"ended by {name}" + (f": {one_line(last[0])}" if last else "")
+    """(what `check()` yields, why it ended early or None), run in a forked child: it may crash, hang or exit."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(check, there))
+    child.start()
+    there.close()
+    values, why, deadline = [], f"no answer in {seconds:.0f} s", time.monotonic() + seconds
+    while here.poll(max(0.0, deadline - time.monotonic())):
+        try:
+            value, error = here.recv()
+        except EOFError:  # the child has ended
+            child.join()
+            code = child.exitcode
+            why = f"ended by {signal.Signals(-code).name if code < 0 else f'exit code {code}'}" if code else None
+            break
+        if error is not None:
+            why = error
+            break
+        values.append(value)
+    child.kill()
+    child.join()
+    here.close()
+    return values, why
 
 
-def _here(check) -> tuple[list, str | None]:
-    values = []
+def _child(check, there) -> None:
+    """Runs the check and ends the process; what libraries say on the way goes nowhere."""
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            values.extend(json.loads(json.dumps(value)) for value in check())
-    except Exception as error:  # whatever a broken package raises is a finding
-        return values, one_line(error)
-    return values, None
-
-
-def _child(check, write: int, said: int) -> None:
-    """Runs the check and ends the process; what libraries say on the way goes to `said`."""
-    code = 1
-    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
-            os.dup2(said, descriptor)
+            os.dup2(nowhere, descriptor)
         for value in check():
-            os.write(write, json.dumps(["value", value]).encode() + b"\n")
-        code = 0
+            there.send((value, None))
+        os._exit(0)
     except BaseException as error:  # SystemExit of a package too: any end is a finding
-        os.write(write, json.dumps(["error", one_line(error)]).encode() + b"\n")
+        there.send((None, one_line(error)))
     finally:
-        os._exit(code)
-
-
-def _read_until(descriptor: int, deadline: float) -> tuple[str, bool]:
-    """All that is written until the other end closes, and whether the deadline came first."""
-    data = b""
-    while select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        if not (more := os.read(descriptor, 65536)):
-            return data.decode(), False
-        data += more
-    return data.decode(errors="replace"), True
+        os._exit(1)
 
 
 def finding(check: Callable[..., Findings], *arguments, seconds: float = 300, vital: bool = False) -> Findings:

@@ -1,6 +1,6 @@
 """What a run takes besides memory: time of a step by phase, of the run, dollars, disk. Computed, not measured.
 
-    card, why = card_for("4090", preset)                  # or None: the one in this machine, else one of the preset
+    card, why = card_for(preset)                          # the one in this machine, else one of the preset
     middle, fast, slow = (step_time(plan, card, pace) for pace in PACES)
     print(render(plan, "qwen-3b", card, why, steps=500, price=0.44))
 
@@ -22,8 +22,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from azr.machine.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, PlanError, Preset, Shape, capacity
+from azr.machine.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, Preset, Shape
 from azr.models import model_path
+from azr.runs import KEEP_STATES
 
 
 @dataclass(frozen=True)
@@ -34,38 +35,34 @@ class Card:
     gib: int
     bandwidth: float
     tflops: float
+    bf16: bool = True  # in hardware
+
+    @property
+    def free(self) -> float:
+        """Bytes that CUDA's context leaves."""
+        return self.gib * GIB - CUDA_CONTEXT
 
 
 CARDS = {
     card.name: card
-    for card in (
+    for card in (  # the first of a size stands for the preset of that size
         Card("3070", 8, 448, 41),
         Card("3060", 12, 360, 25),
-        Card("t4", 16, 320, 65),
         Card("a4000", 16, 448, 77),
         Card("4080", 16, 717, 97),
+        Card("t4", 16, 320, 65, bf16=False),
         Card("3090", 24, 936, 71),
         Card("4090", 24, 1008, 165),
         Card("a10", 24, 600, 125),
         Card("l4", 24, 300, 121),
         Card("5090", 32, 1792, 210),
+        Card("a100-40", 40, 1555, 312),
         Card("a6000", 48, 768, 155),
         Card("l40s", 48, 864, 362),
-        Card("a100-40", 40, 1555, 312),
         Card("a100", 80, 1935, 312),
         Card("h100", 80, 3350, 989),
         Card("h200", 141, 4800, 989),
     )
-}
-OF_PRESET = {
-    "8gb": "3070",
-    "12gb": "3060",
-    "16gb": "a4000",
-    "24gb": "3090",
-    "32gb": "5090",
-    "40gb": "a100-40",
-    "48gb": "a6000",
-    "80gb": "a100",
 }
 
 
@@ -113,49 +110,22 @@ TOKENIZER_BYTES = 12e6
 # ---------------------------------------------------------------- which card
 
 
-def card_for(name: str | None, preset: Preset, here: str | None = None) -> tuple[Card | None, str]:
-    """(card, why): the one that was named, else the one in this machine, else a common one of the preset's memory.
+def card_for(preset: Preset) -> tuple[Card | None, str]:
+    """(card, why) where none is named: the one in this machine, else a common one of the preset's memory; None: a CPU.
 
-    here: the name that torch gives of the GPU in this machine. None as card: a CPU. PlanError: unknown name.
+    torch is asked for the GPU only if it is loaded already.
     """
-    if name:
-        return named(name), f"{name}, as asked"
-    if here:
-        words = here.lower().replace("-", " ").split()
-        matches = [card for key, card in CARDS.items() if key in words]
-        if matches:
-            return matches[0], f"{here}, in this machine"
-        return CARDS[OF_PRESET[preset.name]] if preset.name in OF_PRESET else None, (
-            f"{here} is not in the list of cards; taken for a {OF_PRESET.get(preset.name)}"
-        )
-    if preset.name not in OF_PRESET:
-        return None, "the CPU, by rates of the embedded model on two cores"
-    return CARDS[
-        OF_PRESET[preset.name]
-    ], f"assumed: {OF_PRESET[preset.name]}, for no GPU is here; --preset names another"
-
-
-def named(name: str) -> Card:
-    """The card of this name, or PlanError."""
-    if name.lower() not in CARDS:
-        raise PlanError(f"unknown card {name}: take {', '.join(CARDS)}, or leave the card out")
-    return CARDS[name.lower()]
-
-
-def free_bytes(name: str | None, here: float | None) -> float | None:
-    """Returns the bytes to choose a preset by: the named card's less CUDA's context, else those free (None: no GPU)."""
-    return named(name).gib * GIB - CUDA_CONTEXT if name else here
-
-
-def room(name: str | None, preset: Preset, here: float | None) -> float | None:
-    """Bytes to plan with: of the named card, else what is free here, else of the preset's card; None: no limit."""
-    return free_bytes(name, None) if name and preset.gib else capacity(preset, here)
-
-
-def gpu_here() -> str | None:
-    """What torch calls the GPU in this machine; None without one."""
     torch = sys.modules.get("torch")
-    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
+    usual = next((card for card in CARDS.values() if card.gib == preset.gib), None)
+    if torch is not None and torch.cuda.is_available():
+        here = torch.cuda.get_device_name()
+        words = here.lower().replace("-", " ").split()
+        if card := next((card for key, card in CARDS.items() if key in words), None):
+            return card, f"{here}, in this machine"
+        return usual, f"{here} is not in the list of cards; taken for a {usual.name if usual else 'CPU'}"
+    if usual is None:
+        return None, "the CPU, by rates of the embedded model on two cores"
+    return usual, f"assumed: {usual.name}, for no GPU is here; --preset names another"
 
 
 # ---------------------------------------------------------------- time
@@ -239,7 +209,7 @@ def update_time(shape: Shape, preset: Preset, card: Card | None, sampled: int, t
 # ---------------------------------------------------------------- disk
 
 
-def disk(plan: Plan, model: str, steps: int, eval_every: int, keep_states: int = 2) -> dict[str, float]:
+def disk(plan: Plan, model: str, steps: int, eval_every: int) -> dict[str, float]:
     """Bytes of the run directory by part, and of the model's files in the hub's cache."""
     adapter = 4 * plan.shape.lora_parameters(plan.preset.lora_rank, plan.preset.lora_targets)
     count = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
@@ -247,7 +217,7 @@ def disk(plan: Plan, model: str, steps: int, eval_every: int, keep_states: int =
     hub = not Path(model_path(model)).is_dir()
     return {
         "adapters": count * adapter,
-        "states": (keep_states + 1) * 3 * adapter,
+        "states": (KEEP_STATES + 1) * 3 * adapter,
         "samples": ROW_BYTES * TOKEN_CHARACTERS * tokens,
         "download": 2 * plan.shape.parameters + TOKENIZER_BYTES if hub else 0,
     }
@@ -285,16 +255,15 @@ def render(
     why: str,
     steps: int,
     price: float | None,
-    eval_every: int = 25,
-    keep_states: int = 2,
-    out: str = ".",
+    eval_every: int,
+    out: str,
 ) -> str:
     """Time, cost and disk as plain text, 80 columns."""
     guesses = paces(plan)
     times = [step_time(plan, card, pace) for pace in guesses]
     lines = [f"card         {why}"]
     if card:
-        half = "bf16" if card.name != "t4" else "fp16; a T4 has no bf16"
+        half = "bf16" if card.bf16 else "fp16; it has no bf16"
         lines += [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}"]
     lines += ["", f"{'time, computed':16}" + "".join(f"{pace.name:>12}" for pace in guesses)]
 
@@ -316,7 +285,7 @@ def render(
     if card:
         source = "computed, not measured on this card (an H200 was: docs/gpu.md)"
     lines += [f"             {source};", "             a run says after 3 steps what its own steps make of it", ""]
-    parts = disk(plan, model, steps, eval_every, keep_states)
+    parts = disk(plan, model, steps, eval_every)
     gb = {name: f"{size / GB:.2f} GB" for name, size in parts.items()}
     lines += [
         f"disk         {gb['adapters']} adapters that stay, {gb['states']} states to resume from,",

@@ -15,7 +15,6 @@ need, whether the model can be downloaded (its loading says so), several GPUs.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -32,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from azr.isolated import Findings, apart, cores, finding, one_line, read_text, scrub
-from azr.models import model_path
+from azr.models import base_description
 
 NEEDED = ("torch", "numpy", "transformers", "peft", "accelerate", "rich")
 PARTS = {"transformers": "AutoModelForCausalLM", "peft": "get_peft_model"}  # loaded when they are asked for
@@ -52,8 +51,6 @@ def system() -> Findings:
         findings.blocks.append(
             "macOS has no seccomp for the sandbox, and torch's MPS is not used: take Docker or Linux"
         )
-    elif sys.platform == "win32":
-        findings.blocks.append("Windows has no seccomp for the sandbox: take WSL 2 or Docker")
     return findings
 
 
@@ -112,14 +109,12 @@ def sandbox() -> Findings:
 
 def packages(names: list[str]) -> Findings:
     """Versions, and whether each of the packages that the run needs can be imported."""
-    missing = [name for name in names if not there(name)]
-    broken = imports([name for name in names if name not in missing])
-    versions = [f"{name} {version_of(name)}" for name in names if name not in missing]
-    findings = Findings([("packages", ", ".join(versions) or "none")])
-    for name in missing:
-        findings.blocks.append(f"{name} is missing: pip install -r requirements.txt")
-    for name, why in broken.items():
-        findings.blocks.append(f"{name} cannot be imported ({why}): pip install -r requirements.txt installs it again")
+    there = [name for name in names if importlib.util.find_spec(name)]
+    findings = Findings([("packages", ", ".join(f"{name} {version_of(name)}" for name in there) or "none")])
+    remedy = "pip install -r requirements.txt"
+    findings.blocks += [f"{name} is missing: {remedy}" for name in names if name not in there]
+    for name, why in imports(there).items():
+        findings.blocks.append(f"{name} cannot be imported ({why}): {remedy} installs it again")
     return findings
 
 
@@ -127,30 +122,23 @@ def imports(names: list[str]) -> dict[str, str]:
     """{name: why} of the packages that cannot be imported. One child for all; a crash costs it and a new child."""
     broken: dict[str, str] = {}
 
-    def one_by_one(left: list[str]):
-        for name in left:
+    def one_by_one():
+        for name in names:
             try:
                 importlib.import_module(name)
                 if part := PARTS.get(name):
                     getattr(sys.modules[name], part)
-                yield [name, None]
+                yield name, None
             except Exception as error:
-                yield [name, one_line(error)]
+                yield name, one_line(error)
 
     while names:
-        done, died = apart(lambda: one_by_one(names), seconds=600)
+        done, died = apart(one_by_one, seconds=600)
         broken |= {name: why for name, why in done if why}
         names = names[len(done) :]
         if died and names:
             broken[names[0]], names = died, names[1:]
-        elif died is None:
-            break
     return broken
-
-
-def there(name: str) -> bool:
-    """Whether a package is installed, not whether it works."""
-    return importlib.util.find_spec(name) is not None
 
 
 def version_of(name: str) -> str:
@@ -164,67 +152,33 @@ def version_of(name: str) -> str:
 # ---------------------------------------------------------------- the report
 
 
-def settings(arguments: list[str], parse) -> SimpleNamespace:
-    """model, out, attn, quantization, shape (None: not known without its files); a bad flag exits 2.
-
-    Should the settings not be importable here (no fcntl on Windows), the few flags that matter are read alone.
-    """
-    try:
-        config = parse(arguments)
-    except Exception:  # whatever is broken shows in the checks
-        parser = argparse.ArgumentParser(prog="train_azr.py", allow_abbrev=False)
-        for flag, default in (("--model", "tiny"), ("--out", None), ("--attn", "auto"), ("--quantization", None)):
-            parser.add_argument(flag, default=default)
-        config = parser.parse_known_args(arguments)[0]
-    from azr.machine import plan  # needs the standard library only
-
-    path = model_path(config.model)
-    tiny = (Path(path) / "base.json").is_file()
-    try:
-        shape = plan.shape_of(config.model)
-    except (plan.PlanError, OSError):
-        shape = None
-    name = Path(config.model.rstrip("/")).name
-    return SimpleNamespace(
-        model=config.model,
-        path=path,
-        shape=shape,
-        tiny=tiny,
-        attn=config.attn,
-        out=config.out or f"runs/{name}-0",
-        quantization=config.quantization or ("none" if tiny else "nf4"),
-        allow_cpu=getattr(config, "allow_cpu", False),
-    )
-
-
-def examine(chosen: SimpleNamespace) -> Iterator[Findings]:
-    """One check after the other, each as soon as it is known."""
+def examine(config) -> Iterator[Findings]:
+    """One check after the other, each as soon as it is known; `config` has the settings of a run."""
+    tiny = base_description(config.model) is not None
+    four_bit = (config.quantization or ("none" if tiny else "nf4")) == "nf4"
     yield finding(system)
     yield finding(memory)
-    yield finding(disk, chosen.out, vital=True)
+    yield finding(disk, config.out or "runs", vital=True)
     yield finding(sandbox, vital=True)
-    yield (installed := packages([*NEEDED, *["bitsandbytes"] * (chosen.quantization == "nf4")]))
+    yield (installed := packages([*NEEDED, *["bitsandbytes"] * four_bit]))
     if any(block.startswith(("torch ", "numpy ")) for block in installed.blocks):
         yield Findings([("not tried", "GPU, attention and 4-bit kernels: they need torch and numpy")])
-    else:
-        yield from examine_torch(chosen)
-
-
-def examine_torch(chosen: SimpleNamespace) -> Iterator[Findings]:
-    """GPU, attention, 4-bit kernels."""
+        return
     import torch  # noqa: F401 (once, for all children; nothing here may wake CUDA, which does not survive a fork)
 
-    from azr.machine import probes
+    from azr.machine import plan, probes
 
-    shape = chosen.shape
-    sizes = (shape.heads, shape.kv_heads, shape.head_dim) if shape else (16, 2, 128)
+    shape = None  # of a model that is not known without its files
+    with contextlib.suppress(plan.PlanError, OSError):
+        shape = plan.shape_of(config.model)
     yield (card := finding(probes.gpu, vital=True))
-    if not chosen.tiny and card.lines[0][1].startswith("none"):
-        text = f"without a GPU {chosen.model} is far too slow to train: --model tiny is made for a CPU"
+    if not tiny and card.lines[0][1].startswith("none"):
+        text = f"without a GPU {config.model} is far too slow to train: --model tiny is made for a CPU"
         anyway = f"{text}; --allow-cpu trains all the same"
-        yield Findings(slows=[text]) if chosen.allow_cpu else Findings(blocks=[anyway])
-    yield finding(probes.attention, chosen.attn, *sizes, vital=True)
-    if chosen.quantization == "nf4" and there("bitsandbytes"):
+        yield Findings(slows=[text]) if config.allow_cpu else Findings(blocks=[anyway])
+    sizes = (shape.heads, shape.kv_heads, shape.head_dim) if shape else (16, 2, 128)
+    yield finding(probes.attention, config.attn, *sizes, vital=True)
+    if four_bit and importlib.util.find_spec("bitsandbytes"):
         widths = sorted({inputs for inputs, _ in shape.linears.values()}) if shape else [256]
         yield finding(probes.four_bit, widths, vital=True)
 
@@ -239,7 +193,10 @@ def show(label: str, text: str) -> None:
 
 def main(arguments: list[str], parse) -> int:
     """Prints the report; 1 if training cannot run here. parse(arguments) -> the settings of a run."""
-    config = settings(arguments, parse)
+    if sys.platform == "win32":  # which has no fork either, so nothing can be tried
+        print("Windows has no seccomp for the sandbox: take WSL 2 or Docker")
+        return 1
+    config = parse(arguments)
     print("----- from here on it can be pasted into an issue: no names, no tokens -----", flush=True)
     show("command", f"train_azr.py {' '.join(arguments)}")
     blocks, slows = [], []
@@ -254,7 +211,7 @@ def main(arguments: list[str], parse) -> int:
         show("because", text)
     for text in slows:
         show("but", text)
-    if not blocks and not config.tiny:
+    if not blocks and base_description(config.model) is None:
         show("next", f"train_azr.py --model {config.model} --dry-run says whether it fits the memory")
     print("----- to here -----")
     return 1 if blocks else 0

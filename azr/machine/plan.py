@@ -420,25 +420,20 @@ def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = 
 
 
 def advice(plan: Plan) -> tuple[str, Plan] | None:
-    """Returns the least change of flags that makes a plan fit, and the plan with it; None if none of them does.
+    """Returns a change of flags that makes a plan fit, and the plan with it; None if none of them does.
 
-    Shorter texts before a smaller adapter, 4 bits before both; a smaller preset takes its sizes all at once.
+    4 bits first, then shorter texts before a smaller adapter, one flag before several.
     """
     preset = plan.preset
-
-    def lower(name: str, values: tuple[int, ...]) -> list[dict]:
-        return [{name: value} for value in values if value < getattr(preset, name)]
-
-    bits = [{"quantization": "nf4"}] if preset.quantization == "none" else []
-    shorter = lower("max_new_tokens", (4096, 2048, 1024, 512)) + lower("prompt_tokens", (1536, 1024))
-    both = [a | b for a in lower("max_new_tokens", (1024, 512)) for b in lower("prompt_tokens", (1536, 1024))]
-    ranks = lower("lora_rank", (16, 8))
-    small = [{"max_new_tokens": 512, "prompt_tokens": 1024} | rank for rank in ranks]
-    smallest = [{"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}]
-    changes = [*bits, *shorter, *both, *ranks, *small, *(smallest if preset.max_new_tokens > 256 else [])]
-    # Last, the same changes with 4 bits; the first entry is 4 bits alone.
-    changes += [change | bits[0] for change in changes[1:]] if bits else []
-    for change in changes:
+    lower = {"max_new_tokens": (2048, 1024, 512), "prompt_tokens": (1536, 1024), "lora_rank": (16, 8)}
+    changes = [{name: value} for name, values in lower.items() for value in values]
+    changes += [{"max_new_tokens": 512, "prompt_tokens": 1024}]
+    changes += [{"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}]
+    changes = [{name: v for name, v in change.items() if v < getattr(preset, name)} for change in changes]
+    if preset.quantization == "none":
+        bits = {"quantization": "nf4"}
+        changes = [bits, *changes, *(change | bits for change in changes)]
+    for change in filter(None, changes):
         candidate = plan_memory(plan.shape, dataclasses.replace(preset, **change), plan.capacity, plan.device)
         if candidate.fits:
             return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in change.items()), candidate
@@ -449,15 +444,13 @@ def elsewhere(plan: Plan) -> list[str]:
     """Says what would fit if no flag helps: the largest smaller model here, the smallest card for this one. Both are
     planned to see that they do."""
     options = []
-    for size, shape in sorted(QWEN25.items(), key=lambda item: -item[1].parameters):
-        if shape.parameters < plan.shape.parameters:
-            for preset in (plan.preset, PRESETS["8gb"]):
-                if plan_memory(shape, preset, plan.capacity, plan.device).fits:
-                    flag = next((name for name, path in ALIASES.items() if path.endswith(f"-{size}")), None)
-                    sizes = "" if preset is plan.preset else f" --preset {preset.name}"
-                    options.append(f"--model {flag or f'Qwen/Qwen2.5-Coder-{size}'}{sizes}")
-                    break
-        if options:
+    for size, shape in reversed(QWEN25.items()):  # the largest first
+        if (
+            shape.parameters < plan.shape.parameters
+            and plan_memory(shape, plan.preset, plan.capacity, plan.device).fits
+        ):
+            name = f"Qwen/Qwen2.5-Coder-{size}"
+            options.append(f"--model {next((alias for alias, path in ALIASES.items() if path == name), name)}")
             break
     for preset in PRESETS.values():
         if preset.gib * GIB > (plan.capacity or 0) and plan_memory(plan.shape, preset, capacity(preset)).fits:

@@ -456,7 +456,7 @@ def dry_run(config: Config, why: str) -> int:
     made = plan.plan_memory(plan.shape_of(config.model), preset, room, "cuda" if preset.gib or here else "cpu")
     which = f"{card.name}, as asked" if card else ""
     if not card:
-        card, which = cost.card_for(preset, cost.gpu_here() if here else None)
+        card, which = cost.card_for(preset)
     price, every = config.price_per_hour, config.eval_every
     print(as_json(config), why, plan.render(made, config.model), "", sep="\n")
     print(cost.render(made, config.model, card, which, config.steps, price, every, config.out), "", sep="\n")

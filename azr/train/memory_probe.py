@@ -12,7 +12,6 @@ much.
 from __future__ import annotations
 
 import sys
-import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,22 +30,22 @@ BONUS = ("bonus", "adaptive")  # entropy controls whose gradient goes through th
 def at_start(policy: Policy, optimizer, config: Config, sizes: Sizes) -> None:
     """The probe and its line, on a GPU. A CPU's system ends a process that takes too much: nothing to back off from."""
     if policy.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         prose(probe(policy, optimizer, config, sizes))
+        torch.cuda.empty_cache()  # sampling comes next and looks at what is free
 
 
 def probe(policy: Policy, optimizer, config: Config, sizes: Sizes) -> str:
     """Runs it; returns one line with the sizes and the peak. DoesNotFit: not even one sequence fits."""
-    prompt, response = lengths(config, policy)
-    longest, start = prompt + response, time.perf_counter()
+    context = getattr(policy.base.config, "max_position_embeddings", None) or sys.maxsize
+    response = min(config.max_new_tokens, context - 1)
+    longest = max(1, min(config.prompt_tokens, context - response)) + response
     parameters, training = policy.trainable_parameters(), policy.model.training
     # the room of both moments, where Adam has made none yet
     held = [torch.empty(2, *p.shape, dtype=p.dtype, device=p.device) for p in parameters if p not in optimizer.state]
-    on_gpu = policy.device.type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
 
     def work() -> list[tuple[int, int]]:
-        discard(parameters)
+        optimizer.zero_grad(set_to_none=True)
         batches = micro_batches(longest, sizes.token_budget)
         for rows, length in batches:
             after = min(length - 1, response)
@@ -60,19 +59,12 @@ def probe(policy: Policy, optimizer, config: Config, sizes: Sizes) -> str:
     try:
         batches = retry(work, lambda: sizes.halve(longest), "the probe of the longest sequences")
     finally:
-        discard(parameters)
+        optimizer.zero_grad(set_to_none=True)
         policy.model.train(training)
         del held
-    if on_gpu:
-        torch.cuda.synchronize()
-    return described(batches, time.perf_counter() - start, on_gpu)
-
-
-def lengths(config: Config, policy: Policy) -> tuple[int, int]:
-    """Tokens of the longest prompt and the longest response, within the model's context."""
-    context = getattr(policy.base.config, "max_position_embeddings", None) or sys.maxsize
-    response = min(config.max_new_tokens, context - 1)
-    return max(1, min(config.prompt_tokens, context - response)), response
+    shown, peak = " and ".join(f"{rows} x {length}" for rows, length in batches), memory()
+    gb = peak.get("memory/peak_gpu", peak["memory/peak_process"])
+    return f"probe: the longest sequences allowed ({shown} tokens) forward and backward take up to {gb:.1f} GB"
 
 
 def micro_batches(longest: int, token_budget: int) -> list[tuple[int, int]]:
@@ -80,20 +72,3 @@ def micro_batches(longest: int, token_budget: int) -> list[tuple[int, int]]:
     rows = max(1, token_budget // longest)
     shorter = token_budget // (rows + 1)
     return [(rows, longest)] + [(rows + 1, shorter)] * ((rows + 1) * shorter > rows * longest)
-
-
-def discard(parameters: list[torch.nn.Parameter]) -> None:
-    """Removes the gradients that the probe left, and the memory that they take."""
-    for parameter in parameters:
-        parameter.grad = None
-
-
-def described(batches: list[tuple[int, int]], seconds: float, on_gpu: bool) -> str:
-    """The line for the screen: what was run, its seconds, the peak of memory in GB (1e9). Frees a GPU's cache."""
-    shown = " and ".join(f"{rows} x {length}" for rows, length in batches)
-    what = f"probe: the longest sequences allowed ({shown} tokens) forward and backward"
-    if not on_gpu:
-        return f"{what}: {seconds:.1f} s, peak of the process {memory()['memory/peak_process']:.1f} GB"
-    peak, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.empty_cache()  # sampling comes next and looks at what is free
-    return f"{what}: {seconds:.1f} s, peak {peak / 1e9:.1f} of {total / 1e9:.1f} GB"

@@ -30,15 +30,7 @@ CONTROLS: dict[str, float | None] = {
 TINY_STRENGTH = {"clip-cov": 2e-2, "kl-cov": 2e-2}
 SHARES = ("clip-cov", "kl-cov", "top-entropy", "high-advantage-clip")
 NEED_RATIO = ("clip-higher", "kl-cov")  # controls that do nothing while the ratio of PPO is 1
-ARM_FLAGS = (
-    "proposer",
-    "proposer_reward",
-    "ends_penalty",
-    "entropy_control",
-    "solver_tasks",
-    "minibatches",
-    "temperature",
-)
+ARM_FLAGS = "proposer proposer_reward ends_penalty entropy_control solver_tasks minibatches temperature".split()
 
 
 def control_of(text: str) -> tuple[str, float | None]:
@@ -70,10 +62,10 @@ def with_strength(text: str, tiny: bool) -> str:
 
 def refuse(config: Config) -> None:
     """ValueError, in one line with the reason, for a combination that contradicts itself or does nothing."""
-    for wrong, reason in _rules(config):
+    of_arms = [rule for kind in arms.chosen(config) for rule in kind.refuses(config)]
+    for wrong, reason in _rules(config) + of_arms:
         if wrong:
             raise ValueError(reason)
-    arms.refuse(config)
 
 
 def _rules(c: Config) -> list[tuple[bool, str]]:
@@ -82,11 +74,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     others = (c.off_policy_source, c.off_policy_weight, c.off_policy_control) != (None, "truncated", "none")
     return [
         (selfplay and bool(c.data), "--data is for --algorithm rlvr or sft: selfplay makes its own tasks"),
-        (
-            selfplay and c.step_tokens is not None,
-            "--step-tokens is for --algorithm rlvr or sft: the tokens of a step of selfplay follow from what it "
-            "samples",
-        ),
+        (selfplay and c.step_tokens is not None, "--step-tokens is for --algorithm rlvr or sft, not for selfplay"),
         (
             c.recipe == "azr" and c.solver_tasks == "fresh",
             "--solver-tasks fresh contradicts --recipe azr, whose solver prompts come from the buffer",

@@ -24,7 +24,7 @@ from urllib.parse import urlparse
 
 from azr.console import note, warn
 from azr.jsonl import write_json_atomic
-from azr.runs import Run, RunError, read_json_object
+from azr.runs import Run, read_json_object
 
 NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
 OFFLINE = ("offline", "dryrun", "disabled")
@@ -40,7 +40,9 @@ class Tracker:
     def log(self, metrics: dict) -> None:
         """What is a finite number of one step's metrics; the step itself orders them."""
         step = int(metrics["step"])
-        self._try(lambda: self.send({k: float(v) for k, v in metrics.items() if k != "step" and is_number(v)}, step))
+        numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+        finite = {k: float(v) for k, v in numbers.items() if k != "step" and math.isfinite(v)}
+        self._try(lambda: self.send(finite, step))
 
     def close(self) -> None:
         """Ends the tracker's run, unless it has failed before. An error becomes a warning."""
@@ -53,21 +55,15 @@ class Tracker:
             call()
         except Exception as error:  # a full disk, a lost network, a bug: not worth a run
             self.broken = True
-            warn(failed(self.name, error))
+            _give_up(self.name, error)
 
 
 NONE = Tracker("none", lambda numbers, step: None, lambda: None)
 
 
-def is_number(value) -> bool:
-    """Whether a value is a finite number; a bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def failed(name: str, error: Exception) -> str:
-    """The one line about a tracker that fails, with the first line of its error."""
+def _give_up(name: str, error: Exception) -> None:
     reason = (str(error).strip().splitlines() or [""])[0]
-    return f"--tracker {name} failed ({type(error).__name__}: {reason}); going on without it, metrics.jsonl has all"
+    warn(f"--tracker {name} failed ({type(error).__name__}: {reason}); going on without it, metrics.jsonl has all")
 
 
 def check(name: str) -> None:
@@ -103,7 +99,7 @@ def open_tracker(name: str, run: Run) -> Tracker:
     try:
         return {"wandb": open_wandb, "tensorboard": open_tensorboard}[name](run)
     except Exception as error:  # as in Tracker
-        warn(failed(name, error))
+        _give_up(name, error)
         return NONE
 
 
@@ -124,16 +120,15 @@ def open_tensorboard(run: Run) -> Tracker:
 
 
 def open_wandb(run: Run) -> Tracker:
-    """A run in the project azr (WANDB_PROJECT changes it); its files in RUN/wandb."""
+    """A run in the project azr (WANDB_PROJECT changes it); its files in RUN/wandb, its id in RUN/wandb.json."""
     import wandb
 
     path = run.dir / "wandb.json"
-    identity = stored_id(path) if run.resumed else uuid.uuid4().hex[:8]
-    write_json_atomic(path, {"id": identity})
-    project = os.environ.get("WANDB_PROJECT") or "azr"
+    if not path.exists():
+        write_json_atomic(path, {"id": uuid.uuid4().hex[:8]})
     there = wandb.init(
-        project=project,
-        id=identity,
+        project=os.environ.get("WANDB_PROJECT") or "azr",
+        id=str(read_json_object(path)["id"]),
         name=run.dir.name,
         dir=str(run.dir),
         config=run.config,
@@ -142,13 +137,3 @@ def open_wandb(run: Run) -> Tracker:
     )
     note(f"tracker: wandb sync {Path(there.dir).parent}" if there.offline else f"tracker: {there.url}")
     return Tracker("wandb", lambda numbers, step: there.log(numbers, step=step), there.finish)
-
-
-def stored_id(path: Path) -> str:
-    """The wandb run that this run has so far; a new one, loudly, if that is not known."""
-    try:
-        return str(read_json_object(path)["id"])
-    except (RunError, KeyError, TypeError):
-        identity = uuid.uuid4().hex[:8]
-        note(f"tracker: {path} does not say which wandb run to continue; a new one, {identity}")
-        return identity

@@ -105,7 +105,6 @@ def test_which_tokens_each_control_takes():
     assert not entropy_control.clip_cov(cov - 20, 0.9, generator).any()
     assert entropy_control.largest(cov, 0.4).tolist() == [True, False, False, False, True]  # kl-cov
     assert entropy_control.largest(cov, 1e-9).sum() == 1
-    assert entropy_control.below_top_entropy(torch.tensor([0.1, 3, 0.2, 2, 0.3]), 0.4).tolist() == [1, 0, 1, 0, 1]
     advantage = torch.tensor([1.0] * 8 + [3.0, 3.0])
     chosen = entropy_control.high_advantage(advantage, torch.tensor([-0.01] * 9 + [-0.5]), 0.2)
     assert chosen.tolist() == [False] * 8 + [True, False]  # above the 80th percentile, and p above 0.8

@@ -362,7 +362,7 @@ def test_what_a_controller_knows_survives_a_resume(world, monkeypatch):
     "flags, words",
     [
         (["--algorithm", "sft", "--data", "TASKS"], 'has no "response"'),
-        (["--algorithm", "rlvr", "--data", "/nowhere"], "/nowhere: cannot be read"),
+        (["--algorithm", "rlvr", "--data", "/nowhere"], "/nowhere: no such file"),
         (["--eval-data", "MATH"], "has math tasks"),
         (["--proposer", "frozen"], "invalid choice: 'frozen'"),
         (["--off-policy-gamma", "0.5"], "needs --off-policy-source"),

@@ -209,11 +209,3 @@ def chosen(config: Config) -> Iterator[type[Arm]]:
             yield getattr(importlib.import_module(f"azr.train.arms.{module}"), name)
         elif asked(config):
             yield kind
-
-
-def refuse(config: Config) -> None:
-    """ValueError, in one line with the reason, if an arm that the settings ask for contradicts them."""
-    for kind in chosen(config):
-        for wrong, reason in kind.refuses(config):
-            if wrong:
-                raise ValueError(reason)

@@ -15,7 +15,6 @@ import math
 
 import torch
 
-from azr.tasks import Sample
 from azr.train import ppo, update
 from azr.train.arms import Arm
 from azr.train.data import tokens
@@ -52,11 +51,6 @@ def clip_cov(cov: torch.Tensor, fraction: float, generator: torch.Generator) -> 
     return torch.zeros_like(cov, dtype=torch.bool).index_fill(0, chosen, True)
 
 
-def below_top_entropy(entropy: torch.Tensor, fraction: float) -> torch.Tensor:
-    """(tokens,) bool: all but the `fraction` of highest entropy; they lose their gradient (arXiv 2506.01939)."""
-    return ~largest(entropy, fraction)
-
-
 def high_advantage(advantage: torch.Tensor, log_prob: torch.Tensor, fraction: float) -> torch.Tensor:
     """(tokens,) bool: advantage above its (1 - fraction) quantile over tokens, and probability above 0.8.
 
@@ -81,15 +75,14 @@ def largest(values: torch.Tensor, fraction: float) -> torch.Tensor:
 
 
 class Control(Arm):
-    """What all share: the strength, and the share of tokens whose gradient the control changes."""
+    """What all share: the strength, and the share of tokens whose gradient the control changes.
+
+    touched(columns) -> (tokens,) bool: the tokens whose gradient is another one than without the control.
+    """
 
     def __init__(self, config) -> None:
         super().__init__(config)
         self.strength = config.control_strength
-
-    def touched(self, columns) -> torch.Tensor:
-        """(tokens,) bool: the tokens whose gradient is another one than without the control."""
-        raise NotImplementedError
 
     def metrics(self, columns):
         """`control_share`: the share of the sampled tokens that the control touched, 0 without tokens."""
@@ -178,15 +171,15 @@ class ClipHigher(Control):
 
 
 class Marking(Control):
-    """A control that chooses tokens before each optimizer step; these lose their gradient."""
+    """A control that chooses tokens before each optimizer step; these lose their gradient.
+
+    choose(advantage, log_prob, samples, generator) -> (tokens,) bool, from what the tokens of the samples have, flat
+    and in their order.
+    """
 
     def __init__(self, config) -> None:
         super().__init__(config)
         self.marks: dict[int, list[float]] = {}  # id of a sample of this optimizer step -> 1 where a token is chosen
-
-    def choose(self, advantage, log_prob, samples: list[Sample], generator: torch.Generator) -> torch.Tensor:
-        """(tokens,) bool, from what the tokens of the samples have, flat and in their order."""
-        raise NotImplementedError
 
     def mark(self, s, samples, seed):
         """Off-policy samples and proposals that are not trained are left alone."""
@@ -261,7 +254,7 @@ class TopEntropy(Marking):
 
     def choose(self, advantage, log_prob, samples, generator):
         """All but the tokens of highest entropy; the strength is the share that is trained."""
-        return below_top_entropy(torch.cat([torch.tensor(x.entropy) for x in samples]), self.strength)
+        return ~largest(torch.cat([torch.tensor(x.entropy) for x in samples]), self.strength)
 
 
 class HighAdvantageClip(Marking):

@@ -117,29 +117,14 @@ class OffPolicy(Arm):
     def refuses(cls, c):
         """Settings under which foreign solutions have no source, no group to join or no effect."""
         source, own = c.off_policy_source, c.off_policy_control == "on-policy"
+        gamma, control = "--off-policy-gamma", "--off-policy-control on-policy"
+        weight = own and c.off_policy_weight != "truncated"
         return [
-            (
-                not source,
-                "--off-policy-gamma needs --off-policy-source: base (its solutions, adapter off) or a FILE of them",
-            ),
-            (
-                c.algorithm == "sft",
-                "--off-policy-gamma mixes solutions into sampled groups; --algorithm sft trains on nothing but "
-                "solutions",
-            ),
-            (
-                c.recipe == "azr",
-                "--off-policy-gamma mixes solutions into the groups of --recipe lean; --recipe azr has single answers",
-            ),
-            (
-                own and source != "base",
-                "--off-policy-control on-policy is the control at equal cost of sampling from the base; a file costs "
-                "none",
-            ),
-            (
-                own and c.off_policy_weight != "truncated",
-                "--off-policy-control on-policy has no foreign solutions: --off-policy-weight does nothing",
-            ),
+            (not source, f"{gamma} needs --off-policy-source: base (its solutions, adapter off) or a FILE of them"),
+            (c.algorithm == "sft", f"{gamma} mixes solutions into sampled groups; sft trains on nothing but solutions"),
+            (c.recipe == "azr", f"{gamma} mixes solutions into the groups of --recipe lean; azr has single answers"),
+            (own and source != "base", f"{control} is about the cost of sampling from the base; a file costs none"),
+            (weight, f"{control} has no foreign solutions: --off-policy-weight does nothing"),
         ]
 
     def files(self):
@@ -150,9 +135,14 @@ class OffPolicy(Arm):
         """Keeps the right, well-formed solutions of the file."""
         source, count = self.config.off_policy_source, len(self.judged)
         samples = [given_sample(s.policy, task, s.template, "") for task in fitting(s, self.judged)]
-        if self.config.off_policy_weight == "truncated":
-            for sample in samples:
-                self.check_log_probs(sample)
+        for sample in samples if self.config.off_policy_weight == "truncated" else ():
+            have, needed = len(sample.completion.log_probs), len(sample.completion.ids)
+            if have != needed:
+                what = f"{have} log_probs for the {needed} tokens of a response"
+                raise ValueError(
+                    f"{source}: {what if have else 'a response without log_probs'}; --off-policy-weight truncated "
+                    "needs one a token under this model's tokenizer, luffy needs none"
+                )
         right = [sample for sample in judge(s, samples) if sample.correct and sample.parsed.well_formed]
         if self.from_file and not right:
             raise ValueError(f"{source}: none of its {count} responses is right and well-formed")
@@ -161,17 +151,6 @@ class OffPolicy(Arm):
             warn(f"{source}: {wrong} of {len(samples)} responses are wrong or malformed and are left out")
         for sample in right:
             self.solutions.setdefault(sample.task.hash, []).append(sample)
-
-    def check_log_probs(self, sample: Sample) -> None:
-        """ValueError unless each token of a response has its log-prob."""
-        have, needed = len(sample.completion.log_probs), len(sample.completion.ids)
-        if have != needed:
-            what = f"{have} log_probs for the {needed} tokens of a response"
-            raise ValueError(
-                f"{self.config.off_policy_source}: {what if have else 'a response without log_probs'}; the ratio of "
-                "--off-policy-weight truncated needs one a token under this model's tokenizer; --off-policy-weight "
-                "luffy needs none"
-            )
 
     def tasks(self, s, step):
         """Tasks of the file that self-play solves besides its own: gamma of the prompts of each mode, at least one."""

@@ -29,17 +29,11 @@ class Sft(FixedTasks):
     def refuses(cls, c):
         """What FixedTasks refuses, and every setting that is about sampled answers."""
         return super().refuses(c) + [
-            (
-                c.solver_reward != "graded",
-                "--solver-reward does nothing with --algorithm sft: nothing is rewarded",
-            ),
-            (
-                c.temperature != 1,
-                "--temperature does nothing to --algorithm sft but rescale its loss: nothing is sampled; leave it at 1",
-            ),
+            (c.solver_reward != "graded", "--solver-reward does nothing with --algorithm sft: nothing is rewarded"),
+            (c.temperature != 1, "--temperature would only rescale the loss of --algorithm sft: nothing is sampled"),
             (
                 c.control != "none",
-                f"--entropy-control {c.control} acts on answers that were sampled; --algorithm sft samples none",
+                f"--entropy-control {c.control} acts on sampled answers; sft samples none",
             ),
         ]
 

@@ -20,13 +20,9 @@ class NoUpdate(Arm):
     @classmethod
     def refuses(cls, c):
         """Settings of the proposer's reward, which would have no effect."""
-        return [
-            (
-                c.proposer_reward != "learnability" or c.ends_penalty != 0,
-                f"--proposer-reward, --ends-penalty do nothing with --proposer {c.proposer}: its proposals are not "
-                "trained",
-            )
-        ]
+        rewarded = c.proposer_reward != "learnability" or c.ends_penalty != 0
+        flags = "--proposer-reward and --ends-penalty"
+        return [(rewarded, f"{flags} do nothing with --proposer {c.proposer}: its proposals are not trained")]
 
     def prepare(self, s, step, samples):
         """Takes the proposals out of the update; what is dropped and what stands in for it becomes two metrics."""
