@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 DRAWS = 2000  # bootstrap resamples
+CONFIDENCE = 0.95  # of every interval
 
 
 # ---------------------------------------------------------------- estimators, a value a problem
@@ -114,17 +115,17 @@ class Interval:
         return {name: float(value) if math.isfinite(value) else None for name, value in pairs}
 
 
-def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Interval:
+def bootstrap_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
     """Mean over problems with its interval. values: (problems,) or (problems, columns), resampled as whole rows."""
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         raise ValueError("no problems, so there is nothing to average")
     sums = _resampled_sums(values.reshape(len(values), -1), draws, seed)
     means = values.mean(axis=0)
-    return _interval(means, sums.reshape(draws, *means.shape) / len(values), len(values), confidence)
+    return _interval(means, sums.reshape(draws, *means.shape) / len(values), len(values))
 
 
-def share_interval(values: np.ndarray, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Interval:
+def share_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
     """`bootstrap_interval` for values in [0, 1], such as pass@k, with an answer near 0 and 1.
 
     All 30 problems solved would give [1, 1], a certainty that 30 problems do not have; and values that are 0 or 1, as
@@ -135,8 +136,8 @@ def share_interval(values: np.ndarray, confidence: float = 0.95, draws: int = DR
     was chosen by simulation. At 30 problems and k = n coverage cannot be even: the mean has only 31 possible values.
     """
     values = np.asarray(values, dtype=np.float64)
-    result, n, mean = bootstrap_interval(values, confidence, draws, seed), len(values), values.mean(axis=0)
-    z2, binary = NormalDist().inv_cdf((1 - confidence) / 2) ** 2, mean * (1 - mean)
+    result, n, mean = bootstrap_interval(values, draws, seed), len(values), values.mean(axis=0)
+    z2, binary = NormalDist().inv_cdf((1 - CONFIDENCE) / 2) ** 2, mean * (1 - mean)
     events, squares = n * np.minimum(mean, 1 - mean), ((values - mean) ** 2).sum(axis=0)
     prior = 0.4 * n / (0.5 + events)
     variance = np.where(binary > 0, (squares + prior * binary) / (n - 1 + prior), 1)
@@ -150,7 +151,7 @@ def share_interval(values: np.ndarray, confidence: float = 0.95, draws: int = DR
     return Interval(mean, low, high) if mean.ndim else Interval(float(mean), float(low), float(high))
 
 
-def difference_interval(values: np.ndarray, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0) -> Interval:
+def difference_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
     """`bootstrap_interval` for paired differences in [-1, 1], (problems,) or (problems, columns).
 
     Where few problems carry the difference (their effective number, (sum d^2)^2 / sum d^4, is below FEW_CHANGED; at
@@ -159,11 +160,11 @@ def difference_interval(values: np.ndarray, confidence: float = 0.95, draws: int
     w problems of +1 and of -1 and 2w more of 0, with w from 1/2 when nothing changed towards 0 when more did.
     """
     values = np.asarray(values, dtype=np.float64)
-    result, n, mean = bootstrap_interval(values, confidence, draws, seed), len(values), values.mean(axis=0)
+    result, n, mean = bootstrap_interval(values, draws, seed), len(values), values.mean(axis=0)
     squares, fourth = (values**2).sum(axis=0), (values**4).sum(axis=0)
     changed = np.where(fourth > 0, squares**2 / np.where(fourth > 0, fourth, 1), 0)
     pseudo = 1 / (1 + changed / 4)
-    size, z = n + 2 * pseudo, NormalDist().inv_cdf((1 + confidence) / 2)
+    size, z = n + 2 * pseudo, NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
     centre = n * mean / size
     half = z * np.sqrt(squares + pseudo - size * centre**2) / size
     few = (changed < FEW_CHANGED) & (n > 1)
@@ -173,13 +174,7 @@ def difference_interval(values: np.ndarray, confidence: float = 0.95, draws: int
 
 
 def ratio_difference(
-    hits_a: Sequence[int],
-    of_a: Sequence[int],
-    hits_b: Sequence[int],
-    of_b: Sequence[int],
-    confidence: float = 0.95,
-    draws: int = DRAWS,
-    seed: int = 0,
+    hits_a: Sequence[int], of_a: Sequence[int], hits_b: Sequence[int], of_b: Sequence[int]
 ) -> Interval:
     """sum(hits_b)/sum(of_b) - sum(hits_a)/sum(of_a) with a paired bootstrap over problems; all (problems,).
 
@@ -189,12 +184,10 @@ def ratio_difference(
     def statistic(sums: np.ndarray) -> np.ndarray:
         return sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1]
 
-    return bootstrap_statistic(np.stack([hits_a, of_a, hits_b, of_b], axis=1), statistic, confidence, draws, seed)
+    return bootstrap_statistic(np.stack([hits_a, of_a, hits_b, of_b], axis=1), statistic)
 
 
-def bootstrap_statistic(
-    columns: np.ndarray, statistic, confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
-) -> Interval:
+def bootstrap_statistic(columns: np.ndarray, statistic, draws: int = DRAWS, seed: int = 0) -> Interval:
     """Interval of a function of column sums, (..., columns) -> (...) or (..., k), by a bootstrap over problems.
 
     columns: (problems, columns). NaN where a resample has no value (nothing counts in a denominator).
@@ -204,7 +197,7 @@ def bootstrap_statistic(
         raise ValueError("no problems, so there is nothing to average")
     with np.errstate(invalid="ignore", divide="ignore"):
         estimate, replicates = statistic(columns.sum(axis=0)), statistic(_resampled_sums(columns, draws, seed))
-    return _interval(estimate, replicates, len(columns), confidence)
+    return _interval(estimate, replicates, len(columns))
 
 
 def _resampled_sums(columns: np.ndarray, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
@@ -218,13 +211,13 @@ def _resampled_sums(columns: np.ndarray, draws: int = DRAWS, seed: int = 0) -> n
     return np.concatenate(sums)
 
 
-def _interval(estimate: np.ndarray, replicates: np.ndarray, problems: int, confidence: float = 0.95) -> Interval:
+def _interval(estimate: np.ndarray, replicates: np.ndarray, problems: int) -> Interval:
     """Expanded percentile interval (Hesterberg 2015, arXiv 1411.5279, section 5.3): the percentile bootstrap is too
     narrow by sqrt((n-1)/n) and by normal for t, which shows at 30 problems. One problem: NaN."""
     if problems < 2:
         low = high = np.full_like(estimate, np.nan)
     else:
-        tail = NormalDist().cdf(math.sqrt(problems / (problems - 1)) * t_quantile((1 - confidence) / 2, problems - 1))
+        tail = NormalDist().cdf(math.sqrt(problems / (problems - 1)) * t_quantile((1 - CONFIDENCE) / 2, problems - 1))
         low, high = np.quantile(replicates, [tail, 1 - tail], axis=0)
     if np.ndim(estimate) == 0:
         return Interval(float(estimate), float(low), float(high))

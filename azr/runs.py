@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -35,21 +34,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from azr.jsonl import plain, read_object, sync, tolerant_lines, write_json_atomic, write_jsonl_atomic  # noqa: F401
+from azr.jsonl import plain, read_object, sync, tolerant_lines, write_json_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Settings that cannot change what a step computes, but for roundings, so a resume may be given other values.
 RESUME_MAY_CHANGE = frozenset(
-    "steps max_hours price_per_hour save_every save_minutes keep_states eval_every "
-    "eval_samples out resume config dry_run tracker card probe allow_cpu "
+    "steps max_hours price_per_hour save_every eval_every eval_samples out resume dry_run tracker allow_cpu "
     "rollout_weights".split()
 )
 KEEP_STATES = 2  # the newest checkpoints that keep what a resume needs
 SCRIPT = "train_azr.py"  # what the commands say that go on with a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-TAIL = 1 << 20  # bytes at the end of a log that hold its last lines
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")  # all that a start killed in its first instants leaves
 STEP_DIRECTORY = re.compile(r"step_(\d+)")
@@ -93,11 +90,6 @@ def read_lines(path: Path) -> Iterator[dict]:
         say(f"warning: {path.parent}: {note}")
 
 
-def read_json_object(path: Path) -> dict:
-    """The object of one of the run's JSON files. RunError if it cannot be read."""
-    return read_object(path, RunError)
-
-
 # ---------------------------------------------------------------- checkpoints on disk
 
 
@@ -116,8 +108,6 @@ def fault(checkpoint: Path) -> str | None:
             path = checkpoint / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, not {entry['bytes']}"
             if _sha256(path) != entry["sha256"]:
                 return f"{name} has another checksum"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -125,19 +115,13 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_intact(run_dir: Path, whole_through: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed, and what is wrong with each newer one.
-
-    whole_through: the last step that the logs hold in full; what is newer would leave a gap in them.
-    """
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed, and what is wrong with each newer one."""
     faults = []
-    for step, path in reversed(step_directories(run_dir)):
+    for _, path in reversed(step_directories(run_dir)):
         if not (path / "state" / "checksums.json").exists():
             continue  # an adapter that was kept without its state
-        wrong = fault(path)
-        if wrong is None and step > whole_through:
-            wrong = f"the logs have lost steps after {whole_through}"
-        if wrong is None:
+        if (wrong := fault(path)) is None:
             return path, faults
         faults.append(f"{path}: {wrong}")
     return None, faults
@@ -161,7 +145,7 @@ def _write_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> No
     )
     (folder / "state.json").write_text(json.dumps(plain(state, "state", finite=False)), encoding="utf-8")
     files = sorted(path for path in directory.rglob("*") if path.is_file())
-    sums = {str(path.relative_to(directory)): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
+    sums = {str(path.relative_to(directory)): {"sha256": _sha256(path)} for path in files}
     (folder / "checksums.json").write_text(json.dumps(sums, indent=2))
     for path in [*directory.rglob("*"), directory]:
         sync(path)
@@ -172,18 +156,6 @@ def _remove(directory: Path) -> None:
     aside = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     os.rename(directory, aside)
     shutil.rmtree(aside)
-
-
-def _whole_through(path: Path) -> float:
-    """The last step of which a log has every line, as far as its end tells: logs are synced before a checkpoint, so it
-    is behind one only if it was damaged. Infinite for an empty log: that one was set aside."""
-    with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        *lines, torn = file.read().split(b"\n")
-    if match := LINE_STEP.match(torn):
-        return int(match[1]) - 1
-    steps = [int(match[1]) for line in lines if line.endswith(b"}") and (match := LINE_STEP.match(line))]
-    return steps[-1] if steps and path.name == "metrics.jsonl" else math.inf  # that one has a line for every step
 
 
 def _end_of(path: Path, step: int) -> int:
@@ -220,7 +192,6 @@ class Run:
 
     def __init__(self, directory: Path, config: dict) -> None:
         self.dir, self.config = directory, plain(config, "config")
-        self.keep_states = self.config.get("keep_states", KEEP_STATES)
         self.step, self.resumed = 0, False
         self._checkpoint: Path | None = None  # the one to resume from
         self._lock, self._files = None, {}
@@ -276,8 +247,6 @@ class Run:
             raise RunError(f"{self.dir}: is not a run directory (it has files but no config.json)")
         if not holds and resume != "auto":
             raise RunError(f"{self.dir}: there is no run to resume; --resume takes a run directory, auto or none")
-        if not holds:
-            return False
         return holds
 
     def _take_lock(self) -> None:
@@ -299,17 +268,14 @@ class Run:
     def _continue(self, must: bool, complete: Callable[[dict], dict]) -> None:
         """Finds the checkpoint to resume from and takes the logs back to it."""
         logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
-        checkpoint, faults = newest_intact(self.dir, min(map(_whole_through, logs), default=math.inf))
-        if checkpoint is None and faults:  # rather a gap in the logs than the end of the run
-            checkpoint, broken = newest_intact(self.dir)
-            faults = faults if checkpoint is None else [*broken, f"{self.dir}: the logs do not reach {checkpoint.name}"]
+        checkpoint, faults = newest_intact(self.dir)
         if checkpoint is None:
             if faults or step_directories(self.dir) or must:
                 reason = "; ".join(faults) or "no checkpoint with a state"
                 raise RunError(f"{self.dir}: nothing to resume from ({reason}); start a new run with --out")
             say(f"resume: {self.dir} has no checkpoint yet, starting again from step 0")
         else:
-            self._compare(read_json_object(self.dir / "config.json"), complete)
+            self._compare(read_object(self.dir / "config.json", RunError), complete)
             self._checkpoint, self.resumed = checkpoint, True
             self.step = int(STEP_DIRECTORY.fullmatch(checkpoint.name)[1])
         try:
@@ -331,7 +297,9 @@ class Run:
         completed = complete(stored)
         if new := [f"{name} {completed[name]}" for name in completed if name not in stored]:
             say(f"resume: {self.dir} is from before these settings, at their defaults now: {', '.join(new)}")
-        if changes := config_changes(completed, self.config):
+        missing, names = "(absent)", sorted({*completed, *self.config} - RESUME_MAY_CHANGE)
+        pairs = [(name, completed.get(name, missing), self.config.get(name, missing)) for name in names]
+        if changes := [f"{name}: {old} -> {new}" for name, old, new in pairs if old != new]:
             raise RunError(
                 f"{self.dir}: cannot resume with other settings ({'; '.join(changes)}); repeat the old ones "
                 f"({self.command()}), or start a new run with --out"
@@ -426,7 +394,7 @@ class Run:
 
     def _prune(self) -> None:
         paths = [path for _, path in step_directories(self.dir) if (path / "state").exists()]
-        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-self.keep_states :]
+        newest = [path for path in paths if (path / "state" / "checksums.json").exists()][-KEEP_STATES:]
         try:
             for path in paths:
                 if path in newest:
@@ -447,7 +415,7 @@ class Run:
         from safetensors.torch import load_file
 
         tensors = load_file(self._checkpoint / "state" / "tensors.safetensors")
-        return tensors, read_json_object(self._checkpoint / "state" / "state.json"), self._checkpoint
+        return tensors, read_object(self._checkpoint / "state" / "state.json", RunError), self._checkpoint
 
     def _disk_error(self, what: str, error: Exception) -> DiskError:
         good, _ = newest_intact(self.dir)
@@ -464,7 +432,7 @@ class Run:
         path, now = self.dir / "environment.json", plain({**describe_environment(), "step": self.step, **more})
         if path.exists():
             try:
-                earlier = read_json_object(path)
+                earlier = read_object(path, RunError)
             except RunError as error:  # nothing that is computed depends on it
                 say(f"warning: {error}: written anew")
                 earlier = {}
@@ -476,16 +444,6 @@ class Run:
                 say(f"warning: resumed with other versions, the numbers may differ: {', '.join(changed)}")
         write_json_atomic(path, now)
         return now
-
-
-def config_changes(old: dict, new: dict) -> list[str]:
-    """The settings that differ and may not, as "name: old -> new"."""
-    missing = "(absent)"
-    return [
-        f"{key}: {old.get(key, missing)} -> {new.get(key, missing)}"
-        for key in sorted({*old, *new})
-        if key not in RESUME_MAY_CHANGE and old.get(key, missing) != new.get(key, missing)
-    ]
 
 
 def describe_environment() -> dict:

@@ -23,8 +23,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from azr.console import note, warn
-from azr.jsonl import write_json_atomic
-from azr.runs import Run, read_json_object
+from azr.jsonl import read_object, write_json_atomic
+from azr.runs import Run
 
 NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
 OFFLINE = ("offline", "dryrun", "disabled")
@@ -128,7 +128,7 @@ def open_wandb(run: Run) -> Tracker:
         write_json_atomic(path, {"id": uuid.uuid4().hex[:8]})
     there = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or "azr",
-        id=str(read_json_object(path)["id"]),
+        id=str(read_object(path)["id"]),
         name=run.dir.name,
         dir=str(run.dir),
         config=run.config,
