@@ -35,7 +35,7 @@ from azr.runs import DiskError, Run, RunError, read_lines
 from azr.stop import StopNow, StopRequest
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
 from azr.tasks.prompts import STOP
-from azr.train import checkpoint, memory_probe, screen, trackers, update
+from azr.train import checkpoint, screen, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, completed, template_of
 from azr.train.evaluation import Evaluation
@@ -167,7 +167,6 @@ def begin(s, propose: Callable, validate: Callable, solve: Callable) -> None:
         checkpoint.load(s)
     # the cache of sampling takes what is free; Adam makes its moments later, at the first update
     s.policy.engine.reserve = update.moments_to_come(s.policy, s.optimizer)
-    memory_probe.at_start(s.policy, s.optimizer, s.config, s.sizes)
     if not s.run.resumed:
         seed_stage(s, propose, validate)
     # from here on a stop has something to save, even one in the middle of the first step

@@ -14,11 +14,7 @@ import torch
 import bench_plan
 from azr.machine import cost, plan
 from azr.machine.plan import PRESETS, QWEN25, TINY, plan_memory
-from azr.models import model_path
-from azr.policy import backoff
-from azr.policy.policy import SHARED_ROW, LoraSettings, Policy
-from azr.train import memory_probe, update
-from azr.train.config import Config, resolve
+from azr.policy.policy import SHARED_ROW
 from in_process import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,55 +169,3 @@ def test_after_three_measured_steps_a_run_says_what_it_will_take(capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if "measured" in line]
     assert len(shown) == 1 and "90.0 s a step" in shown[0]
     assert "12:30 h" in shown[0] and "$5.50 at $0.44" in shown[0]  # 500 x 90 s
-
-
-# ---------------------------------------------------------------- the probe
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return Policy.load(model_path("tiny"), "none", LoraSettings(4, 8.0))
-
-
-def small(**change) -> Config:
-    return resolve(Config(token_budget=512, prompt_tokens=100, max_new_tokens=28, lora_rank=4, **change))[0]
-
-
-def test_the_probe_leaves_everything_as_it_was(policy):
-    optimizer, sizes = update.make_optimizer(policy, 1e-3), backoff.Sizes(512)
-    before, rng = update.state_tensors(policy, optimizer), torch.get_rng_state()
-    line = memory_probe.probe(policy, optimizer, small(), sizes)
-    assert "4 x 128 tokens" in line and line.endswith(" GB") and sizes == backoff.Sizes(512)
-    after = update.state_tensors(policy, optimizer)
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    assert torch.equal(rng, torch.get_rng_state()) and not optimizer.state
-    assert all(parameter.grad is None for parameter in policy.trainable_parameters())
-
-
-def test_the_probe_fills_the_token_budget():
-    assert memory_probe.micro_batches(128, 512) == [(4, 128)]
-    assert memory_probe.micro_batches(300, 512) == [(1, 300), (2, 256)]
-    assert memory_probe.micro_batches(600, 512) == [(1, 600)]
-
-
-def test_memory_that_runs_out_in_the_probe_lowers_the_sizes(policy, monkeypatch, capsys):
-    """The scoring runs out of memory above 300 tokens at once: the budget is halved to 256, where it goes through."""
-    optimizer, sizes, score = update.make_optimizer(policy, 1e-3), backoff.Sizes(512), policy.score
-
-    def limited(prompts, responses, *rest):
-        assert len({tuple(p) for p in prompts}) == len(prompts)  # equal ones would share a row and take less
-        if sum(len(p) + len(r) for p, r in zip(prompts, responses)) > 300:
-            raise torch.OutOfMemoryError("out of memory")
-        return score(prompts, responses, *rest)
-
-    monkeypatch.setattr(policy, "score", limited)
-    assert "2 x 128 tokens" in memory_probe.probe(policy, optimizer, small(), sizes)
-    assert sizes.token_budget == 256 and "token budget 512 -> 256" in capsys.readouterr().err
-    monkeypatch.setattr(policy, "score", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
-    with pytest.raises(backoff.DoesNotFit, match="lower --max-new-tokens"):
-        memory_probe.probe(policy, optimizer, small(), sizes)
-
-
-def test_the_probe_runs_on_a_gpu(policy, capsys):
-    memory_probe.at_start(policy, update.make_optimizer(policy, 1e-3), small(), backoff.Sizes(512))
-    assert ("probe:" in capsys.readouterr().out) == (policy.device.type == "cuda")
