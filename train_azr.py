@@ -249,29 +249,21 @@ def set_advantages(samples: list[Sample], recipe: str) -> None:
     per mode so that nearly solved tasks are not blown up (arXiv 2503.20783). lean, proposer: (R - mean) / std of its
     mode. azr: TRR++, (R - mean) / std over the TOKENS of its (role, mode): long responses count more.
     """
-    for (role, _), rows in grouped(samples, lambda sample: (sample.role, sample.mode)):
+    for role, mode in dict.fromkeys((sample.role, sample.mode) for sample in samples):
+        rows = [sample for sample in samples if (sample.role, sample.mode) == (role, mode)]
         reward = torch.tensor([sample.reward for sample in rows]).double()
         if recipe == "azr":
             advantage = whitened_over_tokens(reward, torch.tensor([len(x.completion.ids) for x in rows]).double())
         elif role == PROPOSER:
             advantage = centred(reward) / spread(reward)
         else:
-            advantage = torch.zeros_like(reward)
-            place = {id(sample): i for i, sample in enumerate(rows)}
-            for _, of_task in grouped(rows, lambda sample: sample.group):
-                index = torch.tensor([place[id(sample)] for sample in of_task])
+            advantage, groups = torch.zeros_like(reward), [sample.group for sample in rows]
+            for task in dict.fromkeys(groups):
+                index = torch.tensor([i for i, group in enumerate(groups) if group == task])
                 advantage[index] = centred(reward[index])
             advantage /= spread(reward)
         for sample, value in zip(rows, advantage.float().tolist()):
             sample.advantage = value
-
-
-def grouped(samples: list[Sample], key) -> list[tuple]:
-    """(key, samples of that key in their order)."""
-    groups: dict = {}
-    for sample in samples:
-        groups.setdefault(key(sample), []).append(sample)
-    return list(groups.items())
 
 
 def centred(reward: torch.Tensor) -> torch.Tensor:
@@ -391,12 +383,11 @@ def record(s: State, step: int, proposals, answers, more, trained: list[Sample],
 def train(s: State) -> None:
     """Seed stage and base measurement (or what a checkpoint says), the steps, the final measurement."""
     loop.begin(s, propose, validate_all, solve)
-    watch = Watch(dataclasses.asdict(s.config), s.run.dir, console.warn)
-    watcher = loop.Watcher(s, watch)
+    watcher = loop.Watcher(s, Watch(dataclasses.asdict(s.config), s.run.dir, console.warn))
     for step in range(s.completed + 1, s.config.steps + 1):
         if not watcher.goes_on(*train_step(s, step)):
             return
-    loop.conclude(s, watch)
+    loop.conclude(s, watcher.watch)
 
 
 def main(arguments: list[str]) -> int:
@@ -412,8 +403,6 @@ def main(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int | None:
     """Trains, or prints what was asked for instead; the exit code, None for 0."""
-    if "--doctor" in arguments:
-        return doctor.main(arguments, settings_of)
     config, why = resolve(parse(arguments, __doc__))
     if config.print_config:
         return print(as_json(config))

@@ -2,7 +2,7 @@
 
     card, why = card_for(preset)                          # the one in this machine, else one of the preset
     middle, fast, slow = (step_time(plan, card, pace) for pace in PACES)
-    print(render(plan, "qwen-3b", card, why, steps=500, price=0.44))
+    print(render(plan, config, card, why))                # a Config of azr/train/config.py
 
 Decoding is bound by memory and by launching: a step of the engine reads the weights once and every sequence's keys and
 values, or takes the products' time, whichever is longer, and each layer costs a fixed time that no bandwidth shortens.
@@ -10,7 +10,7 @@ Prefill and update are bound by the products (6 FLOPs a weight and trained token
 of the inputs). Peaks are those of the data sheets; what is reached of them, and how long a response is, is a guess in
 three paces, stated with the result. The middle one and the time of a layer follow what an H200 measured with a 3B
 (docs/gpu.md); no other card has been measured. A run measures its own steps and corrects this after the third. Left
-out: evaluations, loading, several GPUs. No torch is imported.
+out: CPUs, evaluations, loading, several GPUs. No torch is imported.
 """
 
 from __future__ import annotations
@@ -84,12 +84,6 @@ PACES = (
     Pace("fast", 0.8, 0.4, 200, 200, 0.5),
     Pace("slow", 0.4, 0.2, 1000, 1000, 1.0),
 )
-# The embedded model writes one-line programs; its runs here had 20 to 75 tokens a proposal and 7 to 16 an answer.
-TINY_PACES = (
-    Pace("middle", 0.45, 0.45, 40, 10, 0.75),
-    Pace("fast", 0.6, 0.6, 30, 8, 0.6),
-    Pace("slow", 0.3, 0.3, 60, 20, 1.0),
-)
 LONGEST_OVER_MEAN = 4  # of the responses of a phase; when few are left, slots stand empty
 PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, tokens
 # s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
@@ -97,9 +91,6 @@ PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, 
 LAUNCH, LAUNCH_STORED = 1.1e-4, 2.2e-4
 SHARED_ROW = 4096  # rollout.py: tokens of a row of the update that holds several answers to one prompt
 RUNS_A_SECOND = 500  # programs of proposals and answers in the sandbox, with their checks, on two cores
-# Of the embedded model in fp32 on two cores of an AMD EPYC, between its quiet runs (2.5 s a step) and its runs beside
-# others (5 s): s of a decode step, of a row of it a weight, of a trained token a weight.
-CPU_STEP, CPU_ROW, CPU_TRAINED = 3e-3, 1e-10, 3e-11
 # Bytes a weight of a decode step in 4 bits, up to so many rows (worked out for a 4090 from bitsandbytes' dispatch).
 NF4_READ = ((16, 0.65), (64, 1.5), (128, 2.5), (math.inf, 4.25))
 ROW_BYTES = 1.5  # of samples.jsonl to a character of prompts and responses: the task, JSON, escapes
@@ -124,7 +115,7 @@ def card_for(preset: Preset) -> tuple[Card | None, str]:
             return card, f"{here}, in this machine"
         return usual, f"{here} is not in the list of cards; taken for a {usual.name if usual else 'CPU'}"
     if usual is None:
-        return None, "the CPU, by rates of the embedded model on two cores"
+        return None, "none: a CPU"
     return usual, f"assumed: {usual.name}, for no GPU is here; --preset names another"
 
 
@@ -148,7 +139,7 @@ class StepTime:
         return self.propose + self.solve + self.validate + self.update
 
 
-def step_time(plan: Plan, card: Card | None, pace: Pace) -> StepTime:
+def step_time(plan: Plan, card: Card, pace: Pace) -> StepTime:
     """Computes a step of the recipe lean: one response a proposal, n answers to each valid task, all trained on."""
     preset, shape = plan.preset, plan.shape
     proposals = 3 * preset.prompts_per_mode
@@ -158,29 +149,23 @@ def step_time(plan: Plan, card: Card | None, pace: Pace) -> StepTime:
     to_propose = int(PROPOSE_PROMPT * preset.prompt_tokens)
     to_solve = min(SOLVE_PROMPT, int(0.6 * to_propose))
     sampled = proposals * proposal + answers * answer
-    rows = answers  # of the update, each with its prompt; on a GPU the answers to one prompt share rows
-    if card and 2 * answer + to_solve <= SHARED_ROW:
+    rows = answers  # of the update, each with its prompt, unless answers to one prompt fit into a row
+    if 2 * answer + to_solve <= SHARED_ROW:
         rows = tasks * math.ceil(preset.answers * answer / (SHARED_ROW - to_solve))
     trained = sampled + proposals * to_propose + rows * to_solve
-    if card:
-        card = dataclasses.replace(card, bandwidth=card.bandwidth * pace.bandwidth, tflops=card.tflops * pace.products)
+    card = dataclasses.replace(card, bandwidth=card.bandwidth * pace.bandwidth, tflops=card.tflops * pace.products)
     propose = sampling_time(plan, card, proposals, proposal, to_propose, proposals)
     solve = sampling_time(plan, card, answers, answer, to_solve, tasks)
     update = update_time(shape, preset, card, sampled, trained)
-    scale = 1 if card else TINY_PACES[0].products / pace.products  # a CPU's rates are those of the middle pace
-    return StepTime(
-        propose * scale, solve * scale, (proposals + answers) / RUNS_A_SECOND, update * scale, sampled, trained
-    )
+    return StepTime(propose, solve, (proposals + answers) / RUNS_A_SECOND, update, sampled, trained)
 
 
-def sampling_time(plan: Plan, card: Card | None, responses: int, length: int, prompt: int, distinct: int) -> float:
+def sampling_time(plan: Plan, card: Card, responses: int, length: int, prompt: int, distinct: int) -> float:
     """Seconds at the card's rates to prefill `distinct` prompts and decode the responses of mean `length`."""
     shape, slots = plan.shape, max(LEAST_SLOTS, min(plan.preset.max_batch, responses))
     tail = min(plan.preset.max_new_tokens, LONGEST_OVER_MEAN * length)
     steps = max(responses * length / slots, tail)
     rows = responses * length / steps
-    if card is None:
-        return steps * (CPU_STEP + rows * shape.parameters * CPU_ROW)
     products = 2 * shape.parameters / (card.tflops * 1e12)
     copied = plan.preset.quantization == "none" or "copied weights" in plan.phases["rollout"]
     read = decode_bytes(shape, "none" if copied else "nf4", rows) / (card.bandwidth * 1e9)
@@ -196,10 +181,8 @@ def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
     return shape.linear_parameters * linear + 2 * shape.vocabulary * shape.hidden
 
 
-def update_time(shape: Shape, preset: Preset, card: Card | None, sampled: int, trained: int) -> float:
+def update_time(shape: Shape, preset: Preset, card: Card, sampled: int, trained: int) -> float:
     """Seconds at the card's rates; the head counts for the sampled tokens alone, with the gradient in two halves."""
-    if card is None:
-        return trained * shape.parameters * CPU_TRAINED
     flops = 6 * shape.linear_parameters * trained + 6 * shape.vocabulary * shape.hidden * sampled
     passes = 3 * (trained / preset.token_budget + 1) if preset.quantization == "nf4" else 0
     unpack = passes * 4.5 * shape.linear_parameters
@@ -213,7 +196,7 @@ def disk(plan: Plan, model: str, steps: int, eval_every: int) -> dict[str, float
     """Bytes of the run directory by part, and of the model's files in the hub's cache."""
     adapter = 4 * plan.shape.lora_parameters(plan.preset.lora_rank, plan.preset.lora_targets)
     count = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
-    tokens = step_time(plan, None, paces(plan)[0]).trained * steps
+    tokens = step_time(plan, CARDS["h100"], PACES[0]).trained * steps
     hub = not Path(model_path(model)).is_dir()
     return {
         "adapters": count * adapter,
@@ -234,11 +217,6 @@ def free_disk(out: str) -> float:
 # ---------------------------------------------------------------- as text
 
 
-def paces(plan: Plan) -> tuple[Pace, ...]:
-    """How long responses are assumed to be: of the embedded model, or of a large one."""
-    return PACES if plan.preset.gib else TINY_PACES
-
-
 def duration(seconds: float) -> str:
     """Seconds, minutes or hours, in two or three digits."""
     if seconds < 100:
@@ -248,48 +226,39 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.0f} h" if seconds >= 36000 else f"{seconds / 3600:.1f} h"
 
 
-def render(
-    plan: Plan,
-    model: str,
-    card: Card | None,
-    why: str,
-    steps: int,
-    price: float | None,
-    eval_every: int,
-    out: str,
-) -> str:
-    """Time, cost and disk as plain text, 80 columns."""
-    guesses = paces(plan)
-    times = [step_time(plan, card, pace) for pace in guesses]
-    lines = [f"card         {why}"]
-    if card:
-        half = "bf16" if card.bf16 else "fp16; it has no bf16"
-        lines += [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}"]
-    lines += ["", f"{'time, computed':16}" + "".join(f"{pace.name:>12}" for pace in guesses)]
-
-    def row(name: str, cells) -> None:
-        lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells))
-
-    for name in ("propose", "solve", "validate", "update"):
-        row(f"  {name}", (duration(getattr(time, name)) for time in times))
-    row("a step", (duration(time.total) for time in times))
-    row(f"{steps} steps", (duration(steps * time.total) for time in times))
-    if price:
-        row(f"at ${price:g}/h", (f"${steps * time.total / 3600 * price:,.2f}" for time in times))
-    row("tokens a step", (f"{time.sampled:,}" for time in times))
-    row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in guesses))
-    row("  valid", (f"{100 * pace.valid:.0f} %" for pace in guesses))
-    if card:
-        row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in guesses))
-    source = "from rates measured with the embedded model on two cores"
-    if card:
-        source = "computed, not measured on this card (an H200 was: docs/gpu.md)"
-    lines += [f"             {source};", "             a run says after 3 steps what its own steps make of it", ""]
-    parts = disk(plan, model, steps, eval_every)
+def render(plan: Plan, config, card: Card | None, why: str) -> str:
+    """Time and cost on a GPU, and disk, of a run with these settings, as plain text, 80 columns."""
+    time = times(plan, card, config.steps, config.price_per_hour) if card else []
+    lines = [f"card         {why}", *time, ""]
+    parts = disk(plan, config.model, config.steps, config.eval_every)
     gb = {name: f"{size / GB:.2f} GB" for name, size in parts.items()}
     lines += [
         f"disk         {gb['adapters']} adapters that stay, {gb['states']} states to resume from,",
         f"             {gb['samples']} samples.jsonl, {gb['download']} model files to load:",
-        f"             {sum(parts.values()) / GB:.2f} GB ({free_disk(out) / GB:.0f} GB are free here)",
+        f"             {sum(parts.values()) / GB:.2f} GB ({free_disk(config.out) / GB:.0f} GB are free here)",
     ]
     return "\n".join(lines)
+
+
+def times(plan: Plan, card: Card, steps: int, price: float | None) -> list[str]:
+    """A column a pace: the phases of a step, the run, its price, and what was assumed."""
+    half = "bf16" if card.bf16 else "fp16; it has no bf16"
+    lines = [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}", ""]
+    each = [step_time(plan, card, pace) for pace in PACES]
+
+    def row(name: str, cells) -> None:
+        lines.append(f"{name:16}" + "".join(f"{cell:>12}" for cell in cells))
+
+    row("time, computed", (pace.name for pace in PACES))
+    for name in ("propose", "solve", "validate", "update"):
+        row(f"  {name}", (duration(getattr(time, name)) for time in each))
+    row("a step", (duration(time.total) for time in each))
+    row(f"{steps} steps", (duration(steps * time.total) for time in each))
+    if price:
+        row(f"at ${price:g}/h", (f"${steps * time.total / 3600 * price:,.2f}" for time in each))
+    row("tokens a step", (f"{time.sampled:,}" for time in each))
+    row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in PACES))
+    row("  valid", (f"{100 * pace.valid:.0f} %" for pace in PACES))
+    row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in PACES))
+    lines += ["             computed, not measured on this card (an H200 was: docs/gpu.md);"]
+    return [*lines, "             a run says after 3 steps what its own steps make of it"]

@@ -457,8 +457,6 @@ def dry_run(config: Config, why: str) -> int:
     which = f"{card.name}, as asked" if card else ""
     if not card:
         card, which = cost.card_for(preset)
-    price, every = config.price_per_hour, config.eval_every
     print(as_json(config), why, plan.render(made, config.model), "", sep="\n")
-    print(cost.render(made, config.model, card, which, config.steps, price, every, config.out), "", sep="\n")
-    print(plan.verdict(made))
+    print(cost.render(made, config, card, which), "", plan.verdict(made), sep="\n")
     return 0 if made.fits else 1
