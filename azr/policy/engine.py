@@ -24,7 +24,7 @@ from azr.policy.cache import Sequence, pages_for
 from azr.policy.decoder import ROLLOUT_WEIGHTS, Decoder, Unsupported
 from azr.policy.decoding import Decoding, Results
 from azr.policy.rollout_weights import copies_pay
-from azr.policy.sampling import Completion, Sampling, StopTable
+from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
 
 __all__ = ["Completion", "Engine", "Sampling", "StopTable", "Unsupported"]
 
@@ -107,7 +107,7 @@ class Engine:
         line on stderr. The same call gives the same bits. ValueError: an empty prompt, seeds of another shape.
         """
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
-        self._check(prompts, n, seeds, limits)
+        check_requests(prompts, n, seeds, limits)
         results = Results(n, len(prompts) * n, on_finish)
         longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
         self._resolve_weights(longest)
@@ -133,15 +133,6 @@ class Engine:
         return self.tables[stop]
 
     # -- requests
-
-    def _check(self, prompts, n, seeds, limits) -> None:
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
-        if len(seeds) != len(prompts) or any(len(row) != n for row in seeds):
-            raise ValueError(f"seeds must hold {n} integers for each of the {len(prompts)} prompts")
-        if len(limits) != len(prompts) or any(limit < 1 for limit in limits):
-            raise ValueError(f"max_new_tokens must hold a number above 0 for each of the {len(prompts)} prompts")
 
     def _fitting(self, prompts, limits, results: Results) -> list[Sequence]:
         """The samples of the prompts that can fit; the others get their completion here and a line on stderr."""

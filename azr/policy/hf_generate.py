@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from azr.console import warn
-from azr.policy.sampling import Completion, Sampling, StopTable
+from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
 
 
 class HFGenerate:
@@ -40,33 +40,26 @@ class HFGenerate:
         its limit gives completions without ids, finish_reason "too_long", and a line on stderr. ValueError: an empty
         prompt, seeds or limits of another shape. RuntimeError: the library failed.
         """
-        limits = [sampling.max_new_tokens] * len(prompts) if max_new_tokens is None else list(max_new_tokens)
-        self._check(prompts, n, seeds, limits)
+        limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
+        check_requests(prompts, n, seeds, limits)
         fitting = [i for i, prompt in enumerate(prompts) if self._fits(i, len(prompt), limits[i])]
         done = [[Completion([], [], "too_long") for _ in range(n)] for _ in prompts]
         if fitting and n:
             table = StopTable(self.tokenizer, self.config.vocab_size, sampling.stop, self.eos_ids)
             digest = hashlib.sha256(repr([list(row) for row in seeds]).encode()).digest()
             seed = int.from_bytes(digest[:4], "little")
+            rows, done_rows = [i for i in fitting for _ in range(n)], []
             with self._sampling_state():
-                flat = self._generate(
-                    [prompts[i] for i in fitting], n, sampling, [limits[i] for i in fitting], table, seed
-                )
+                torch.manual_seed(seed)
+                for start in range(0, len(rows), self.batch_size):
+                    batch = rows[start : start + self.batch_size]
+                    done_rows += self._batch([prompts[i] for i in batch], sampling, [limits[i] for i in batch], table)
             for k, i in enumerate(fitting):
-                done[i] = flat[k * n : (k + 1) * n]
+                done[i] = done_rows[k * n : (k + 1) * n]
         for i, row in enumerate(done if on_finish else []):  # all at the end: the library tells no sooner
             for j, completion in enumerate(row):
                 on_finish(i, j, completion)
         return done
-
-    def _check(self, prompts, n, seeds, limits) -> None:
-        if len(limits) != len(prompts) or not all(limit >= 1 for limit in limits):
-            raise ValueError(f"max_new_tokens must hold a number above 0 for each of the {len(prompts)} prompts")
-        if len(seeds) != len(prompts) or any(len(row) != n for row in seeds):
-            raise ValueError(f"seeds must hold {n} integers for each of the {len(prompts)} prompts")
-        for i, prompt in enumerate(prompts):
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty; a prompt needs at least one token")
 
     def _fits(self, i: int, length: int, limit: int) -> bool:
         context = getattr(self.config, "max_position_embeddings", None)
@@ -109,15 +102,6 @@ class HFGenerate:
             eos_token_id=sorted(self.eos_ids) or None,
             pad_token_id=self.pad_id,
         )
-
-    def _generate(self, prompts, n, sampling, limits, table, seed) -> list[Completion]:
-        torch.manual_seed(seed)
-        prompts, limits = ([x for x in values for _ in range(n)] for values in (prompts, limits))
-        done = []
-        for start in range(0, len(prompts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
-            done += self._batch(prompts[rows], sampling, limits[rows], table)
-        return done
 
     def _batch(self, prompts, sampling, limits, table) -> list[Completion]:
         width = max(map(len, prompts))

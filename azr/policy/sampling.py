@@ -57,6 +57,16 @@ class Completion:
     finish_reason: str  # "stop" | "eos" | "length" | "too_long" (can never fit: not sampled, no ids)
 
 
+def check_requests(prompts: list[list[int]], n: int, seeds: list[list[int]], limits: list[int]) -> None:
+    """ValueError: an empty prompt; seeds that are not n a prompt; limits that are not a number above 0 a prompt."""
+    if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
+        raise ValueError(f"prompt {empty[0]} is empty; a prompt needs at least one token")
+    if len(seeds) != len(prompts) or any(len(row) != n for row in seeds):
+        raise ValueError(f"seeds must hold {n} integers for each of the {len(prompts)} prompts")
+    if len(limits) != len(prompts) or any(limit < 1 for limit in limits):
+        raise ValueError(f"max_new_tokens must hold a number above 0 for each of the {len(prompts)} prompts")
+
+
 # ---------------------------------------------------------------------------------------------------- random numbers
 
 
