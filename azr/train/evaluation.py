@@ -69,18 +69,26 @@ class Evaluation:
     sampling: Sampling  # as in training
     run_dir: Path
 
+    @property
+    def path(self) -> Path:
+        """The frozen held-out tasks."""
+        return self.run_dir / "eval" / "held_out.jsonl"
+
     def freeze(self, buffers: Buffers) -> None:
         """eval/held_out.jsonl: --eval-data (tiny: a part of its own); else 200 problems of CRUXEval both ways and 64
         induction tasks of the seed stage, which stay in the buffers and leave them only by age."""
-        if self._path().exists():
+        if self.path.exists():
             return
-        tasks = evenly(self._given, GREEDY) if self.own else self._given + self._from_seed_stage(buffers)
-        self._path().parent.mkdir(exist_ok=True)
-        write_jsonl_atomic(self._path(), [task.to_json() for task in tasks])
+        tasks = evenly(self._given, GREEDY) if self.own else self._given
+        if not self.config.eval_data:  # tasks of all modes only if there is nothing else
+            rng, modes = random.Random(f"{self.config.seed}/held-out"), ("induction",) if self._given else MODES
+            tasks = tasks + [task for mode in modes for task in buffers.sample(mode, 64, rng)]
+        self.path.parent.mkdir(exist_ok=True)
+        write_jsonl_atomic(self.path, [task.to_json() for task in tasks])
 
     def tasks(self) -> list[Task]:
         """The frozen held-out tasks, read from eval/held_out.jsonl; `freeze` must have been called."""
-        return load_tasks(self._path())
+        return load_tasks(self.path)
 
     @cached_property
     def own(self) -> bool:
@@ -137,9 +145,6 @@ class Evaluation:
         write_json_atomic(path, {"step": best, "metric": BEST, "value": value})
         return f"best: {path.parent / f'step_{best}'}, {BEST} {value:.3f}"
 
-    def _path(self) -> Path:
-        return self.run_dir / "eval" / "held_out.jsonl"
-
     @cached_property
     def _given(self) -> list[Task]:
         """--eval-data, else CRUXEval's; [] where it cannot be had."""
@@ -150,11 +155,3 @@ class Evaluation:
         except ValueError as error:
             console.warn(f"held-out tasks: 64 a mode of the seed stage; {error}; --eval-data FILE takes others")
             return []
-
-    def _from_seed_stage(self, buffers: Buffers) -> list[Task]:
-        """What is added where no file is given: induction tasks, or tasks of all modes if there is nothing else."""
-        if self.config.eval_data:
-            return []
-        rng = random.Random(f"{self.config.seed}/held-out")
-        modes = ("induction",) if self._given else MODES
-        return [task for mode in modes for task in buffers.sample(mode, 64, rng)]

@@ -143,19 +143,18 @@ def exit_code(work: Callable[[], int | None]) -> int:
     """What work() returns, or 0 for None; 1 or 2 and one line on stderr for an error that a user can act on."""
     try:
         return work() or 0
+    except StopNow:
+        return 0  # before the run began: nothing to save
     except (checkpoint.GaveUp, DoesNotFit, DiskError) as error:
-        print(f"train_azr.py: {error}", file=sys.stderr)
-        return 1
+        code, text = 1, str(error)
     except (ModelError, RunError, SandboxError, ValueError) as error:
-        print(f"train_azr.py: {error}", file=sys.stderr)
-        return 2
+        code, text = 2, str(error)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"train_azr.py: {str(error).splitlines()[0]}; take a smaller --preset", file=sys.stderr)
-        return 1
-    except StopNow:
-        return 0  # before the run began: nothing to save
+        code, text = 1, f"{str(error).splitlines()[0]}; take a smaller --preset"
+    print(f"train_azr.py: {text}", file=sys.stderr)
+    return code
 
 
 # ------------------------------------------------------------------------------------------------ before the first step

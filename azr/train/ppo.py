@@ -1,6 +1,6 @@
 """What PPO's update is watched by: clipped tokens, KL, the gap between sampler and trainer. Pure functions on tensors.
 
-    clip_fraction(log_prob, old_log_prob, advantage, mask)         # share of tokens whose gradient the clip takes away
+    clipped(log_prob, old_log_prob, advantage)                     # where the clip takes the gradient away
     gap_statistics(trainer_log_prob, sampler_log_prob, mask)["mean"]
 
 Shapes: (batch, time) with a bool `mask` of the same shape that is True on response tokens. The loss itself, with its
@@ -26,12 +26,6 @@ def clipped(log_prob, old_log_prob, advantage, clip_low: float = 0.2, clip_high:
     """Where the clip takes the gradient away, bool (batch, time): r above its bound and A > 0, or below and A < 0."""
     ratio = (log_prob.detach() - old_log_prob).exp()
     return ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
-
-
-def clip_fraction(log_prob, old_log_prob, advantage, mask, clip_low: float = 0.2, clip_high: float = 0.2) -> float:
-    """Share of response tokens whose gradient the clip takes away; 0 without tokens."""
-    hits = clipped(log_prob, old_log_prob, advantage, clip_low, clip_high) & mask
-    return (hits.sum() / mask.sum().clamp(min=1)).item()
 
 
 def kl_k3(log_prob: torch.Tensor, reference_log_prob: torch.Tensor) -> torch.Tensor:

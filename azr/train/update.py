@@ -206,7 +206,7 @@ def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
     """Metrics of an optimizer step over its sampled tokens: the gap between sampler and trainer, and the clip."""
     every = torch.ones_like(columns.log_prob, dtype=torch.bool)
     gap = ppo.gap_statistics(columns.old, columns.sampler, every, GAP_CAP)
-    flat = columns.log_prob, columns.old, columns.advantage
+    clipped = ppo.clipped(columns.log_prob, columns.old, columns.advantage, *columns.clip)
     return {
         "log_prob_gap": gap["mean"],
         "log_prob_gap_max": gap["max"],
@@ -215,7 +215,7 @@ def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
         "gap_k3": gap["k3"],
         "gap_capped": gap["capped"],
         "tokens": sum(len(sample.completion.ids) for sample in samples if not sample.from_base),
-        "clip_fraction": ppo.clip_fraction(*flat, every, *columns.clip),
+        "clip_fraction": (clipped.sum() / max(1, len(clipped))).item(),
     }
 
 

@@ -120,9 +120,6 @@ def test_ppo_loss_and_its_gradient():
     assert log_prob.grad.tolist() == pytest.approx([-2, 0, -1.4, 2.6, 0, 2], rel=1e-5)  # 0 where the clip holds
     assert ppo.clipped(log_prob, old, advantage).tolist() == [False, True, False, False, True, False]
     assert losses(part, WiderClip(0.2, 0.28))[1] == pytest.approx(-2.56, rel=1e-5)
-    mask = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool)
-    assert ppo.clip_fraction(log_prob, old, advantage, mask) == 0.25
-    assert ppo.clip_fraction(log_prob, old, advantage, mask & False) == 0
 
 
 def test_group_weights_leave_the_others_alone():
