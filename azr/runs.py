@@ -22,6 +22,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -47,6 +48,7 @@ RESUME_MAY_CHANGE = frozenset(
 KEEP_STATES = 2  # the newest checkpoints that keep what a resume needs
 SCRIPT = "train_azr.py"  # what the commands say that go on with a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+TAIL = 1 << 20  # bytes at the end of a log that hold its last lines
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")  # all that a start killed in its first instants leaves
 STEP_DIRECTORY = re.compile(r"step_(\d+)")
@@ -115,13 +117,19 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed, and what is wrong with each newer one."""
+def newest_intact(run_dir: Path, whole_through: float = math.inf) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed, and what is wrong with each newer one.
+
+    whole_through: the last step that the logs hold in full; what is newer would leave a gap in them.
+    """
     faults = []
-    for _, path in reversed(step_directories(run_dir)):
+    for step, path in reversed(step_directories(run_dir)):
         if not (path / "state" / "checksums.json").exists():
             continue  # an adapter that was kept without its state
-        if (wrong := fault(path)) is None:
+        wrong = fault(path)
+        if wrong is None and step > whole_through:
+            wrong = f"the logs have lost steps after {whole_through}"
+        if wrong is None:
             return path, faults
         faults.append(f"{path}: {wrong}")
     return None, faults
@@ -156,6 +164,18 @@ def _remove(directory: Path) -> None:
     aside = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     os.rename(directory, aside)
     shutil.rmtree(aside)
+
+
+def _whole_through(path: Path) -> float:
+    """The last step of which a log has every line, as far as its end tells: logs are synced before a checkpoint, so it
+    is behind one only if it was damaged. Infinite for an empty log: that one was set aside."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        *lines, torn = file.read().split(b"\n")
+    if match := LINE_STEP.match(torn):
+        return int(match[1]) - 1
+    steps = [int(match[1]) for line in lines if line.endswith(b"}") and (match := LINE_STEP.match(line))]
+    return steps[-1] if steps and path.name == "metrics.jsonl" else math.inf  # that one has a line for every step
 
 
 def _end_of(path: Path, step: int) -> int:
@@ -268,7 +288,10 @@ class Run:
     def _continue(self, must: bool, complete: Callable[[dict], dict]) -> None:
         """Finds the checkpoint to resume from and takes the logs back to it."""
         logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
-        checkpoint, faults = newest_intact(self.dir)
+        checkpoint, faults = newest_intact(self.dir, min(map(_whole_through, logs), default=math.inf))
+        if checkpoint is None and faults:  # rather a gap in the logs than the end of the run
+            checkpoint, broken = newest_intact(self.dir)
+            faults = faults if checkpoint is None else [*broken, f"{self.dir}: the logs do not reach {checkpoint.name}"]
         if checkpoint is None:
             if faults or step_directories(self.dir) or must:
                 reason = "; ".join(faults) or "no checkpoint with a state"

@@ -370,8 +370,10 @@ def half(data: bytes) -> bytes:
         ("checkpoints/step_3/state/tensors.safetensors", half),
         ("checkpoints/step_3/adapter_model.safetensors", flipped),
         ("checkpoints/step_3/state/state.json", lambda data: data.replace(b'"program"', b'"pro gam"', 1)),
+        ("metrics.jsonl", lambda data: data[:-40]),
+        ("samples.jsonl", lambda data: data[:-40]),
     ],
-    ids=["truncated", "flipped", "buffer"],
+    ids=["truncated", "flipped", "buffer", "metrics", "samples"],
 )
 def test_a_damaged_file_is_told_and_the_checkpoint_before_it_is_used(name, change, whole, tmp_path, capfd):
     out = tmp_path / "run"
