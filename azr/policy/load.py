@@ -5,7 +5,6 @@ a machine that cannot compute it. Weights that are stored in bitsandbytes' NF4 a
 Left out: several GPUs, trained heads or embeddings, encoder-decoder, other stored quantizations.
 """
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -183,16 +182,9 @@ def quiet():
 
 def _check_name(name: str) -> None:
     """ModelError unless it is a directory or might be on the hub."""
-    if Path(name).is_dir():
-        return
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise ModelError(f"no model {name!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
-    if "/" not in name:
-        near = difflib.get_close_matches(name, ALIASES, 1)
-        raise ModelError(
-            f"no model {name!r}: {f'did you mean {near[0]}? Known:' if near else 'give'} "
-            f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory"
-        )
+    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") != 1):
+        known = f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory that is there"
+        raise ModelError(f"no model {name!r}: give {known}")
 
 
 def _where(name: str, revision: str | None) -> dict:
@@ -212,9 +204,8 @@ def _load_config(name: str, where: dict):
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as error:
-        kind = "here or on the hub (check name and network; a downloaded model is given as its directory)"
-        kind = "can be read from this directory" if path.is_dir() else kind
-        raise ModelError(f"no model {name!r} {kind}: {_one_line(error)}") from error
+        hub = "" if path.is_dir() else " (check name and network; a downloaded model is given as its directory)"
+        raise ModelError(f"no model can be read from {name!r}{hub}: {_one_line(error)}") from error
     for setting in UNSUPPORTED_HEADS:
         if getattr(config.get_text_config(), setting, None) not in (None, 1, 1.0):
             raise ModelError(f"{name}: unsupported config setting {setting}; use a Qwen2, Qwen3 or Llama model")

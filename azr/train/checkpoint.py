@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
+from functools import partial
 from pathlib import Path
 
 from azr.console import warn
@@ -64,12 +65,10 @@ def save(s, keep: bool) -> Path:
         "files": digests(s),
     }
     info = {**s.policy.info, "template": s.template, "template_hash": template_hash(s.template)}
-
-    def write(directory: Path) -> None:
-        s.policy.save_adapter(directory, adapter)
-
     # step 0 is always kept: its azr.json tells whoever reads the run what the base was
-    path = s.run.save_checkpoint(s.completed, write, tensors, state, info, keep or not s.completed)
+    keep = keep or not s.completed
+    write = partial(s.policy.save_adapter, state=adapter)
+    path = s.run.save_checkpoint(s.completed, write, tensors, state, info, keep)
     s.saved = time.monotonic()
     return path
 

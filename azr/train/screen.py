@@ -74,38 +74,25 @@ class StepLines:
 
     def show(self, metrics: dict) -> None:
         """Shows a step, and where they are due the held-out accuracy, the projection and where time goes."""
+        step, elapsed = metrics["step"], metrics["time/elapsed"]
         self.seconds.append(metrics["time/step"])
         self.recent = [*self.recent, metrics][-TIMING_EVERY:]
+        median = sorted(self.seconds[-15:])[len(self.seconds[-15:]) // 2]  # evaluations and the first step aside
+        left, price = median * (self.steps - step), self.price
         # as wide as fits; a file gets all
-        lines = step_lines(metrics, self.steps, self.left(metrics["step"]), self.price)
+        lines = step_lines(metrics, self.steps, left, price)
         say(next((line for line in lines if not console.is_terminal or len(line) < console.width), lines[-1]))
         if "held_out/deduction/accuracy" in metrics or "held_out/all/accuracy" in metrics:
             held = [metrics.get(f"held_out/{mode}/accuracy", float("nan")) for mode in MODES]
             say(f"{INDENT}held-out greedy accuracy in % ({INITIALS}): {percent(held)}")
-        if len(self.seconds) == PROJECT_AFTER and metrics["step"] < self.steps:
-            prose(self.projection(metrics))
-        if metrics["step"] % TIMING_EVERY == 0:
-            cost = f", ${self.price * metrics['time/elapsed'] / 3600:.2f}" if self.price else ""
-            prose(f"{INDENT}{where_time_goes(self.recent)}; {duration(metrics['time/elapsed'])} of training{cost}")
-
-    def projection(self, metrics: dict) -> str:
-        """What the steps of this run so far make of the whole: time and, at a price, dollars."""
-        left = self.left(metrics["step"])
-        whole = metrics["time/elapsed"] + left
-        line = f"{INDENT}measured: {self.median():.1f} s a step ({where_time_goes(self.recent).split(';')[0]}); "
-        line += f"all {self.steps} steps: {duration(whole)}"
-        if self.price:
-            line += f", ${whole / 3600 * self.price:.2f} at ${self.price:g} an hour"
-        return f"{line}; start-up and evaluations come on top"
-
-    def median(self) -> float:
-        """Median seconds of the last 15 steps (of an even number, the upper of the middle two)."""
-        recent = sorted(self.seconds[-15:])
-        return recent[len(recent) // 2]
-
-    def left(self, step: int) -> float:
-        """Seconds to go, by the median of the last steps: evaluations and the first step aside."""
-        return self.median() * (self.steps - step)
+        if len(self.seconds) == PROJECT_AFTER and left:
+            whole, shares = elapsed + left, where_time_goes(self.recent).split(";")[0]
+            cost = f", ${whole / 3600 * price:.2f} at ${price:g} an hour" if price else ""
+            line = f"{INDENT}measured: {median:.1f} s a step ({shares}); all {self.steps} steps: {duration(whole)}"
+            prose(f"{line}{cost}; start-up and evaluations come on top")
+        if step % TIMING_EVERY == 0:
+            cost = f", ${price * elapsed / 3600:.2f}" if price else ""
+            prose(f"{INDENT}{where_time_goes(self.recent)}; {duration(elapsed)} of training{cost}")
 
 
 def step_lines(metrics: dict, steps: int, left: float, price: float | None) -> tuple[str, str, str]:

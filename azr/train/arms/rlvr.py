@@ -5,6 +5,8 @@ The seed stage and the probe are those of self-play, so what is held out or prob
 
 from __future__ import annotations
 
+from functools import partial
+
 from azr.evals.held_out import load_tasks
 from azr.tasks import Task
 from azr.train.arms import Arm
@@ -69,9 +71,4 @@ class Rlvr(FixedTasks):
         tokens, n = self.config.step_tokens, self.config.answers
         if not tokens:
             return []
-        return fill(
-            tokens,
-            n,
-            lambda wave, count: self.draw(step, wave, count),
-            lambda tasks, key: solve(s, step, tasks, n, key),
-        )
+        return fill(tokens, n, partial(self.draw, step), lambda tasks, key: solve(s, step, tasks, n, key))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -47,7 +48,7 @@ class Sft(FixedTasks):
             return samples
 
         if tokens := self.config.step_tokens:
-            return fill(tokens, 1, lambda wave, count: self.draw(step, wave, count), respond)
+            return fill(tokens, 1, partial(self.draw, step), respond)
         count = MODES_OF_SELFPLAY * self.config.prompts_per_mode * self.config.answers
         return respond(self.draw(step, None, count), "")
 

@@ -7,6 +7,8 @@ tokens that drop out by answers to tasks of the buffers: the same number of trai
 
 from __future__ import annotations
 
+from functools import partial
+
 from azr.train import update
 from azr.train.arms import Arm
 from azr.train.data import FILL, fill, from_buffers, tokens
@@ -59,8 +61,5 @@ class Matched(NoUpdate):
     def samples(self, s, step, proposals, answers, solve):
         """Answers to tasks of the buffers, as many tokens as the proposals have."""
         n = self.config.answers if self.config.recipe == "lean" else 1
-
-        def draw(wave: int, count: int):
-            return from_buffers(s.buffers, self.config.seed, step, wave, count)
-
+        draw = partial(from_buffers, s.buffers, self.config.seed, step)
         return fill(tokens(proposals), n, draw, lambda tasks, key: solve(s, step, tasks, n, key))
