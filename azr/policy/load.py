@@ -35,6 +35,8 @@ LARGE = 100e6  # bytes of weights; computing less on a CPU needs no warning
 
 @dataclass(frozen=True)
 class LoraSettings:
+    """The LoRA of a new adapter: B A of this rank on every linear matrix of a layer, or on those of attention."""
+
     rank: int = 32
     alpha: float = 64  # the update is (alpha / rank) B A
     targets: str = "all-linear"  # "all-linear" | "attention"
@@ -239,6 +241,8 @@ def _stored_in_four_bits(name: str, config, quantization: str) -> bool:
 
 
 def load_tokenizer(name: str, where: dict):
+    """The tokenizer of a hub id or a directory; `where` as transformers takes it. ModelError: it cannot encode code, or
+    gives other ids than the model was trained with."""
     from transformers import AutoTokenizer
 
     try:
@@ -487,6 +491,7 @@ def _load_adapter(model, directory: Path, base_name: str):
 
 
 def fill_adapter(model, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Copies values into the live LoRA matrices. ModelError, which names `origin`: other names or shapes."""
     live = adapter_tensors(model)
     if missing := sorted(live.keys() ^ state.keys()):
         where = "lacks" if missing[0] in live else "has, and the policy lacks,"

@@ -28,28 +28,29 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
     trained = [sample for sample in trained if not sample.objective] or trained
     metrics: dict[str, float] = {}
     for role in ("proposer", "solver") if proposals else ("solver",):
-        mine = entropy_metrics([sample for sample in trained if sample.role == role])
-        metrics |= {f"{role}/all/{name}": value for name, value in mine.items()}
-    train = entropy_metrics([sample for sample in trained if not sample.from_base])
-    metrics |= {f"train/{name}": value for name, value in train.items()}
+        metrics |= under(f"{role}/all", entropy_metrics([sample for sample in trained if sample.role == role]))
+    metrics |= under("train", entropy_metrics([sample for sample in trained if not sample.from_base]))
     own = {id(sample): sample for sample in [*proposals, *answers, *trained] if not sample.objective}
     metrics["train/sampled_tokens"] = sum(len(sample.completion.ids) for sample in own.values())
     for mode in (*MODES, *["math"] * any(sample.mode == "math" for sample in trained)):
         if proposals and mode != "math":
             metrics |= proposer_metrics(mode, proposals, trained, n)
         mine = [sample for sample in answers if sample.mode == mode]
-        metrics |= {
-            f"solver/{mode}/{name}": value
-            for name, value in {
-                "accuracy": mean(sample.correct for sample in mine),
-                "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
-                "timeout_rate": mean(sample.reason == "timeout" for sample in mine),
-                "tasks": len({sample.task.hash for sample in mine}),
-                "commonest_share": commonest_share(mine),
-                **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
-            }.items()
+        solver = {
+            "accuracy": mean(sample.correct for sample in mine),
+            "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
+            "timeout_rate": mean(sample.reason == "timeout" for sample in mine),
+            "tasks": len({sample.task.hash for sample in mine}),
+            "commonest_share": commonest_share(mine),
+            **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
         }
+        metrics |= under(f"solver/{mode}", solver)
     return metrics
+
+
+def under(path: str, values: dict[str, float]) -> dict[str, float]:
+    """The values by the names path/NAME."""
+    return {f"{path}/{name}": value for name, value in values.items()}
 
 
 def commonest_share(answers: list[Sample]) -> float:
@@ -66,21 +67,19 @@ def proposer_metrics(mode: str, proposals: list[Sample], trained: list[Sample], 
     mine = [sample for sample in proposals if sample.mode == mode]
     valid = [sample for sample in mine if sample.task is not None and sample.solve_rate is not None]
     metrics = {
-        f"proposer/{mode}/{name}": value
-        for name, value in {
-            "valid_rate": mean(sample.task is not None for sample in mine),
-            "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
-            "duplicate_rate": mean(sample.reason == "duplicate" for sample in mine),
-            "held_out_rate": mean(sample.reason == "held_out" for sample in mine),
-            "solve_rate": mean(sample.solve_rate for sample in valid),
-            "learnable_rate": mean(0 < sample.solve_rate < 1 for sample in valid),
-            **_group(mine, [sample for sample in trained if sample.role == "proposer" and sample.mode == mode]),
-        }.items()
+        "valid_rate": mean(sample.task is not None for sample in mine),
+        "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
+        "duplicate_rate": mean(sample.reason == "duplicate" for sample in mine),
+        "held_out_rate": mean(sample.reason == "held_out" for sample in mine),
+        "solve_rate": mean(sample.solve_rate for sample in valid),
+        "learnable_rate": mean(0 < sample.solve_rate < 1 for sample in valid),
+        **_group(mine, [sample for sample in trained if sample.role == "proposer" and sample.mode == mode]),
     }
     refused = Counter(sample.reason for sample in mine if sample.task is None)
-    metrics |= {f"proposer/{mode}/refused/{reason}": count for reason, count in sorted(refused.items())}
+    metrics |= under("refused", dict(sorted(refused.items())))
     histogram = Counter(round(sample.solve_rate * n) for sample in valid)
-    return metrics | {f"proposer/{mode}/solved_of_{n}/{c}": histogram[c] for c in range(n + 1)}
+    metrics |= {f"solved_of_{n}/{c}": histogram[c] for c in range(n + 1)}
+    return under(f"proposer/{mode}", metrics)
 
 
 def _group(sampled: list[Sample], trained: list[Sample]) -> dict[str, float]:
