@@ -11,6 +11,7 @@ an empty environment, so that no thread, descriptor or secret of the trainer is 
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import json
 import marshal
 import os
@@ -50,10 +51,12 @@ class Lane:
             "pool": os.getpid(),
             "allow_weak": allow_weak,
             **{key: value for key, value in asdict(profile).items() if key != "name"},
+            "packages": {name: _place(name) for name in profile.packages},
         }
         # An environment of its own, so that no token of the user's is in reach. LD_BIND_NOW: the linker looks symbols
         # up once, before the forks, and not again in every child.
-        environment = {"PYTHONHASHSEED": str(seed), "PYTHONUTF8": "1", "LD_BIND_NOW": "1"}
+        # OPENBLAS: numpy would start a thread a core, and a fork has but one.
+        environment = {"PYTHONHASHSEED": str(seed), "PYTHONUTF8": "1", "LD_BIND_NOW": "1", "OPENBLAS_NUM_THREADS": "1"}
         if "LD_LIBRARY_PATH" in os.environ:  # a Python whose own library is found that way
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         # With -S and -s there are no site-packages, whose start-up files would run in the lane; -I would ignore
@@ -134,6 +137,12 @@ def _widen(pipe):
         fcntl.fcntl(pipe, _F_SETPIPE_SZ, 1 << 20)
     except OSError:
         pass  # the limit of this user is lower: slower, not wrong
+
+
+def _place(package):
+    """The directory to import an installed package from, None if it is not there."""
+    spec = importlib.util.find_spec(package.partition(".")[0])
+    return os.path.dirname(os.path.dirname(spec.origin)) if spec is not None and spec.origin else None
 
 
 def _taken_uids():

@@ -33,4 +33,6 @@ class Limits:
     depth: int = 24  # brackets inside brackets
     int_bits: int = 4_096  # bits of an integer; Python refuses decimal text of more than 4,300 digits, 14,284 bits
     complex_numbers: bool = False  # complex numbers are values too
-    match_as_true: bool = False  # canon writes a re.Match as True (what a truth test of it would give)
+    # canon writes a re.Match as True (what a truth test of it would give), and as a plain value whatever equals one
+    # under a builtin's own ==: numpy's scalars, named tuples, exact fractions
+    published: bool = False

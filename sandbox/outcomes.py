@@ -11,7 +11,7 @@ import signal
 from dataclasses import dataclass
 
 from sandbox import literal
-from sandbox.wire import decode
+from sandbox.wire import OVERSLEPT, decode
 
 # Seconds of CPU time that earlier inputs of a child may use up before a later input's time-out is doubted: within a
 # child all inputs share one timer, and a verdict must not depend on what ran before.
@@ -255,6 +255,8 @@ def _ending(status, done, whole):
     """The outcome of an input during which its process ended."""
     if done or not whole and os.WIFEXITED(status):
         return Outcome("killed", None, "protocol")
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status) == OVERSLEPT:
+        return Outcome("timeout", None, "sleep")
     if os.WIFEXITED(status):
         return Outcome("killed", None, f"exited {os.WEXITSTATUS(status)}")
     number = os.WTERMSIG(status)

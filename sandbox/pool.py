@@ -57,11 +57,17 @@ class Sandbox:
 
     Raises SandboxError where programs cannot be confined (no seccomp), unless allow_weak says that processes with
     resource limits and timers are enough. `share`: programs that can reach nothing but what is their own or immutable
-    (contained.py) are run several to a process; False: never. Use as a context manager; closed at exit otherwise.
+    (contained.py) are run several to a process; False: never. `quiet`: nothing on stderr about protections or packages
+    that are missing. Use as a context manager; closed at exit otherwise.
     """
 
     def __init__(
-        self, workers: int | None = None, profile: Profile = PROPOSAL, allow_weak: bool = False, share: bool = True
+        self,
+        workers: int | None = None,
+        profile: Profile = PROPOSAL,
+        allow_weak: bool = False,
+        share: bool = True,
+        quiet: bool = False,
     ):
         if sys.platform == "win32" or not sys.platform.startswith("linux") and not allow_weak:
             raise SandboxError(f"programs cannot be confined on {sys.platform}: {_ADVICE}")
@@ -84,7 +90,7 @@ class Sandbox:
         except BaseException:
             self.close()
             raise
-        for line in _notes(self.state):
+        for line in () if quiet else _notes(self.state):
             print(f"sandbox: {line}", file=sys.stderr)
 
     def __enter__(self):
@@ -456,3 +462,5 @@ def _notes(state):
         yield f"uid unchanged ({state['uid'][4:]}); seccomp alone protects other processes"
     if state["limits"] != "set":
         yield f"resource limits {state['limits']}"
+    for name in dict.fromkeys(name.partition(".")[0] for name in state["missing"]):
+        yield f"{name} is not installed: programs that import it fail"

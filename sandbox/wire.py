@@ -19,6 +19,7 @@ HEAD = struct.Struct("=I")  # length of a request
 FRAME = struct.Struct("=cII")  # kind, length of the text in bytes, CPU time used so far in microseconds
 REPORT = struct.Struct("=iqq")  # wait status, CPU time in microseconds, peak memory in KiB
 KINDS = frozenset(b"BRXAGOEULD")
+OVERSLEPT = 75  # exit code of a child whose sleeps and CPU time together passed its limit of CPU time
 
 
 def pack_args(text: str, limits: literal.Limits) -> str | bytes:

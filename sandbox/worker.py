@@ -1,15 +1,17 @@
 """The process of a lane: a fork-server that gives every program a fresh, confined child. Started by lane.py.
 
-Descriptors: 0 and `second` bring requests, in turn; 1 takes results (children write there); `control` is the server's
-alone: one greeting, then after each child its wait status, CPU time and peak memory. Children are forked before their
-requests come and wait. In a child, in this order: die with the server, close everything but its request pipe and 1,
-read the request, close that pipe, start the kernel timers, seccomp; only then is the program looked at.
+Descriptors: 0 and `second` bring requests, in turn; RESULT_FD takes results (children write there; 1 and 2 are closed,
+so that nothing a program prints is taken for one); `control` is the server's alone: one greeting, then after each child
+its wait status, CPU time and peak memory. Children are forked before their requests come and wait. In a child, in this
+order: die with the server, close everything but its request pipe and RESULT_FD, read the request, close that pipe,
+start the kernel timers, seccomp; only then is the program looked at.
 A child can say nothing but "input k gave this text", and what it says is checked outside. Not imported by the pool:
 `main()` ends its process. Imports the sandbox's own files and the standard library alone.
 """
 
 import codecs
 import gc
+import io
 import json
 import marshal
 import os
@@ -22,7 +24,7 @@ import warnings
 
 from sandbox import confine, contained, gate, literal, wire
 
-RESULT_FD = 1  # the only descriptor that the filter lets a child write to
+RESULT_FD = 31  # the only descriptor that the filter lets a child write to: the last below RLIMIT_NOFILE
 _BEGIN = wire.frame(b"B", "", 0.0)
 # Looked up before the forks: Python loads a codec's module at its first use, and in a child there are no files.
 _CODECS = """ascii latin_1 utf_8 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be utf_7 idna punycode
@@ -49,8 +51,13 @@ def f(x, y):
 def main():
     """Set-up, greeting, then children until the pool closes the request pipe or its process ends."""
     config = json.loads(sys.argv[1])
+    for name in ("control", "second"):
+        if config[name] == RESULT_FD:
+            config[name] = os.dup(RESULT_FD)
     control = config["control"]
     os.set_inheritable(control, False)
+    os.dup2(1, RESULT_FD, inheritable=False)
+    os.dup2(2, 1)  # the lane was started with a standard error that leads nowhere
     try:
         server = Server(config)
         greeting = server.confine()
@@ -81,7 +88,9 @@ class Server:
         self.limits = literal.Limits(**config["limits"])
         self.gated, self.wide = config["gate"], config["wide"]
         self.modules = {name: _load(name) for name in config["modules"]}
+        self.missing = [name for name, place in config["packages"].items() if not _load_from(place, name)]
         self.names = frozenset(self.modules)
+        self.clock = _Clock() if self.wide else None
         if self.gated:
             self.proxies = _proxies(self.modules)
             self.builtins = gate.safe_builtins(self.wide, self.importer, gate.guarded_getattr)
@@ -99,14 +108,14 @@ class Server:
         """Takes from this process all that it can; returns what was taken, for Sandbox.state."""
         # In this order: what needs files or capabilities before they are taken away. The filter is tried once more near
         # the end, when everything else is as it will be for the children.
-        state = {"python": sys.version.split()[0]}
+        state = {"python": sys.version.split()[0], "missing": self.missing}
         missing = confine.limit_resources(self.config["memory_mb"])
         state["limits"] = "set" if not missing else "missing " + " ".join(missing)
         self.note(state, "seccomp", self.make_seccomp)
         if self.seccomp is None and not self.config["allow_weak"]:
             return state
         self.note(state, "first_to_be_killed", _out_of_memory_first)
-        _forget_surroundings()
+        _forget_surroundings(self.wide)
         self.note(state, "uid", self.drop_user)
         if self.library is not None:
             self.library.prctl(confine.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -223,7 +232,7 @@ class Server:
             gate.judge(_SMALL, self.names, self.wide)  # while it waits: the page faults of the first use
             wire.frame(b"O", literal.canon([1], self.limits), time.process_time())
             os.dup2(source, 0)
-            os.closerange(2, 32)  # the control pipe among them; RLIMIT_NOFILE allows no higher ones
+            os.closerange(1, RESULT_FD)  # the control pipe among them; RLIMIT_NOFILE allows no higher ones
             # Read while the child may still read; marshal, since the request comes from the pool, which is trusted.
             programs, cpu, wall = marshal.loads(_read_request())
             os.close(0)
@@ -231,6 +240,8 @@ class Server:
             # action can be changed after the filter is in place.
             signal.setitimer(signal.ITIMER_PROF, cpu)
             signal.setitimer(signal.ITIMER_REAL, wall)
+            if self.clock is not None:
+                self.clock.limit = cpu
             if self.seccomp is not None:
                 self.seccomp.install()
             os.write(RESULT_FD, _BEGIN)
@@ -311,8 +322,50 @@ class Server:
 
 def say(kind, text=""):
     """Writes one frame. Returns False, so that a failure can be told and returned in one line."""
-    os.write(RESULT_FD, wire.frame(kind, text, time.process_time()))
+    os.write(RESULT_FD, wire.frame(kind, text, time.process_time() + _Clock.slept))
     return False
+
+
+class _Clock:
+    """Sleeping counts as time and takes none: time.sleep sets the clocks of the module time forward, and ends the
+    process where a sleep and the CPU time used reach the limit.
+
+    `limit`: seconds of CPU time of the child. Takes the place of functions of the real module, once, before the forks.
+    """
+
+    slept = 0.0
+
+    def __init__(self):
+        self.limit, self.process_time = 0.0, time.process_time
+        time.sleep = self.sleep
+        for name in ("time", "monotonic", "perf_counter"):
+            setattr(time, name, self.later(getattr(time, name), 1.0))
+            setattr(time, name + "_ns", self.later(getattr(time, name + "_ns"), 1_000_000_000))
+
+    def sleep(self, seconds):
+        """As time.sleep."""
+        if seconds < 0:
+            raise ValueError("sleep length must be non-negative")
+        _Clock.slept += seconds
+        if self.process_time() + _Clock.slept > self.limit:
+            os._exit(wire.OVERSLEPT)
+
+    @staticmethod
+    def later(clock, scale):
+        """The clock, ahead by what was slept."""
+        return lambda: clock() + type(scale)(scale * _Clock.slept)
+
+
+class _Nowhere(io.RawIOBase):
+    """Takes whatever is written."""
+
+    def writable(self):
+        """It is."""
+        return True
+
+    def write(self, data):
+        """All of it is taken."""
+        return len(data)
 
 
 def _name_of(error, entry=None):
@@ -346,6 +399,20 @@ def _load(name):
     return sys.modules[name]
 
 
+def _load_from(place, name):
+    """Whether the package could be imported; place: the directory it is in, None if there is none."""
+    if place is None:
+        return False
+    sys.path.append(place)
+    try:
+        __import__(name)
+    except Exception:  # a broken installation is as good as none
+        return False
+    finally:
+        sys.path.remove(place)
+    return True
+
+
 def _proxies(modules):
     """Copies of the modules without private names and without the modules that they imported themselves."""
     proxies = {name: types.ModuleType(name, module.__doc__) for name, module in modules.items()}
@@ -372,8 +439,8 @@ def _out_of_memory_first():
     return True
 
 
-def _forget_surroundings():
-    """No environment, no way to find further modules, no standard streams."""
+def _forget_surroundings(streams):
+    """No environment, no way to find further modules, no standard streams, or (`streams`) some that lead nowhere."""
     os.environ.clear()
     sys.path.clear()
     sys.meta_path.clear()
@@ -381,7 +448,13 @@ def _forget_surroundings():
     sys.path_importer_cache.clear()
     sys.argv = [""]
     warnings.simplefilter("ignore")
-    sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None
+    sys.stdin = sys.stdout = sys.stderr = None
+    if streams:
+        sys.stdin = io.TextIOWrapper(io.BytesIO(), "utf-8")
+        sys.stdout, sys.stderr = (
+            io.TextIOWrapper(io.BufferedWriter(_Nowhere()), "utf-8", "backslashreplace") for _ in range(2)
+        )
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
 def _padding(seed):

@@ -19,7 +19,7 @@ from sandbox.literal import Limits, LiteralError, NotLiteral, TooLarge, canon, e
 
 LONG = bool(os.environ.get("SANDBOX_LONG"))
 
-WIDE = Limits(1_000_000, 200_000, depth=100, int_bits=100_000, complex_numbers=True, match_as_true=True)
+WIDE = Limits(1_000_000, 200_000, depth=100, int_bits=100_000, complex_numbers=True, published=True)
 
 # --- examples ------------------------------------------------------------------------------------------------
 
