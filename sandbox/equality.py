@@ -8,6 +8,7 @@ Imports nothing of the project and can be copied out alone.
 import math
 
 _NUMBERS = (int, bool, float, complex)
+_PAIRED, _PAIRED_TEXT = 16, 50_000  # both values may come from a model
 
 
 def equal(a, b, rel: float = 1e-9) -> bool:
@@ -43,18 +44,25 @@ def _equal_dicts(a, b, rel):
 
 
 def _matched(left, right, same):
-    """Whether the elements that have no exact partner can be paired off (Kuhn's augmenting paths)."""
+    """Whether the elements that have no exact partner can be paired off.
+
+    In order of size first, which is how equal values pair but for rounding at the edge of a digit; of up to _PAIRED
+    elements, whose time grows with the square, every way is tried (Kuhn's augmenting paths)."""
     if not left and not right:
         return True
-    # Only a float can be equal to something that `in` does not see. 256: pairing takes time with the square of this,
-    # and both values may come from a model.
-    if len(left) != len(right) or len(left) > 256 or not all(_has_float(x) for x in left):
+    # Only a float can be equal to something that `in` does not see.
+    if len(left) != len(right) or not all(_has_float(x) for x in left):
         return False
-    partner = {}
+    left, right = sorted(left, key=_rank), sorted(right, key=_rank)
+    if all(map(same, left, right)):
+        return True
+    if len(left) > _PAIRED or sum(len(_rank(x)) for x in left + right) > _PAIRED_TEXT:
+        return False
+    partner, partners = {}, [[j for j, y in enumerate(right) if same(x, y)] for x in left]
 
     def place(i, seen):
-        for j, candidate in enumerate(right):
-            if j not in seen and same(left[i], candidate):
+        for j in partners[i]:
+            if j not in seen:
                 seen.add(j)
                 if j not in partner or place(partner[j], seen):
                     partner[j] = i
@@ -62,6 +70,21 @@ def _matched(left, right, same):
         return False
 
     return all(place(i, set()) for i in range(len(left)))
+
+
+def _rank(value) -> str:
+    """A text to sort by, the same for values that are equal, rounding aside."""
+    kind = type(value)
+    if kind is complex:
+        return f"({_rank(value.real)}, {_rank(value.imag)})"
+    if kind in _NUMBERS:
+        try:
+            return f"{float(value) + 0.0:.7e}"  # adding 0.0 makes -0.0 the zero that it equals
+        except OverflowError:  # an integer beyond all floats
+            return hex(value)
+    if kind is tuple:
+        return f"({', '.join(map(_rank, value))})"
+    return f"{{{', '.join(sorted(map(_rank, value)))}}}" if kind is frozenset else repr(value)
 
 
 def _has_float(value):

@@ -7,8 +7,10 @@ A text is read as it stands between parentheses: line ends are white space and "
 that size exists. Imports limits.py alone; the two can be copied out together.
 """
 
+import marshal
 import re
 import unicodedata
+from collections import Counter
 from keyword import iskeyword
 
 from sandbox.limits import LiteralError, TooLarge
@@ -45,6 +47,7 @@ _SIMPLE = {
 _CONSTANTS = {"None": None, "True": True, "False": False}
 _FLOATS = {"inf", "infinity", "nan"}
 _END = ("end", "")
+_SHARED = 100  # keys with one hash: each is compared with all before it
 _SEQUENCES = (str, bytes, list, tuple)
 _METHODS = frozenset(
     ("upper", "lower", "capitalize", "title", "swapcase", "strip", "lstrip", "rstrip", "split", "join")
@@ -290,6 +293,8 @@ class ArgumentReader(Reader):
     """Reads, besides literals, the constants of CRUXEval's inputs that need no name but dict: 'a' + 'b', ['a'] * 3,
     'B-a'.lower().split('-'), ''.join(['a', 'b']), dict(k=1). Sizes are checked before anything is built."""
 
+    work = 0  # elements of all constants on the way to a value: each operation copies its operand
+
     def value(self, depth):
         """A sum of texts or sequences, or a single value."""
         left = self.product(depth)
@@ -322,6 +327,7 @@ class ArgumentReader(Reader):
                 raise LiteralError(f".{name:.40}(...) is no literal")
             if name == "join" and len(arguments) == 1 and type(arguments[0]) in (list, tuple):
                 self.checked(sum(len(value) + len(part) for part in arguments[0] if type(part) is str), "")
+            self.checked(len(value), value)
             # An attribute of an exact str under a listed name: no lookup that the text could steer.
             try:
                 value = getattr(value, name)(*arguments)
@@ -346,23 +352,31 @@ class ArgumentReader(Reader):
         return pairs
 
     def checked(self, size, value):
-        """`value`, unless something of its type with `size` elements is beyond the limits."""
+        """`value`, unless something of its type with `size` elements is beyond the limits, or all before it were too
+        many: a thousand calls of .upper() on one long text are a short text themselves."""
+        self.work += size
         if size > (self.limits.text if type(value) in (str, bytes) else self.limits.nodes):
             raise TooLarge(f"a constant of {size} elements")
+        if self.work > 16 * self.limits.text:
+            raise TooLarge("too many operations on long constants")
         return value
 
 
 def _hashed(kind, items):
-    """A set or dict of the items. TooLarge: thousands of keys made to share a hash, which would take minutes.
+    """A set or dict of the items. TooLarge: more than _SHARED keys made to share a hash, which would take minutes.
 
-    Python randomises the hashes of text, not of numbers: multiples of 2^61 - 1 all have the hash 0.
+    Python randomises the hashes of text, not of numbers: multiples of 2^61 - 1 all have the hash 0, and all tuples of
+    -1 and -2 of one length have the same.
     """
     try:
-        if len(items) > 1_000:
-            keys = (item[0] for item in items) if kind is dict else items
-            # Equal keys share a hash too, and are harmless: the first hundred tell whether the keys differ.
-            if 2 * len({hash(key) for key in keys}) < len(items) and len(kind(items[:100])) > 50:
-                raise TooLarge("keys whose hashes collide")
+        if len(items) > _SHARED:
+            keys = [item[0] for item in items] if kind is dict else items
+            counts = Counter(map(hash, keys))
+            if max(counts.values()) > _SHARED:
+                # Equal keys share a hash too, and are harmless. Told apart by their bytes, whose hashes are random.
+                texts = {(value, marshal.dumps(key, 2)) for key in keys if counts[value := hash(key)] > _SHARED}
+                if max(Counter(value for value, _ in texts).values()) > _SHARED:
+                    raise TooLarge("keys whose hashes collide")
         return kind(items)
     except TypeError as error:
         raise LiteralError(str(error)) from error
