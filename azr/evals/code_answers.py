@@ -1,34 +1,37 @@
 """Grades code answers to HumanEval+ and MBPP+ (evalplus, arXiv 2305.01210) in the sandbox's benchmark profile.
 
-    problems = load_problems("HumanEvalPlus.jsonl.gz")
-    with Sandbox(profile=BENCHMARK) as sandbox:
-        grades = grade([(problem, answer), ...], sandbox)       # Grade(ok_base, ok_plus, reason, detail)
+    [problem, *_] = load_problems("HumanEvalPlus.jsonl.gz")
+    with Sandbox(1, profile=BENCHMARK) as sandbox:
+        reference = reference_of(problem, sandbox)
+        grade(problem, answer, reference, sandbox)              # Grade(ok_base, ok_plus, reason, detail)
 
 The rules are evalplus 0.3.1's: its conversion of JSON inputs, time limits from the reference solution (4 times what
-its slowest input needs, at least a second; CPU time here), tolerances and special oracles. What differs: the expected
-outputs never enter the process of an answer, and what it returns is compared here, as a literal. So an object with an
-__eq__ of its own passes nothing, and neither does a value that no literal can say (a deque, a Fraction, an array).
-Modules are those of the profile: no numpy. Stricter than evalplus: Mbpp/164, where evalplus takes any value, wants a
-bool, and the polynomial of HumanEval/32 must not be far below zero either. Milder: floats anywhere in tuples, lists
-and dicts have the tolerance. Left out: prompts, and taking the code out of a response. No torch is imported here.
+its slowest input needs, at least a second; CPU time here, and sleeping), a minute for all inputs of an answer,
+tolerances and special oracles. What differs: the expected outputs never enter the process of an answer, and what it
+returns is compared here, as a literal. So an object with an __eq__ of its own passes nothing, and neither does a value
+that equals no literal (a deque, an array). Files, threads and processes are out of reach. Stricter than evalplus:
+Mbpp/164, where evalplus takes any value, wants a bool, and the polynomial of HumanEval/32 must not be far below zero
+either. Milder: floats anywhere in tuples, lists and dicts have the tolerance. Left out: prompts, and taking the code
+out of a response. No torch is imported here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from azr.console import warn
 from azr.jsonl import strict_lines
-from sandbox import BENCHMARK, Job, Sandbox, literal
+from sandbox import BENCHMARK, Job, Outcome, Sandbox, literal
 
 TIME_FACTOR, LEAST_SECONDS = 4.0, 1.0  # evalplus: limit = max(1 s, 4 x the reference solution's time)
 REFERENCE_SECONDS = 30.0  # CPU time of one input of a reference solution
 ATOL, RTOL = 1e-6, 1e-7  # floats where a problem gives no tolerance; relative part, for all
-JOBS_PER_CALL = 64  # so that the inputs and outputs in memory stay few
+ANSWER_SECONDS = 60.0  # of all inputs of an answer; evalplus: min(60 s, the sum of the limits)
+FIRST_INPUTS, MOST_INPUTS = 16, 240  # that a process of an answer takes
 
 _FIELDS = {
     "task_id": str,
@@ -252,19 +255,16 @@ def program_of(problem: Problem, answer: str) -> str:
     return answer if defined and not indented else problem.prompt + answer
 
 
-def calibrate(problems: Iterable[Problem], sandbox: Sandbox) -> dict[str, Reference]:
-    """Runs every reference solution once, alone, and a slow one again input by input: {task_id: Reference}.
+def reference_of(problem: Problem, sandbox: Sandbox) -> Reference:
+    """Runs the reference solution, and a slow one again input by input. Nothing else may run in the sandbox meanwhile.
 
     An input that it does not answer is left out, with a line on stderr that says so: mostly outputs beyond the limits
     of the profile. ValueError if it answers no base input, or for a sandbox of another profile.
     """
     if not sandbox.profile.wide:
         raise ValueError(f"code benchmarks need Sandbox(profile=BENCHMARK), not the profile {sandbox.profile.name}")
-    return {problem.task_id: _reference(problem, sandbox) for problem in problems}
-
-
-def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
-    outcomes, seconds = _measured(problem, problem.inputs, sandbox)
+    program, limit = problem.prompt + problem.solution, REFERENCE_SECONDS
+    outcomes, seconds = _measured(Job(program, problem.inputs, limit, problem.entry_point), sandbox)
     good = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
     faults = [
         f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
@@ -280,7 +280,7 @@ def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
             f"value for them ({faults[0]})"
         )
     if seconds > LEAST_SECONDS / TIME_FACTOR:  # of all inputs together; the limit is about the slowest one
-        seconds = max(_measured(problem, (text,), sandbox)[1] for text in inputs)
+        seconds = max(_measured(Job(program, (text,), limit, problem.entry_point), sandbox)[1] for text in inputs)
     return Reference(
         inputs,
         base,
@@ -290,62 +290,55 @@ def _reference(problem: Problem, sandbox: Sandbox) -> Reference:
     )
 
 
-def _measured(problem: Problem, inputs: tuple[str, ...], sandbox: Sandbox) -> tuple[list, float]:
-    """Outcomes of the reference solution, and the CPU seconds that all the inputs together took."""
-    # The counter is that of the whole sandbox, so nothing else may run in it meanwhile.
-    before = sandbox.state["children_cpu_seconds"]
-    [outcomes] = sandbox.run([Job(problem.prompt + problem.solution, inputs, REFERENCE_SECONDS, problem.entry_point)])
-    return outcomes, sandbox.state["children_cpu_seconds"] - before
+def _measured(job: Job, sandbox: Sandbox) -> tuple[list, float]:
+    """The outcomes of a job, and the seconds that all its inputs together took: CPU time, or the limit of each process
+    that was ended for its time, where sleeping counts too."""
+    # The counters are those of the whole sandbox, so nothing else may run in it meanwhile.
+    before = sandbox.state
+    [outcomes] = sandbox.run([job])
+    after = sandbox.state
+    ended = after["children"] - before["children"] - 1
+    return outcomes, max(after["children_cpu_seconds"] - before["children_cpu_seconds"], ended * job.cpu_seconds)
 
 
-def grade(
-    problem_answers: Sequence[tuple[Problem, str | None]],
-    sandbox: Sandbox,
-    references: dict[str, Reference] | None = None,
-) -> list[Grade]:
-    """The grade of each answer, in order; None (or what is no text) is no answer. Equal answers to a problem run once.
+def grade(problem: Problem, answer: str | None, reference: Reference, sandbox: Sandbox) -> Grade:
+    """The grade of an answer, by the first input that is not right. None is no answer.
 
-    references: what `calibrate` gave; problems that are not in it are calibrated here. Raises what it raises.
+    The inputs go to the sandbox in parts that grow: a wrong answer ends with the part in which it is wrong, and one
+    that is slow at every input with the answer's budget of time. Nothing else may run in the sandbox meanwhile.
     """
-    references = dict(references or {})
-    missing = {problem.task_id: problem for problem, _ in problem_answers if problem.task_id not in references}
-    references |= calibrate(missing.values(), sandbox)
-    grades = {}
-    todo = {(problem.task_id, answer): problem for problem, answer in problem_answers if isinstance(answer, str)}
-    keys = sorted(todo, key=lambda key: key[0])  # the sandbox keeps the inputs of the last problems in mind
-    for start in range(0, len(keys), JOBS_PER_CALL):
-        part = keys[start : start + JOBS_PER_CALL]
-        jobs = [
-            Job(
-                program_of(todo[key], key[1]),
-                references[key[0]].inputs,
-                references[key[0]].cpu_seconds,
-                todo[key].entry_point,
-                # The first input that fails decides the grade, and each further one could take its whole time limit.
-                stop_at_failure=True,
-            )
-            for key in part
-        ]
-        for key, outcomes in zip(part, sandbox.run(jobs), strict=True):
-            grades[key] = _grade(todo[key], references[key[0]], outcomes)
-    nothing = Grade(False, False, "no_answer", "the response holds no program")
-    return [
-        grades[problem.task_id, answer] if isinstance(answer, str) else nothing for problem, answer in problem_answers
-    ]
-
-
-def _grade(problem: Problem, reference: Reference, outcomes: list) -> Grade:
-    for place, outcome in enumerate(outcomes):
-        reason, detail = outcome.status, outcome.detail
-        if reason == "ok":
-            expected = reference.outputs[place]
-            if accepts(problem, reference.inputs[place], outcome.output, expected):
-                continue
-            reason, detail = "wrong", f"{outcome.output:.80} instead of {expected:.80}"
-        # Base inputs come first: whoever fails at an extra one was right on all of them.
-        name = _name(reference.base, place)
-        return Grade(place >= reference.base, False, reason, f"{name}: {detail}".rstrip(": "))
+    if answer is None:
+        return Grade(False, False, "no_answer", "the response holds no program")
+    program, limit, count = program_of(problem, answer), reference.cpu_seconds, len(reference.inputs)
+    budget, spent, start, size = min(ANSWER_SECONDS, count * limit), 0.0, 0, FIRST_INPUTS
+    while start < count:
+        inputs = reference.inputs[start : start + size]
+        # The first input that fails decides the grade, and each further one could take its whole time limit.
+        job = Job(program, inputs, limit, problem.entry_point, stop_at_failure=True)
+        outcomes, seconds = _measured(job, sandbox)
+        for place, outcome in enumerate(outcomes, start):
+            if fault := _fault(problem, reference, place, outcome):
+                return fault
+        start, spent = start + len(inputs), spent + seconds
+        if spent > budget and start < count:
+            detail = f"{_name(reference.base, start)}: the budget of {budget:.0f} s is used up"
+            return Grade(start >= reference.base, False, "timeout", detail)
+        # A part that is expected to fit into one process, since one that is ended for its time has to be run again.
+        size = min(4 * size, MOST_INPUTS, max(1, int(0.8 * limit * start / (spent + 1e-9))))
     return Grade(True, True, "ok")
+
+
+def _fault(problem: Problem, reference: Reference, place: int, outcome: Outcome) -> Grade | None:
+    """The grade of an answer with this outcome of an input, None if it is right."""
+    reason, detail = outcome.status, outcome.detail
+    if reason == "ok":
+        expected = reference.outputs[place]
+        if accepts(problem, reference.inputs[place], outcome.output, expected):
+            return None
+        reason, detail = "wrong", f"{outcome.output:.80} instead of {expected:.80}"
+    # Base inputs come first: whoever fails at an extra one was right on all of them.
+    name = _name(reference.base, place)
+    return Grade(place >= reference.base, False, reason, f"{name}: {detail}".rstrip(": "))
 
 
 def _name(base: int, place: int) -> str:
@@ -408,12 +401,26 @@ def _found(value: Any) -> bool:
 
 
 def _same_elements(value, expected, _arguments, _atol):
-    return set(value) == set(expected)
+    """set(value) == set(expected), by texts: a set of numbers can be made to share one hash, and texts cannot."""
+    return set(map(_element, value)) == set(map(_element, expected))
+
+
+def _element(value: Any) -> str:
+    """The same text for hashable values that are equal. TypeError for a value that no set could hold."""
+    if isinstance(value, (list, dict, set)):
+        raise TypeError("not hashable")
+    if isinstance(value, (bool, int, float)):
+        return literal.canon(int(value) if value == value // 1 else value, BENCHMARK.limits)
+    if isinstance(value, tuple):
+        return f"({','.join(map(_element, value))})"
+    return repr(value)
 
 
 def _is_root(value, _expected, arguments, atol):
     """HumanEval/32: any zero of the polynomial sum_i arguments[0][i] x^i will do."""
-    return type(value) in (int, float) and abs(sum(c * value**i for i, c in enumerate(arguments[0]))) <= atol
+    # A float as in evalplus; the powers of an integer could have millions of digits. OverflowError: beyond all floats.
+    value = float(value) if type(value) in (int, float) else None
+    return value is not None and abs(sum(c * value**i for i, c in enumerate(arguments[0]))) <= atol
 
 
 def _is_zero(value, _expected, _arguments, _atol):

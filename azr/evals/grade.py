@@ -10,8 +10,13 @@ response holds (lone surrogates, ten megabytes, nothing), it is graded wrong wit
 
 from __future__ import annotations
 
+import contextlib
+import os
+import queue
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +28,7 @@ from azr.tasks.parse import answer_text, fences
 from azr.tasks.task import bad_characters
 from sandbox import BENCHMARK, Sandbox
 
-PART = 2_048  # answers between two reports of progress
+PART = 256  # answers to tasks and to questions that are judged together: what a kill can cost
 MAX_KEY = 2_000  # characters of a normalised answer that are kept
 MAX_RESPONSE = 20_000_000
 
@@ -56,55 +61,58 @@ class Grade:
 class Grader:
     """Opens what a benchmark's grading needs; use as a context manager. Raises SandboxError, MathError.
 
-    left_out: problem -> inputs that its reference solution does not answer under the sandbox's limits.
     template: the one the responses were made with, if known: `direct` asks in the middle of the answer's sentence.
     """
 
     def __init__(self, benchmark: Benchmark, workers: int | None = None, template: str | None = None):
-        self.benchmark, self.workers, self.template = benchmark, workers, template
+        self.benchmark, self.template = benchmark, template
+        self.workers = workers or len(os.sched_getaffinity(0))
         self.items, self.references = benchmark.by_id(), {}
         # A problem without extra inputs, as Mbpp/793, is judged by its base inputs in both figures.
         self.has_plus = any(item.code and len(item.code.inputs) > item.code.base for item in benchmark.items)
-        self._judge = {"task": self._tasks, "math": self._math, "code": self._code}[benchmark.kind]
+        self._judge = {"task": self._tasks, "math": self._math}.get(benchmark.kind)
+        self._locks = {name: threading.Lock() for name in self.items}
 
     def __enter__(self) -> Grader:
+        self._opened = contextlib.ExitStack()
         kind = self.benchmark.kind
-        if kind == "math":
-            self.tool = math_answers.MathGrader(self.workers)
+        if kind == "code":
+            # A sandbox of one lane for each thread, opened when it is needed; the first now, for what it has to say.
+            self._idle: queue.SimpleQueue = queue.SimpleQueue()
+            self._idle.put(self._sandbox())
+            for _ in range(self.workers - 1):
+                self._idle.put(None)
         else:
-            self.tool = Sandbox(self.workers, BENCHMARK) if kind == "code" else Sandbox(self.workers)
-        self.tool.__enter__()
+            tool = math_answers.MathGrader(self.workers) if kind == "math" else Sandbox(self.workers)
+            self.tool = self._opened.enter_context(tool)
         return self
 
+    def _sandbox(self, quiet: bool = False) -> Sandbox:
+        return self._opened.enter_context(Sandbox(1, BENCHMARK, quiet=quiet))
+
     def __exit__(self, *exception: object) -> None:
-        self.tool.__exit__(*exception)
+        self._opened.close()
 
-    @property
-    def left_out(self) -> dict[str, int]:
-        """The problems graded so far whose reference solution leaves inputs unanswered, with how many."""
-        return {name: len(reference.faults) for name, reference in self.references.items() if reference.faults}
+    def left_out(self, task_id: str) -> int:
+        """The inputs of a problem that its reference solution does not answer, as far as that is known."""
+        return len(self.references[task_id].faults) if task_id in self.references else 0
 
-    def grade(self, answers: list[Answer], progress: Callable[[int, int], None] | None = None) -> list[Grade]:
-        """The grade of each answer, in order. What the machine gave no verdict on is tried once more. KeyError: a
-        task_id that the benchmark does not have."""
-        grades: list[Grade] = []
-        for start in range(0, len(answers), PART):
-            part = answers[start : start + PART]
-            part_grades = self._part(part)
-            again = [i for i, grade in enumerate(part_grades) if grade.reason == "infra"]
-            for i, grade in zip(again, self._part([part[i] for i in again]) if again else []):
-                part_grades[i] = grade
-            grades += part_grades
-            if progress:
-                progress(len(grades), len(answers))
-        return grades
+    def grade(self, answers: list[Answer]) -> list[Grade]:
+        """The grade of each answer, in order. KeyError: a task_id that the benchmark does not have."""
+        grades = dict(self.graded(answers))
+        return [grades[i] for i in range(len(answers))]
 
-    def _part(self, answers: list[Answer]) -> list[Grade]:
-        grades: list[Grade | None] = [_unreadable(answer.text) for answer in answers]
-        good = [i for i, grade in enumerate(grades) if grade is None]
-        for i, grade in zip(good, self._judge([(self.items[answers[i].task_id], answers[i]) for i in good])):
-            grades[i] = grade
-        return grades
+    def graded(self, answers: list[Answer]) -> Iterator[tuple[int, Grade]]:
+        """(place, grade) of each answer as it is known, in any order. Raises as `grade`."""
+        grades = {i: _unreadable(answer.text) for i, answer in enumerate(answers)}
+        yield from ((i, grade) for i, grade in grades.items() if grade)
+        pairs = {i: (self.items[answers[i].task_id], answers[i]) for i, grade in grades.items() if grade is None}
+        if self._judge is None:
+            yield from self._programs(pairs)
+            return
+        places = list(pairs)
+        for part in (places[start : start + PART] for start in range(0, len(places), PART)):
+            yield from zip(part, self._judge([pairs[i] for i in part]))
 
     # ---------------------------------------------------------------- judges
 
@@ -125,18 +133,27 @@ class Grader:
         verdicts = self.tool.grade([(item.task.answer, value) for (item, _), value in zip(pairs, values)])
         return [Grade(verdict.ok, verdict.reason, _key(verdict.key)) for verdict in verdicts]
 
-    def _code(self, pairs: list[tuple[Item, Answer]]) -> list[Grade]:
-        problems = {item.task_id: item.code for item, _ in pairs if item.task_id not in self.references}
-        self.references |= code_answers.calibrate(problems.values(), self.tool)
-        programs = [program_text(item.code, answer.text, answer.form) for item, answer in pairs]
-        verdicts = code_answers.grade(
-            [(item.code, text) for (item, _), text in zip(pairs, programs)], self.tool, self.references
-        )
-        return [
-            self._code_grade(item.code, text, verdict) for (item, _), text, verdict in zip(pairs, programs, verdicts)
-        ]
+    def _programs(self, pairs: dict[int, tuple[Item, Answer]]) -> Iterator[tuple[int, Grade]]:
+        """Each answer alone, as soon as a lane is free: one that takes its minute holds up no other."""
+        threads = ThreadPoolExecutor(self.workers)
+        try:
+            futures = {threads.submit(self._program, *pair): i for i, pair in pairs.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:  # also of a stop: what has not begun is dropped, what runs ends with its sandbox
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _code_grade(self, problem: code_answers.Problem, text: str, verdict: code_answers.Grade) -> Grade:
+    def _program(self, item: Item, answer: Answer) -> Grade:
+        sandbox = self._idle.get()
+        try:
+            sandbox = sandbox or self._sandbox(quiet=True)
+            with self._locks[item.task_id]:
+                if item.task_id not in self.references:
+                    self.references[item.task_id] = code_answers.reference_of(item.code, sandbox)
+            text = program_text(item.code, answer.text, answer.form)
+            verdict = code_answers.grade(item.code, text, self.references[item.task_id], sandbox)
+        finally:
+            self._idle.put(sandbox)
         correct = verdict.ok_plus if self.benchmark.strict else verdict.ok_base
         reason = "ok" if correct else verdict.reason
         plus = verdict.ok_plus if self.has_plus else None

@@ -12,19 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
+import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from azr import passk
-from azr.console import bar, say, warn
+from azr.console import bar, note, say, warn
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
-from azr.jsonl import read_object, strict_lines, write_json_atomic, write_jsonl_atomic
+from azr.jsonl import read_object, strict_lines, tolerant_lines, write_json_atomic, write_jsonl_atomic
 
 FORMS = ("completion", "solution", "answer")
+PARTIAL = "graded.partial.jsonl"  # grades as they are known, while there is no graded.jsonl yet
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ def conclude(
     ks: list[int] | None,
     info: dict,
 ) -> dict:
-    """Grades, writes graded.jsonl and result.json into `out`, prints the figures; returns the result.
+    """Grades, writes graded.jsonl and result.json into `out`, prints the figures; returns the result. Killed, the same
+    call goes on where it was.
 
     ValueError, before anything is graded, if some k is above the samples that a problem has.
     """
@@ -116,19 +120,58 @@ def conclude(
         )
     if min(counts.values()) < max(counts.values()):
         warn(f"between {min(counts.values())} and {max(counts.values())} samples a problem")
-    answers = [Answer(row.task_id, row.text, row.form) for row in rows]
-    with (
-        Grader(benchmark, template=info.get("template")) as grader,
-        bar(f"grading {len(rows)} answers") as advance,
-    ):
-        grades = grader.grade(answers, advance)
-        left_out = grader.left_out
+    grades, left_out = grade_rows(benchmark, rows, out, info.get("template"))
     write_graded(out / "graded.jsonl", rows, grades)
     result = summarise(benchmark, rows, grades, ks, info, left_out)
     result["problems_without_samples"] = len(absent)
     write_json_atomic(out / "result.json", result)
+    (out / PARTIAL).unlink()
     show(result, out)
     return result
+
+
+def grade_rows(
+    benchmark: Benchmark, rows: list[Row], out: Path, template: str | None
+) -> tuple[list[Grade], dict[str, int]]:
+    """The grades of all rows, and by problem the inputs left out; equal answers are graded once.
+
+    Each grade is written to PARTIAL in `out` as it is known, and what such a file holds already is not graded again.
+    """
+    keys = [_key(row) for row in rows]
+    answers = {key: Answer(row.task_id, row.text, row.form) for key, row in zip(keys, rows)}
+    head = {"benchmark": benchmark.name, "file_hash": benchmark.file_hash, "template": template}
+    lines = {line["key"]: line for line in _saved(out / PARTIAL, head) if line["key"] in answers}
+    todo = [key for key in answers if key not in lines]
+    write_jsonl_atomic(out / PARTIAL, [head, *lines.values()])  # without a last line that a kill has cut off
+    with (
+        Grader(benchmark, template=template) as grader,
+        bar(f"grading {len(answers)} answers") as advance,
+        open(out / PARTIAL, "ab", buffering=0) as file,
+    ):
+        advance(len(lines), len(answers))
+        for place, grade in grader.graded([answers[key] for key in todo]):
+            key = todo[place]
+            lines[key] = {"key": key, "grade": asdict(grade), "left_out": grader.left_out(answers[key].task_id)}
+            file.write((json.dumps(lines[key]) + "\n").encode())
+            advance(len(lines), len(answers))
+    missing = {row.task_id: lines[key]["left_out"] for key, row in zip(keys, rows) if lines[key]["left_out"]}
+    return [Grade(**lines[key]["grade"]) for key in keys], missing
+
+
+def _key(row: Row) -> str:
+    """16 hex digits that rows share where nothing tells their grades apart."""
+    return hashlib.sha256(json.dumps([row.task_id, row.form, row.text]).encode()).hexdigest()[:16]
+
+
+def _saved(path: Path, head: dict) -> list[dict]:
+    """The lines of a file that an interrupted call left; none if it graded something else or was not begun."""
+    if not path.is_file():
+        return []
+    lines = list(tolerant_lines(path, []))
+    if lines[:1] != [head]:
+        return []
+    note(f"{path}: goes on after {len(lines) - 1} answers")
+    return lines[1:]
 
 
 def check_ks(ks: list[int] | None, n: int) -> list[int]:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from azr.evals.code_answers import Problem, accepts, calibrate, close, convert, grade, load_problems, program_of
+from azr.evals import code_answers
+from azr.evals.code_answers import Problem, accepts, close, convert, load_problems, program_of, reference_of
 from sandbox import BENCHMARK, Sandbox
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "benchmarks"
@@ -45,8 +46,18 @@ def _shift(call):
 
 @pytest.fixture(scope="module")
 def sandbox():
-    with Sandbox(profile=BENCHMARK) as sandbox:
+    with Sandbox(1, profile=BENCHMARK) as sandbox:
         yield sandbox
+
+
+def calibrate(problems, sandbox):
+    """{task_id: Reference}."""
+    return {problem.task_id: reference_of(problem, sandbox) for problem in problems}
+
+
+def grade(pairs, sandbox, references):
+    """The grade of each (problem, answer)."""
+    return [code_answers.grade(problem, answer, references[problem.task_id], sandbox) for problem, answer in pairs]
 
 
 def write(path, *rows):
@@ -156,12 +167,12 @@ def test_wrong_answers_have_a_reason(own, sandbox):
         "def half(x): 1 / 0",
         "def half(x): exit()",
         ALONE.replace("x / 2", "x // 2 + (x > 20)"),
-        "import socket\n" + ALONE,
+        "import socket\nsocket.socket()\n" + ALONE,
         "x" * 2_000_000,
         "def half(x): return iter([])",
         "\ud800" + ALONE,
         "def half(x):\n    while 1: pass",
-        3,
+        "import time\ndef half(x):\n    while 1: time.sleep(0.3)",
     ]
     assert reasons(answers, own, sandbox) == [
         "no_answer",
@@ -176,7 +187,7 @@ def test_wrong_answers_have_a_reason(own, sandbox):
         "not_literal",
         "syntax",
         "timeout",
-        "no_answer",
+        "timeout",
     ]
 
 
@@ -224,7 +235,7 @@ def test_a_problem_without_reference_output_is_refused(sandbox, tmp_path, capsys
     assert "Own/1: 4 of 5 inputs are left out" in capsys.readouterr().err
     [problem] = load_problems(write(tmp_path / "own.jsonl", row | {"canonical_solution": "    return iter(())"}))
     with pytest.raises(ValueError, match="answers no base input"):
-        grade([(problem, ALONE)], sandbox)
+        reference_of(problem, sandbox)
 
 
 def test_the_limit_grows_with_the_reference(sandbox, tmp_path):
@@ -240,9 +251,9 @@ def test_the_limit_grows_with_the_reference(sandbox, tmp_path):
     assert [grade.reason for grade in found] == ["ok", "timeout"]
 
 
-def test_the_proposal_profile_is_refused():
+def test_the_proposal_profile_is_refused(own):
     with Sandbox(workers=1) as sandbox, pytest.raises(ValueError, match="BENCHMARK"):
-        grade([], sandbox)
+        reference_of(own[0], sandbox)
 
 
 # ---------------------------------------------------------------- comparing
