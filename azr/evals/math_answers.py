@@ -7,7 +7,8 @@ r"""Mathematical answers: taken out of a response, and compared with the referen
 math-verify parses with sympy, whose parser evaluates text, and some answers (9^{9^{9}}) take for ever. So it never runs
 in this process: a worker a core imports it once and forks a child for a few answers to a problem, with limits of
 CPU time and memory set in the kernel and, where the system has them, the sandbox's system call filter and Landlock;
-where it dies, the answers it left are tried one by one. Equal texts and plain numbers need no worker at all.
+where it dies, another one goes on after the answer that was at fault. Equal texts and what says a plain number
+(math_numbers.py) need no worker at all.
 
 Left out: units that differ (1 m and 100 cm), answers in words, a last number that nobody called the answer.
 """
@@ -23,6 +24,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,20 +32,17 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
+from azr.evals import math_numbers
 from azr.tasks.parse import answer_text
 
 ANSWERS_PER_CHILD = 16  # to one problem; a fork costs as much as ten comparisons
 MAX_ANSWER = 2_000  # characters of an answer; what is longer is no answer to anything
-CPU_SECONDS, WALL_SECONDS, MEMORY_MB = 5, 120, 1_024  # of one comparison
+CPU_SECONDS, WALL_SECONDS, MEMORY_MB = 2, 120, 1_024  # of one comparison; honest ones take a fifth of a second
 PACKAGE = "math-verify==0.9.0"
 
 _ANSWER_IS = re.compile(r"\banswer(?:\s+is|\s*[:=])\s*:?", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"\n|[.;](?=\s|$)")
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
-_COUNTED = re.compile(
-    r"\$?\s*(-?[\d,]+(?:\.\d+)?)\s+(?!(?:hundred|thousand|million|billion|dozen|pi|sqrt|sin|cos)\b)"
-    r"[A-Za-z]{2,}(?: [A-Za-z]+)*\.?"
-)
 _DRESSING = re.compile(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,;: ]|\\(?=%)|\$|\s+|~")
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d{1,30}(?:\.\d{0,30})?)[eE]([+-]?\d{1,4})(?!\w)")  # 4.5e33 (Minerva)
 _CUT = "\\boxed", "\\fbox"
@@ -55,8 +54,9 @@ class MathError(ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """`ok`: correct. reason: "ok", "wrong", "no_answer", "too_large", "unparsed", "timeout", "memory", "killed" or
-    "infra" (no verdict, the machine's fault). key: equal for answers that are the same value written differently, as
+    """`ok`: correct. reason: "ok", "wrong", "no_answer", "too_large", "unevaluated" (an operation is left to be carried
+    out), "endless" (none could), "unparsed", "timeout", "memory", "killed" or "infra" (no verdict).
+    key: equal for answers that are the same value written differently, as
     far as sympy's form of them shows; None without an answer."""
 
     ok: bool
@@ -149,15 +149,12 @@ def is_number(answer: str) -> bool:
 
 
 def _quick(reference: str, answer: str) -> Verdict | None:
-    """A verdict where none needs sympy: equal texts, and unequal whole numbers."""
+    """A verdict where none needs more than the texts in normal form: the same, or plain numbers."""
     if reference == answer:
         return Verdict(True, "ok", reference)
     if all(len(text) <= 40 and _NUMBER.fullmatch(text) for text in (reference, answer)):
-        if Fraction(reference) == Fraction(answer):
-            return Verdict(True, "ok", reference)
-        # Only whole numbers: math-verify rounds decimals, so different digits may still be the same answer.
-        if "." not in reference + answer:
-            return Verdict(False, "wrong", answer)
+        ok = math_numbers.same(Fraction(reference), Fraction(answer))
+        return Verdict(True, "ok", reference) if ok else Verdict(False, "wrong", answer)
     return None
 
 
@@ -194,8 +191,9 @@ class MathGrader:
         slow: dict[str, list[str]] = {}
         for reference, answer in dict.fromkeys(pairs):
             verdict = _check_text(answer) or _quick(normalise(reference), normalise(answer))
-            if verdict is None and is_number(reference) and (match := _COUNTED.fullmatch(answer.strip())):
-                verdict = _quick(normalise(reference), normalise(match[1]))  # 18 dollars, where 18 is asked
+            if verdict is None and (found := math_numbers.judge(reference, answer)) is not None:
+                reason = {True: "ok", False: "wrong"}.get(found, found)
+                verdict = Verdict(found is True, reason, normalise(reference if found is True else answer))
             if verdict is None:
                 slow.setdefault(reference, []).append(answer)
             else:
@@ -281,7 +279,7 @@ class _Worker:
 def serve() -> None:
     """Answers lines [reference, answers] with a list of {"ok", "reason", "key"}.
 
-    A child takes all answers of a line, and where it dies, those that it left are tried again, each in its own child.
+    A child takes all answers of a line, and where it dies, another one takes those that it left.
     """
     import gc
     import logging
@@ -307,7 +305,7 @@ def serve() -> None:
             return {"ok": False, "reason": "unparsed", "key": None}
         # Reference first: math-verify treats the two sides of an equation or an interval differently. No time limits of
         # its own, here and in parse: they are signals that Python code handles, the kernel's limits hold in C code too.
-        ok = bool(verify(expected, expressions, timeout_seconds=None))
+        ok = bool(verify(expected, expressions, timeout_seconds=None)) and _near(expected[0], expressions[0])
         return {
             "ok": ok,
             "reason": "ok" if ok else "wrong",
@@ -324,15 +322,24 @@ def serve() -> None:
     for line in sys.stdin.buffer:
         reference, answers = json.loads(line)
         gold(reference)  # before the fork, for all answers to the problem
-        rows, failure = _in_child(lambda answer: compare(reference, answer), answers, library)
-        for answer in answers[len(rows) :]:
-            if len(answers) > 1:
-                alone, failure = _in_child(lambda answer: compare(reference, answer), [answer], library)
-                rows += alone or [failure]
-            else:
+        rows = []
+        while len(rows) < len(answers):
+            part, failure = _in_child(lambda answer: compare(reference, answer), answers[len(rows) :], library)
+            rows += part
+            # The answer over which it died is asked again only if those before it had most of its time or its memory.
+            alone = not part or failure["reason"] == "timeout" and part[-1]["cpu"] < CPU_SECONDS / 2
+            if len(rows) < len(answers) and alone:
                 rows.append(failure)
         sys.stdout.buffer.write(json.dumps(rows).encode() + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _near(expected, answer) -> bool:
+    """Whether two expressions that math-verify takes for the same are, if both are real numbers, within a thousandth of
+    the first: it rounds to six decimals, where every tiny number is 0."""
+    if not all(getattr(side, "is_number", False) and side.is_real for side in (expected, answer)):
+        return True
+    return bool(abs(expected.evalf() - answer.evalf()) <= abs(expected.evalf()) / 1000)
 
 
 _WARM_UP = [
@@ -369,7 +376,8 @@ def _in_child(work: Callable[[str], dict], answers: list[str], library) -> tuple
             _confine(library, writing)
             for answer in answers:
                 # At once and unbuffered: what was compared before this process dies still counts.
-                os.write(writing, json.dumps(work(answer)).encode() + b"\n")
+                row = work(answer) | {"cpu": time.process_time()}
+                os.write(writing, json.dumps(row).encode() + b"\n")
             os._exit(0)
         except MemoryError:
             os._exit(3)

@@ -1,5 +1,6 @@
 """Mathematical answers: extraction, quick verdicts, and math-verify in its limited processes."""
 
+import random
 import subprocess
 import sys
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from azr.evals import math_numbers
 from azr.evals.math_answers import MAX_ANSWER, MathGrader, extract, is_number, last_boxed, normalise
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +85,22 @@ RIGHT = [
     ("x^2-1", "(x-1)(x+1)"),
     (r"\{1,2\}", r"\{2, 1\}"),
     ("4.5e33", r"4.5 \times 10^{33}"),
-    ("12", "+".join(["1"] * 12)),
+    ("5", r"x \approx 5"),
+    ("1.414", r"\sqrt{2} \approx 1.414"),
+    ("5", r"5\ \mathrm{kg \cdot m/s^2}"),
+    ("5", r"\text{There are } 5 \text{ apples}"),
+    ("5", r"\text{The answer is 5.}"),
+    ("5", r"\text{Area} = 5 \text{ cm}^2"),
+    ("5", "3+2=5"),
+    ("-3", "(-3)"),
+    ("120", r"120^\circ"),
+    ("1000000", "10^6"),
+    (r"4.5 \times 10^{-33}", "4.5e-33"),
+    ("0.3333", "0.3333004"),
+    ("1/300", "0.0033334"),
+    ("52_8", "52_{8}"),
+    (r"\binom{10}{3}", r"\binom{10}{3}"),
+    (r"\frac{\pi}{2}", r"\pi/2"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
 ]
 WRONG = [
@@ -95,6 +112,39 @@ WRONG = [
     (r"(1,2)", "(2,1)"),
     ("5", "__import__('os').system('true')"),
     ("2", "\u4e8c"),
+    ("0", "0.0000001"),
+    ("0.0000001", "0.000001"),
+    (r"\frac{\pi}{10^9}", "1e-25"),
+    (r"1.6 \times 10^{-19}", r"1.6 \times 10^{-18}"),
+    ("2.5e-10", "-2.5e-10"),
+    ("52_8", "52_9"),
+    ("1000000.5", "1000000.6"),
+]
+# Restating the question, and answers that leave open which number they mean.
+NO_ANSWERS = [
+    ("5050", r"\sum_{k=1}^{100} k"),
+    ("120", r"\binom{10}{3}"),
+    ("59049", "3^{10}"),
+    ("8", "2**3"),
+    ("3", r"\int_0^3 1 dx"),
+    ("2", r"17 \bmod 5"),
+    ("2", r"\gcd(4, 6)"),
+    ("12", "+".join(["1"] * 12)),
+    ("12", r"3 \cdot 4"),
+    ("120", "5!"),
+    ("4", r"\sqrt{16}"),
+    ("1", r"\sin(\pi/2)"),
+    ("n(n+1)/2", r"\sum_{k=1}^{n} k"),
+    ("3", "3 or four"),
+    ("3", "3 is wrong"),
+    ("3", "3 perhaps"),
+    ("3", r"3 \approx 4"),
+    ("4", r"3 \approx 4"),
+    ("3", r"3\text{ (or 4)}"),
+    ("3", r"\text{not } 3"),
+    ("3", r"3 \text{ was my guess}"),
+    ("3", r"3 \pm 1"),
+    ("3", "3 hours 4 minutes"),
 ]
 
 
@@ -102,6 +152,38 @@ def test_equal_values_are_right_and_others_wrong(grader):
     verdicts = grader.grade(RIGHT + WRONG)
     assert [pair for pair, verdict in zip(RIGHT, verdicts) if not verdict.ok] == []
     assert [pair for pair, verdict in zip(WRONG, verdicts[len(RIGHT) :]) if verdict.ok] == []
+
+
+def test_what_leaves_the_number_open_is_no_answer(grader):
+    verdicts = grader.grade(NO_ANSWERS)
+    assert [pair for pair, verdict in zip(NO_ANSWERS, verdicts) if verdict.ok] == []
+
+
+def test_hostile_answers_are_read_in_linear_time():
+    rng = random.Random(0)
+    parts = [
+        "1",
+        " ",
+        "^",
+        "{",
+        "}",
+        r"\frac",
+        r"\text{",
+        "or",
+        "x",
+        "=",
+        r"\approx",
+        "!",
+        "**",
+        "-",
+        "1,234",
+        "9" * 20,
+    ]
+    for _ in range(150):
+        text = "".join(rng.choices(rng.sample(parts, rng.randint(1, 4)), k=1000))[:MAX_ANSWER]
+        began = time.process_time()
+        math_numbers.judge(rng.choice(["5", "1/2", "52_8", "x^2"]), text)
+        assert time.process_time() - began < 0.2, text
 
 
 def test_equal_wrong_answers_have_one_key(grader):
@@ -115,23 +197,22 @@ def test_what_is_no_answer(grader):
 
 
 def test_an_answer_that_never_ends_costs_its_neighbours_nothing(grader):
-    answers = [r"\frac{1}{3}", "9^{9^{9^9}}", r"\frac{2}{4}"]
-    verdicts = grader.grade([(r"\frac{1}{2}", answer) for answer in answers])
-    assert [verdict.reason for verdict in verdicts] == ["wrong", "timeout", "ok"]
-    assert grader.grade([("1/2", "0.5")])[0].ok
+    answers = ["x+1", "(x+1)^{3000}(y-1)^{3000}", "9^{9^{9^9}}", "(x-1)(x+1)"]
+    verdicts = grader.grade([("x^2-1", answer) for answer in answers])
+    assert [verdict.reason for verdict in verdicts] == ["wrong", "timeout", "endless", "ok"]
 
 
 def test_a_worker_that_was_killed_is_started_again(grader):
-    grader.grade([("1/2", "0.5")])
+    grader.grade([(r"\frac{\pi}{2}", r"\pi/2")])
     grader._idle.queue[0].process.kill()
-    assert grader.grade([(r"\frac{1}{2}", "0.50")])[0].ok
+    assert grader.grade([(r"\frac{\pi}{2}", r"0.5 \pi")])[0].ok
 
 
 def test_sympy_stays_out_of_this_process():
     pytest.importorskip("math_verify")
     code = (
         "import sys; from azr.evals.math_answers import MathGrader\nwith MathGrader(1) as g: "
-        "print(g.grade([('1/2', '0.5')])[0].ok, "
+        "print(g.grade([('x^2-1', '(x-1)(x+1)')])[0].ok, "
         "'sympy' in sys.modules, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
