@@ -28,10 +28,10 @@ _FIGURE = re.compile(
 )
 
 # What LaTeX writes around words, and the powers of units: cm^2, s^{-1}.
-_WORDY = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|rm)\s*\{([^{}]*)\}")
+_WORDY = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname|rm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\s*\^\s*(?:\{\s*-?\d\s*\}|-?\d)(?!\d)")
 _BLANK = re.compile(r"\\[,;:!$ ]|\\q?quad(?![a-z])|\\(?:left|right)(?![a-z])|[~$]")
-_UNIT_SIGN = re.compile(r"\\(?:cdot|times|circ|degree|deg|mu|Omega|ohm|AA|prime)(?![a-z])|[\^{}]")
+_UNIT_SIGN = re.compile(r"\\(?:cdot|times|circ|degree|deg|mu|Omega|ohm|AA|prime)(?![a-z])|\^")
 _NEAR = re.compile(r"\\(?:approx|approxeq|simeq|sim)(?![a-z])|≈")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _AROUND = re.compile(r"[A-Za-z\s.,:;()/°'·-]*")
@@ -111,7 +111,7 @@ def judge(reference: str, answer: str) -> bool | str | None:
     Both as LaTeX or plain text, at most a few thousand characters.
     """
     # Blanks one by one: several in a row would be matched in many ways.
-    reference, answer = " ".join(reference.split()), " ".join(answer.split())
+    reference, answer = (" ".join(text.replace("{,}", ",").replace("\\!", "").split()) for text in (reference, answer))
     if _ENDLESS.search(answer) and not _ENDLESS.search(reference):
         return "endless"
     if (bases := [_IN_BASE.fullmatch(_BLANK.sub("", text).strip()) for text in (reference, answer)]) and all(bases):
