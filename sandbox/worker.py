@@ -58,6 +58,7 @@ def main():
     os.set_inheritable(control, False)
     os.dup2(1, RESULT_FD, inheritable=False)
     os.dup2(2, 1)  # the lane was started with a standard error that leads nowhere
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's handler: the filter lets none return
     try:
         server = Server(config)
         greeting = server.confine()
