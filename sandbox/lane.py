@@ -15,6 +15,7 @@ import importlib.util
 import json
 import marshal
 import os
+import struct
 import subprocess
 import sys
 import time
@@ -22,8 +23,12 @@ from dataclasses import asdict
 
 from sandbox.outcomes import Bundle, Piece
 from sandbox.profiles import Profile
-from sandbox.wire import HEAD
+from sandbox.wire import FRAME, HEAD
 
+# Seconds by the clock that a child may take for a second of CPU time.
+WALL_FACTOR = 30
+# Seconds after which a child is looked at, seconds between looks, and looks in a row that find it waiting.
+LOOKS_AFTER, LOOK_SECONDS, LOOKS = 0.5, 0.1, 5
 _F_SETPIPE_SZ = 1031  # fcntl.F_SETPIPE_SZ, which systems other than Linux lack
 _BOOT = (
     "import sys, types; sys.path.pop(0); p = types.ModuleType('sandbox'); p.__path__ = [sys.argv.pop(1)]; "
@@ -87,14 +92,15 @@ class Lane:
 
     def give(self, piece: Piece | Bundle, profile: Profile):
         """Send a job to the child that waits. OSError: the lane has ended."""
-        limit = piece.cpu_limit(profile.cpu_seconds)
-        # By the clock the child may take six times its CPU time on a crowded machine; what exceeds it is `infra`. The
+        self.limit = piece.cpu_limit(profile.cpu_seconds)
+        # By the clock the child may take many times its CPU time on a crowded machine; what exceeds it is `infra`. The
         # deadline here is later: it is for a server that stopped, not for a child.
-        wall = max(profile.wall_seconds, 6 * limit)
-        body = marshal.dumps((piece.programs(), limit, wall))
+        wall = max(profile.wall_seconds, WALL_FACTOR * self.limit)
+        body = marshal.dumps((piece.programs(), self.limit, wall))
         self.piece, self.unsent = piece, HEAD.pack(len(body)) + body
         self.request = self.requests[self.jobs % 2]
         self.output, self.jobs, self.began = bytearray(), self.jobs + 1, time.monotonic()
+        self.asleep, self.looked = 0, self.began
         self.deadline = self.began + 1.5 * wall + 5
         self.send()
 
@@ -116,6 +122,34 @@ class Lane:
                 return True
             self.output += data
         return False
+
+    def child(self) -> tuple[str, float] | None:
+        """State of the running child (proc(5): R runs or wants to, S waits) and its CPU seconds, None if it is gone.
+
+        What it has said, its process id first, is in `output` by now.
+        """
+        try:
+            length = FRAME.unpack_from(self.output)[1]
+            with open(f"/proc/{int(self.output[FRAME.size : FRAME.size + length])}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+        except (OSError, ValueError, struct.error):
+            return None
+        return fields[0], sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    def waits(self, now: float) -> bool:
+        """Whether the child has slept at so many looks in a row that it is no accident. One that is starved wants to
+        run whenever it is looked at, and one that waits to be read from has been."""
+        if now - self.began < LOOKS_AFTER or now - self.looked < LOOK_SECONDS:
+            return False
+        state = self.child()
+        self.asleep = self.asleep + 1 if state is not None and state[0] == "S" else 0
+        self.looked = now
+        return self.asleep >= LOOKS
+
+    def overran(self) -> bool:
+        """Whether the child has had more than its CPU time and yet goes on."""
+        state = self.child()
+        return state is not None and state[1] > self.limit + 0.1
 
     def close(self):
         """Closing the request pipes ends the server and whatever it runs."""

@@ -8,7 +8,8 @@ wire.py and literal.py.
 
 import os
 import signal
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 from sandbox import literal
 from sandbox.wire import OVERSLEPT, decode
@@ -16,6 +17,10 @@ from sandbox.wire import OVERSLEPT, decode
 # Seconds of CPU time that earlier inputs of a child may use up before a later input's time-out is doubted: within a
 # child all inputs share one timer, and a verdict must not depend on what ran before.
 CPU_SLACK = 0.02
+# What a repeat may take, in limits of the first run: nobody is to be refused for a little more than the first time.
+REPEAT_FACTOR = 1.25
+# CPU time of all inputs of a job together, in limits of one input: what several slow inputs may take, and no more.
+JOB_LIMITS = 5
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Job:
     cpu_seconds: float | None = None  # of one input, loading the program included; None: the profile's
     entry: str = "f"
     stop_at_failure: bool = False  # after an input that is not `ok` the rest get its status and "not_run"
+    job_seconds: float | None = None  # CPU time of all inputs together; None: JOB_LIMITS times that of one
 
 
 @dataclass(frozen=True)
@@ -36,24 +42,34 @@ class Outcome:
     status: str  # ok timeout memory error forbidden killed not_literal too_large syntax infra nondeterministic
     output: str | None  # canonical text, for ok
     detail: str  # first word for machines: an exception's class, "import os", "hash_seed", ...
+    # CPU time of loading the program and of its inputs up to this one, as the child says: a hint, not a measurement.
+    seconds: float = field(default=0.0, compare=False, repr=False)
 
 
 class Piece:
     """Inputs of one job that one child is to take, and where their outcomes go.
 
-    texts: packed inputs (wire.pack_args); slots: the place of each in `outcomes`; seed: the hash seed to run under.
+    texts: packed inputs (wire.pack_args); slots: the place of each in `outcomes`; seed: the hash seed to run under;
+    sensitive: ids of the outcome lists that hash order may reach, shared by a whole call; spent: a list with the CPU
+    seconds of the children that the job has had, shared by all of its pieces.
     """
 
-    def __init__(self, job, texts, slots, outcomes, seed, sensitive):
+    def __init__(self, job, texts, slots, outcomes, seed, sensitive, spent=None):
         self.job, self.texts, self.slots, self.outcomes, self.seed = job, texts, slots, outcomes, seed
-        self.sensitive = sensitive  # ids of the outcome lists that hash order may reach, shared by a whole call
-        self.retried = False
+        self.sensitive, self.spent = sensitive, [] if spent is None else spent
+        self.retried = self.slow = False
         if any(type(text) is str for text in texts):  # sets among the inputs (see wire.pack_args)
             sensitive.add(id(outcomes))
 
-    def rest(self, start):
+    def rest(self, start, stop=None):
         """The inputs from a position on, as a piece that has not been retried."""
-        return Piece(self.job, self.texts[start:], self.slots[start:], self.outcomes, self.seed, self.sensitive)
+        texts, slots = self.texts[start:stop], self.slots[start:stop]
+        return Piece(self.job, texts, slots, self.outcomes, self.seed, self.sensitive, self.spent)
+
+    def parts(self, count):
+        """The piece as at most `count` pieces of about one length."""
+        size = -(-len(self.slots) // count)
+        return [self.rest(start, start + size) for start in range(0, len(self.slots), size)]
 
     def settle(self, position, outcome):
         """The outcome of one input."""
@@ -69,16 +85,22 @@ class Piece:
         return ((self.job.code, self.job.entry, tuple(self.texts), self.job.stop_at_failure),)
 
     def cpu_limit(self, usual):
-        """Seconds of CPU time of the child."""
+        """Seconds of CPU time of the child; 0 when the job has used up its time. usual: the profile's, of one input."""
         # One input's time for all of them: a child whose inputs are honest needs a fraction, and one that loops is
         # found after one limit, not after the sum.
         cpu = usual if self.job.cpu_seconds is None else self.job.cpu_seconds
-        return cpu + (CPU_SLACK if len(self.texts) > 1 else 0)
+        left = (JOB_LIMITS * cpu if self.job.job_seconds is None else self.job.job_seconds) - sum(self.spent)
+        return 0 if left < 0.001 else min(cpu, left) + (CPU_SLACK if len(self.texts) > 1 else 0)
 
-    def flooded(self):
-        """Settles a child that wrote too much; returns the pieces that are to be run again."""
-        self.settle_from(0, Outcome("killed", None, "output_flood"))
-        return []
+    def stopped(self, data, outcome, is_canonical):
+        """Settles a child that the pool has ended while it ran; returns the pieces that are to be run again.
+
+        outcome: of the input that it was at, and of all inputs if it has written too much to be believed.
+        """
+        if outcome.status != "timeout":
+            self.settle_from(0, outcome)
+            return []
+        return settle(self, data, signal.SIGPROF, is_canonical, outcome)[0]
 
 
 class Bundle:
@@ -96,8 +118,8 @@ class Bundle:
         """That of one program: one that loops costs no more here than alone."""
         return max(piece.cpu_limit(usual) for piece in self.pieces)
 
-    def flooded(self):
-        """One of the programs wrote too much, and it is not known which: all are run again, alone."""
+    def stopped(self, data, outcome, is_canonical):
+        """One of the programs is at fault, and it is not known which: all are run again, alone."""
         return self.pieces
 
 
@@ -105,8 +127,10 @@ def refusal(job, profile):
     """The outcome of a job that is not worth a process. Raises ValueError for a CPU limit that the kernel would take
     for none."""
     # A timer of 0 is switched off: the program would run for ever.
-    if job.cpu_seconds is not None and not 0.001 <= job.cpu_seconds < 1e6:
-        raise ValueError(f"cpu_seconds is {job.cpu_seconds}: give at least a millisecond")
+    for name in ("cpu_seconds", "job_seconds"):
+        seconds = getattr(job, name)
+        if seconds is not None and not 0.001 <= seconds < 1e6:
+            raise ValueError(f"{name} is {seconds}: give at least a millisecond")
     if len(job.code) > profile.source_chars:
         text = f"program of {len(job.code)} characters, the limit is {profile.source_chars}"
         return Outcome("too_large", None, text)
@@ -120,14 +144,15 @@ def refusal(job, profile):
 # --- from bytes to outcomes -------------------------------------------------------------------------------------------
 
 
-def settle(piece, data: bytes, status: int, is_canonical):
+def settle(piece, data: bytes, status: int, is_canonical, ending=None):
     """Turns a child's frames and wait status into outcomes. Returns (pieces still to be run, reason of infra or "").
 
-    is_canonical(text): whether a text is the canonical text of a value within the limits. A program that writes frames
+    is_canonical(text): whether a text is the canonical text of a value within the limits. ending: the outcome of the
+    input that it was at, None: what the wait status tells. A program that writes frames
     itself can only claim values for its own inputs, in order: that is no more than returning them.
     """
     frames, whole = decode(data)
-    frames = frames[1:]  # B: the pool has looked at it
+    began, frames = frames[0][2] if frames else 0.0, frames[1:]  # B: the pool has looked at it
     done = bool(frames) and frames[-1][0] == "D"
     frames = frames[:-1] if done else frames
     broken = Outcome("killed", None, "protocol")
@@ -142,20 +167,20 @@ def settle(piece, data: bytes, status: int, is_canonical):
     if loaded and frames[0][1] == "order":
         piece.sensitive.add(id(piece.outcomes))
     # CPU time that loading and earlier inputs have used, as the child says; it only decides what is tried again.
-    used, position = frames[0][2] if loaded else 0.0, 0
+    used, position = frames[0][2] - began if loaded else 0.0, 0
     for kind, text, cpu in frames[1:]:
-        outcome = _value(kind, text, is_canonical)
+        outcome = _value(kind, text, is_canonical, cpu - began)
         if outcome is None or position >= len(piece.slots):
             piece.settle_from(min(position, len(piece.slots) - 1), broken)
             return [], ""
         piece.settle(position, outcome)
-        position, used = position + 1, cpu
+        position, used = position + 1, cpu - began
         if outcome.status != "ok" and piece.job.stop_at_failure:
             piece.settle_from(position, Outcome(outcome.status, None, "not_run"))
             return [], ""
     if position == len(piece.slots):
         return [], ""
-    return _ended_early(piece, position, _ending(status, done, whole), loaded, used)
+    return _ended_early(piece, position, ending or _ending(status, done, whole), loaded, used)
 
 
 def settle_together(bundle, data: bytes, status: int, is_canonical):
@@ -172,7 +197,8 @@ def settle_together(bundle, data: bytes, status: int, is_canonical):
     if not whole or len(sections) > len(bundle.pieces) or done and len(sections) < len(bundle.pieces):
         return bundle.pieces
     # The program that was running when time ran out is at fault only if those before it had used next to none of it.
-    timeout = not done and _ending(status, done, whole).status == "timeout" and frames[-1][2] <= CPU_SLACK
+    used = frames[-1][2] - frames[0][2] if frames else 0.0
+    timeout = not done and _ending(status, done, whole).status == "timeout" and used <= CPU_SLACK
     alone = bundle.pieces[len(sections) :]
     for piece, section in zip(bundle.pieces, sections):
         last = section is sections[-1]
@@ -182,6 +208,8 @@ def settle_together(bundle, data: bytes, status: int, is_canonical):
         elif section[0][0] != "G":
             piece.settle_from(0, outcomes[0])
         else:
+            if section[0][1] == "order":
+                piece.sensitive.add(id(piece.outcomes))
             alone += _settle_shared(piece, outcomes)
     return alone
 
@@ -288,10 +316,10 @@ def _exception(text):
     return Outcome("memory" if name == "MemoryError" else "error", None, detail[:200])
 
 
-def _value(kind, text, is_canonical):
+def _value(kind, text, is_canonical, seconds=0.0):
     """The outcome of one input's frame; None when it is no frame of an input, or its text is not canonical."""
     if kind == "O":
-        return Outcome("ok", text, "") if is_canonical(text) else None
+        return Outcome("ok", text, "", seconds) if is_canonical(text) else None
     if kind == "E":
         return _exception(text)
     statuses = {"U": "not_literal", "L": "too_large"}
@@ -307,10 +335,18 @@ class Repeat:
     """A second run of the good inputs of a job, for comparison: reversed, and then once more in order when `twice`."""
 
     def __init__(self, job, first, good, seed, twice):
-        self.job, self.first, self.good, self.seed, self.twice = job, first, good, seed, twice
+        self.first, self.good, self.seed, self.twice = first, good, seed, twice
+        limit = REPEAT_FACTOR * job.job_seconds * (2 if twice else 1)
+        self.job = replace(job, cpu_seconds=limit, job_seconds=limit)
         self.order = good[::-1] + good if twice else good[::-1]
         self.outcomes = [None] * len(self.order)
         self.by_order = set()  # slots that are known to differ for the order of the inputs
+
+    def under(self, seed):
+        """The same repeat under another seed, still to be run."""
+        other = copy(self)
+        other.seed, other.outcomes = seed, [None] * len(self.order)
+        return other
 
     def compare(self) -> dict[int, Outcome]:
         """{slot: the outcome that takes the place of the first run's} for the inputs that came out differently."""

@@ -9,7 +9,8 @@ lanes are started by exec. Every text that comes out of a child is read by liter
 canonical text. The end of a job is told by the server alone (control pipe), so no program can end its job, or speak
 in the next one's name.
 
-Left out: a time limit by wall clock (too slow a machine is `infra`: retried alone, and never a verdict).
+A program's time is CPU time. One that waits instead is seen to sleep and is at fault like one that loops (`timeout`);
+one that the machine does not let run is `infra`: retried alone, and never a verdict.
 """
 
 import json
@@ -20,11 +21,12 @@ import threading
 import time
 import weakref
 from collections import deque
+from dataclasses import replace
 
 from sandbox import literal
 from sandbox.contained import worth_trying
 from sandbox.lane import Lane
-from sandbox.outcomes import Bundle, Outcome, Piece, Repeat, refusal, settle, settle_together
+from sandbox.outcomes import CPU_SLACK, Bundle, Outcome, Piece, Repeat, refusal, settle, settle_together
 from sandbox.profiles import PROPOSAL, Profile
 from sandbox.wire import REPORT, pack_args
 
@@ -128,18 +130,22 @@ class Sandbox:
         get another process."""
         with self._lock:
             pieces, results = self._prepare(jobs, FIRST_SEEDS[0])
-            self._execute(self._bundled(pieces) if self.share else pieces)
+            self._execute(self._bundled(pieces))
             return results
 
     def _bundled(self, pieces):
         """The pieces, those in bundles that may be able to share a child. No bundle is so large that a worker has
         nothing to do."""
+        if not self.share:
+            return pieces
         fit, rest = {}, []
         for piece in pieces:
             # Only jobs with one CPU limit: the child has one timer, set before any program is looked at.
             small = sum(map(len, piece.texts)) + len(piece.job.code) < BUNDLE_BYTES // BUNDLE
-            kind = fit.setdefault(piece.job.cpu_seconds, []) if small and worth_trying(piece.job.code) else rest
-            kind.append(piece)
+            if small and not piece.slow and worth_trying(piece.job.code):
+                fit.setdefault((piece.seed, piece.cpu_limit(self.profile.cpu_seconds)), []).append(piece)
+            else:
+                rest.append(piece)
         bundles = []
         for alike in fit.values():
             size = max(1, min(BUNDLE, -(-len(alike) // self.workers)))
@@ -148,35 +154,42 @@ class Sandbox:
         return bundles + rest
 
     def validate(self, jobs) -> list[list[Outcome]]:
-        """As `run`, and once more under another hash seed with the inputs reversed and then again in order; under
-        eight more seeds where sets are involved. What is not the same each time becomes `nondeterministic`, with the
-        detail "state" (the same process gave two answers), "address" or "hash_seed"."""
-        jobs = list(jobs)
+        """As `run`, and again under other hash seeds with the inputs reversed, under the first of these and then once
+        more in order; under six more where hash order may matter. What is not the same each time becomes
+        `nondeterministic`, with the detail "state" (the same process gave two answers), "address" or "hash_seed".
+
+        All inputs of a job together have `cpu_seconds` (default: the profile's validation_seconds), each time: ten
+        seeds come to 14 times that at most."""
+        limits = [job.cpu_seconds or self.profile.validation_seconds for job in jobs]
+        jobs = [replace(job, cpu_seconds=limit, job_seconds=limit) for job, limit in zip(jobs, limits)]
         with self._lock:
             pieces, results = self._prepare(jobs, FIRST_SEEDS[0])
             sensitive = pieces[0].sensitive if pieces else set()
-            self._execute(pieces)
-            again = []
-            for job, first in zip(jobs, results):
-                good = [slot for slot, outcome in enumerate(first) if outcome.status == "ok"]
-                if good:
-                    # `sensitive` is known by now: the child says with the first run whether sets are involved.
-                    seeds = FIRST_SEEDS[1:] + (MORE_SEEDS if id(first) in sensitive else ())
-                    again += [Repeat(job, first, good, seed, seed == FIRST_SEEDS[1]) for seed in seeds]
-            self._execute([piece for repeat in again for piece in self._pieces_of(repeat)])
-            self._explain([repeat for repeat in again if repeat.twice])
-            # Compared before any is overwritten. Backwards, so that where several seeds differ the first has the last
-            # word: only it was explained.
-            for repeat, differing in [(repeat, repeat.compare()) for repeat in again[::-1]]:
-                for slot, outcome in differing.items():
-                    repeat.first[slot] = outcome
+            self._execute(self._bundled(pieces))
+            again = self._repeats(jobs, results, FIRST_SEEDS[1:2], True)
+            self._explain(again)
+            _conclude(again)
+            again = self._repeats(jobs, results, FIRST_SEEDS[2:], False)
+            # `sensitive` is known by now: the child says with the first run whether hash order may matter.
+            pairs = [pair for pair in zip(jobs, results) if id(pair[1]) in sensitive]
+            _conclude(again + self._repeats(*zip(*pairs), MORE_SEEDS, False) if pairs else again)
             return results
+
+    def _repeats(self, jobs, results, seeds, twice):
+        """Runs what is good so far under each of the seeds; returns the repeats."""
+        repeats = []
+        for job, first in zip(jobs, results):
+            good = [slot for slot, outcome in enumerate(first) if outcome.status == "ok"]
+            if good and (len(good) == len(first) or not job.stop_at_failure):
+                repeats += [Repeat(job, first, good, seed, twice) for seed in seeds]
+        self._execute(self._bundled([piece for repeat in repeats for piece in self._pieces_of(repeat)]))
+        return repeats
 
     def _explain(self, repeats):
         """Where several inputs differ between two seeds it may be for their order: the same order under the first seed
         tells. A second answer that is the same there makes it a matter of state."""
         doubtful = [repeat for repeat in repeats if len(repeat.good) > 1 and repeat.compare()]
-        checks = [Repeat(repeat.job, repeat.first, repeat.good, FIRST_SEEDS[0], True) for repeat in doubtful]
+        checks = [repeat.under(FIRST_SEEDS[0]) for repeat in doubtful]
         self._execute([piece for check in checks for piece in self._pieces_of(check)])
         for repeat, check in zip(doubtful, checks):
             for slot in repeat.compare():
@@ -185,7 +198,11 @@ class Sandbox:
 
     def _pieces_of(self, repeat):
         texts = self._canonical(repeat.job, repeat.order, repeat.outcomes)
-        return _pieces(repeat.job, texts, repeat.outcomes, repeat.seed, set())
+        pieces = _pieces(repeat.job, texts, repeat.outcomes, repeat.seed, set())
+        for piece in pieces:
+            # In company it would be cut off, or cut others off, and would have to be run once more.
+            piece.slow = any(outcome.seconds > CPU_SLACK for outcome in repeat.first)
+        return pieces
 
     def _canonical(self, job, order, outcomes):
         """[(place in outcomes, packed input)]; an input that is no literal gets its outcome here and goes nowhere."""
@@ -258,6 +275,9 @@ class Sandbox:
             lanes = [lane for lane in self._lanes if lane.seed == seed]
             idle = [lane for lane in lanes if lane.state is not None and lane.piece is None]
             while queue and idle and busy < workers:
+                if not queue[0].cpu_limit(self.profile.cpu_seconds):
+                    queue.popleft().settle_from(0, Outcome("timeout", None, "job_time"))
+                    continue
                 lane = idle.pop()
                 if lane.jobs >= RECYCLE_AFTER:
                     self._drop(lane)
@@ -265,9 +285,9 @@ class Sandbox:
                     continue
                 self._give(lane, queue.popleft())
                 busy += 1
-            # The eight further seeds are rarely asked: a quarter of the lanes each, or memory would go to idle
-            # processes.
-            most = self.workers if seed in FIRST_SEEDS else max(1, self.workers // 4)
+            # Verdicts come from the first seed, half of a validation from the second; the further seeds have a quarter
+            # of the lanes each, or memory would go to idle processes.
+            most = self.workers if seed in FIRST_SEEDS[:2] else max(1, self.workers // 4)
             # One new lane for each piece that none will take, those that start already counted.
             starting = sum(lane.state is None for lane in lanes)
             for _ in range(min(len(queue) - starting, most - len(lanes))):
@@ -299,11 +319,20 @@ class Sandbox:
             # A child that writes more than a pipe holds waits until it is read; short jobs are read when they end.
             if lane.piece is not None and now - lane.began > _TICK:
                 if not lane.listen(self.profile.output_bytes):
-                    again += lane.piece.flooded()
-                    self._drop(lane)
+                    again += self._stopped(lane, Outcome("killed", None, "output_flood"))
+                elif lane.waits(now):
+                    again += self._stopped(lane, Outcome("timeout", None, "waiting"))
                 elif now > lane.deadline:
-                    again += self._lost(lane, "deadline")
+                    late = lane.overran()
+                    stopped = Outcome("timeout", None, "cpu_time")
+                    again += self._stopped(lane, stopped) if late else self._lost(lane, "deadline")
         return again
+
+    def _stopped(self, lane, outcome):
+        """Ends the running child, and the lane with it, for what it does; returns pieces that must be run (again)."""
+        piece, output = lane.piece, bytes(lane.output)
+        self._drop(lane)
+        return piece.stopped(output, outcome, self._is_canonical)
 
     def _send(self, lane):
         try:
@@ -334,7 +363,7 @@ class Sandbox:
         self._children += 1
         self._cpu_seconds += cpu / 1e6
         self._peak_mb = max(self._peak_mb, memory / 1024)
-        return self._finished(lane, status)
+        return self._finished(lane, status, cpu / 1e6, memory / 1024)
 
     def _greeted(self, lane, state):
         if "error" in state:
@@ -343,23 +372,29 @@ class Sandbox:
             raise SandboxError(f"programs cannot be confined here (seccomp {state['seccomp']}): {_ADVICE}")
         lane.state = self._protection = state
 
-    def _finished(self, lane, status):
+    def _finished(self, lane, status, cpu, memory_mb):
         piece = lane.piece
         if piece is None:  # the child that waited was killed from outside: whose turn it is is no longer certain
             return self._lost(lane, "no_job")
         # Everything the child wrote is in the pipe by now: the server reports after it has reaped the child.
         flood = not lane.listen(self.profile.output_bytes)
         lane.piece = None
-        if flood:
-            self._drop(lane)  # what is still in its pipe would be taken for the next job's
-            return piece.flooded()
+        if flood:  # what is still in its pipe would be taken for the next job's
+            lane.piece = piece
+            return self._stopped(lane, Outcome("killed", None, "output_flood"))
         if not lane.output.startswith(b"B") or lane.unsent:  # the request may not have been read whole
             lane.piece = piece
             return self._lost(lane, "no_start")
         if type(piece) is Bundle:
             return settle_together(piece, bytes(lane.output), status, self._is_canonical)
+        piece.spent.append(cpu)
         rest, infra = settle(piece, bytes(lane.output), status, self._is_canonical)
-        return self._again(piece, infra) if infra else rest
+        if infra:
+            # The kernel ends what fills the machine's memory: twice in a row is no accident.
+            greedy = infra == "signal SIGKILL" and memory_mb > self.profile.memory_mb / 2
+            return self._again(piece, infra, Outcome("memory", None, "killed") if greedy else None)
+        # What is left after a time-out may take as long again, input by input: several lanes share that.
+        return [part for left in rest for part in (left.parts(self.workers) if cpu >= lane.limit else [left])]
 
     def _lost(self, lane, why):
         """Drop a lane that is of no more use; its job is run again. SandboxError: lanes end before they greet."""
@@ -387,9 +422,10 @@ class Sandbox:
             _remember(self._canonical_texts, text, True)
         return good
 
-    def _again(self, piece, why):
+    def _again(self, piece, why, fault=None):
         """What becomes of inputs that were cut off for no fault of the program: all of them once more, alone; the
-        second time the first of them is given up and the others go on. A bundle is taken apart."""
+        second time the first of them is given up and the others go on, unless the job ends there. A bundle is taken
+        apart. fault: the outcome if the program itself can have caused it twice; None: the machine's failure."""
         if type(piece) is Bundle:
             return piece.pieces
         waiting = [position for position, slot in enumerate(piece.slots) if piece.outcomes[slot] is None]
@@ -398,7 +434,11 @@ class Sandbox:
         if not piece.retried:
             self._infra.append(piece.rest(waiting[0]))
             return []
-        piece.settle(waiting[0], Outcome("infra", None, why))
+        outcome = fault or Outcome("infra", None, why)
+        piece.settle(waiting[0], outcome)
+        if piece.job.stop_at_failure:
+            piece.settle_from(waiting[0] + 1, Outcome(outcome.status, None, "not_run"))
+            return []
         return [piece.rest(position) for position in waiting[1:2]]
 
     def _start(self, seed):
@@ -419,6 +459,14 @@ class Sandbox:
 
 
 # --- housekeeping ---------------------------------------------------------------------------------------------------
+
+
+def _conclude(repeats):
+    """Puts what came out differently in the place of the first run's outcomes."""
+    # Compared before any is overwritten. Backwards, so that where several seeds differ the first has the last word.
+    for repeat, differing in [(repeat, repeat.compare()) for repeat in repeats[::-1]]:
+        for slot, outcome in differing.items():
+            repeat.first[slot] = outcome
 
 
 def _pieces(job, texts, outcomes, seed, sensitive):

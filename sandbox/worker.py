@@ -25,7 +25,6 @@ import warnings
 from sandbox import confine, contained, gate, literal, wire
 
 RESULT_FD = 31  # the only descriptor that the filter lets a child write to: the last below RLIMIT_NOFILE
-_BEGIN = wire.frame(b"B", "", 0.0)
 # Looked up before the forks: Python loads a codec's module at its first use, and in a child there are no files.
 _CODECS = """ascii latin_1 utf_8 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf_32_le utf_32_be utf_7 idna punycode
     unicode_escape raw_unicode_escape charmap cp437 cp850 cp1250 cp1251 cp1252 cp1254 cp1257 iso8859_2 iso8859_5
@@ -243,9 +242,10 @@ class Server:
             signal.setitimer(signal.ITIMER_REAL, wall)
             if self.clock is not None:
                 self.clock.limit = cpu
+            begin = str(os.getpid())
             if self.seccomp is not None:
                 self.seccomp.install()
-            os.write(RESULT_FD, _BEGIN)
+            say(b"B", begin)
             self.answer(*programs[0]) if len(programs) == 1 else self.answer_together(programs)
             say(b"D")
         finally:
@@ -269,23 +269,26 @@ class Server:
 
     def answer_together(self, programs):
         """Several programs. All are read before any runs, and only those run that can reach nothing of the others."""
-        # Read first: compiling one could meet the stack or memory that another has used up.
-        readings = [self.read(code) for code, *_ in programs]
-        for reading, (_, entry, inputs, stop_at_failure) in zip(readings, programs):
-            if type(reading) is tuple:
-                say(*reading)
+        # Read first: compiling one could meet the stack or memory that another has used up. Each text once: answers to
+        # one task are often inputs to one program.
+        readings = {code: self.read(code) for code in {code: None for code, *_ in programs}}
+        for code, entry, inputs, stop_at_failure in programs:
+            program, order, frame = readings[code]
+            if frame:
+                say(*frame)
             else:
                 # A copy of the builtins, so that not even these are one object for two programs.
                 space = {"__name__": "program", "__builtins__": dict(self.builtins)}
-                self.run(reading, space, False, entry, inputs, stop_at_failure)
+                self.run(program, space, order, entry, inputs, stop_at_failure)
 
     def read(self, code):
-        """A program's code object if it may share the child, else the frame to write instead."""
+        """(code object, whether hash order matters, nothing) of a program that may share the child; else the last is
+        the frame to write instead of running it."""
         try:
-            program, _ = gate.judge(code, self.names, self.wide)
+            program, order = gate.judge(code, self.names, self.wide)
         except gate.Refused as refused:
-            return b"R", " ".join(refused.args)
-        return program if contained.contained(program) else (b"A",)
+            return None, False, (b"R", " ".join(refused.args))
+        return program, order, () if contained.contained(program) else (b"A",)
 
     def run(self, program, space, order, entry, inputs, stop_at_failure):
         """Loads a program into its namespace and calls it with each input."""
