@@ -264,7 +264,8 @@ def reference_of(problem: Problem, sandbox: Sandbox) -> Reference:
     if not sandbox.profile.wide:
         raise ValueError(f"code benchmarks need Sandbox(profile=BENCHMARK), not the profile {sandbox.profile.name}")
     program, limit = problem.prompt + problem.solution, REFERENCE_SECONDS
-    outcomes, seconds = _measured(Job(program, problem.inputs, limit, problem.entry_point), sandbox)
+    job = Job(program, problem.inputs, limit, problem.entry_point, job_seconds=limit * len(problem.inputs))
+    outcomes, seconds = _measured(job, sandbox)
     good = [place for place, outcome in enumerate(outcomes) if outcome.status == "ok"]
     faults = [
         f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
@@ -314,7 +315,8 @@ def grade(problem: Problem, answer: str | None, reference: Reference, sandbox: S
     while start < count:
         inputs = reference.inputs[start : start + size]
         # The first input that fails decides the grade, and each further one could take its whole time limit.
-        job = Job(program, inputs, limit, problem.entry_point, stop_at_failure=True)
+        left = max(limit, budget - spent)
+        job = Job(program, inputs, limit, problem.entry_point, stop_at_failure=True, job_seconds=left)
         outcomes, seconds = _measured(job, sandbox)
         for place, outcome in enumerate(outcomes, start):
             if fault := _fault(problem, reference, place, outcome):
