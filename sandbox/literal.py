@@ -160,8 +160,10 @@ def as_builtin(value):
         plain = value.item()
         return plain if type(plain) in (bool, int, float, complex, str, bytes) else value
     if kind in (Fraction, Decimal):
-        whole, near = int(value) if value == value // 1 else None, float(value)
-        return whole if whole is not None else near if near == value else value
+        try:
+            return int(value) if value == value // 1 else near if (near := float(value)) == value else value
+        except ArithmeticError:  # Decimal's infinities, numbers beyond all floats
+            return value
     for base in (int, float, str, tuple, list):
         if isinstance(value, base) and kind.__eq__ is base.__eq__:
             # Through the base: the subclass may have methods of its own, and must not become itself again.

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,18 @@ def test_special_oracles(task, arguments, wanted, right, wrong):
     problem = Problem(task, "", "entry", "", (arguments,), 1, 1e-4 if task == "HumanEval/32" else 0.0)
     assert [text for text in right if not accepts(problem, arguments, text, wanted)] == []
     assert [text for text in wrong if accepts(problem, arguments, text, wanted)] == []
+
+
+def test_comparing_takes_linear_time():
+    shared = [tuple(-1 - (n >> bit & 1) for bit in range(14)) for n in range(5_000)]  # all have one hash
+    any_order = Problem("Mbpp/2", "", "entry", "", ("(1,), (2,)",), 1, 0.0)
+    root = Problem("HumanEval/32", "", "entry", "", ("[1, 2]",), 1, 1e-4)
+    began = time.process_time()
+    assert not accepts(any_order, "(1,), (2,)", str(shared), "(4, 3)")
+    assert accepts(any_order, "(1,), (2,)", str(shared[::-1] * 2), str(shared))
+    assert accepts(any_order, "(1,), (2,)", "[1.0, True, (2, 3.0)]", "((2.0, 3), 1)")
+    assert not accepts(root, str(list(range(1, 60))), hex(2**99_990), "0.5")
+    assert time.process_time() - began < 5
 
 
 # ---------------------------------------------------------------- the public files

@@ -7,8 +7,12 @@ import ast
 import math
 import os
 import random
+import re
+import time
 import warnings
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict, namedtuple
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -324,8 +328,6 @@ def test_large_integers_are_hexadecimal():
 
 
 def test_benchmark_values():
-    import re
-
     assert canon([1 - 2j, re.match("a", "ab")], WIDE) == "[complex(1.0, -2.0), True]"
     assert parse("[complex(1.0, -2.0), 1-2j, (3)+(4j), -0-1j]", WIDE) == [1 - 2j, 1 - 2j, 3 + 4j, -1j]
     for text in ("1+2", "1j+2j", "1+-2j", "complex('1')"):
@@ -339,6 +341,40 @@ def test_colliding_keys_are_refused():
     with pytest.raises(TooLarge, match="collide"):
         parse(text, WIDE)
     assert len(parse("{" + ", ".join(map(str, range(3_000))) + "}", WIDE)) == 3_000
+
+
+def test_reading_and_comparing_take_linear_time():
+    shared = 2**61 - 1  # all multiples have the hash 0
+    halves = [*range(30_000), *(n * shared for n in range(20_000))]
+    tuples = ["(" + ", ".join(f"-{1 + (n >> bit & 1)}" for bit in range(14)) + ")" for n in range(3_000)]
+    began = time.process_time()
+    for items in (map(str, halves), tuples):
+        with pytest.raises(TooLarge, match="collide"):
+            parse("{" + ", ".join(items) + "}", WIDE)
+    for text in (f"'{'ß' * 8000}'" + ".title()" * 900, "'a' * 16000" + " + ''" * 2000, "[0] * 4000" + " + []" * 2000):
+        with pytest.raises(TooLarge, match="operations"):
+            parse_args(text)
+    noisy = {(n / 3, float("nan")) for n in range(2_000)}
+    assert equal(noisy, {(x * (1 + 1e-12), y) for x, y in noisy})
+    assert not equal(noisy, {(x * (1 + 1e-6), y) for x, y in noisy})
+    assert time.process_time() - began < 5
+
+
+def test_what_a_published_grader_takes_for_a_plain_value():
+    class Point(namedtuple("Point", "x y")):
+        pass
+
+    class Liar(int):
+        def __eq__(self, other):
+            return True
+
+    values = [Point(1, 2), Fraction(4, 2), Fraction(1, 2), Decimal("0.25"), re.match("a", "a")]
+    assert canon(values, WIDE) == "[(1, 2), 2, 0.5, 0.25, True]"
+    for value in (Liar(3), Fraction(1, 3), Decimal("0.1"), Decimal("nan"), iter(())):
+        with pytest.raises(NotLiteral):
+            canon(value, WIDE)
+    with pytest.raises(NotLiteral):
+        canon(Point(1, 2))
 
 
 def sys_hash_modulus():
