@@ -322,8 +322,10 @@ def grade(problem: Problem, answer: str | None, reference: Reference, sandbox: S
             if fault := _fault(problem, reference, place, outcome):
                 return fault
         start, spent = start + len(inputs), spent + seconds
-        if spent > budget and start < count:
-            detail = f"{_name(reference.base, start)}: the budget of {budget:.0f} s is used up"
+        # Sure to run out of it: a quarter is gone, and the rest would take it three times over.
+        hopeless = spent > budget / 4 and spent * count > 3 * budget * start
+        if start < count and (spent > budget or hopeless):
+            detail = f"{_name(reference.base, start)}: the budget of {budget:.0f} s does not suffice"
             return Grade(start >= reference.base, False, "timeout", detail)
         # A part that is expected to fit into one process, since one that is ended for its time has to be run again.
         size = min(4 * size, MOST_INPUTS, max(1, int(0.8 * limit * start / (spent + 1e-9))))

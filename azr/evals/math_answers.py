@@ -142,12 +142,6 @@ def normalise(answer: str) -> str:
     return ("" if (digits, fraction) == ("0", "") else sign) + digits + (f".{fraction}" if fraction else "")
 
 
-def is_number(answer: str) -> bool:
-    """Whether it is a plain number or a fraction of two: what can be guessed."""
-    parts = re.sub(r"\\frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", normalise(answer)).split("/")
-    return len(parts) <= 2 and all(_NUMBER.fullmatch(part) for part in parts)
-
-
 def _quick(reference: str, answer: str) -> Verdict | None:
     """A verdict where none needs more than the texts in normal form: the same, or plain numbers."""
     if reference == answer:

@@ -723,4 +723,33 @@ def {E}(*args): return reference(*args)
     "no_name": """
 {E} = None
 """,
+    "environment": """
+def {E}(*args): return eval('__import__("builtins").open("/proc/self/environ").read()')
+""",
+    "own_frames": """
+import os
+os.write(1, b'O' + bytes(8))
+os.write(2, b'O' + bytes(8))
+def {E}(*args): return 0
+""",
+    "no_function": """
+assert {E}, 'never'
+""",
+    "queue_for_ever": """
+import queue
+q = queue.Queue()
+def {E}(*args):
+    while q: q.get()
+""",
+    "lock_twice": """
+import threading
+lock = threading.Lock()
+def {E}(*args):
+    lock.acquire()
+    lock.acquire()
+""",
+    "event_never_set": """
+import threading
+def {E}(*args): return threading.Event().wait()
+""",
 }

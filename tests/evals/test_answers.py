@@ -69,6 +69,7 @@ def test_cheats_do_not_pass(own, sandbox):
     found = {name: grade(problem, filled(text, problem), reference, sandbox) for name, text in CHEATS.items()}
     assert len(found) > 40
     assert {name: found for name, found in found.items() if found.ok_base or found.ok_plus} == {}
+    assert "infra" not in [grade.reason for grade in found.values()]
     assert grade(problem, RIGHT, reference, sandbox).ok_plus  # and the lane is as it was
 
 
@@ -109,6 +110,10 @@ def test_an_answer_has_one_budget_over_all_inputs(own, sandbox, monkeypatch):
     found = grade(problem, slow, reference, sandbox)
     assert (found.reason, found.ok_base, found.ok_plus) == ("timeout", True, False) and "budget of 5 s" in found.detail
     assert sandbox.state["children"] - before < 60
+    monkeypatch.setattr(code_answers, "ANSWER_SECONDS", 6.0)
+    monkeypatch.setattr(code_answers, "FIRST_INPUTS", 4)
+    slower = slow.replace("0.4", "0.9")  # half of it for four inputs, and 25 more to come
+    assert grade(problem, slower, reference, sandbox).detail.startswith("plus input 2: the budget of 6 s")
 
 
 def test_a_wrong_answer_is_not_run_to_its_end(own, sandbox):

@@ -205,29 +205,6 @@ def test_base_and_plus_are_told_apart(own, sandbox):
     assert (third.ok_base, third.ok_plus) == (False, False)
 
 
-TRICKS = (
-    "class Always(list):\n    def __eq__(self, other): return True\ndef half(x): return Always()",
-    "class Always(float):\n    def __eq__(self, other): return True\ndef half(x): return [Always(0), Always(0)]",
-    "import sys\ndef half(x): sys.exit(0)",
-    "import os\ndef half(x): os._exit(0)",
-    "import os\nos.write(1, b'O' + bytes(8))\ndef half(x): return 0",
-    "import sys\ndef half(x):\n    frame = sys._getframe()\n    while frame:\n"
-    "        for value in frame.f_locals.values():\n            if type(value) is list and value: return value\n"
-    "        frame = frame.f_back",
-    "import gc\ndef half(x): return [value for value in gc.get_objects() if value == [x / 2, 0]][0]",
-    'def half(x): return eval(\'__import__("builtins").open("/proc/self/environ").read()\')',
-    "import builtins\nbuiltins.all = lambda values: True\ndef half(x): return 0",
-    "def half(x): return '[1.0, 0]'",
-    "assert half, 'never'",
-)
-
-
-@pytest.mark.parametrize("trick", TRICKS)
-def test_tricks_do_not_pass(trick, own, sandbox):
-    [found] = grade([(own[0], trick)], sandbox, own[1])
-    assert not found.ok_base and not found.ok_plus and found.reason != "infra"
-
-
 def test_a_problem_without_reference_output_is_refused(sandbox, tmp_path, capsys):
     row = ROW | {"canonical_solution": "    return x if x < 7 else iter(())\n"}
     [problem] = load_problems(write(tmp_path / "own.jsonl", row))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from azr.evals import math_numbers
-from azr.evals.math_answers import MAX_ANSWER, MathGrader, extract, is_number, last_boxed, normalise
+from azr.evals.math_answers import MAX_ANSWER, MathGrader, extract, last_boxed, normalise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,11 +59,6 @@ def test_extraction_is_linear_in_the_response():
 )
 def test_normal_form(text, normal):
     assert normalise(text) == normal
-
-
-def test_what_can_be_guessed():
-    assert all(map(is_number, ("204", "-1", "3.5", r"\frac{3}{4}", "1/2", "1,000")))
-    assert not any(map(is_number, (r"\pi", "(1,2)", "x+1", r"\sqrt{2}", "Evelyn")))
 
 
 @pytest.fixture(scope="module")
