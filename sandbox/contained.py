@@ -5,8 +5,10 @@ operations, builtins, attributes and modules. That leaves: no class, no attribut
 `type`, `format` or `eval`, no exception handler, no `with`, `async` or `match`, no identity test but with a constant.
 Each of them gets a namespace and inputs of its own. What they then still share, and why it cannot reach a verdict:
   - the interpreter's objects: all that is within reach is immutable (builtin functions and types, numbers, strings, C
-    functions of the listed modules), and caches and free lists do not change values. Only addresses differ, and they
-    differ from lane to lane too; an output that shows one is asked for again in a child of its own.
+    functions of the listed modules), and caches and free lists do not change values. The one cache that does, that of
+    typing (List[1] and List[True] are one key), is emptied before each program.
+  - addresses: what a text, a hash or a copy's memo tells of them is noticed as it happens (addresses.py), and the
+    program is run again, in a child of its own.
   - memory, stack and CPU time: neighbours can only leave less of them. Nothing in a listed program can catch running
     out of them, so an output is the one it would have alone; whatever else comes out, exceptions of the program's own
     logic aside, is asked for again in a child of its own (see settle_together in outcomes.py).
@@ -21,6 +23,7 @@ Imports `all_codes` of gate.py and nothing else of the project.
 """
 
 import re
+from dis import findlabels
 from opcode import opmap
 
 from sandbox.gate import all_codes
@@ -91,7 +94,7 @@ _ATTRIBUTE_CODES = [opmap[name] for name in ("LOAD_ATTR", "LOAD_METHOD") if opma
 # From 3.12 on the two are one operation, whose argument's lowest bit tells which: the name's number is above it.
 _ATTRIBUTE_SHIFT = 2 - len(_ATTRIBUTE_CODES)
 _IMPORT_NAME, _IMPORT_FROM, _STORE_NAME = opmap["IMPORT_NAME"], opmap["IMPORT_FROM"], opmap["STORE_NAME"]
-_IS, _LOAD_CONST = opmap["IS_OP"], opmap["LOAD_CONST"]
+_IS, _LOAD_CONST, _EXTENDED = opmap["IS_OP"], opmap["LOAD_CONST"], opmap["EXTENDED_ARG"]
 # Names of a code object at most. Their numbers then fit an argument of one byte, flags included, so EXTENDED_ARG never
 # applies to a name and the arguments below can be read one by one.
 _NAMES = 60
@@ -140,9 +143,16 @@ def _numbers(code, kind):
 def _plain_identity(code):
     """Whether `is` is asked of None, True and False alone: other identities depend on caches."""
     operations = code.co_code[::2]
-    for place, kind in enumerate(operations if _IS in operations else b""):
+    if _IS not in operations:
+        return True
+    # Not where a jump leads, whose constant is another, nor with a number of the constant that takes two instructions.
+    targets = findlabels(code.co_code)
+    for place, kind in enumerate(operations):
         if kind == _IS:
-            constant = code.co_consts[code.co_code[2 * place - 1]] if operations[place - 1] == _LOAD_CONST else 0
+            loaded = (
+                operations[place - 1] == _LOAD_CONST and operations[place - 2] != _EXTENDED and 2 * place not in targets
+            )
+            constant = code.co_consts[code.co_code[2 * place - 1]] if loaded else 0
             if constant is not None and type(constant) is not bool:
                 return False
     return True

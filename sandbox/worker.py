@@ -20,9 +20,10 @@ import signal
 import sys
 import time
 import types
+import typing
 import warnings
 
-from sandbox import confine, contained, gate, literal, wire
+from sandbox import addresses, confine, contained, gate, literal, wire
 
 RESULT_FD = 31  # the only descriptor that the filter lets a child write to: the last below RLIMIT_NOFILE
 # Looked up before the forks: Python loads a codec's module at its first use, and in a child there are no files.
@@ -91,9 +92,11 @@ class Server:
         self.missing = [name for name, place in config["packages"].items() if not _load_from(place, name)]
         self.names = frozenset(self.modules)
         self.clock = _Clock() if self.wide else None
+        self.watch, self.together = addresses.Watch(), False
         if self.gated:
             self.proxies = _proxies(self.modules)
             self.builtins = gate.safe_builtins(self.wide, self.importer, gate.guarded_getattr)
+            self.proxies["copy"].deepcopy = self.deepcopy
         for codec in _CODECS:
             codecs.lookup(codec)  # later there is no way to load one
         if "random" in sys.modules:  # the benchmark profile: the same numbers in every child of the lane
@@ -126,6 +129,7 @@ class Server:
             state["seccomp"] = "installed but not effective"
         self.padding = _padding(self.config["seed"])
         self.rehearse()
+        _forget_types()
         sys.setrecursionlimit(self.config["recursion"] + 20)  # the frames below the program
         return state
 
@@ -272,8 +276,11 @@ class Server:
         # Read first: compiling one could meet the stack or memory that another has used up. Each text once: answers to
         # one task are often inputs to one program.
         readings = {code: self.read(code) for code in {code: None for code, *_ in programs}}
+        self.together = True
+        self.watch.begin()
         for code, entry, inputs, stop_at_failure in programs:
             program, order, frame = readings[code]
+            _forget_types()
             if frame:
                 say(*frame)
             else:
@@ -296,7 +303,9 @@ class Server:
             exec(program, space)
             function = space[entry]
         except BaseException as error:  # SystemExit too: what a program raises is an outcome
-            return say(b"X", _name_of(error, entry))
+            return say(b"A") if self.looked() else say(b"X", _name_of(error, entry))
+        if self.looked():
+            return say(b"A")
         say(b"G", "order" if order else "")
         for arguments in inputs:
             if not self.call(function, arguments) and stop_at_failure:
@@ -308,14 +317,33 @@ class Server:
             args, kwargs = wire.unpack_args(arguments, self.limits)
             value = function(*args, **kwargs)
         except BaseException as error:
-            return say(b"E", _name_of(error))
+            kind, text = b"E", _name_of(error)
+        else:
+            kind, text = self.told(value)
+        if self.looked():  # first, since the process may end at any moment
+            say(b"N")
+        say(kind, text)
+        return kind == b"O"
+
+    def told(self, value):
+        """(kind, text) of the frame of a value."""
         try:
-            say(b"O", literal.canon(value, self.limits))
+            return b"O", literal.canon(value, self.limits)
         except literal.TooLarge as error:
-            return say(b"L", str(error))
+            return b"L", str(error)
         except literal.NotLiteral as error:
-            return say(b"U", str(error))
-        return True
+            return b"U", str(error)
+
+    def looked(self):
+        """Whether a program that is not alone has looked at an address since the last time that this was asked."""
+        seen = self.together and self.watch.seen
+        self.watch.seen = False
+        return seen
+
+    def deepcopy(self, value, *memo, **options):
+        """copy.deepcopy; the keys of its second argument are addresses."""
+        self.watch.seen = self.watch.seen or bool(memo or options)
+        return self.modules["copy"].deepcopy(value, *memo, **options)
 
     def importer(self, name, scope=None, local=None, names=(), level=0):
         """What `import` does for a program: modules from the list, cut down to their public names."""
@@ -370,6 +398,12 @@ class _Nowhere(io.RawIOBase):
     def write(self, data):
         """All of it is taken."""
         return len(data)
+
+
+def _forget_types():
+    """Empties the caches of typing, where 1 and True are one key: List[True] is what List[1] has left behind."""
+    for forget in typing._cleanups:
+        forget()
 
 
 def _name_of(error, entry=None):

@@ -6,6 +6,7 @@ tests/sandbox/attacks/ holds the attacks (sharing.txt is made for this); each st
 import builtins
 import itertools
 import json
+import os
 import random
 import sys
 import types
@@ -19,6 +20,7 @@ from sandbox import BENCHMARK, Job, Sandbox, contained, gate, literal, outcomes,
 
 ATTACKS = Path(__file__).parent / "attacks"
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "benchmarks" / "cruxeval.jsonl"
+LONG = bool(os.environ.get("SANDBOX_LONG"))
 LOOP = "def f(x):\n    while True:\n        pass\n"
 COUNT = "def f(x, seen=[]):\n    seen.append(x)\n    return [len(seen), sum(seen), sorted({'b', 'a', str(x)})]\n"
 
@@ -112,6 +114,8 @@ def test_ordinary_programs_may(code):
         "x is 'a'",
         "x is y",
         "x is not 1",
+        "def f(s, x): return s is ('a1' if x else None)",
+        "[" + ", ".join(f"'c{i}'" for i in range(300)) + ", x is 'c299']",
         "raise MemoryError",
         "raise Exception",
         "object()",
@@ -299,6 +303,39 @@ def test_few_attacks_are_let_into_company():
     }
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "return int(str(f).split('0x')[1][:-1], 16) % 65536",
+        "return int(f'{(i for i in [])}'[-10:-1], 16)",
+        "return int(('%s' % [].append)[-9:-1], 16)",
+        "return int(repr({1: [map(str, [])]})[-11:-3], 16)",
+        "a, b = (lambda: 0), (lambda: 1)\n    return [g() for g in {a, b}]",
+        "return [g(1) for g in frozenset((iter, lambda x: x)) if g is not None and g(()) == ()]",
+        "return list({float('nan'), float('nan'), 0.5})[0] == 0.5",
+        "memo = {}\n    deepcopy([[x]], memo)\n    return max([k for k in memo]) % 65536",
+        "return len(str(zip))",
+        "return sorted(map(str, [iter([]), 'a']))[0][-9:]",
+    ],
+)
+def test_who_looks_at_an_address_is_run_alone(body, shared):
+    code = f"from copy import deepcopy\ndef f(x):\n    {body}\n"
+    assert contained.worth_trying(code) and may_share(code)
+    alone_too = body == "return len(str(zip))"  # the text of a type has no address
+    assert children(shared, [Job(code, ("1",)), Job(COUNT, ("1",)), Job(COUNT, ("2",))])[1] == 2 - alone_too
+
+
+@pytest.mark.parametrize("place", ["1", "True", "1.0"])
+def test_caches_of_typing_are_nobodys_business(place, shared, alone):
+    jobs = [
+        Job(f"from typing import Dict, List, Optional, Tuple, Union\ndef f(x): return str({kind}[{value}])", ("1",))
+        for kind in ("List", "Optional", "Tuple", "Union")
+        for value in (place, "1", "True", "-0.0", "0.0", "0")
+    ]
+    assert shared.run(jobs) == alone.run(jobs) == shared.run(jobs[::-1])[::-1]
+    assert f"typing.List[{place}]" in shared.run(jobs)[0][0].output or shared.run(jobs)[0][0].status == "error"
+
+
 def _compiles(code):
     try:
         gate.compile_source(code)
@@ -308,15 +345,18 @@ def _compiles(code):
 
 
 def test_in_company_and_alone_are_the_same_on_published_programs(alone):
+    """Real programs on real and on wrong inputs, alone and in three orders: each has met twenty others at the end."""
     if not DATA.exists():
         pytest.skip(f"{DATA} is not here")
-    rows = [json.loads(line) for line in DATA.open()][::4]
-    jobs = [Job(row["code"], (row["input"],) * 2) for row in rows]
+    rows = [json.loads(line) for line in DATA.open()][:: 1 if LONG else 4]
+    inputs = [row["input"] for row in rows]
+    jobs = [Job(row["code"], (row["input"], other)) for row, other in zip(rows, inputs[1:] + inputs[:1])]
     expected = alone.run(jobs)
-    order = random.Random(4).sample(range(len(jobs)), len(jobs))
     with Sandbox(workers=2) as two:
-        found, count, _ = children(two, [jobs[i] for i in order])
-    assert found == [expected[i] for i in order] and count < len(jobs) / 3
+        for seed in range(3):
+            order = random.Random(seed).sample(range(len(jobs)), len(jobs))
+            found, count, _ = children(two, [jobs[i] for i in order])
+            assert found == [expected[i] for i in order] and count < len(jobs) / 3
 
 
 # --- what such a child says ----------------------------------------------------------------------------------
