@@ -14,12 +14,13 @@ from dataclasses import replace
 from azr.tasks.program import read_program
 from azr.tasks.task import MODES, Task, Verdict, bad_characters
 from azr.tasks.validation import MAX_PROGRAM, not_literal
-from sandbox import Job, Outcome, Sandbox, literal
+from sandbox import PROPOSAL, Job, Outcome, Sandbox, literal
 
-ANSWERS_PER_JOB = 32  # answers that one process of the sandbox tries for one program
+# CPU seconds of an answer per input. Who needs more gets this many times what the task's own program needs, and at most
+# the sandbox's limit: an endless loop costs 0.08 s and not 1 s, and an answer to a slow task has its time.
+QUICK_SECONDS, TIME_FACTOR = 0.08, 20.0
 
 _NO_ANSWER = Verdict(False, "no_answer", "the response holds no answer")
-_AGAIN = ("memory", "killed", "forbidden")  # what other inputs in the same process may have caused
 
 
 def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool = False) -> list[Verdict]:
@@ -54,11 +55,11 @@ def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool
         except literal.LiteralError as error:
             verdicts[key] = not_literal(error, "answer")
     _judge_inputs(abduction, sandbox, verdicts)
-    jobs = [
-        Job(answer, tuple(arguments for arguments, _ in task.hidden), stop_at_failure=not fraction)
-        for _, task, answer in induction
-    ]
-    for (key, task, _), outcomes in zip(induction, sandbox.run(jobs) if jobs else []):
+    jobs = []
+    for _, task, answer in induction:
+        inputs = tuple(arguments for arguments, _ in task.hidden)
+        jobs.append((Job(answer, inputs, stop_at_failure=not fraction), Job(task.program, inputs)))
+    for (key, task, _), outcomes in zip(induction, _run(jobs, sandbox)):
         verdicts[key] = _judge_hidden(task, outcomes, fraction)
     return [verdicts[task.hash, answer] for task, answer in pairs]
 
@@ -85,24 +86,30 @@ def _check_candidate(program: str) -> Verdict:
 
 
 def _judge_inputs(abduction: list[tuple], sandbox: Sandbox, verdicts: dict) -> None:
-    """Runs programs on canonical answers. Only programs that cannot carry state share a process between answers, and
-    what one answer may have done to the next (memory) is tried again alone: no verdict depends on other answers."""
-    by_program = {}  # program -> its inputs, each once and in order: a dict is an ordered set
-    for _, task, text in abduction:
-        by_program.setdefault(task.program, {})[text] = None
-    groups = []
-    for program, inputs in by_program.items():
-        inputs, size = list(inputs), ANSWERS_PER_JOB if read_program(program).stateless else 1
-        groups += [(program, tuple(inputs[i : i + size])) for i in range(0, len(inputs), size)]
-    outcomes, again = {}, []
-    for (program, inputs), row in zip(groups, sandbox.run([Job(*group) for group in groups]) if groups else []):
-        outcomes.update({(program, text): outcome for text, outcome in zip(inputs, row)})
-        suspect = [text for text, outcome in zip(inputs, row) if outcome.status in _AGAIN]
-        again += [(program, text) for text in suspect if len(inputs) > 1]
-    for pair, row in zip(again, sandbox.run([Job(program, (text,)) for program, text in again]) if again else []):
-        outcomes[pair] = row[0]
+    """Runs programs on canonical answers, a job for each answer: no verdict depends on other answers. The sandbox runs
+    several in one process where it can prove that they do not meet."""
+    jobs = {
+        (task.program, text): (Job(task.program, (text,)), Job(task.program, (task.input,)))
+        for _, task, text in abduction
+    }
+    outcomes = dict(zip(jobs, _run(list(jobs.values()), sandbox)))
     for key, task, text in abduction:
-        verdicts[key] = _judge_outcome(outcomes[task.program, text], task.output)
+        verdicts[key] = _judge_outcome(outcomes[task.program, text][0], task.output)
+
+
+def _run(jobs: list[tuple[Job, Job]], sandbox: Sandbox) -> list[list[Outcome]]:
+    """The outcomes of the first job of each pair; the second, the task's program on the task's inputs, tells what time
+    an answer may need."""
+    results = sandbox.run([replace(job, cpu_seconds=QUICK_SECONDS) for job, _ in jobs])
+    late = [i for i, row in enumerate(results) if any(outcome.status == "timeout" for outcome in row)]
+    limits = dict.fromkeys(jobs[i][1] for i in late)
+    for job, row in zip(limits, sandbox.run(limits)):
+        good = all(outcome.status == "ok" for outcome in row)
+        limits[job] = min(PROPOSAL.cpu_seconds, TIME_FACTOR * row[-1].seconds) if good else PROPOSAL.cpu_seconds
+    late = [i for i in late if limits[jobs[i][1]] > QUICK_SECONDS]
+    for i, row in zip(late, sandbox.run([replace(jobs[i][0], cpu_seconds=limits[jobs[i][1]]) for i in late])):
+        results[i] = row
+    return results
 
 
 def _judge_outcome(outcome: Outcome, expected: str) -> Verdict:

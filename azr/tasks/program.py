@@ -1,4 +1,4 @@
-"""Reads model-written Python as text: normal form, triviality, carried state.
+"""Reads model-written Python as text: normal form, triviality.
 
 Text from a model is never handed to `ast` or `compile` here: a deeply nested program can take the interpreter down,
 and the process that calls this holds the weights. Instead a small regular-expression tokenizer (lines.py), linear in
@@ -22,7 +22,6 @@ from azr.tasks.lines import BLOCKS, CLOSE, KEYWORDS, OPEN, Line, Scope, split, t
 ENTRY = "f"
 MAX_SOURCE = 16_384  # characters; anything longer is its own normal form
 
-_REACH = frozenset("setattr getattr delattr vars globals locals getcontext setcontext localcontext exec eval".split())
 _BARE_STRING = re.compile(r"""[uU]?(['"])([^'"\\\n]*)\1""")
 
 
@@ -241,7 +240,6 @@ class Reading:
     form: str  # normal form; equal forms are one program
     has_entry: bool  # a top-level `def f`
     trivial: str  # "identity", "no parameter is read", or "" when neither
-    stateless: bool  # nothing in sight can carry a value from one call of f to the next
     parameters: dict[str, str]  # of f: name -> its name in the normal form
     shape: tuple[tuple[str, ...], ...]  # per statement: tokens with every name the program binds as "$"
 
@@ -250,7 +248,7 @@ class Reading:
 def read_program(source: str) -> Reading:
     """Reads a program; linear in its length, never raises. Longer than MAX_SOURCE: the text itself is the form."""
     if len(source) > MAX_SOURCE:
-        return Reading(source, True, "", False, {}, ())
+        return Reading(source, True, "", {}, ())
     lines, blocks = [], []  # blocks: (level, word) of the headers that are open
     for line in split(source):
         while blocks and blocks[-1][0] >= line.level:
@@ -272,7 +270,6 @@ def read_program(source: str) -> Reading:
         form="\0\n".join(f"{line.level}\0" + "\0".join(row) for line, row in zip(lines, words)),
         has_entry=start is not None,
         trivial=trivial,
-        stateless=_stateless(lines, words),
         parameters=parameters,
         shape=tuple(tuple("$" if word[0] == "$" else word for word in row) for row in words),
     )
@@ -398,21 +395,3 @@ def _triviality(lines: list[Line], words: list[list[str]], parameters: set[str])
         if assigned and line.level == lines[0].level + 1:
             alive.discard(row[0])
     return "no parameter is read"
-
-
-def _stateless(lines: list[Line], words: list[list[str]]) -> bool:
-    """Only imports and functions without defaults, and no way in sight to store a value outside of a call's locals.
-
-    Attributes are only called, never read or set: that costs some honest programs a process of their own per answer.
-    """
-    for line, row in zip(lines, words):
-        if line.level == 0 and row[0] not in ("import", "from", "def"):
-            return False
-        if row[0] in ("global", "nonlocal", "class", "@", "async") or (row[0] == "def" and "=" in row):
-            return False
-        if any(word in _REACH or word.startswith("_") and word != "_" for word in row):
-            return False
-        dots = [i for i, word in enumerate(row) if word == "." and row[0] not in ("import", "from")]
-        if any(row[i + 2 : i + 3] != ["("] for i in dots):
-            return False
-    return True
