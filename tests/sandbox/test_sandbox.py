@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 
-from sandbox import BENCHMARK, PROPOSAL, Job, Outcome, Sandbox, literal
+from sandbox import BENCHMARK, PROPOSAL, Job, Outcome, Sandbox, literal, outcomes
 
 LONG = bool(os.environ.get("SANDBOX_LONG"))
 LOOP = "def f(x):\n    while True:\n        pass\n"
@@ -305,15 +306,96 @@ def test_a_loop_costs_its_limit_and_little_more(sandbox):
             process.wait()
 
 
-def test_a_wall_limit_is_infra_and_spoils_nothing():
-    raw = replace(PROPOSAL, gate=False, wall_seconds=1.5, cpu_seconds=0.05, modules=PROPOSAL.modules + ("_thread",))
+def test_a_program_that_waits_is_at_fault_like_one_that_loops():
+    raw = replace(PROPOSAL, gate=False, cpu_seconds=0.05, modules=PROPOSAL.modules + ("_thread", "queue"))
+    code = (
+        "import _thread, queue\nlock = _thread.allocate_lock()\nlock.acquire()\n"
+        "def f(x):\n    if x == 2:\n        lock.acquire()\n    if x == 3:\n        queue.Queue().get()\n"
+        "    return lock.acquire(timeout=60)"  # nobody can release it: its time is over at once
+    )
     with Sandbox(2, raw) as short:
-        code = (
-            "import _thread\nlock = _thread.allocate_lock()\nlock.acquire()\n"
-            "def f(x):\n    if x == 2:\n        lock.acquire()\n    return x"
-        )
-        found = one(short, code, "1", "2", "3")
-        assert [outcome.status for outcome in found] == ["ok", "infra", "ok"] and found[1].detail == "wall_time"
+        found = one(short, code, "1", "2", "3", "4")
+    assert [(outcome.status, outcome.output) for outcome in found] == [
+        ("ok", "False"),
+        ("timeout", None),
+        ("timeout", None),
+        ("ok", "False"),
+    ]
+
+
+KILLER = """
+import os, signal, sys, time
+servers, ticks, pages = set(map(int, sys.argv[1].split(","))), int(sys.argv[2]), int(sys.argv[3])
+while os.getppid() > 1:
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = open(f"/proc/{entry}/stat").read().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) in servers and int(fields[11]) >= ticks and int(fields[21]) >= pages:
+            os.kill(int(entry), signal.SIGKILL)
+    time.sleep(0.005)
+"""
+
+
+@pytest.mark.parametrize(
+    "code, pages, status, detail",
+    [
+        ("def f(x):\n    while x == 2: pass\n    return x", 0, "infra", "signal SIGKILL"),
+        ("def f(x):\n    big = 'a' * 180_000_000\n    while x == 2: pass\n    return x", 33_000, "memory", "killed"),
+    ],
+)
+def test_what_is_killed_twice_from_outside(code, pages, status, detail):
+    """Without a verdict, unless its own memory was the reason; and no further input is tried where the job is over."""
+    with Sandbox(1) as own:
+        own.run([Job("def f(x): return x", ("1",))])
+        servers = ",".join(str(lane.process.pid) for lane in own._lanes)
+        killer = subprocess.Popen([sys.executable, "-c", KILLER, servers, "5", str(pages)])
+        try:
+            for stop, last in ((False, "ok"), (True, status)):
+                found = one(own, code, "1", "2", "3", cpu_seconds=5.0, stop_at_failure=stop)
+                assert [outcome.status for outcome in found] == ["ok", status, last]
+                assert found[1].detail == detail and found[2].detail == ("not_run" if stop else "")
+        finally:
+            killer.kill()
+            killer.wait()
+
+
+def test_time_of_a_job_is_limited(sandbox):
+    before = sandbox.state["children_cpu_seconds"]
+    found = one(sandbox, "def f(x):\n    while x > 1: pass\n    return x", *map(str, range(30)), cpu_seconds=0.05)
+    assert [outcome.output for outcome in found[:2]] == ["0", "1"]
+    assert {outcome.status for outcome in found[2:]} == {"timeout"} and found[-1].detail == "job_time"
+    assert sandbox.state["children_cpu_seconds"] - before < 0.05 * (outcomes.JOB_LIMITS + 2) + 0.15
+    with pytest.raises(ValueError, match="job_seconds"):
+        one(sandbox, LOOP, job_seconds=0)
+
+
+@pytest.mark.parametrize("loops, status", [(400_000, "timeout"), (5_000, "ok")])
+def test_a_slow_proposal_is_refused_before_it_costs_more(loops, status):
+    slow = f"def f(x):\n    for i in range({loops}): pass\n    return len({{x, 'a'}})"  # ten inputs: all seeds
+    with Sandbox(2, replace(PROPOSAL, validation_seconds=0.05)) as own:
+        [found] = own.validate([Job(slow, tuple(map(str, range(10))), stop_at_failure=True)])
+        assert found[-1].status == status
+        assert own.state["children_cpu_seconds"] < 0.05 * (1 + 1.25 * 10) + 0.25
+
+
+def test_a_crowded_machine_is_no_verdict(sandbox):
+    seconds = 20 if LONG else 2
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * os.cpu_count())]
+    end, count = time.monotonic() + seconds, 0
+    slow = "def f(x):\n    for i in range(1_000_000): pass\n    return x"
+    try:
+        while time.monotonic() < end:
+            jobs = [Job("def f(x): return x", ("1", "2", "3"))] * 40 + [Job(slow, ("1",))] * 2
+            found = sandbox.run(jobs)
+            assert {outcome.status for row in found for outcome in row} == {"ok"}
+            count += len(found)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert count and sandbox.state["lanes_lost"] == 0
 
 
 def test_soak_leaves_lanes_as_they_were(sandbox):

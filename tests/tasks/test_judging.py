@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from azr.tasks import Task, judge, validate
-from azr.tasks.program import read_program
 from sandbox import PROPOSAL, Outcome, Sandbox
 
 DOUBLE = "def f(x):\n    return x * 2"
@@ -63,10 +62,8 @@ def test_abduction_runs_the_program_on_the_answer(sandbox):
 def test_answers_cannot_help_or_harm_each_other(sandbox):
     """A program that counts its calls: each answer is the first in a process of its own."""
     task = Task("abduction", "n = []\ndef f(x):\n    n.append(x)\n    return sum(n)", "5", "5")
-    assert not read_program(task.program).stateless
     assert judged(task, ["2", "3", "5", "0"], sandbox) == [(False, "wrong")] * 2 + [(True, "ok"), (False, "wrong")]
     greedy = Task("abduction", "def f(x):\n    return len('a' * x)", "20000000", "20000000")
-    assert read_program(greedy.program).stateless
     # 20 MB: touching its pages must not cost a slow machine the second of CPU time that an input has
     assert judged(greedy, ["1000000000", "20000000", "7"], sandbox) == [
         (False, "memory"),
@@ -80,19 +77,40 @@ def test_answers_cannot_help_or_harm_each_other(sandbox):
     [
         "n = 0\ndef f(x):\n    global n\n    n += x\n    return n",
         "def f(x, seen=[]):\n    seen.append(x)\n    return seen",
-        "def f(x):\n    f.n = x\n    return x",
-        "def f(x):\n    setattr(f, 'n', x)\n    return x",
-        "import math\ndef f(x):\n    math.pi, y = x, 1\n    return y",
         "class A:\n    n = 0\ndef f(x):\n    A.n += x\n    return A.n",
-        "from functools import lru_cache\n@lru_cache\ndef f(x):\n    return x",
-        "def f(x):\n    f.__dict__.update(a=x)\n    return x",
-        "import decimal\ndef f(x):\n    return f'{decimal.getcontext()}'",
-        "def g(i=iter(range(9))):\n    return next(i)\ndef f(x):\n    return g()",
-        "import copy\ndef f(x):\n    copy._deepcopy_dispatch[int] = x",
+        "from functools import lru_cache\n@lru_cache\ndef g(x): return x\ndef f(x):\n"
+        "    return [g(x), g.cache_info().hits]",
+        "from numbers import Number\ndef f(x):\n    known = isinstance('', Number)\n    Number.register(str)\n"
+        "    return [known]",
+        "import decimal\ndef f(x):\n    before = str(decimal.Context().traps)\n"
+        "    decimal.DefaultContext.clear_traps()\n    return len(before)",
+        "from typing import List\ndef f(x):\n    return str(List[x])",
+        "import enum\nclass A(enum.Enum):\n    B = 1\nB = 7\ndef f(x):\n    before = B\n    enum.global_enum(A)\n"
+        "    return before",
+        "import operator\ndef f(x):\n    d = operator.attrgetter('__dict__')(f)\n"
+        "    operator.setitem(d, 'n', d.get('n', 0) + 1)\n"
+        "    return d['n']",
     ],
 )
-def test_programs_that_could_carry_state_are_seen(program):
-    assert not read_program(program).stateless
+def test_one_answer_cannot_change_what_the_next_one_gets(program, sandbox):
+    answers = ["1", "True", "1.0", "2", "'a'"]
+    tasks = [Task("abduction", program, "1", output) for output in ("1", "[1]", "[False]", "'typing.List[1]'", "7")]
+    for task in tasks:
+        together = judged(task, answers, sandbox)
+        assert together == [judged(task, [answer], sandbox)[0] for answer in answers]
+        assert together == judged(task, answers[::-1], sandbox)[::-1]
+
+
+def test_an_endless_answer_costs_little_and_a_slow_task_has_its_time(sandbox):
+    loop = "def f(n):\n    while True:\n        pass"
+    quick = Task("induction", DOUBLE, message="", visible=(("1", "2"),), hidden=(("5", "10"), ("6", "12")))
+    count = "def f(n):\n    m = 0\n    for i in range(n):\n        m += 1\n    return m"
+    slow = Task("induction", count, message="", visible=(("1", "1"),), hidden=(("900000", "900000"),))
+    before = sandbox.state["children_cpu_seconds"]
+    assert judged(quick, [loop, DOUBLE, loop + "\n"], sandbox) == [(False, "timeout"), (True, "ok"), (False, "timeout")]
+    assert sandbox.state["children_cpu_seconds"] - before < 0.3
+    slower = count.replace("m += 1", "m += 1; n, k, j = n, i, m; k = j + i - j; j = [k, i, n][1]; k += j")
+    assert judged(slow, [slower, count], sandbox) == [(True, "ok")] * 2
 
 
 def test_induction_is_all_or_nothing(sandbox):
