@@ -4,16 +4,21 @@
     buffers.add(task, step=3)                                   # False: there is an equal one
     references = buffers.sample("deduction", 6, random.Random("seed/step/propose"))
 
-Imports duplicates.py and task.py. Left out: weights by difficulty or age; every draw is uniform.
+A program may stand in PER_PROGRAM tasks of a mode: a proposer that has one good program would otherwise be paid for
+every input it can think of. Imports duplicates.py and task.py. Left out: weights by difficulty or age; every draw is
+uniform.
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
+from dataclasses import replace
 
-from azr.tasks.duplicates import duplicate_key
+from azr.tasks.duplicates import duplicate_key, instance_key, program_key
 from azr.tasks.task import MODES, SEED_PROGRAM, SEED_TASKS, Task
+
+PER_PROGRAM = 8  # tasks of a mode whose programs do the same
 
 
 class Buffers:
@@ -27,6 +32,8 @@ class Buffers:
         # Keys are stored, not computed again: reading a program costs more than anything else here.
         self._rows: dict[str, deque[tuple[str, int, Task]]] = {mode: deque() for mode in MODES}
         self._keys: dict[str, set[str]] = {mode: set() for mode in MODES}
+        self._programs: dict[str, Counter[str]] = {mode: Counter() for mode in MODES}
+        self._instances: dict[str, Counter[str]] = {mode: Counter() for mode in MODES}
 
     def __len__(self) -> int:
         return sum(map(len, self._rows.values()))
@@ -44,14 +51,28 @@ class Buffers:
         if key in keys:
             return False
         if len(rows) == self.capacity:
-            keys.remove(rows.popleft()[0])
+            oldest, _, left = rows.popleft()
+            keys.remove(oldest)
+            self._count(left, -1)
         rows.append((key, step, task))
         keys.add(key)
+        self._count(task, 1)
         return True
 
+    def _count(self, task: Task, change: int) -> None:
+        for counts, key in ((self._programs, program_key(task)), (self._instances, instance_key(task))):
+            counts[task.mode][key] += change
+            if not counts[task.mode][key]:
+                del counts[task.mode][key]
+
     def keys(self, mode: str | None = None) -> set[str]:
-        """Duplicate keys of a mode, or of all (keys of two modes never coincide)."""
-        return set().union(*(self._keys[m] for m in ([mode] if mode else MODES)))
+        """What makes a task a duplicate, of a mode or of all (keys of two modes never coincide): duplicate_key and
+        instance_key of every task, program_key of the programs that stand in PER_PROGRAM tasks already."""
+        keys: set[str] = set()
+        for m in [mode] if mode else MODES:
+            keys |= self._keys[m] | self._instances[m].keys()
+            keys |= {key for key, count in self._programs[m].items() if count >= PER_PROGRAM}
+        return keys
 
     def tasks(self, mode: str) -> list[tuple[Task, int]]:
         """(task, step), oldest first."""
@@ -80,7 +101,10 @@ class Buffers:
 
     def state_dict(self) -> dict:
         """Everything, as JSON; order and steps included."""
-        rows = {mode: [[key, step, task.to_json()] for key, step, task in self._rows[mode]] for mode in MODES}
+        rows = {
+            mode: [[key, step, task.to_json(), task.behaviour] for key, step, task in self._rows[mode]]
+            for mode in MODES
+        }
         return {"capacity": self.capacity, "rows": rows}
 
     def load_state_dict(self, state: dict) -> None:
@@ -89,8 +113,8 @@ class Buffers:
         # Into new buffers first: a state that is broken in its last line must not leave half of it here.
         fresh = Buffers(state["capacity"])
         for mode in MODES:
-            for key, step, row in state["rows"][mode]:
-                task = Task.from_json(row)
+            for key, step, row, *behaviour in state["rows"][mode]:  # a run of before has no behaviours
+                task = replace(Task.from_json(row), behaviour="".join(behaviour))
                 if task.mode != mode or not fresh._append(key, step, task):
                     raise ValueError(f"buffer state: a repeated or misplaced {task.mode} task among the {mode} tasks")
-        self.capacity, self._rows, self._keys = fresh.capacity, fresh._rows, fresh._keys
+        vars(self).update(vars(fresh))

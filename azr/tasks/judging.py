@@ -9,8 +9,6 @@ Imports the other files of this folder and the sandbox.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from azr.tasks.program import read_program
 from azr.tasks.task import MODES, Task, Verdict, bad_characters
 from azr.tasks.validation import MAX_PROGRAM, not_literal
@@ -23,13 +21,13 @@ QUICK_SECONDS, TIME_FACTOR = 0.08, 20.0
 _NO_ANSWER = Verdict(False, "no_answer", "the response holds no answer")
 
 
-def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool = False) -> list[Verdict]:
+def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox) -> list[Verdict]:
     """Whether each answer is correct for its task, in order; `ok` means correct. Identical pairs are judged once.
 
     Deduction compares values; nothing is run. Abduction runs the task's program on the answer. Induction runs the
-    answer on the hidden inputs: all must be right, an exception is a failure; `fraction`: go on after a failure, so
-    that `score` is the share of right ones. Raises ValueError for a mathematics task and for a task whose expected
-    output is no literal; SandboxError.
+    answer on the hidden and the visible inputs: all must be right (an answer that contradicts what it was shown may be
+    right for the hidden ones by chance), an exception is a failure. Raises ValueError for a mathematics task and for a
+    task whose expected output is no literal; SandboxError.
     """
     verdicts: dict[tuple[str, str | None], Verdict] = {}
     abduction, induction = [], []  # (key, task, canonical arguments), (key, task, program)
@@ -57,10 +55,10 @@ def judge(pairs: list[tuple[Task, str | None]], sandbox: Sandbox, fraction: bool
     _judge_inputs(abduction, sandbox, verdicts)
     jobs = []
     for _, task, answer in induction:
-        inputs = tuple(arguments for arguments, _ in task.hidden)
-        jobs.append((Job(answer, inputs, stop_at_failure=not fraction), Job(task.program, inputs)))
+        inputs = tuple(given for given, _ in task.hidden + task.visible)
+        jobs.append((Job(answer, inputs, stop_at_failure=True), Job(task.program, inputs)))
     for (key, task, _), outcomes in zip(induction, _run(jobs, sandbox)):
-        verdicts[key] = _judge_hidden(task, outcomes, fraction)
+        verdicts[key] = _judge_pairs(task, outcomes)
     return [verdicts[task.hash, answer] for task, answer in pairs]
 
 
@@ -70,7 +68,7 @@ def _compare(value, expected: str) -> Verdict:
         right = literal.parse(expected)
     except literal.LiteralError as error:
         raise ValueError(f"the task's output {expected[:60]!r} is no literal: {error}") from error
-    return Verdict(True, "ok", score=1.0) if literal.equal(value, right) else Verdict(False, "wrong", "another value")
+    return Verdict(True, "ok") if literal.equal(value, right) else Verdict(False, "wrong", "another value")
 
 
 def _check_candidate(program: str) -> Verdict:
@@ -119,12 +117,9 @@ def _judge_outcome(outcome: Outcome, expected: str) -> Verdict:
     return _compare(literal.parse(outcome.output), expected)
 
 
-def _judge_hidden(task: Task, outcomes: list[Outcome], fraction: bool) -> Verdict:
-    """All hidden pairs must be right; a failure counts even where the sandbox failed on another pair."""
-    rows = [_judge_outcome(outcome, expected) for outcome, (_, expected) in zip(outcomes, task.hidden)]
+def _judge_pairs(task: Task, outcomes: list[Outcome]) -> Verdict:
+    """All pairs must be right; a failure counts even where the sandbox failed on another pair."""
+    rows = [_judge_outcome(outcome, expected) for outcome, (_, expected) in zip(outcomes, task.hidden + task.visible)]
     # The reason is that of the first pair that failed by itself; the sandbox's failure only if there is no other.
     wrong = [row for row in rows if not row.ok and row.reason != "infra"] or [row for row in rows if not row.ok]
-    if not wrong:
-        return Verdict(True, "ok", score=1.0)
-    counted = fraction and wrong[0].reason != "infra"
-    return replace(wrong[0], score=sum(row.ok for row in rows) / len(rows) if counted else 0.0)
+    return wrong[0] if wrong else Verdict(True, "ok")

@@ -1,4 +1,4 @@
-"""Reads what a model wrote: the text of the answer tag, fenced blocks, answers, proposals; finds code in a message.
+"""Reads what a model wrote: the text of the answer tag, fenced blocks, answers, proposals.
 
     parse_answer("deduction", "2 + 2</think> <answer>```output\n4\n```</answer>").value           # "4"
     parse_proposal("abduction", response).value                                                 # a Proposal, or None
@@ -6,7 +6,7 @@
 Text in, text out: the time is linear in the text, nothing raises on a response, and nothing is evaluated. A response is
 what a model writes after a prompt that ends with an opened `<think>`: "thoughts</think> <answer>...</answer>".
 
-Imports task.py and the tokenizer of program.py.
+Imports task.py and the tokenizer of lines.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from azr.tasks.lines import KEYWORDS, string_end
-from azr.tasks.program import read_program
+from azr.tasks.lines import string_end
 from azr.tasks.task import MODES, Parsed, Proposal
 
 _ANSWER = re.compile(r"</think>\s*<answer>")
@@ -23,9 +22,6 @@ _ANSWER = re.compile(r"</think>\s*<answer>")
 _OPENING = re.compile(r"(`{3,})(?:([A-Za-z][\w+#.-]*)(?![\w`+#.-]))?")
 # What matters inside of a block: ticks, quotes (which may hold ticks), comments and escapes (which may hold quotes).
 _INSIDE = re.compile(r"(?m:^)[ \t]*`{3,}|`{3,}|\"\"\"|'''|[\"']|#(?:(?!```)[^\n])*|\\[\s\S]")
-_DEFINITION = re.compile(r"\bdef\s+\w+\s*\(|\blambda\b[^:\n]{0,80}:")
-_PROSE = frozenset(",.:-/();!?$_")  # marks that prose uses too
-_WORD = re.compile(r"\w+|[^\w\s'\"]")
 _LINE_END = re.compile(r"[ \t]*(?:\r?\n|\Z)")
 
 
@@ -99,62 +95,6 @@ def _close(text: str, start: int, ticks: int, code: bool, unclosed: set[str]) ->
             elif len(mark) == 3:
                 unclosed.add(mark)
     return len(text), len(text), False
-
-
-# --- code in a message -----------------------------------------------------------------------------------------------
-
-
-def leaked_code(program: str, message: str) -> str:
-    """What code of the program, under whatever names, a message for an induction task gives away; "" if none.
-
-    A fence or a function definition always counts. Otherwise: the whole returned expression (three tokens or more),
-    any other expression of six, or eight tokens in a row, if operators, subscripts or calls are in them. Prose that
-    names functions or operations passes.
-    """
-    if "```" in message:
-        return "a code fence"
-    if _DEFINITION.search(message):
-        return "a function definition"
-    # In the program's normal form, so that new names for its variables do not hide it. Words that every program may
-    # hold stay; all others become "$" on both sides.
-    shape = read_program(program).shape
-    public = {word for row in shape for word in row if word.isidentifier()} | KEYWORDS
-    text = _joined(_words(message, public))
-    for row in shape:
-        for piece in _pieces(row, public):
-            if _is_code(piece) and _joined(piece) in text:
-                return " ".join(piece)
-    return ""
-
-
-def _words(text: str, public: set[str]) -> list[str]:
-    """Words and single marks without quotes, every word that the program does not share with all programs as "$"."""
-    return ["$" if word[0].isalpha() and word not in public else word for word in _WORD.findall(text)]
-
-
-def _pieces(row: tuple[str, ...], public: set[str]):
-    """Stretches of a statement whose presence in a message counts as its code."""
-    if row[0] in ("def", "class", "import", "from", "@", "async"):
-        return
-    body = row[1:] if row[0] in KEYWORDS else row[row.index("=") + 1 :] if "=" in row else row
-    body = body[:-1] if body and body[-1] == ":" else body
-    words = _words(" ".join(body), public)
-    if len(words) >= (3 if row[0] == "return" else 6):
-        yield words
-    for i in range(len(words) - 7):
-        yield words[i : i + 8]
-
-
-def _is_code(piece: list[str]) -> bool:
-    """Marks that prose does not use, a floor division, or a call."""
-    pairs = list(zip(piece, piece[1:]))
-    called = any(after == "(" and before.isidentifier() and before not in KEYWORDS for before, after in pairs)
-    return called or ("/", "/") in pairs or any(not word[0].isalnum() and word not in _PROSE for word in piece)
-
-
-def _joined(words: list[str]) -> str:
-    # Separated by a mark that no word holds, so that a search for text finds whole words only.
-    return "\0" + "\0".join(words) + "\0"
 
 
 # --- answers and proposals --------------------------------------------------------------------------------------------

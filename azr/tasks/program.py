@@ -275,6 +275,31 @@ def read_program(source: str) -> Reading:
     )
 
 
+def bare(source: str) -> str:
+    """The program without comments and docstrings, nor the blank lines that they leave; one that has none comes back
+    as it is. A block that holds nothing else gets `pass`."""
+    words = tokens(source)
+    rows, depth = [[]], 0  # logical lines, each with its space before it
+    for kind, text in words:
+        depth = max(0, depth + (text in OPEN) - (text in CLOSE)) if kind == "op" else depth
+        if kind == "newline" and depth == 0:
+            rows.append([])
+        else:
+            rows[-1].append((kind, text))
+    rows = [row for row in rows if any(kind not in ("space", "newline") for kind, _ in row)]
+    alone = [all(kind in ("string", "space", "newline") for kind, _ in row) for row in rows]
+    if not any(alone) and sum(len(text) for _, text in words) == len(source):
+        return source
+    indents = [row[0][1] if row[0][0] == "space" else "" for row in rows]
+    lines = []
+    for i, row in enumerate(rows):
+        if not alone[i]:
+            lines.append("".join(text for _, text in row).rstrip())
+        elif indents[i] not in (indents[i - 1] if i else None, indents[i + 1] if i + 1 < len(rows) else None):
+            lines.append(indents[i] + "pass")
+    return "\n".join(lines)
+
+
 _NUMBER_WORD = re.compile(r"(?<=\0)\.?\d[^\0]*")
 _STRING_WORD = re.compile(r"(?<=\0)[rRbBuUfF]{0,2}[\"'][^\0]*")
 

@@ -37,7 +37,7 @@ FIELDS = {
 class Task:
     """One task. `input` is the text between the parentheses of f(...); values are canonical literal text; `visible`
     and `hidden` are (input, output) pairs. `response` and `log_probs` (nats, one for each of its tokens) come with
-    solution files and are no part of the hash."""
+    solution files, `behaviour` (behaviour.py: what the program does) with validation; none is a part of the hash."""
 
     mode: str
     program: str = ""
@@ -50,6 +50,7 @@ class Task:
     answer: str = ""
     response: str | None = None
     log_probs: tuple[float, ...] | None = None
+    behaviour: str = field(default="", compare=False)
 
     @cached_property
     def hash(self) -> str:
@@ -130,15 +131,13 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`ok`: valid, or correct. `task`: the task that a valid proposal makes. `score`: 1 or 0; with judge(...,
-    fraction=True) the share of an induction task's hidden pairs that are right. Reason "infra": the sandbox failed,
-    not the model; such a sample is to be dropped."""
+    """`ok`: valid, or correct. `task`: the task that a valid proposal makes. Reason "infra": the sandbox failed, not
+    the model; such a sample is to be dropped."""
 
     ok: bool
     reason: str
     detail: str = ""
     task: Task | None = None
-    score: float = 0.0
 
 
 @dataclass

@@ -128,8 +128,8 @@ def test_induction_is_all_or_nothing(sandbox):
     ]
     expected = ["ok", "error", "error", "no_entry", "syntax", "forbidden", "too_large", "syntax"]
     assert [reason for _, reason in judged(task, programs, sandbox)] == expected
-    scores = [verdict.score for verdict in judge([(task, program) for program in programs[:3]], sandbox, fraction=True)]
-    assert scores == pytest.approx([1.0, 0.8, 0.0])
+    contradicts = "def f(n):\n    return n + n if n > 1 else 0"  # right for all hidden pairs, not for a visible one
+    assert judged(task, [contradicts], sandbox) == [(False, "wrong")]
     liar = (
         "class A:\n    def __eq__(self, other):\n        return True\n"
         "    def __repr__(self):\n        return '10'\n"
@@ -165,7 +165,7 @@ def test_expected_answers_stay_outside_and_equal_answers_run_once(sandbox):
     hidden = Task("induction", DOUBLE, message="m", visible=(("1", "2"),), hidden=(("41", "1234567"),))
     pairs = [(task, "1"), (task, "1 "), (task, "1"), (task, "2"), (hidden, DOUBLE), (hidden, DOUBLE)]
     assert [verdict.ok for verdict in judge(pairs, recorder)] == [True, True, True, True, False, False]
-    assert sum(len(job.inputs) for job in recorder.jobs) == 3
+    assert sum(len(job.inputs) for job in recorder.jobs) == 4
     assert "1234567" not in repr(recorder.jobs) and all("output" not in repr(job) for job in recorder.jobs)
 
 
@@ -173,14 +173,8 @@ def test_a_failing_sandbox_is_infra_and_never_a_right_answer(sandbox):
     recorder = Recorder(sandbox, broken=("6",))
     abduction = Task("abduction", DOUBLE, "6", "12")
     hidden = Task("induction", DOUBLE, message="m", visible=(("1", "2"),), hidden=(("6", "12"), ("7", "14")))
-    verdicts = judge(
-        [(abduction, "6"), (hidden, DOUBLE), (hidden, "def f(x):\n    return 12")], recorder, fraction=True
-    )
-    assert [(v.ok, v.reason, v.score) for v in verdicts] == [
-        (False, "infra", 0.0),
-        (False, "infra", 0.0),
-        (False, "wrong", 0.0),
-    ]
+    verdicts = judge([(abduction, "6"), (hidden, DOUBLE), (hidden, "def f(x):\n    return 12")], recorder)
+    assert [(v.ok, v.reason) for v in verdicts] == [(False, "infra"), (False, "infra"), (False, "wrong")]
 
 
 def test_judging_what_is_no_task_of_ours(sandbox):

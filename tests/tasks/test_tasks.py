@@ -7,7 +7,7 @@ import pytest
 
 from azr import tasks
 from azr.tasks import SEED_PROGRAM, SEED_TASKS, Proposal, Task, judge, validate
-from azr.tasks.parse import leaked_code
+from azr.tasks.messages import leaked_code
 from azr.tasks.program import skeleton
 from sandbox import PROPOSAL, Sandbox
 
@@ -102,7 +102,7 @@ VERDICTS = [
     ("trivial", deduction("def f(x: int) -> int:\n    y: int = x\n    return y")),
     ("trivial", deduction("def f(x):\n    return 17")),
     ("trivial", deduction("def f(x):\n    x = 17\n    return x")),
-    ("ok", deduction("def f(x):\n    return [x for x in x]", "[1]")),
+    ("ok", deduction("def f(x):\n    return [x + 1 for x in x]", "[1]")),
     ("ok", induction()),
     ("wrong_count", induction(inputs=["1", "2"])),
     ("inputs_not_distinct", induction(inputs=["1", " 1 # same", *map(str, range(8))])),
@@ -214,7 +214,7 @@ def test_the_seed_tasks_are_right(sandbox):
             ],
             sandbox,
         )
-        == [tasks.Verdict(True, "ok", score=1.0)] * 3
+        == [tasks.Verdict(True, "ok")] * 3
     )
     seed = SEED_TASKS["induction"]
     inputs = tuple(given for given, _ in seed.visible + seed.hidden)

@@ -43,7 +43,9 @@ def test_cruxeval_outputs_and_inputs_judge_correct(sandbox):
 def test_published_seeds_are_accepted_but_for_their_faults(name, valid, sandbox):
     rows = rows_of(f"azr_seeds/{name}.jsonl")[::2]
     verdicts = validate([Proposal("deduction", row["snippet"], (row["input"],)) for row in rows], sandbox)
-    assert sum(verdict.ok for verdict in verdicts) >= valid
+    assert sum(verdict.ok for verdict in verdicts) >= valid - 6
+    # Looked at one by one: they return what they are given, or one value, for whatever input of their types.
+    assert sum(verdict.ok or verdict.reason == "trivial" for verdict in verdicts) >= valid
     for row, verdict in zip(rows, verdicts):
         cut_off = len(row["output"]) >= 400 and "..." in row["output"]
         if cut_off or row["output"] in ("", "None", "Ellipsis") or " at 0x" in row["output"]:

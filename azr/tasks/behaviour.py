@@ -1,0 +1,214 @@
+"""What a program does on inputs that its author did not choose: twenty fresh ones of the same types.
+
+    [behaviour] = observe([Task("deduction", "def f(x):\n    return x * 2", "3", "6")], sandbox)
+    behaviour.key           # equal for every program that gives the same on the twenty inputs, `return x + x` too
+    behaviour.trivial       # "" or why there is nothing to solve: a constant, an argument given back, a lookup
+
+A text can be rewritten in endless ways (brackets, `0x3`, dead branches, swapped operands), so tasks are told apart by
+what they do. The inputs depend on the types of the task's own input alone: two tasks about one program meet on the
+same inputs. They are small on purpose (no zero, nothing negative unless the own input is, few beyond 100), because
+loops of honest programs never end on others. Imports duplicates.py, program.py, task.py and the sandbox.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from typing import NamedTuple
+
+from azr.tasks.duplicates import positional
+from azr.tasks.task import Task
+from sandbox import Job, Sandbox, literal
+
+PROBES = 20  # fresh inputs
+CPU_SECONDS = 0.2  # of one fresh input: most programs take a thousandth, and a loop that never ends costs this
+TELLING = 8  # values that must be among the results before they say which program it is
+SURE = 12  # values that must be among the results before a program is called trivial
+NEAR = 10  # inputs near the task's own, looked at before a program is called trivial that seems to be more there
+MAX_DEPTH = 4  # of nested values that are made anew; what is deeper stays as it is
+
+_WORDS = "level noon abc banana Hello tree aab zebra x madam Python 12 7 305 cat9".split()
+_SEPARATORS = (" ", ", ", ",", "-", ":", "=", "/", ".", "_", "  ")
+_LETTERS = "abcdefghij"
+_ODD = ("()", "(())[]", "([)]", "{a: 1}", "<b>x</b>", "a1b2c3", "aaabbc", "1+2*3", "A-b C_d", "x.y@z.com")
+_NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 21, 24, 25, 28, 30, 35, 36, 42, 49, 50, 60, 64, 100)
+
+
+class Behaviour(NamedTuple):
+    """key: hex digits, "" where the fresh inputs give too few values to tell programs apart. trivial: a sentence, or
+    "". outputs: how many different values the fresh inputs gave (a guess is right more often where they are few)."""
+
+    key: str
+    trivial: str
+    outputs: int
+
+
+def observe(tasks: list[Task], sandbox: Sandbox) -> list[Behaviour]:
+    """The behaviour of each task's program. Raises SandboxError, nothing on a program."""
+    own = [task.visible[0] if task.mode == "induction" else (task.input, task.output) for task in tasks]
+    inputs = [fresh_inputs(task.program, given) for task, (given, _) in zip(tasks, own)]
+    rows = _run(tasks, inputs, sandbox)
+    seeming = [_triviality(given, row) for given, row in zip(inputs, rows)]
+    # What the own input contradicts may be a test that few inputs pass, or a lookup: inputs near it tell.
+    doubtful = [
+        i for i, pair in enumerate(own) if seeming[i] and not _triviality([*inputs[i], pair[0]], [*rows[i], pair[1]])
+    ]
+    near = [near_inputs(own[i][0]) for i in doubtful]
+    for i, given, row in zip(doubtful, near, _run([tasks[i] for i in doubtful], near, sandbox)):
+        if not _triviality(inputs[i] + given, rows[i] + row):
+            seeming[i] = ""
+    return [Behaviour(_key(given, row), reason, _distinct(row)) for given, row, reason in zip(inputs, rows, seeming)]
+
+
+def _run(tasks: list[Task], inputs: list[list[str]], sandbox: Sandbox) -> list[list[str | None]]:
+    """The output of each program on each input, None where it has none."""
+    jobs = [Job(task.program, tuple(given), cpu_seconds=CPU_SECONDS) for task, given in zip(tasks, inputs)]
+    return [[outcome.output for outcome in row] for row in (sandbox.run(jobs) if jobs else [])]
+
+
+def _key(inputs: list[str], outputs: list[str | None]) -> str:
+    if sum(output is not None for output in outputs) < TELLING:
+        return ""
+    return hashlib.sha256(json.dumps([inputs, outputs]).encode()).hexdigest()[:32]
+
+
+def _distinct(outputs: list[str | None]) -> int:
+    return len(set(outputs) - {None})
+
+
+def _triviality(inputs: list[str], outputs: list[str | None]) -> str:
+    """Why the results need no program: they are all one, or all one of the arguments; "" otherwise."""
+    pairs = [(given, output) for given, output in zip(inputs, outputs) if output is not None]
+    if len(pairs) < SURE:
+        return ""
+    if len({output for _, output in pairs}) == 1:
+        return f"f gives {pairs[0][1][:40]} for {len(pairs)} fresh inputs, whatever they are"
+    columns = zip(*(map(_texts_of, (given for given, _ in pairs))))
+    for place, column in enumerate(columns):
+        if all(text == output for text, (_, output) in zip(column, pairs)):
+            return f"f gives its argument {place + 1} back"
+    return ""
+
+
+def _texts_of(given: str) -> list[str]:
+    """The canonical text of each argument."""
+    args, kwargs = literal.parse_args(given)
+    return [literal.canon(value) for value in (*args, *kwargs.values())]
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def fresh_inputs(program: str, given: str) -> list[str]:
+    """PROBES inputs like the given one (the text between the parentheses of f(...)), the same for every program and
+    input of these types."""
+    args, kwargs = literal.parse_args(given)
+    args, kwargs = positional(program, args, kwargs)
+    shapes = [_shape(value) for value in (*args, *kwargs.values())]
+    rng = random.Random(json.dumps([shapes, list(kwargs)]))
+    inputs = []
+    for i in range(PROBES):
+        values = [_make(shape, rng, i) for shape in shapes]
+        if i % 7 == 6:  # arguments of one type that are equal: a comparison is not always false
+            values = [values[shapes.index(shape)] for shape in shapes]
+        inputs.append(literal.canon_args(tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :]))))
+    return inputs
+
+
+def near_inputs(given: str) -> list[str]:
+    """NEAR inputs that differ from the given one in one place."""
+    args, kwargs = literal.parse_args(given)
+    values, rng, inputs = [*args, *kwargs.values()], random.Random(given), []
+    for _ in range(NEAR if values else 0):
+        changed, i = list(values), rng.randrange(len(values))
+        changed[i] = _change(changed[i], rng, 0)
+        inputs.append(literal.canon_args(tuple(changed[: len(args)]), dict(zip(kwargs, changed[len(args) :]))))
+    return inputs
+
+
+def _shape(value, depth: int = 0):
+    """The types in a value, as JSON: a name, or [name, shapes of what it holds]. Containers are like their first
+    element; an empty one is as if it held ints."""
+    kind = type(value).__name__
+    if kind in ("int", "float"):
+        return kind if value >= 0 or value != value else f"negative {kind}"
+    if kind in ("list", "tuple", "set", "frozenset", "dict") and depth < MAX_DEPTH:
+        if kind == "tuple":
+            return [kind, [_shape(item, depth + 1) for item in value[:8]]]
+        if kind == "dict":
+            pair = next(iter(value.items()), ("a", 1))
+            return [kind, [_shape(item, depth + 1) for item in pair]]
+        return [kind, [_shape(next(iter(value), 1), depth + 1)]]
+    return kind if kind in ("bool", "str") else ["as it is", [literal.canon(value)]]
+
+
+def _make(shape, rng: random.Random, i: int):
+    """A value of the shape; `i` counts the inputs, so that special ones come for certain."""
+    if isinstance(shape, str):
+        return _scalar(shape, rng, i)
+    kind, inside = shape
+    if kind == "as it is":
+        return literal.parse(inside[0])
+    if kind == "tuple":
+        return tuple(_make(item, rng, i) for item in inside)
+    count = (3, 1, 4, 2, 6, 5, 3, 0)[i % 8]
+    if kind == "dict":
+        return {_make(inside[0], rng, i + j): _make(inside[1], rng, i + j) for j in range(count)}
+    items = [_make(inside[0], rng, rng.randrange(PROBES)) for _ in range(count)]
+    if i % 5 == 4:
+        items = items[: count // 2] + items[: count // 2][::-1]  # the same from both ends, with repeats
+    try:
+        return {"list": list, "set": set, "frozenset": frozenset}[kind](items)
+    except TypeError:  # a set's elements cannot be hashed only where the own input is no such set
+        return items
+
+
+def _scalar(kind: str, rng: random.Random, i: int):
+    if kind == "bool":
+        return rng.random() < 0.5
+    if kind == "str":
+        return _text(rng, i)
+    number = rng.choice(_NUMBERS) if i % 2 else rng.randint(1, 1000 if i == 18 else 100 if i % 3 else 9)
+    number = -number if kind.startswith("negative") and rng.random() < 0.5 else number
+    return number if kind.endswith("int") else number + rng.choice((0.0, 0.5, 0.25, 0.125, 0.3456))
+
+
+def _text(rng: random.Random, i: int) -> str:
+    """Words, numbers, lists with separators, brackets, palindromes, spaces outside: what string programs read."""
+    style = i % 8
+    if style in (0, 5):
+        return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(1, 7)))
+    if style == 1:
+        return rng.choice(_SEPARATORS).join(rng.sample(_WORDS, rng.randint(2, 4)))
+    if style == 2:
+        return rng.choice(_WORDS)
+    if style == 3:
+        return rng.choice((" ", ",")).join(str(rng.randint(1, 40)) for _ in range(rng.randint(1, 4)))
+    if style == 4:
+        half = "".join(rng.choice(_LETTERS[:4]) for _ in range(rng.randint(1, 3)))
+        return half + half[::-1]
+    if style == 6:
+        return f" {rng.choice(_WORDS).upper()} {rng.choice(_WORDS)}! "
+    return rng.choice(
+        ("()", "(())[]", "([)]", "{a: 1}", "<b>x</b>", "a1b2c3", "aaabbc", "1+2*3", "A-b C_d", "x.y@z.com")
+    )
+
+
+def _change(value, rng: random.Random, depth: int):
+    """The value with one thing in it changed."""
+    if type(value) is bool:
+        return not value
+    if type(value) in (int, float):
+        return value + rng.choice((-2, -1, 1, 2, 3))
+    if type(value) is str:
+        i = rng.randrange(len(value) + 1)
+        return value[:i] + rng.choice(_LETTERS) + value[i + rng.randint(0, 1) :]
+    if type(value) in (list, tuple) and value and depth < MAX_DEPTH:
+        items, i = list(value), rng.randrange(len(value))
+        items[i] = _change(items[i], rng, depth + 1)
+        return type(value)(items)
+    if type(value) is dict and value and depth < MAX_DEPTH:
+        key = rng.choice(list(value))
+        return {**value, key: _change(value[key], rng, depth + 1)}
+    return value

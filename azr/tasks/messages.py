@@ -1,0 +1,150 @@
+"""Does the message of an induction task give its program away? As code, in another spelling, as a table, encoded.
+
+    leak("def f(x):\n    return x * x", "give back x * x", [("2", "4"), ("3", "9")])     # "x * x"
+    expressions("x", "square it: x^2")          # programs to be tried in the sandbox: `def f(x): return x ** 2`
+
+A hint in words is wanted and passes, an example too. Text in, text out, in time linear in the text; nothing is
+evaluated. Imports program.py and lines.py.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+
+from azr.tasks.lines import KEYWORDS
+from azr.tasks.program import read_program
+
+EXAMPLES = 1  # (input, output) pairs that a message may show
+IN_A_ROW = 4  # outputs one after another that are the table, with or without their inputs
+TRIES = 4  # expressions of one message that are tried
+
+_DEFINITION = re.compile(r"\bdef\s+\w+\s*\(|\blambda\b[^:\n]{0,80}:")
+_PROSE = frozenset(",.:-/();!?$_")  # marks that prose uses too
+_WORD = re.compile(r"\w+|[^\w\s'\"]")
+_ENCODED = re.compile(r"[A-Za-z0-9+/]{24,}={0,2}|(?:\\x[0-9a-fA-F]{2}){8,}")
+_TOKEN = re.compile(r"[A-Za-z_]\w*|\d+(?:\.\d+)?|\*\*|//|[-+*/%^()\[\],.<>=!&|:]|\S")
+_OPERATORS = frozenset("+ - * / % ^ ** // & | [ (".split())
+_FUNCTIONS = frozenset(
+    "abs min max sum len sorted reversed round int str list set tuple range ord chr bool float divmod pow zip map "
+    "enumerate any all math sqrt upper lower strip replace split join count index for in if else and or not".split()
+)
+
+
+def cleaned(message: str) -> str:
+    """The message without HTML entities, full-width letters and marks that are not seen."""
+    text = unicodedata.normalize("NFKC", html.unescape(message))
+    return "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+
+
+def leak(program: str, message: str, pairs: list[tuple[str, str]] = ()) -> str:
+    """What a message gives away of the program or of the pairs (input, output); "" if nothing."""
+    text = cleaned(message)
+    code = leaked_code(program, text)
+    if code:
+        return code
+    for word in _ENCODED.findall(text):
+        # Digits among letters of both cases, or among hexadecimal ones: no word or number of a language.
+        mixed = re.search("[a-z].*[A-Z]|[A-Z].*[a-z]", word) or not re.search("[g-wyzG-WYZ]", word)
+        if mixed and re.search("[0-9]", word) and re.search("[A-Za-z]", word):
+            return "an encoded text"
+    return "a table of the pairs" if _shows(text, pairs) else ""
+
+
+def _shows(text: str, pairs: list[tuple[str, str]]) -> bool:
+    """Whether the text holds more than EXAMPLES pairs, or IN_A_ROW outputs in their order."""
+    words = _joined(_values(text))
+    rows = [(_values(given), _values(output)) for given, output in pairs]
+    shown = sum(_joined(given + output) in words for given, output in rows if given and output)
+    outputs = [output for _, output in rows]
+    for i in range(len(outputs) - IN_A_ROW + 1):
+        row = [word for output in outputs[i : i + IN_A_ROW] for word in output]
+        if len(row) >= IN_A_ROW and _joined(row) in words:
+            return True
+    return shown > EXAMPLES
+
+
+def _values(text: str) -> list[str]:
+    """Numbers and words, without the marks between them."""
+    return re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+", text)
+
+
+def expressions(program: str, message: str) -> list[str]:
+    """Programs whose result is an expression of the message, in Python's spelling; at most TRIES. Whether one of them
+    does what the task's program does is for the sandbox to say."""
+    known = list(read_program(program).parameters)
+    runs: list[list[str]] = [[]]
+    for token in _TOKEN.findall(re.sub(r"(?<=\d)(?=[A-Za-z(])", "*", cleaned(message))):
+        name = token.isidentifier()
+        if not name or token in _FUNCTIONS or token in known or len(token) == 1:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    programs = []
+    for run in runs:
+        while run and run[-1] in ".,:=!(":
+            run.pop()
+        run = run[run.index("=") + 1 :] if "=" in run else run
+        names = [token for token in dict.fromkeys(run) if token.isidentifier() and token not in _FUNCTIONS]
+        parameters = known
+        if not names or len(names) > len(parameters) or not _OPERATORS.intersection(run):
+            continue
+        if not set(names) <= set(parameters):  # other names than the program's: the first ones, in their order
+            parameters = [*names, *(f"_{i}" for i in range(len(parameters) - len(names)))]
+        text = " ".join(run).replace("^", "**").replace(" . ", ".")
+        programs.append(f"def f({', '.join(parameters)}):\n    return {text}")
+    return programs[:TRIES]
+
+
+def leaked_code(program: str, message: str) -> str:
+    """What code of the program, under whatever names, a cleaned message gives away; "" if none.
+
+    A fence or a function definition always counts. Otherwise: the whole returned expression (three tokens or more),
+    any other expression of six, or eight tokens in a row, if operators, subscripts or calls are in them. Prose that
+    names functions or operations passes.
+    """
+    if "```" in message:
+        return "a code fence"
+    if _DEFINITION.search(message):
+        return "a function definition"
+    # In the program's normal form, so that new names for its variables do not hide it. Words that every program may
+    # hold stay; all others become "$" on both sides.
+    shape = read_program(program).shape
+    public = {word for row in shape for word in row if word.isidentifier()} | KEYWORDS
+    text = _joined(_words(message, public))
+    for row in shape:
+        for piece in _pieces(row, public):
+            if _is_code(piece) and _joined(piece) in text:
+                return " ".join(piece)
+    return ""
+
+
+def _words(text: str, public: set[str]) -> list[str]:
+    """Words and single marks without quotes, every word that the program does not share with all programs as "$"."""
+    return ["$" if word[0].isalpha() and word not in public else word for word in _WORD.findall(text)]
+
+
+def _pieces(row: tuple[str, ...], public: set[str]):
+    """Stretches of a statement whose presence in a message counts as its code."""
+    if row[0] in ("def", "class", "import", "from", "@", "async"):
+        return
+    body = row[1:] if row[0] in KEYWORDS else row[row.index("=") + 1 :] if "=" in row else row
+    body = body[:-1] if body and body[-1] == ":" else body
+    words = _words(" ".join(body), public)
+    if len(words) >= (3 if row[0] == "return" else 6):
+        yield words
+    for i in range(len(words) - 7):
+        yield words[i : i + 8]
+
+
+def _is_code(piece: list[str]) -> bool:
+    """Marks that prose does not use, a floor division, or a call."""
+    pairs = list(zip(piece, piece[1:]))
+    called = any(after == "(" and before.isidentifier() and before not in KEYWORDS for before, after in pairs)
+    return called or ("/", "/") in pairs or any(not word[0].isalnum() and word not in _PROSE for word in piece)
+
+
+def _joined(words: list[str]) -> str:
+    # Separated by a mark that no word holds, so that a search for text finds whole words only.
+    return "\0" + "\0".join(words) + "\0"

@@ -1,0 +1,188 @@
+"""What a proposer is not paid for: what exists already in another spelling, what is trivial, what its message tells."""
+
+import base64
+
+import pytest
+
+from azr.tasks import Buffers, Proposal, Task, validate
+from azr.tasks.behaviour import PROBES, fresh_inputs, observe
+from azr.tasks.buffers import PER_PROGRAM
+from azr.tasks.program import bare, read_program
+from sandbox import Sandbox, literal
+
+LENGTH = "def f(x):\n    return len(x) * 3 + 1"
+REWRITTEN = [
+    "def f(x):\n    return (len(x) * 3) + 1",
+    "def f(x):\n    return len(x) * 0x3 + 1",
+    "def f(x):\n    unread = 3\n    return len(x) * 3 + 1",
+    "def f(x, y=1):\n    return len(x) * 3 + 1",
+    "def f(x):\n    ...\n    return len(x) * 3 + 1",
+    "def f(x):\n    assert True\n    return 1 + len(x) * 3",
+    "def f(x):\n    if False:\n        return 2\n    return 3 * len(x) + 1",
+    "def f(x):\n    return ｌｅｎ(x) * 3 + 1",
+    "def f(x):\n    return len(x) + len(x) + len(x) + 1",
+    "import math\ndef f(x):\n    return len(x) * 3 + 1",
+    "def g(x):\n    return len(x) * 3\ndef f(x):\n    return g(x) + 1",
+    "def f(*x):\n    return len(x[0]) * 3 + 1",
+]
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2) as running:
+        yield running
+
+
+def reasons(proposals, sandbox, known=None):
+    return [verdict.reason for verdict in validate(proposals, sandbox, known=known)]
+
+
+def test_a_rewritten_program_with_the_same_input_is_a_duplicate(sandbox):
+    buffers = Buffers()
+    [verdict] = validate([Proposal("deduction", LENGTH, ("'abc'",))], sandbox, known=buffers.keys())
+    buffers.add(verdict.task, 1)
+    for given in ("'abc'", "'\\x61bc'"):
+        proposals = [Proposal("deduction", program, (given,)) for program in REWRITTEN]
+        assert reasons(proposals, sandbox, buffers.keys()) == ["duplicate"] * len(REWRITTEN)
+    other = [Proposal("abduction", LENGTH, ("'abc'",)), Proposal("deduction", LENGTH, ("'abcd'",))]
+    assert reasons(other, sandbox, buffers.keys()) == ["ok", "ok"], "another mode or input is another task"
+    assert reasons([Proposal("deduction", program, ("'z'",)) for program in REWRITTEN], sandbox, frozenset()) == [
+        "ok",
+        *["duplicate"] * (len(REWRITTEN) - 1),
+    ], "the same goes for proposals of one batch"
+
+
+def test_a_program_enters_with_few_inputs_however_it_is_written(sandbox):
+    buffers = Buffers()
+    for i in range(PER_PROGRAM + 4):
+        given = Proposal("deduction", REWRITTEN[i % len(REWRITTEN)], (repr("a" * i),))
+        [verdict] = validate([given], sandbox, known=buffers.keys())
+        assert verdict.ok == (i < PER_PROGRAM), i
+        if verdict.ok:
+            buffers.add(verdict.task, i)
+
+
+@pytest.mark.parametrize("given", ["3", "x=3"])
+def test_trivial_by_what_it_does(given, sandbox):
+    bodies = """return x + 0; return [x][0]; return x * 0; return x - 1 + 1; return sorted([x])[0]; return x ** 1
+        return x if x > -1 else 0; return int(str(x)); return 7 if x == 3 else 0; return x // 1; return len([x])
+        return bool(x); return (lambda y: y)(x); return max(x, 0); return x * 48 - x * 48""".replace("\n", ";").split(
+        ";"
+    )
+    programs = [f"def f(x):\n    {body.strip()}" for body in bodies]
+    proposals = [Proposal("deduction", program, (given,)) for program in programs]
+    assert reasons(proposals, sandbox) == ["trivial"] * len(programs)
+
+
+def test_what_few_inputs_pass_is_not_trivial(sandbox):
+    honest = [
+        ("def f(s):\n    return s == s[::-1]", "'level'"),
+        ("def f(n):\n    return n % 7 == 0", "14"),
+        ("def f(n):\n    return all(n % i for i in range(2, n))", "13"),
+        ("def f(a, b):\n    return a == b", "4, 4"),
+        ("def f(s):\n    return s.replace('needle', 'pin')", "'a needle here'"),
+        ("def f(s):\n    return 'needle' in s", "'a needle here'"),
+        ("def f(s):\n    return s.strip()", "' a '"),
+        ("def f(xs):\n    return sorted(xs)", "[3, 1, 2]"),
+        ("def f(x):\n    return round(x, 2)", "1.234"),
+        ("def f(d):\n    return {v: k for k, v in d.items()}", "{'a': 1}"),
+    ]
+    assert reasons([Proposal("deduction", *[p, (given,)]) for p, given in honest], sandbox) == ["ok"] * len(honest)
+
+
+def test_fresh_inputs_depend_on_types_alone_and_are_literals():
+    for given in ("3", "'ab'", "[1, 2], {'a': 1}", "(1, 'b'), True", "None", "[]", "{1, 2}, 0.5", "b'x', [[1], [2]]"):
+        inputs = fresh_inputs("def f(x, y=1):\n    return x", given)
+        assert len(inputs) == PROBES and inputs == fresh_inputs("def f(a, b=2):\n    return b", given)
+        types = [type(value) for value in literal.parse_args(given)[0]]
+        for text in inputs:
+            assert [type(value) for value in literal.parse_args(text)[0]] == types
+    assert fresh_inputs("def f(x):\n    return x", "3") == fresh_inputs("def f(x):\n    return x", "77")
+    assert fresh_inputs("def f(x):\n    return x", "x=3") == fresh_inputs("def f(x):\n    return x", "3")
+
+
+def test_programs_that_do_not_run_on_other_inputs_are_told_apart_by_their_text(sandbox):
+    picky = [Task("deduction", f"def f(d):\n    return d['key'] + {i}", "{'key': 1}", str(1 + i)) for i in (1, 2)]
+    assert [behaviour.key for behaviour in observe(picky, sandbox)] == ["", ""]
+    proposals = [Proposal("deduction", task.program, (task.input,)) for task in picky]
+    assert reasons([*proposals, proposals[0]], sandbox, frozenset()) == ["ok", "ok", "duplicate"]
+
+
+def test_loops_that_never_end_on_fresh_inputs_cost_little(sandbox):
+    loops = "def f(x):\n    while x != 3:\n        pass\n    return [x]"
+    [behaviour] = observe([Task("deduction", loops, "3", "[3]")], sandbox)
+    assert behaviour.key == "" and not behaviour.trivial
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+POLYNOMIAL = "def f(x):\n    return x * x + 3 * x - 7"
+INPUTS = tuple(map(str, (2, 5, 11, 3, 8, 20, 1, 9, 14, 6)))
+OUTPUTS = [str(int(x) ** 2 + 3 * int(x) - 7) for x in INPUTS]
+TELLING = {
+    "table": "; ".join(f"{x} -> {y}" for x, y in zip(INPUTS, OUTPUTS)),
+    "json": str(dict(zip(INPUTS, OUTPUTS))),
+    "outputs": "it gives " + ", ".join(OUTPUTS),
+    "power": "give back x ** 2 + 3 * x - 7",
+    "caret": "x^2+3x-7",
+    "brackets": "(x * x) + ((3 * x)) - 7",
+    "swapped": "3 * x + x * x - 7",
+    "full width": "ｘ＊ｘ＋３＊ｘ－７",
+    "zero width": "x\u200b * x + 3 * x\u200b - 7",
+    "base64": base64.b64encode(POLYNOMIAL.encode()).decode(),
+    "hexadecimal": POLYNOMIAL.encode().hex(),
+    "html": "<b>x</b>&nbsp;* x + 3 &#42; x - 7",
+    "other name": "for a number n return n*n + 3*n - 7",
+    "equation": "y = x^2 + 3x - 7",
+}
+HINTS = [
+    "a quadratic in the number",
+    "a polynomial of degree two; f(2) is 3",
+    "",
+    "square, then add three times the number; 7 less",
+    "SEVEN_LETTER_NAMES_ARE_NO_CODE and averylongwordofmanylettersindeed",
+]
+
+
+def test_messages_that_tell_the_program_or_the_pairs(sandbox):
+    proposals = [Proposal("induction", POLYNOMIAL, INPUTS, text) for text in TELLING.values()]
+    assert dict(zip(TELLING, reasons(proposals, sandbox))) == dict.fromkeys(TELLING, "message_has_code")
+    hints = [Proposal("induction", POLYNOMIAL, INPUTS, text) for text in HINTS]
+    assert reasons(hints, sandbox) == ["ok"] * len(HINTS)
+
+
+def test_hidden_pairs_need_two_outputs(sandbox):
+    program = "def f(x):\n    return max(0, 5 - x)"
+    early = Proposal("induction", program, tuple(map(str, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))), "m")
+    late = Proposal("induction", program, tuple(map(str, (6, 7, 8, 9, 10, 1, 2, 3, 4, 5))), "m")
+    assert reasons([early, late], sandbox) == ["outputs_not_diverse", "ok"]
+
+
+# --- comments --------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_shows_no_comments_and_docstrings(sandbox):
+    program = 'def f(x):\n    """the output is 8"""\n\n    # it is 8\n    y = x * 2  # 8\n    return y + 2'
+    [verdict] = validate([Proposal("deduction", program, ("3",))], sandbox, known=None)
+    assert verdict.ok and verdict.task.program == "def f(x):\n    y = x * 2\n    return y + 2"
+
+
+@pytest.mark.parametrize(
+    "source, wanted",
+    [
+        ("def f(x):\n\n    return x", "def f(x):\n\n    return x"),  # nothing to take away: as it is
+        ("def f(x):\n    'only this'\n", "def f(x):\n    pass"),
+        ("class A:\n    'd'\ndef f(x):\n    return A", "class A:\n    pass\ndef f(x):\n    return A"),
+        (
+            "def f(x):\n    y = '''a\n\n # b\n'''\n    return y  # c",
+            "def f(x):\n    y = '''a\n\n # b\n'''\n    return y",
+        ),
+        (
+            "def f(x):\n    if x:\n        # c\n        's'\n    return 2",
+            "def f(x):\n    if x:\n        pass\n    return 2",
+        ),
+        ("'''m'''\nimport re\ndef f(s): return s # x", "import re\ndef f(s): return s"),
+    ],
+)
+def test_bare(source, wanted):
+    assert bare(source) == wanted and read_program(bare(source)).form == read_program(source).form
