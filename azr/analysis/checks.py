@@ -367,6 +367,13 @@ def duplicates(w: Window, past: Callable):
         return over, f"proposals repeat earlier ones ({listed(over)})", warmer(w.config)
 
 
+@check(0.50, steps=5)
+def guessable(w: Window, past: Callable):
+    """Share of a mode's valid tasks whose answer is guessed at least every third time."""
+    if over := past(w.rates("proposer", "guessable_rate")):
+        return over, f"many tasks can be guessed ({listed(over)})", "Try --proposer-reward above-chance"
+
+
 @check(0.95, steps=5)
 def no_advantage(w: Window, past: Callable):
     """Share of answers in groups that are all alike: no gradient; healthy up to 89 %."""

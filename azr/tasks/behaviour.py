@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from typing import NamedTuple
 
 from azr.tasks.duplicates import positional
@@ -37,11 +38,13 @@ _NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 21, 24, 25, 28, 3
 
 class Behaviour(NamedTuple):
     """key: hex digits, "" where the fresh inputs give too few values to tell programs apart. trivial: a sentence, or
-    "". outputs: how many different values the fresh inputs gave (a guess is right more often where they are few)."""
+    "". chance: how often a guess is right that knows what the program does in general, but not here: the share of the
+    commonest result in deduction, of the inputs that give the wanted output in abduction, 0 in induction. An opaque bit
+    has 1/2, and with it the top of a reward for tasks that are sometimes solved, though nothing can be learned."""
 
     key: str
     trivial: str
-    outputs: int
+    chance: float
 
 
 def observe(tasks: list[Task], sandbox: Sandbox) -> list[Behaviour]:
@@ -58,7 +61,8 @@ def observe(tasks: list[Task], sandbox: Sandbox) -> list[Behaviour]:
     for i, given, row in zip(doubtful, near, _run([tasks[i] for i in doubtful], near, sandbox)):
         if not _triviality(inputs[i] + given, rows[i] + row):
             seeming[i] = ""
-    return [Behaviour(_key(given, row), reason, _distinct(row)) for given, row, reason in zip(inputs, rows, seeming)]
+    chances = [_chance(task, row) for task, row in zip(tasks, rows)]
+    return [Behaviour(_key(given, row), *rest) for given, row, *rest in zip(inputs, rows, seeming, chances)]
 
 
 def _run(tasks: list[Task], inputs: list[list[str]], sandbox: Sandbox) -> list[list[str | None]]:
@@ -73,8 +77,12 @@ def _key(inputs: list[str], outputs: list[str | None]) -> str:
     return hashlib.sha256(json.dumps([inputs, outputs]).encode()).hexdigest()[:32]
 
 
-def _distinct(outputs: list[str | None]) -> int:
-    return len(set(outputs) - {None})
+def _chance(task: Task, outputs: list[str | None]) -> float:
+    values = Counter(output for output in outputs if output is not None)
+    if values.total() < TELLING or task.mode == "induction":
+        return 0.0
+    right = values[task.output] if task.mode == "abduction" else max(values.values())
+    return right / values.total()
 
 
 def _triviality(inputs: list[str], outputs: list[str | None]) -> str:

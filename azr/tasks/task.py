@@ -37,7 +37,8 @@ FIELDS = {
 class Task:
     """One task. `input` is the text between the parentheses of f(...); values are canonical literal text; `visible`
     and `hidden` are (input, output) pairs. `response` and `log_probs` (nats, one for each of its tokens) come with
-    solution files, `behaviour` (behaviour.py: what the program does) with validation; none is a part of the hash."""
+    solution files; `behaviour` (what the program does) and `chance` (how often a guess is right: behaviour.py) with
+    validation. None of these is a part of the hash."""
 
     mode: str
     program: str = ""
@@ -51,6 +52,7 @@ class Task:
     response: str | None = None
     log_probs: tuple[float, ...] | None = None
     behaviour: str = field(default="", compare=False)
+    chance: float = field(default=0.0, compare=False)
 
     @cached_property
     def hash(self) -> str:

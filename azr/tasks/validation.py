@@ -96,7 +96,7 @@ def _look_at_behaviour(verdicts: list, valid: list[int], sandbox: Sandbox, known
         if behaviour.trivial and not (task.mode == "induction" and task.program in exempt):
             verdicts[i] = Verdict(False, "trivial", behaviour.trivial)
             continue
-        task = replace(task, behaviour=behaviour.key)
+        task = replace(task, behaviour=behaviour.key, chance=behaviour.chance)
         verdicts[i] = replace(verdicts[i], task=task)
         if known is None:
             continue

@@ -12,6 +12,8 @@ import numpy as np
 
 from azr.tasks import MODES, Sample
 
+GUESSABLE = 1 / 3  # chance of a task (azr/tasks/behaviour.py) from which a guess pays
+
 
 def mean(values) -> float:
     """NaN for nothing, so that an empty group shows as null and never as 0."""
@@ -73,6 +75,8 @@ def proposer_metrics(mode: str, proposals: list[Sample], trained: list[Sample], 
         "held_out_rate": mean(sample.reason == "held_out" for sample in mine),
         "solve_rate": mean(sample.solve_rate for sample in valid),
         "learnable_rate": mean(0 < sample.solve_rate < 1 for sample in valid),
+        "guessable_rate": mean(sample.task.chance >= GUESSABLE for sample in valid),
+        "guessable_reward": mean(sample.reward for sample in valid if sample.task.chance >= GUESSABLE),
         **_group(mine, [sample for sample in trained if sample.role == "proposer" and sample.mode == mode]),
     }
     refused = Counter(sample.reason for sample in mine if sample.task is None)

@@ -48,8 +48,14 @@ SHAPES = {
     "variance": variance,
     "gaussian": gaussian,
     "gate": gate,
+    "above-chance": learnability,  # of the solve rate that is left when guessing is taken off: `above_chance`
     "random": None,  # of the task, not of its solve rate
 }
+
+
+def above_chance(solve_rate: float, chance: float) -> float:
+    """(r - c) / (1 - c), at least 0: the solve rate corrected for guessing, as in Cohen's kappa (1960)."""
+    return max(0.0, (solve_rate - chance) / (1.0 - chance)) if chance < 1 else 0.0
 
 
 def random_reward(task_hash: str) -> float:

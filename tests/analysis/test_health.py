@@ -175,6 +175,13 @@ CASES = {  # name: (steps, what triggers it, what just does not, words of the wa
         "repeat earlier ones (abduction 40 %)",
         ["--temperature 1.2", "--references 4"],
     ),
+    "guessable": (
+        5,
+        lambda s: {"proposer/deduction/guessable_rate": 0.6},
+        lambda s: {"proposer/deduction/guessable_rate": 0.4},
+        "tasks can be guessed (deduction 60 %)",
+        ["--proposer-reward above-chance"],
+    ),
     "cut-off": (
         3,
         lambda s: {"solver/deduction/truncated_rate": 0.12},

@@ -108,6 +108,20 @@ def test_programs_that_do_not_run_on_other_inputs_are_told_apart_by_their_text(s
     assert reasons([*proposals, proposals[0]], sandbox, frozenset()) == ["ok", "ok", "duplicate"]
 
 
+def test_chance_is_that_of_a_guess(sandbox):
+    bit = "def f(x):\n    return x * 48271 * 16807 % 2147483647 >> 7 & 1"
+    tasks = [
+        Task("deduction", bit, "5", "1"),
+        Task("abduction", bit, "5", "1"),
+        Task("deduction", "def f(x):\n    return x * 31 + 7", "5", "162"),
+        Task("abduction", "def f(x):\n    return x * 31 + 7", "999", "30976"),
+    ]
+    one, other, own, none = (behaviour.chance for behaviour in observe(tasks, sandbox))
+    assert 0.5 <= one <= 0.8 and 0.2 <= other <= 0.8 and own <= 0.25 and none == 0
+    [verdict] = validate([Proposal("deduction", bit, ("5",))], sandbox, known=None)
+    assert verdict.task.chance == one
+
+
 def test_loops_that_never_end_on_fresh_inputs_cost_little(sandbox):
     loops = "def f(x):\n    while x != 3:\n        pass\n    return [x]"
     [behaviour] = observe([Task("deduction", loops, "3", "[3]")], sandbox)

@@ -54,7 +54,9 @@ def test_proposer_rewards_by_hand():
         assert [earned(shape, r, 0.5) for r in rates] == pytest.approx(penalised)
         assert earned(shape, None, 0.5, valid=False) == -1 == earned(shape, 0.5, well_formed=False)
     assert Config().proposer_reward == "learnability"  # the default is the published one
-    assert set(expected) | {"random"} == set(rewards.SHAPES)
+    assert set(expected) | {"random", "above-chance"} == set(rewards.SHAPES)
+    assert [rewards.above_chance(r, 0.5) for r in (0.0, 0.25, 0.5, 0.75, 1.0)] == [0, 0, 0, 0.5, 1]
+    assert rewards.above_chance(0.3, 0.0) == 0.3 and rewards.above_chance(1.0, 1.0) == 0.0
 
 
 def test_the_random_reward_is_uniform_and_follows_from_the_task_alone():
@@ -87,7 +89,8 @@ def test_the_plot_of_expected_rewards(tmp_path, capsys):
     assert rewards_plot.main(options) == 0
     assert "learnability  highest at p = 0.257" in capsys.readouterr().out
     assert (tmp_path / "proposer_rewards.png").read_bytes()[:4] == b"\x89PNG"
-    assert rewards_plot.main(SimpleNamespace(answers=0, ends_penalty=0.0, json=None, out=None)) == 2
+    with pytest.raises(ValueError, match="--answers must be at least 1, not 0"):
+        rewards_plot.main(SimpleNamespace(answers=0, ends_penalty=0.0, json=None, out=None))
 
 
 # --------------------------------------------------------------------------------------------------- entropy controls

@@ -152,7 +152,10 @@ def test_every_shape_reaches_the_proposers_of_a_step(world):
         found[shape] = [s.reward for s in proposals]
         for s in proposals:
             valid = s.task is not None and s.parsed.well_formed
-            expected = rewards.task_reward(shape, s.solve_rate, 0.0, s.task.hash) if valid else -1
+            rate = (
+                rewards.above_chance(s.solve_rate, s.task.chance) if valid and shape == "above-chance" else s.solve_rate
+            )
+            expected = rewards.task_reward(shape, rate, 0.0, s.task.hash) if valid else -1
             assert s.reward == pytest.approx(expected)
     assert len({tuple(values) for values in found.values()}) == len(rewards.SHAPES)
 
