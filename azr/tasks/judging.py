@@ -9,6 +9,8 @@ Imports the other files of this folder and the sandbox.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from azr.tasks.program import read_program
 from azr.tasks.task import MODES, Task, Verdict, bad_characters
 from azr.tasks.validation import MAX_PROGRAM, not_literal

@@ -72,4 +72,6 @@ def test_every_published_output_that_was_cut_off_is_refused(sandbox):
                 if len(output) == 403 and output[200:203] == "..."
             ]
     reasons = Counter(verdict.reason for verdict in validate(cut, sandbox, known=None))
-    assert reasons == {"too_large": 56, "not_literal": 11, "nondeterministic": 1}
+    # One makes 3.5 million texts: it may run out of time before it is known to be too large.
+    late = reasons.pop("timeout", 0)
+    assert late <= 1 and reasons == {"too_large": 56 - late, "not_literal": 11, "nondeterministic": 1}

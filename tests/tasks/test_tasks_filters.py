@@ -27,14 +27,14 @@ def run(command, data, *options):
 
 def test_validate_answers_every_line_in_order():
     rows = [
-        {"id": i, "mode": "deduction", "program": f"def f(x):\n    return x + {i % 7}", "input": "1"} for i in range(40)
+        {"id": i, "mode": "deduction", "program": f"def f(x):\n    return x + {1 + i % 7}", "input": "1"} for i in range(40)
     ]
     rows[5]["program"] = "def f(x):\n    while x:\n        pass"
     rows[6] = TEN | {"id": {"any": ["json", None]}}
     rows[7] = TEN | {"inputs": ["1"]}
     answers, code, _ = run("validate", rows)
     assert code == 0 and [answer.get("id") for answer in answers] == [row.get("id") for row in rows]
-    assert answers[1] == {"id": 1, "valid": True, "reason": "ok", "detail": "", "output": "2"}
+    assert answers[1] == {"id": 1, "valid": True, "reason": "ok", "detail": "", "output": "3"}
     assert answers[5]["reason"] == "timeout" and answers[5]["valid"] is False and answers[5]["output"] is None
     assert answers[6] == {
         "id": {"any": ["json", None]},
