@@ -1,7 +1,7 @@
 """Notices when a program looks at an address: at the text or the hash of an object that are made of nothing else.
 
-    watch = Watch()         # before the forks
-    watch.begin()           # in a child: from here on
+    watch = Watch()
+    watch.begin()           # in this process and its children, from here on
     {len, print}            # watch.seen is True
 
 Where an object lies depends on what ran before in the process. No list of operations can tell whether a program makes
@@ -56,17 +56,24 @@ class Watch:
         plain_text = {_slot(kind, _REPR) for kind in _PLAIN_TEXT}
         plain_hash = {_slot(kind, _HASH) for kind in _PLAIN_HASH + (list,)} - {_slot(object, _HASH)}
         self._slots, self._callbacks = [], {}
+        self._lead(float, _HASH, ctypes.c_ssize_t)
         for kind in kinds:
             if _slot(kind, _REPR) not in plain_text:
                 self._lead(kind, _REPR, ctypes.py_object)
-            if _slot(kind, _HASH) not in plain_hash and kind not in _PLAIN_HASH:
+            if _slot(kind, _HASH) not in plain_hash and kind not in (*_PLAIN_HASH, float):
                 self._lead(kind, _HASH, ctypes.c_ssize_t)
         self._try()
 
     def begin(self):
         """From here on, in this process. Without it, nothing is changed."""
-        for place, function in self._slots:
+        for place, function in self._slots[1:]:
             place.value = function
+        self.seen = False
+
+    def begin_floats(self):
+        """NaN too, whose hash is its address. Not in `begin`, since it makes every other float slow to hash."""
+        place, function = self._slots[0]
+        place.value = function
         self.seen = False
 
     def _lead(self, kind, offset, result):

@@ -31,6 +31,11 @@ _CODECS = """ascii latin_1 utf_8 utf_8_sig utf_16 utf_16_le utf_16_be utf_32 utf
     unicode_escape raw_unicode_escape charmap cp437 cp850 cp1250 cp1251 cp1252 cp1254 cp1257 iso8859_2 iso8859_5
     iso8859_15 koi8_r mac_roman rot_13 euc_jp shift_jis""".split()
 
+# Modules that this file needs and a program must not come across: clocks, system calls, memory. (os.wait4 imports
+# `resource` by itself.)
+_HIDDEN = """_ctypes _thread ctypes fcntl gc marshal os posix posixpath select signal threading time
+    sandbox.worker sandbox.confine sandbox.addresses""".split()
+
 _SMALL = "def f(x):\n    return x\n"
 # A bit of everything that programs do (see `rehearse`).
 _SAMPLE = """
@@ -69,6 +74,7 @@ def main():
     # The objects of now move to a generation that is never looked at: a collection in a child would touch, and so copy,
     # every page that it shares with the server.
     gc.collect()
+    server.padding = _padding(config["seed"])
     gc.freeze()
     server.serve()
 
@@ -96,6 +102,7 @@ class Server:
         if self.gated:
             self.proxies = _proxies(self.modules)
             self.builtins = gate.safe_builtins(self.wide, self.importer, gate.guarded_getattr)
+            gate.close_doors(self.modules, self.proxies)
             self.proxies["copy"].deepcopy = self.deepcopy
         for codec in _CODECS:
             codecs.lookup(codec)  # later there is no way to load one
@@ -127,7 +134,9 @@ class Server:
         if self.seccomp is not None and not self.seccomp.works():
             self.seccomp = None
             state["seccomp"] = "installed but not effective"
-        self.padding = _padding(self.config["seed"])
+        self.hidden = [sys.modules.pop(name) for name in _HIDDEN if self.gated and name in sys.modules]
+        if self.gated:
+            self.watch.begin()
         self.rehearse()
         _forget_types()
         sys.setrecursionlimit(self.config["recursion"] + 20)  # the frames below the program
@@ -269,6 +278,7 @@ class Server:
         space = vars(self.program)
         if self.gated:
             space["__builtins__"] = self.builtins
+        self.watch.seen = False
         self.run(program, space, order, entry, inputs, stop_at_failure)
 
     def answer_together(self, programs):
@@ -277,7 +287,7 @@ class Server:
         # one task are often inputs to one program.
         readings = {code: self.read(code) for code in {code: None for code, *_ in programs}}
         self.together = True
-        self.watch.begin()
+        self.watch.begin_floats()
         for code, entry, inputs, stop_at_failure in programs:
             program, order, frame = readings[code]
             _forget_types()
@@ -303,10 +313,11 @@ class Server:
             exec(program, space)
             function = space[entry]
         except BaseException as error:  # SystemExit too: what a program raises is an outcome
-            return say(b"A") if self.looked() else say(b"X", _name_of(error, entry))
-        if self.looked():
+            return say(b"A") if self.looked() and self.together else say(b"X", _name_of(error, entry))
+        looked = self.looked()
+        if looked and self.together:
             return say(b"A")
-        say(b"G", "order" if order else "")
+        say(b"G", "order" if order or looked else "")
         for arguments in inputs:
             if not self.call(function, arguments) and stop_at_failure:
                 return None
@@ -335,9 +346,8 @@ class Server:
             return b"U", str(error)
 
     def looked(self):
-        """Whether a program that is not alone has looked at an address since the last time that this was asked."""
-        seen = self.together and self.watch.seen
-        self.watch.seen = False
+        """Whether the program has looked at an address since the last time that this was asked."""
+        seen, self.watch.seen = self.watch.seen, False
         return seen
 
     def deepcopy(self, value, *memo, **options):
@@ -485,6 +495,7 @@ def _forget_surroundings(streams):
     sys.path_hooks.clear()
     sys.path_importer_cache.clear()
     sys.argv = [""]
+    sys.orig_argv.clear()  # the hash seed, paths and users of this machine
     warnings.simplefilter("ignore")
     sys.stdin = sys.stdout = sys.stderr = None
     if streams:
@@ -496,6 +507,14 @@ def _forget_surroundings(streams):
 
 
 def _padding(seed):
-    """Small objects of every size, another number in every lane: address randomisation moves whole pages only, so
-    without them two lanes would agree on an order that comes from addresses."""
-    return [bytes(size) for size in range(1, 480, 16) for _ in range(3 + 7 * seed)]
+    """Small objects of every size with holes between them, which the objects of a child will take: other ones in every
+    lane. Address randomisation moves whole pages only, so without them lanes would agree on what depends on addresses
+    (an order, or a bit of one)."""
+    kept, state = [], seed
+    for size in range(2, 480, 16):
+        blocks = [bytes(size) for _ in range(64)]
+        for _ in range(20):
+            state = (state * 1_103_515_245 + 12_345) % (1 << 31)  # the generator of the C standard
+            blocks[(state >> 16) % 64] = None
+        kept.append(blocks)
+    return kept

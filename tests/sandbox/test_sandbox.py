@@ -371,7 +371,7 @@ def test_time_of_a_job_is_limited(sandbox):
         one(sandbox, LOOP, job_seconds=0)
 
 
-@pytest.mark.parametrize("loops, status", [(400_000, "timeout"), (5_000, "ok")])
+@pytest.mark.parametrize("loops, status", [(2_000_000, "timeout"), (5_000, "ok")])
 def test_a_slow_proposal_is_refused_before_it_costs_more(loops, status):
     slow = f"def f(x):\n    for i in range({loops}): pass\n    return len({{x, 'a'}})"  # ten inputs: all seeds
     with Sandbox(2, replace(PROPOSAL, validation_seconds=0.05)) as own:
