@@ -32,7 +32,8 @@ MAX_DEPTH = 4  # of nested values that are made anew; what is deeper stays as it
 _WORDS = "level noon abc banana Hello tree aab zebra x madam Python 12 7 305 cat9".split()
 _SEPARATORS = (" ", ", ", ",", "-", ":", "=", "/", ".", "_", "  ")
 _LETTERS = "abcdefghij"
-_ODD = ("()", "(())[]", "([)]", "{a: 1}", "<b>x</b>", "a1b2c3", "aaabbc", "1+2*3", "A-b C_d", "x.y@z.com")
+_ODD = ("(())[]", "([)]", "{a: 1}", "<b>x</b>", "a1b2c3", "aaabbc", "1+2*3", "A-b C_d", "x.y@z.com", "a\tb\n", "")
+_LETTER = ("a", "E", "x", "0110", "   ", "---", "7", "o", "zz", "Q")
 _NUMBERS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 15, 16, 20, 21, 24, 25, 28, 30, 35, 36, 42, 49, 50, 60, 64, 100)
 
 
@@ -120,6 +121,8 @@ def fresh_inputs(program: str, given: str) -> list[str]:
         values = [_make(shape, rng, i) for shape in shapes]
         if i % 7 == 6:  # arguments of one type that are equal: a comparison is not always false
             values = [values[shapes.index(shape)] for shape in shapes]
+        elif i % 3 == 1:  # arguments that occur in one before: what is looked for is not always absent
+            values = [_part(values[:j], value, rng) for j, value in enumerate(values)]
         inputs.append(literal.canon_args(tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :]))))
     return inputs
 
@@ -133,6 +136,16 @@ def near_inputs(given: str) -> list[str]:
         changed[i] = _change(changed[i], rng, 0)
         inputs.append(literal.canon_args(tuple(changed[: len(args)]), dict(zip(kwargs, changed[len(args) :]))))
     return inputs
+
+
+def _part(before: list, value, rng: random.Random):
+    """Something of the value's type from an argument before it: letters of a text, a list's element, a dict's key."""
+    if type(value) is str and (texts := [text for text in before if type(text) is str and text]):
+        text = rng.choice(texts)
+        start = rng.randrange(len(text))
+        return text[start : start + rng.randint(1, 2)]
+    items = [item for held in before if type(held) in (list, tuple, dict) for item in held if type(item) is type(value)]
+    return rng.choice(items) if items else value
 
 
 def _shape(value, depth: int = 0):
@@ -185,6 +198,8 @@ def _scalar(kind: str, rng: random.Random, i: int):
 def _text(rng: random.Random, i: int) -> str:
     """Words, numbers, lists with separators, brackets, palindromes, spaces outside: what string programs read."""
     style = i % 8
+    if i % 10 == 5:
+        return rng.choice(_LETTER)
     if style in (0, 5):
         return "".join(rng.choice(_LETTERS) for _ in range(rng.randint(1, 7)))
     if style == 1:
