@@ -27,7 +27,8 @@ def run(command, data, *options):
 
 def test_validate_answers_every_line_in_order():
     rows = [
-        {"id": i, "mode": "deduction", "program": f"def f(x):\n    return x + {1 + i % 7}", "input": "1"} for i in range(40)
+        {"id": i, "mode": "deduction", "program": f"def f(x):\n    return x + {1 + i % 7}", "input": "1"}
+        for i in range(40)
     ]
     rows[5]["program"] = "def f(x):\n    while x:\n        pass"
     rows[6] = TEN | {"id": {"any": ["json", None]}}
