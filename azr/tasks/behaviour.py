@@ -23,7 +23,7 @@ from azr.tasks.task import Task
 from sandbox import Job, Sandbox, literal
 
 PROBES = 20  # fresh inputs
-CPU_SECONDS = 0.2  # of one fresh input: most programs take a thousandth, and a loop that never ends costs this
+CPU_SECONDS = 0.06  # of one fresh input: few programs take a tenth of it; all inputs together have five times that
 TELLING = 8  # values that must be among the results before they say which program it is
 SURE = 12  # values that must be among the results before a program is called trivial
 NEAR = 10  # inputs near the task's own, looked at before a program is called trivial that seems to be more there
