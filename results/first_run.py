@@ -243,7 +243,7 @@ def frontier(f: Figures) -> str:
         rows.append([f"worked out step by step, %, {label(f, name)}", *cells])
     for name in ("base", "after"):
         rows.append([f"tokens an answer, {label(f, name)}", *(f"{f.tokens(name, t).mean():.1f}" for t in columns)])
-    return table(["", *map(named, columns)], rows)
+    return table(" | ".join(["", *map(named, columns)]), rows)
 
 
 def changes(f: Figures) -> str:
@@ -270,7 +270,8 @@ def changes(f: Figures) -> str:
             *(signed(f.gain(seed, 1, "base", 1, f.n)) for seed in f.seeds),
         ]
     )
-    return table(["greedy", "base", f"base at its best, {named(f.best)}", "base made to think", *f.seeds], rows)
+    head = ["greedy", "base", f"base at its best, {named(f.best)}", "base made to think", *f.seeds]
+    return table(" | ".join(head), rows)
 
 
 def lengths(f: Figures) -> str:
@@ -284,7 +285,7 @@ def lengths(f: Figures) -> str:
         [f"tokens, {label(f, name)}", *(f"{f.tokens(name, 0)[part].mean():.0f}" for part in parts.values())]
         for name in ("base", "after")
     ]
-    return table(["statements", *map(str, parts)], rows)
+    return table(" | ".join(["statements", *map(str, parts)]), rows)
 
 
 def ends(f: Figures) -> str:
@@ -304,7 +305,7 @@ def ends(f: Figures) -> str:
         ]
         halves = [" / ".join(end) for end in shown]
         rows.append([title, *(f"{a} -> {b}" for a, b in zip(halves[::2], halves[1::2]))])
-    return table(["", *f.seeds], rows)
+    return table(" | ".join(["", *f.seeds]), rows)
 
 
 def shown_example(f: Figures) -> str:

@@ -489,7 +489,7 @@ def test_lanes_that_are_killed_while_they_start_are_started_again(monkeypatch):
 def test_a_child_that_hangs_is_run_again(tmp_path):
     """Stopped by SIGSTOP in the middle of its program, as a frozen or swapped-out process would be."""
     slow = "def f(x):\n    n = 0\n    while n < 3_000_000: n += 1\n    return x"
-    with Sandbox(1, replace(PROPOSAL, wall_seconds=3.0, cpu_seconds=10.0)) as sandbox:
+    with Sandbox(1, replace(PROPOSAL, wall_seconds=3.0, cpu_seconds=0.5)) as sandbox:
         sandbox.run([Job("def f(x): return x", ("1",))])
         lane = sandbox._lanes[0].process.pid
         frozen = []

@@ -78,7 +78,7 @@ def run_tasks(run: Path) -> list[Task]:
     if checkpoint is None:
         raise ValueError(f"{run}: has no checkpoint with its state; give the directory of a run of train_azr.py")
     rows = json.loads((checkpoint / "state" / "state.json").read_text())["buffers"]["rows"]
-    tasks = [Task.from_json(row) for mode in MODES for _, _, row in rows[mode]]
+    tasks = [Task.from_json(row) for mode in MODES for _, _, row, *_ in rows[mode]]
     return [task for task in tasks if task.program != SEED_PROGRAM]
 
 

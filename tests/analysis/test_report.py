@@ -54,7 +54,7 @@ def test_one_page_without_network(runs, tmp_path):
     tags.feed(html)
     assert not tags.open and not [tag for tag, _ in tags.seen if tag in ("script", "link", "iframe")]
     images = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
-    assert len(images) >= 6 and all(src.startswith("data:image/png;base64,iVBOR") for src in images)
+    assert len(images) >= 4 and all(src.startswith("data:image/png;base64,iVBOR") for src in images)
     assert not re.search(r"https?://|url\(", html)
     for text in (
         "What these numbers do and do not show",

@@ -93,10 +93,6 @@ WAYS = {  # name: (status, program)
         "forbidden",
         "def f(x):\n    return hash(object()) % 1000",
     ),
-    "address as a number": (
-        "nondeterministic",
-        "def f(x):\n    return int(repr(object()).split('0x')[1][:-1], 16) % 65536",
-    ),
     "hash of a NaN": (
         "forbidden",
         "def f(x):\n    return hash(float('nan')) % 2",

@@ -142,7 +142,7 @@ def test_a_reward_shape_changes_what_proposers_earn_and_nothing_else(world):
 
 
 def test_every_shape_reaches_the_proposers_of_a_step(world):
-    none, found = world.run(), {}
+    none, found = world.run(**MANY), {}
     for shape in rewards.SHAPES:
         config = dataclasses.replace(none.state.config, proposer_reward=shape)
         state = train_azr.State(config, None, None, arms=Arms.of(config))
