@@ -511,8 +511,8 @@ def _padding(seed):
     lane. Address randomisation moves whole pages only, so without them lanes would agree on what depends on addresses
     (an order, or a bit of one)."""
     kept, state = [], seed
-    for size in range(2, 480, 16):
-        blocks = [bytes(size) for _ in range(64)]
+    for size in (0, *range(2, 480, 16)):
+        blocks = [bytes(size) if size else object() for _ in range(64)]
         for _ in range(20):
             state = (state * 1_103_515_245 + 12_345) % (1 << 31)  # the generator of the C standard
             blocks[(state >> 16) % 64] = None

@@ -46,6 +46,7 @@ RAW_MODULES = PROPOSAL.modules + (
     "multiprocessing.process",
     "os",
     "pathlib",
+    "queue",
     "random",
     "resource",
     "select",
@@ -207,6 +208,8 @@ def judge(kind, mode, outcomes) -> list[str]:
             found.append(f"it got out: {said:.100}")
         if "\n" in said:
             found.append("a line end in what is logged")
+        if kind == "time" and outcome.status == "infra":
+            found.append(f"no verdict, and so no punishment: {outcome.detail}")
         if kind == "nondeterminism" and mode == "gate" and outcome.status == "ok":
             found.append(f"passed for deterministic: {outcome.output:.80}")
     return found
