@@ -383,9 +383,9 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, words, files, tmp_path, ca
 
 
 def test_a_runs_tasks_and_answers_become_files(world, tmp_path, capsys):
-    run = world.run(proposer="no-update", steps=3)
+    run = world.run(**MANY)
     buffers, policy = run.state.buffers, run.state.policy
-    run.state.run.save_checkpoint(3, policy.save_adapter, {}, {"buffers": buffers.state_dict()}, {})
+    run.state.run.save_checkpoint(2, policy.save_adapter, {}, {"buffers": buffers.state_dict()}, {})
     tasks, own = tmp_path / "tasks.jsonl", tmp_path / "own.jsonl"
     assert make_data.main(["run", str(run.out), str(tasks)]) == 0
     assert "--step-tokens" in capsys.readouterr().out
