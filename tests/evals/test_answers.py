@@ -17,19 +17,12 @@ from azr.evals.code_answers import grade, load_problems, reference_of
 from azr.evals.grade import Answer, Grader
 from azr.stop import StopNow
 from sandbox import BENCHMARK, Sandbox
-from tests.evals.answers import CHEATS, HONEST
+from tests.evals.answers import HALF, HONEST
+from tests.evals.cheats import CHEATS
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "benchmarks"
-ROW = {
-    "task_id": "Own/1",
-    "prompt": 'def half(x):\n    """Half of x, and how often it can be halved again."""\n',
-    "entry_point": "half",
-    "canonical_solution": "    return [x / 2, (x & -x).bit_length() - 2]\n",
-    "base_input": [[2], [12]],
-    "plus_input": [[n] for n in range(3, 30)],
-    "atol": 0,
-}
+ROW = HALF | {"plus_input": [[n] for n in range(3, 30)]}
 RIGHT = ROW["prompt"] + ROW["canonical_solution"]
 LOOP = "def half(x):\n    while True: pass"
 

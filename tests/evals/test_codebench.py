@@ -10,21 +10,14 @@ import pytest
 from azr.evals import code_answers
 from azr.evals.code_answers import Problem, accepts, close, convert, load_problems, program_of, reference_of
 from sandbox import BENCHMARK, Sandbox
+from tests.evals.answers import HALF
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data" / "benchmarks"
 HUMANEVAL, MBPP = DATA / "HumanEvalPlus.jsonl.gz", DATA / "MbppPlus.jsonl.gz"
 HUMANEVAL_TASKS = (0, 2, 4, 32, 38, 53, 99)
 MBPP_TASKS = (2, 75, 124, 252, 278, 558, 580, 581, 722, 737)
 
-ROW = {
-    "task_id": "Own/1",
-    "prompt": 'def half(x):\n    """Half of x, and how often it can be halved again."""\n',
-    "entry_point": "half",
-    "canonical_solution": "    return [x / 2, (x & -x).bit_length() - 2]\n",
-    "base_input": [[2], [12]],
-    "plus_input": [[640], [7], [10**30]],
-    "atol": 0,
-}
+ROW = HALF | {"plus_input": [[640], [7], [10**30]]}
 ALONE = "def half(x):\n    return [x / 2, (x & -x).bit_length() - 2]\n"
 OFF_BY_ONE = """
 def _shift(call):
