@@ -213,9 +213,7 @@ def _text(rng: random.Random, i: int) -> str:
         return half + half[::-1]
     if style == 6:
         return f" {rng.choice(_WORDS).upper()} {rng.choice(_WORDS)}! "
-    return rng.choice(
-        ("()", "(())[]", "([)]", "{a: 1}", "<b>x</b>", "a1b2c3", "aaabbc", "1+2*3", "A-b C_d", "x.y@z.com")
-    )
+    return rng.choice(_ODD)
 
 
 def _change(value, rng: random.Random, depth: int):

@@ -26,10 +26,7 @@ def duplicate_key(item: Task | Proposal) -> str:
             return item.hash
     else:
         inputs = list(item.inputs)
-    reading = read_program(item.program)
-    # Sorted, so that a proposer gets nothing for the same ten inputs in another order.
-    inputs = sorted(_input_key(text, reading.parameters) for text in inputs)
-    return hashlib.sha256(json.dumps([item.mode, reading.form, inputs]).encode()).hexdigest()[:32]
+    return _digest(item.mode, read_program(item.program).form, _inputs_key(item.program, inputs))
 
 
 def program_key(task: Task) -> str:
@@ -41,17 +38,11 @@ def program_key(task: Task) -> str:
 def instance_key(task: Task) -> str:
     """Hex digits that are equal for tasks with one program_key and the same inputs, in whatever order and spelling."""
     inputs = [pair[0] for pair in task.visible + task.hidden] or [task.input]
-    return _digest(program_key(task), sorted(_values_key(task.program, text) for text in inputs))
+    return _digest(program_key(task), _inputs_key(task.program, inputs))
 
 
 def _digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _values_key(program: str, text: str) -> str:
-    """The arguments in their places, whatever the parameters are called."""
-    args, kwargs = positional(program, *literal.parse_args(text))
-    return literal.canon_args(args, kwargs)
 
 
 def positional(program: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -62,10 +53,16 @@ def positional(program: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return tuple(args), kwargs
 
 
-def _input_key(text: str, parameters: dict[str, str]) -> str:
-    """Canonical arguments, keyword arguments under the normal form's names and in order."""
-    try:
-        args, kwargs = literal.parse_args(text)
-        return literal.canon_args(args, dict(sorted((parameters.get(name, name), x) for name, x in kwargs.items())))
-    except literal.LiteralError:
-        return text.strip()
+def _inputs_key(program: str, inputs: list[str]) -> list[str]:
+    """The canonical arguments of each input: in their places, what has none under its name in the normal form. Sorted,
+    so that a proposer gets nothing for the same ten inputs in another order."""
+    names, keys = read_program(program).parameters, []
+    for text in inputs:
+        try:
+            args, kwargs = positional(program, *literal.parse_args(text))
+            keys.append(
+                literal.canon_args(args, dict(sorted((names.get(name, name), x) for name, x in kwargs.items())))
+            )
+        except literal.LiteralError:
+            keys.append(text.strip())
+    return sorted(keys)

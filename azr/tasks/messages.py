@@ -1,7 +1,9 @@
 """Does the message of an induction task give its program away? As code, in another spelling, as a table, encoded.
 
-    leak("def f(x):\n    return x * x", "give back x * x", [("2", "4"), ("3", "9")])     # "x * x"
-    expressions("x", "square it: x^2")          # programs to be tried in the sandbox: `def f(x): return x ** 2`
+    program = "def f(x):\n    return x * x"
+    leak(program, "give back x * x")                            # what is given away, "" for nothing
+    shows("2 -> 4, 3 -> 9", [("2", "4"), ("3", "9")])          # True
+    expressions(program, "square it: x^2")      # programs to be tried in the sandbox: `def f(x): return x ** 2`
 
 A hint in words is wanted and passes, an example too. Text in, text out, in time linear in the text; nothing is
 evaluated. Imports program.py and lines.py.
@@ -38,23 +40,23 @@ def cleaned(message: str) -> str:
     return "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
 
 
-def leak(program: str, message: str, pairs: list[tuple[str, str]] = ()) -> str:
-    """What a message gives away of the program or of the pairs (input, output); "" if nothing."""
+def leak(program: str, message: str) -> str:
+    """What a message gives away of the program, as code or encoded; "" if nothing."""
     text = cleaned(message)
     code = leaked_code(program, text)
     if code:
         return code
     for word in _ENCODED.findall(text):
         # Digits among letters of both cases, or among hexadecimal ones: no word or number of a language.
-        mixed = re.search("[a-z].*[A-Z]|[A-Z].*[a-z]", word) or not re.search("[g-wyzG-WYZ]", word)
+        mixed = word.upper() != word != word.lower() or not re.search("[g-wyzG-WYZ]", word)
         if mixed and re.search("[0-9]", word) and re.search("[A-Za-z]", word):
             return "an encoded text"
-    return "a table of the pairs" if _shows(text, pairs) else ""
+    return ""
 
 
-def _shows(text: str, pairs: list[tuple[str, str]]) -> bool:
-    """Whether the text holds more than EXAMPLES pairs, or IN_A_ROW outputs in their order."""
-    words = _joined(_values(text))
+def shows(message: str, pairs: tuple[tuple[str, str], ...]) -> bool:
+    """Whether the message holds more than EXAMPLES pairs (input, output), or IN_A_ROW outputs in their order."""
+    words = _joined(_values(cleaned(message)))
     rows = [(_values(given), _values(output)) for given, output in pairs]
     shown = sum(_joined(given + output) in words for given, output in rows if given and output)
     outputs = [output for _, output in rows]

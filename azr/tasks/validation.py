@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from azr.tasks.behaviour import observe
 from azr.tasks.duplicates import duplicate_key, instance_key, program_key
-from azr.tasks.messages import expressions, leak
+from azr.tasks.messages import expressions, leak, shows
 from azr.tasks.program import bare, read_program, skeleton
 from azr.tasks.task import INDUCTION_INPUTS, VISIBLE, Proposal, Task, Verdict, bad_characters
 from sandbox import Job, Outcome, Sandbox, literal
@@ -78,9 +78,11 @@ def _try_messages(verdicts: list, valid: list[int], sandbox: Sandbox) -> None:
     for i in valid:
         task = verdicts[i].task
         pairs = task.visible + task.hidden
-        if task.mode == "induction" and leak(task.program, task.message, pairs):
+        if task.mode != "induction":
+            continue
+        if shows(task.message, pairs):
             verdicts[i] = Verdict(False, "message_has_code", "the message shows the pairs")
-        elif task.mode == "induction":
+        else:
             tries += [(i, program, pairs) for program in expressions(task.program, task.message)]
     jobs = [Job(program, tuple(given for given, _ in pairs), stop_at_failure=True) for _, program, pairs in tries]
     for (i, program, pairs), outcomes in zip(tries, sandbox.run(jobs) if jobs else []):
