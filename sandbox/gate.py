@@ -19,8 +19,6 @@ FORBIDDEN_BUILTINS = frozenset(
     "open input eval exec compile id hash globals locals vars memoryview breakpoint exit quit help "
     "__import__ __build_class__ __loader__ __spec__ copyright credits license".split()
 )
-# What published benchmark programs use all the same; the profile "benchmark" lets it pass.
-_WIDE_BUILTINS = frozenset("eval exec compile id hash globals locals vars memoryview input exit quit".split())
 # Attributes that lead from an object of the program to the interpreter's: modules, frames, other classes.
 _FORBIDDEN_NAMES = frozenset(
     "__globals__ __builtins__ __subclasses__ __code__ __closure__ __loader__ __spec__ __import__ __mro__ __bases__ "
@@ -68,13 +66,9 @@ def compile_source(source: str):
         raise Refused("syntax", f"{type(error).__name__} {reason}" + (f" (line {line})" if line else "")) from error
 
 
-def judge(source: str, modules: frozenset, wide: bool = False):
-    """(code object, whether set or hash order can matter). Raises Refused.
-
-    modules: that may be imported. wide: a benchmark's program, which may use what _WIDE_BUILTINS and attributes allow.
-    """
+def judge(source: str, modules: frozenset):
+    """(code object, whether set or hash order can matter). Raises Refused. modules: that may be imported."""
     code = compile_source(source)
-    forbidden = FORBIDDEN_BUILTINS - _WIDE_BUILTINS if wide else FORBIDDEN_BUILTINS
     codes = all_codes(code)
     # A program may have a variable of its own called `input` or `id`: what it assigns anywhere is not the builtin.
     stored, loaded, every = set(), set(), set()
@@ -82,15 +76,15 @@ def judge(source: str, modules: frozenset, wide: bool = False):
         names = set(part.co_names)
         every |= names
         refused = names & _FORBIDDEN_NAMES or _pattern_names(part) & _FORBIDDEN_NAMES
-        if refused and not wide:
+        if refused:
             raise Refused("forbidden", f"name {min(refused)}")
         if _IMPORT in part.co_code[::2]:
             _check_imports(part, modules)
-        if names & forbidden:
-            _global_names(part, forbidden, stored, loaded)
+        if names & FORBIDDEN_BUILTINS:
+            _global_names(part, FORBIDDEN_BUILTINS, stored, loaded)
     if loaded - stored:
         raise Refused("forbidden", f"builtin {min(loaded - stored)}")
-    if every & _PATTERN_NAMES and not wide and any(map(_has_positions, codes)):
+    if every & _PATTERN_NAMES and any(map(_has_positions, codes)):
         raise Refused("forbidden", f"name {min(every & _PATTERN_NAMES)} beside a class pattern with positions")
     return code, _order_sensitive(codes, every)
 
@@ -163,18 +157,13 @@ def _order_sensitive(codes, names):
     )
 
 
-def safe_builtins(wide: bool, importer, getter) -> dict:
+def safe_builtins(importer, getter) -> dict:
     """The builtins of a program: `print` goes nowhere, imports come from the list, getattr refuses what the gate
     refuses."""
-    allowed = {
-        name: value
-        for name, value in vars(builtins).items()
-        if name not in FORBIDDEN_BUILTINS or wide and name in _WIDE_BUILTINS
-    }
+    allowed = {name: value for name, value in vars(builtins).items() if name not in FORBIDDEN_BUILTINS}
     allowed["hash"] = hash  # only inside a __hash__ method: the gate sees to it
     allowed |= {"print": _print, "__import__": importer, "__build_class__": builtins.__build_class__}
-    if not wide:
-        allowed["getattr"] = getter  # the gate sees names in the code, not those that are made as text
+    allowed["getattr"] = getter  # the gate sees names in the code, not those that are made as text
     return allowed
 
 

@@ -101,7 +101,7 @@ class Server:
         self.watch, self.together = addresses.Watch(), False
         if self.gated:
             self.proxies = _proxies(self.modules)
-            self.builtins = gate.safe_builtins(self.wide, self.importer, gate.guarded_getattr)
+            self.builtins = gate.safe_builtins(self.importer, gate.guarded_getattr)
             gate.close_doors(self.modules, self.proxies)
             self.proxies["copy"].deepcopy = self.deepcopy
         for codec in _CODECS:
@@ -242,7 +242,7 @@ class Server:
                 self.library.prctl(confine.PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() != self.pid:  # it died before the line above
                 os._exit(1)
-            gate.judge(_SMALL, self.names, self.wide)  # while it waits: the page faults of the first use
+            gate.judge(_SMALL, self.names)  # while it waits: the page faults of the first use
             wire.frame(b"O", literal.canon([1], self.limits), time.process_time())
             os.dup2(source, 0)
             os.closerange(1, RESULT_FD)  # the control pipe among them; RLIMIT_NOFILE allows no higher ones
@@ -269,7 +269,7 @@ class Server:
         """One program that has the child for itself."""
         try:
             if self.gated:
-                program, order = gate.judge(code, self.names, self.wide)
+                program, order = gate.judge(code, self.names)
             else:
                 program, order = gate.compile_source(code), True
         except gate.Refused as refused:
@@ -302,7 +302,7 @@ class Server:
         """(code object, whether hash order matters, nothing) of a program that may share the child; else the last is
         the frame to write instead of running it."""
         try:
-            program, order = gate.judge(code, self.names, self.wide)
+            program, order = gate.judge(code, self.names)
         except gate.Refused as refused:
             return None, False, (b"R", " ".join(refused.args))
         return program, order, () if contained.contained(program) else (b"A",)
