@@ -332,7 +332,6 @@ def digest(run: Path, measured: dict[str, dict]) -> dict:
     }
     update = measured["sparsity"]
     result["update"] = {part: {key: update[part].get(key) for key in UPDATE} for part in ("whole", "adapted")}
-    result["path"] = update.get("path")
     if "dynamics" in measured:
         part = measured["dynamics"]
         result["validity"] = {
