@@ -2,7 +2,8 @@
 
     watch = Watch()
     watch.begin()           # in this process and its children, from here on
-    {len, print}            # watch.seen is True
+    {len, print}            # watch.seen is "hash"
+    str(iter([]))           # watch.seen is "text"
 
 Where an object lies depends on what ran before in the process. No list of operations can tell whether a program makes
 use of that: every `str(x)`, every f-string and every set may meet a function or an iterator. So the two slots of the
@@ -12,55 +13,42 @@ For CPython on 64 bits, whose first slots have kept their places from 3.8 on; `W
 where they are elsewhere. Imports nothing of the project and can be copied out alone.
 """
 
-import collections
 import ctypes
-import functools
-import operator
 import types
 
-_REPR, _HASH = 88, 120  # offsets of tp_repr and tp_hash in PyTypeObject, see Include/cpython/object.h
-
-
-class _Own:
-    """A class in Python, for the slots that call its methods: these call what is watched for its parts."""
-
-    def __repr__(self):
-        return ""
-
-    def __hash__(self):
-        return 0
-
-
-# Whose text is made of their value or of their parts' texts. Any other type is watched.
-_PLAIN_TEXT = (
-    *(int, bool, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, range, slice, type),
-    *(type(None), type(...), type(NotImplemented), type({}.keys()), type({}.values()), type({}.items()), _Own),
-    *(BaseException, KeyError, OSError, UnicodeEncodeError, types.MethodType, types.ModuleType, types.GenericAlias),
-    *(collections.deque, collections.defaultdict, functools.partial, operator.itemgetter, type(int | None)),
-    *(type(str.join), type(int.__add__)),  # methods of builtin types, not of an object
+# Offsets of tp_repr and tp_hash in PyTypeObject (Include/cpython/object.h), and of d_wrapped in PyWrapperDescrObject
+# (descrobject.h).
+_REPR, _HASH, _WRAPPED = 88, 120, 48
+# The types whose slots tell an address; most others have theirs from `object`. Texts and hashes that are made of those
+# of parts are not among them: they call these, and they may raise, which a function called by way of ctypes must not.
+_TELLING_TEXT = (
+    *(object, types.FunctionType, types.BuiltinFunctionType, types.MethodWrapperType, types.GeneratorType),
+    *(types.CoroutineType, types.AsyncGeneratorType, types.CellType, types.CodeType, types.FrameType),
 )
-# Whose hash is made of their value or parts, or of the place of an object that was there before every program.
-_PLAIN_HASH = (
-    *(int, bool, complex, str, bytes, tuple, frozenset, range, type, type(None), type(...), type(NotImplemented)),
-    *(types.GenericAlias, type(int | None), _Own),
-)
+_TELLING_HASH = (object, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
+# Of these, all objects were there before every program, at the same place for all of them.
+_OLD = (type(None), type(...), type(NotImplemented))
 
 
 class Watch:
-    """`seen`: whether an address was looked at since it was last set to False."""
+    """`seen`: "text" or "hash" if an address was looked at since it was last set to ""."""
 
     def __init__(self):
-        self.seen = False
+        self.seen = ""
         # Types written in C: instances of the library's Python classes are out of reach where no class can be made.
         kinds = [kind for kind in _subclasses(object) if not issubclass(kind, type) and _in_c(kind)]
-        plain_text = {_slot(kind, _REPR) for kind in _PLAIN_TEXT}
-        plain_hash = {_slot(kind, _HASH) for kind in _PLAIN_HASH + (list,)} - {_slot(object, _HASH)}
+        texts = {_slot(kind, _REPR) for kind in _TELLING_TEXT}
+        hashes = {_slot(kind, _HASH) for kind in _TELLING_HASH}
         self._slots, self._callbacks = [], {}
         self._lead(float, _HASH, ctypes.c_ssize_t)
         for kind in kinds:
-            if _slot(kind, _REPR) not in plain_text:
+            if _slot(kind, _REPR) in texts:
                 self._lead(kind, _REPR, ctypes.py_object)
-            if _slot(kind, _HASH) not in plain_hash and kind not in (*_PLAIN_HASH, float):
+        # `object` itself, and what a class that is made later takes from it: the function in object.__repr__.
+        self._lead(object, _REPR, ctypes.py_object)
+        self._lead(vars(object)["__repr__"], _WRAPPED, ctypes.py_object)
+        for kind in kinds:
+            if _slot(kind, _HASH) in hashes and kind not in _OLD:
                 self._lead(kind, _HASH, ctypes.c_ssize_t)
         self._try()
 
@@ -68,36 +56,42 @@ class Watch:
         """From here on, in this process. Without it, nothing is changed."""
         for place, function in self._slots[1:]:
             place.value = function
-        self.seen = False
+        self.seen = ""
 
     def begin_floats(self):
         """NaN too, whose hash is its address. Not in `begin`, since it makes every other float slow to hash."""
         place, function = self._slots[0]
         place.value = function
-        self.seen = False
+        self.seen = ""
+
+    def note(self):
+        """For what tells an address, or a hash, in another way."""
+        self.seen = self.seen or "hash"
 
     def _lead(self, kind, offset, result):
         """Notes where a slot is and what it is to hold: one function for each that is there now."""
         before = _slot(kind, offset)
         if before not in self._callbacks:
             form = ctypes.PYFUNCTYPE(result, ctypes.py_object)
-            self._callbacks[before] = form(self._noting(form(before), offset == _HASH))
+            self._callbacks[before] = form(self._noting(form(before), "hash" if offset == _HASH else "text"))
         function = ctypes.cast(self._callbacks[before], ctypes.c_void_p).value
         self._slots.append((ctypes.c_void_p.from_address(id(kind) + offset), function))
 
-    def _noting(self, before, hashing):
+    def _noting(self, before, what):
         def after(value):
             # The hash of a float tells an address where it is NaN alone.
-            if not (hashing and type(value) is float and value == value):
-                self.seen = True
+            if not (what == "hash" and type(value) is float and value == value) and self.seen != "text":
+                self.seen = what
             return before(value)
 
         return after
 
     def _try(self):
         """Raises OSError if the slots do not do what they should, before anything is changed."""
+        if _slot(vars(object)["__repr__"], _WRAPPED) != _slot(object, _REPR):
+            raise OSError("the function of object.__repr__ is not where it is expected")
         for offset, result, function in ((_REPR, ctypes.py_object, repr), (_HASH, ctypes.c_ssize_t, hash)):
-            for value in (len, _Own, (1, "a"), 2.5, iter(())):
+            for value in (len, (1, "a"), 2.5, iter(())):
                 if ctypes.PYFUNCTYPE(result, ctypes.py_object)(_slot(type(value), offset))(value) != function(value):
                     raise OSError("the slots of types are not where they are expected")
 

@@ -26,11 +26,10 @@ _FORBIDDEN_NAMES = frozenset(
     "gi_frame gi_code gi_yieldfrom cr_frame cr_code ag_frame ag_code tb_frame tb_next f_back f_globals f_locals "
     "f_builtins f_code f_trace _getframe with_traceback _evaluate __forward_code__".split()
 )
-# Names, operations and operators that can make a set or tell a hash, whose order or value may then reach the output;
-# and names by which a program reaches attributes whose names are not in it.
+# Names, operations and operators that can make a set or tell a hash, whose order or value may then reach the output.
 _SET_NAMES = frozenset(
     "set frozenset Counter hash __hash__ symmetric_difference __or__ __and__ __sub__ __xor__ __abstractmethods__ "
-    "KeysView ItemsView Set MutableSet getattr attrgetter methodcaller update_wrapper wraps".split()
+    "KeysView ItemsView Set MutableSet".split()
 )
 _VIEW_NAMES, _VIEW_OPERATORS = frozenset(("keys", "items")), frozenset("and_ or_ sub xor iand ior isub ixor".split())
 # A class pattern with positions takes attributes by the names in __match_args__ from whatever passes for an instance:
@@ -38,8 +37,7 @@ _VIEW_NAMES, _VIEW_OPERATORS = frozenset(("keys", "items")), frozenset("and_ or_
 _PATTERN_NAMES = frozenset(
     "__match_args__ __instancecheck__ __subclasshook__ __class__ register type make_dataclass".split()
 )
-# A class without a __repr__ or a __hash__ of its own shows where its objects lie.
-_SET_CODES = bytes(opmap[name] for name in "BUILD_SET SET_ADD SET_UPDATE LOAD_BUILD_CLASS".split() if name in opmap)
+_SET_CODES = bytes(opmap[name] for name in ("BUILD_SET", "SET_ADD", "SET_UPDATE") if name in opmap)
 # The operators that make sets of dict views, & | ^ -: operations of their own in Python 3.10, arguments of one since
 # then.
 _BINARY_CODES = {opmap[name] for name in "BINARY_AND BINARY_OR BINARY_SUBTRACT BINARY_XOR".split() if name in opmap}
@@ -171,10 +169,16 @@ def _print(*values, **options):
     """print() without a place to print to."""
 
 
-def guarded_getattr(value, name, *default):
-    """getattr without the names that lead out of a program."""
-    _check_name(name, _FORBIDDEN_NAMES)
-    return getattr(value, name, *default)
+def guarded_getattr(note):
+    """getattr without the names that lead out of a program; note() is called for those that can tell a hash."""
+
+    def getter(value, name, *default):
+        _check_name(name, _FORBIDDEN_NAMES)
+        if name.startswith("__"):
+            note()
+        return getattr(value, name, *default)
+
+    return getter
 
 
 def _check_name(name, refused=None):

@@ -61,6 +61,13 @@ class Piece:
         if any(type(text) is str for text in texts):  # sets among the inputs (see wire.pack_args)
             sensitive.add(id(outcomes))
 
+    def told(self, what):
+        """Takes down what a child says of the program: "order" (hash order can matter), "text" or "hash" (it has looked
+        at those of an address)."""
+        key = id(self.outcomes)
+        if what in ("order", "text", "hash"):
+            self.sensitive.update((key, (key, what)))
+
     def rest(self, start, stop=None):
         """The inputs from a position on, as a piece that has not been retried."""
         texts, slots = self.texts[start:stop], self.slots[start:stop]
@@ -164,13 +171,13 @@ def settle(piece, data: bytes, status: int, is_canonical, ending=None):
         piece.settle_from(0, broken)
         return [], ""
     loaded = bool(frames)
-    if loaded and frames[0][1] == "order":
-        piece.sensitive.add(id(piece.outcomes))
+    if loaded:
+        piece.told(frames[0][1])
     # CPU time that loading and earlier inputs have used, as the child says; it only decides what is tried again.
     used, position = frames[0][2] - began if loaded else 0.0, 0
     for kind, text, cpu in frames[1:]:
-        if kind == "N":  # hash seeds differ in the places of objects too
-            piece.sensitive.add(id(piece.outcomes))
+        if kind == "N":
+            piece.told(text)
             continue
         outcome = _value(kind, text, is_canonical, cpu - began)
         if outcome is None or position >= len(piece.slots):
@@ -211,8 +218,7 @@ def settle_together(bundle, data: bytes, status: int, is_canonical):
         elif section[0][0] != "G":
             piece.settle_from(0, outcomes[0])
         else:
-            if section[0][1] == "order":
-                piece.sensitive.add(id(piece.outcomes))
+            piece.told(section[0][1])
             alone += _settle_shared(piece, outcomes)
     return alone
 

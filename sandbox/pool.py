@@ -167,6 +167,8 @@ class Sandbox:
             pieces, results = self._prepare(jobs, FIRST_SEEDS[0])
             sensitive = pieces[0].sensitive if pieces else set()
             self._execute(self._bundled(pieces))
+            for first in results:
+                _refuse_addresses(first, {what for what in ("order", "text", "hash") if (id(first), what) in sensitive})
             again = self._repeats(jobs, results, FIRST_SEEDS[1:2], True)
             self._explain(again)
             _conclude(again)
@@ -460,6 +462,14 @@ class Sandbox:
 
 
 # --- housekeeping ---------------------------------------------------------------------------------------------------
+
+
+def _refuse_addresses(outcomes, told):
+    """Ten processes may agree on a bit of an address, or on the order of two of them: looking is enough."""
+    if "text" in told or {"hash", "order"} <= told:
+        for slot, outcome in enumerate(outcomes):
+            if outcome.status == "ok":
+                outcomes[slot] = Outcome("nondeterministic", None, "address the program looks where an object lies")
 
 
 def _conclude(repeats):

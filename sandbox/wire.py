@@ -3,8 +3,8 @@
 A request is HEAD and a marshalled tuple (pool to child; the pool is trusted). A child answers with frames: B it is
 confined and begins, with its process id, before it has seen a program; for each program R refused by the gate, X failed
 while loading, A to be run alone, or G loaded, then one frame per input: O value, E exception, U of a type without a
-literal, L too large (N before it: the program has looked at an address); D done. The server adds one
-REPORT after each child. Nothing here trusts a child.
+literal, L too large (N before it: the program has looked at the text or the hash of an address); D done. The server
+adds one REPORT after each child. Nothing here trusts a child.
 
     frames, whole = decode(frame(b"O", "[1]", cpu_seconds=0.01))         # [("O", "[1]", 0.01)], True
 

@@ -22,6 +22,7 @@ import time
 import types
 import typing
 import warnings
+from functools import partial
 
 from sandbox import addresses, confine, contained, gate, literal, wire
 
@@ -101,7 +102,7 @@ class Server:
         self.watch, self.together = addresses.Watch(), False
         if self.gated:
             self.proxies = _proxies(self.modules)
-            self.builtins = gate.safe_builtins(self.importer, gate.guarded_getattr)
+            self.builtins = gate.safe_builtins(self.importer, gate.guarded_getattr(self.watch.note))
             gate.close_doors(self.modules, self.proxies)
             self.proxies["copy"].deepcopy = self.deepcopy
         for codec in _CODECS:
@@ -278,7 +279,9 @@ class Server:
         space = vars(self.program)
         if self.gated:
             space["__builtins__"] = self.builtins
-        self.watch.seen = False
+            if order:
+                self.watch.begin_floats()
+        self.watch.seen = ""
         self.run(program, space, order, entry, inputs, stop_at_failure)
 
     def answer_together(self, programs):
@@ -317,7 +320,7 @@ class Server:
         looked = self.looked()
         if looked and self.together:
             return say(b"A")
-        say(b"G", "order" if order or looked else "")
+        say(b"G", looked or ("order" if order else ""))
         for arguments in inputs:
             if not self.call(function, arguments) and stop_at_failure:
                 return None
@@ -331,8 +334,8 @@ class Server:
             kind, text = b"E", _name_of(error)
         else:
             kind, text = self.told(value)
-        if self.looked():  # first, since the process may end at any moment
-            say(b"N")
+        if looked := self.looked():  # first, since the process may end at any moment
+            say(b"N", looked)
         say(kind, text)
         return kind == b"O"
 
@@ -346,13 +349,14 @@ class Server:
             return b"U", str(error)
 
     def looked(self):
-        """Whether the program has looked at an address since the last time that this was asked."""
-        seen, self.watch.seen = self.watch.seen, False
+        """ "text" or "hash" if the program has looked at an address since the last time that this was asked, or ""."""
+        seen, self.watch.seen = self.watch.seen, ""
         return seen
 
     def deepcopy(self, value, *memo, **options):
         """copy.deepcopy; the keys of its second argument are addresses."""
-        self.watch.seen = self.watch.seen or bool(memo or options)
+        if memo or options:
+            self.watch.note()
         return self.modules["copy"].deepcopy(value, *memo, **options)
 
     def importer(self, name, scope=None, local=None, names=(), level=0):
@@ -506,13 +510,17 @@ def _forget_surroundings(streams):
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
+# Make objects of 16 and 32 bytes, and from 48 on those that a `bytes` of a length takes.
+_SIZES = (object, lambda: float("0.5"), *(partial(bytes, size) for size in range(2, 480, 16)))
+
+
 def _padding(seed):
     """Small objects of every size with holes between them, which the objects of a child will take: other ones in every
     lane. Address randomisation moves whole pages only, so without them lanes would agree on what depends on addresses
     (an order, or a bit of one)."""
-    kept, state = [], seed
-    for size in (0, *range(2, 480, 16)):
-        blocks = [bytes(size) if size else object() for _ in range(64)]
+    kept, state = [[object() for _ in range(100 * seed)]], seed  # of the smallest size 256 fill a page
+    for make in _SIZES:
+        blocks = [make() for _ in range(64)]
         for _ in range(20):
             state = (state * 1_103_515_245 + 12_345) % (1 << 31)  # the generator of the C standard
             blocks[(state >> 16) % 64] = None
