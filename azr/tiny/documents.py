@@ -11,16 +11,18 @@ anything the prompt shows:
     full     p=5+3=8;q=max(8, 9)=9;                     every step executed
     check    p=5+3=8;q=max(8, 9)=9;again q=max(8, 9)=9; the last step twice
 
-For abduction the full thought is a search, one or two inputs tried with the trace of each; for induction a program
-tried on visible pairs, and now and then a wrong one before it. Noise is a step left out of a trace, never a corrupted
-answer. The number of statements of a proposal follows its references', give or take, and operations are shared with
-them. Held-out programs (split.py) occur nowhere.
+For abduction the full thought is a search, up to three inputs tried with the trace of each and its result set beside
+the wanted one; for induction a program tried on visible pairs, and now and then a wrong one before it. A search may end
+in "no" (the answer is right all the same), so that the verdict on a try has to be read off the comparison. Noise is a
+step left out of a trace, never a corrupted answer. The number of statements of a proposal follows its references',
+give or take, and operations are shared with them. Held-out programs (split.py) occur nowhere.
 """
 
 from __future__ import annotations
 
 import functools
 import random
+from collections import Counter
 from typing import NamedTuple
 
 from azr.tasks import SEED_TASKS, Task
@@ -37,7 +39,7 @@ from azr.tiny.programs import (
     random_program,
     random_value,
 )
-from azr.tiny.split import behaviour, held_out, twin
+from azr.tiny.split import behaviour, held_out, skeleton, twin
 
 KINDS = {  # relative frequency of the documents: at first, while all values are ints, and then; traces come first
     ("solver", "deduction"): (64, 28),
@@ -51,15 +53,19 @@ KINDS = {  # relative frequency of the documents: at first, while all values are
 STYLES = ("none", "junk", "coarse", "full", "check")
 LADDER = (0.54, 0.12, 0.20, 0.11, 0.03)  # of the thoughts of a solver in the end
 TAUGHT = (0.30, 0.04, 0.14, 0.46, 0.06)  # at first, so that traces are learned at all
-TAUGHT_UNTIL, LADDER_FROM = 0.45, 0.75  # share of the training; in between the weights move on a line
+TAUGHT_UNTIL, LADDER_FROM = 0.35, 0.65  # share of the training; in between the weights move on a line
 PLAN = (0.70, 0.10, 0.20)  # of a proposer: no thought, names only, the operations in words
 SKIPPED_STEP, BROKEN_PROPOSAL, SEED_REFERENCE = 0.04, 0.05, 0.03
-STATEMENTS = (18, 22, 20, 17, 13, 10)  # weights of 1 to 6 statements
+STATEMENTS = (24, 22, 19, 15, 11, 9)  # weights of 1 to 6 statements
 INDUCTION_STATEMENTS = (38, 34, 20, 8)  # a program of five statements cannot be seen in five pairs
 FOLLOW = ((-1, 0, 1, 2), (25, 40, 20, 15))  # statements of a proposal less the mean of its references', weights
-TWO_TRIES = 0.5  # of the full searches; of the full hypotheses REVISED
-REVISED = 0.35
-MAX_SEARCH = 170  # characters of a search or a hypothesis with its checks
+WRONG_TRIES = (35, 38, 27)  # weights of none, one and two of them in a full search
+GIVEN_UP = 0.15  # of the searches with a wrong try: none is right, the answer is one that was not tried
+REVISED = 0.35  # of the full hypotheses: a wrong one first
+MAX_SEARCH = 180  # characters of a search
+MAX_HYPOTHESIS = 250  # characters of a hypothesis with its checks and the answer's program
+MAX_INPUTS = 210  # characters of the inputs that a proposal of an induction task lists
+SKELETON_TASKS = 8  # held-out tasks of a mode and difficulty that may share a skeleton
 COMMON = {0: 0.28, 1: 0.45, 2: 0.45, 3: 0.5, 4: 0.55, 6: 0.75, 8: 0.75, 5: 0.85, 9: 0.85}  # outputs thinned out
 
 
@@ -136,17 +142,39 @@ def deduction_thought(style: str, example: Example, rng: random.Random) -> str:
 
 
 def abduction_thought(style: str, example: Example, rng: random.Random, stage: Stage) -> str:
-    """The search for the input: one or two tries, each with what it gives."""
+    """The search for the input: up to three tries, each with what it gives."""
     if style == "junk":
         return "".join(f"{name};" for name in example.program.parameters)
-    tries = [(example, "yes")]
-    wrong = near_miss(example, rng, stage) if style == "check" or rng.random() < TWO_TRIES else None
-    if wrong is not None:
-        tries.insert(0, (wrong, "no"))
+    wrong = wrong_tries(example, rng, stage, at_least=style == "check")
+    tries = [*wrong, example]
     if style == "coarse":
-        return "".join(f"{arguments_text(e.arguments)} gives {e.output!r} {word};" for e, word in tries)
-    texts = [f"{arguments_text(e.arguments)};{trace(e.steps, rng)}{word};" for e, word in tries]
-    return "".join(texts) if sum(map(len, texts)) <= MAX_SEARCH else texts[-1]
+        parts = [f"{arguments_text(e.arguments)} gives {e.output!r} {verdict(e, example)};" for e in tries[-2:]]
+        return "".join(parts)
+    if wrong and rng.random() < GIVEN_UP:
+        tries = wrong
+    texts = [
+        f"{arguments_text(e.arguments)};{trace(e.steps, rng)}{e.output!r}=={example.output!r} {verdict(e, example)};"
+        for e in tries
+    ]
+    while len(texts) > 1 and sum(map(len, texts)) > MAX_SEARCH:
+        texts.pop(0)
+    return "".join(texts)
+
+
+def wrong_tries(example: Example, rng: random.Random, stage: Stage, at_least: bool) -> list[Example]:
+    """None to two near misses with different arguments; `at_least`: one if there is any."""
+    count = max(rng.choices((0, 1, 2), WRONG_TRIES)[0], at_least)
+    misses = {}
+    for _ in range(count):
+        miss = near_miss(example, rng, stage)
+        if miss is not None:
+            misses[arguments_text(miss.arguments)] = miss
+    return list(misses.values())
+
+
+def verdict(tried: Example, example: Example) -> str:
+    """Whether a try gives the wanted output."""
+    return "yes" if tried.output == example.output else "no"
 
 
 def near_miss(example: Example, rng: random.Random, stage: Stage) -> Example | None:
@@ -166,20 +194,23 @@ def near_miss(example: Example, rng: random.Random, stage: Stage) -> Example | N
 
 
 def induction_thought(style: str, program: Program, pairs: list[tuple], rng: random.Random, stage: Stage) -> str:
-    """A hypothesis, in the full style checked on one or two of the visible pairs, perhaps after a wrong one."""
+    """A hypothesis, in the full style checked on one or two of the visible pairs, perhaps after a wrong one; in words
+    where that would be too long."""
     if style == "junk":
         return "".join(f"{s.name};" for s in program.statements)
     if style == "coarse":
         return f"{program.words};"
     checks = [check(program, pair, stage, rng) for pair in pairs[: 2 if style == "check" else 1]]
+    room = MAX_HYPOTHESIS - len(program.text)
+    while checks and len(hypothesis(program) + "".join(checks)) > room:
+        checks.pop()
+    if not checks:
+        return f"{program.words};"
     right = hypothesis(program) + "".join(checks)
-    if len(right) > MAX_SEARCH:
-        return hypothesis(program) + checks[0]
     if rng.random() < REVISED:
         other = wrong_hypothesis(program, pairs[0], rng, stage)
-        if other is not None:
-            both = hypothesis(other) + check(other, pairs[0], stage, rng) + right
-            return both if len(both) <= MAX_SEARCH else right
+        both = hypothesis(other) + check(other, pairs[0], stage, rng) + right if other else right
+        return both if len(both) <= room else right
     return right
 
 
@@ -189,12 +220,11 @@ def hypothesis(program: Program) -> str:
 
 
 def check(program: Program, pair: tuple, stage: Stage, rng: random.Random) -> str:
-    """The trace of a program on the arguments of a pair, and whether the result is the pair's."""
+    """The trace of a program on the arguments of a pair, its result beside the pair's, and whether they are equal."""
     steps: list[str] = []
-    values = program.run(pair[0], stage.top, steps)
-    return f"{arguments_text(pair[0])};{trace(steps, rng)}" + (
-        "yes;" if values[program.statements[-1].name] == pair[1] else "no;"
-    )
+    result = program.run(pair[0], stage.top, steps)[program.statements[-1].name]
+    equal = "yes" if result == pair[1] else "no"
+    return f"{arguments_text(pair[0])};{trace(steps, rng)}{result!r}=={pair[1]!r} {equal};"
 
 
 def wrong_hypothesis(program: Program, pair: tuple, rng: random.Random, stage: Stage) -> Program | None:
@@ -205,7 +235,9 @@ def wrong_hypothesis(program: Program, pair: tuple, rng: random.Random, stage: S
         if other is None or list(other.parameters.values()) != list(program.parameters.values()):
             continue
         result = other.output(pair[0], stage.top)
-        if result is not None and result != pair[1] and type(result) is type(pair[1]) and not held_out(other.text):
+        if result is None or result == pair[1] or type(result) is not type(pair[1]):
+            continue
+        if not held_out(other.text) and not twin(other):
             return other
     return None
 
@@ -371,8 +403,11 @@ def propose_document(mode: str, rng: random.Random, stage: Stage = STAGES[LAST])
 
 
 def _propose_induction(rng: random.Random, stage: Stage) -> tuple[str, str]:
-    drawn = draw_task("induction", rng, stage)
-    inputs = [given for given, _ in drawn.task.visible + drawn.task.hidden]
+    while True:
+        drawn = draw_task("induction", rng, stage)
+        inputs = [given for given, _ in drawn.task.visible + drawn.task.hidden]
+        if sum(map(len, inputs)) <= MAX_INPUTS:
+            break
     if rng.random() < BROKEN_PROPOSAL:
         inputs[rng.randrange(len(inputs))] = rng.choice(inputs)
     text = "".join(fence("input", given) for given in inputs) + fence("message", drawn.task.message)
@@ -403,21 +438,23 @@ DIFFICULTIES = (1, 2, 3, 4, 5, 6, 7)  # statements; 7 stands for 7 or 8
 
 @functools.cache
 def held_out_draws(seed: int = 2024) -> tuple[Drawn, ...]:
-    """TASKS tasks for each mode and difficulty, ordered by mode, then difficulty; no two programs behave alike."""
-    found, seen = [], set()
+    """TASKS tasks for each mode and difficulty, ordered by mode, then difficulty. No two programs have the same text or
+    behave alike, and no skeleton stands in more than SKELETON_TASKS tasks of a mode and difficulty."""
+    draws, seen = [], set()
     for difficulty in DIFFICULTIES:
         for mode in MODES:
-            rng, rows = random.Random(f"{seed}/{mode}/{difficulty}"), 0
-            while rows < TASKS:
+            rng, rows = random.Random(f"{seed}/{mode}/{difficulty}"), Counter()
+            while rows.total() < TASKS:
                 count = rng.choice((7, 8)) if difficulty == 7 else difficulty
                 drawn = draw_task(mode, rng, count=count, hold=True)
-                key = behaviour(drawn.example.program)
-                if key not in seen:
-                    seen.add(key)
-                    found.append(drawn)
-                    rows += 1
+                program = drawn.example.program
+                keys = {program.text, behaviour(program)}
+                if not keys & seen and rows[skeleton(program.text)] < SKELETON_TASKS:
+                    seen |= keys
+                    draws.append(drawn)
+                    rows[skeleton(program.text)] += 1
     order = {mode: i for i, mode in enumerate(MODES)}
-    return tuple(sorted(found, key=lambda drawn: order[drawn.task.mode]))
+    return tuple(sorted(draws, key=lambda drawn: order[drawn.task.mode]))
 
 
 def held_out_skill(count: int, seed: int = 2024) -> list[Task]:

@@ -215,7 +215,7 @@ def take_step(model, pairs, flat: torch.Tensor, share: float) -> None:
 def train(model, tokenizer, args, device, shards: Shards) -> dict:
     """Trains until `args.tokens`, saving after every chunk of documents; returns the counters."""
     pairs = optimizers_for(model, args.optimizer == "muon", args.learning_rate)
-    state = load_work(args.work, model, pairs)
+    state, parent = load_work(args.work, model, pairs), os.getppid()
     while state["tokens"] < args.tokens:
         start, before, losses, counts = time.time(), state["tokens"], 0.0, 0.0
         done = state["tokens"] / args.tokens
@@ -224,6 +224,8 @@ def train(model, tokenizer, args, device, shards: Shards) -> dict:
         halves = [batches_of(rows_of(tokenizer, part), seed) for part, seed in zip(texts, seeds)]
         drawing = time.time() - start
         for i in range(shards.least([len(half) for half in halves])):
+            if os.getppid() != parent:
+                raise SystemExit("the process that started this one has ended")  # or it would go on writing work files
             mean = state["mean"] or 1000.0
             flat = shards.add([gradient(model, half[i], mean, device) for half in halves])
             loss, count, tokens = flat[-3:].tolist()
@@ -291,6 +293,11 @@ def write_model(out: Path, model, tokenizer, state: dict) -> None:
     (out / "base.json").write_text(json.dumps(base, indent=1) + "\n")
 
 
+def made_first(out: Path) -> tuple[Path, ...]:
+    """What must be there before a document is drawn."""
+    return out / "tokenizer.json", out / "held_out.jsonl", split.BEHAVIOURS
+
+
 def write_held_out(out: Path) -> None:
     """held_out.jsonl and skill.jsonl, and the behaviours that training text must not have."""
     draws = recipe.held_out_draws()
@@ -330,7 +337,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
-    parser.add_argument("--tokens", type=float, default=36e6, help="training tokens, prompts included")
+    parser.add_argument("--tokens", type=float, default=80e6, help="training tokens, prompts included")
     parser.add_argument("--seed", type=int, default=0, help="of the documents")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, of AdamW")
@@ -341,7 +348,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.work / "meeting").unlink(missing_ok=True)
-    if not (args.out / "tokenizer.json").exists() or not (args.work / "work.pt").exists():
+    if not (args.work / "work.pt").exists() or not all(path.exists() for path in made_first(args.out)):
         write_held_out(args.out)
         build(args.out)
     if torch.cuda.is_available() or args.workers == 1:

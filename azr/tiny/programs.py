@@ -30,6 +30,7 @@ MAX_LIST, MAX_STRING = 5, 7  # elements or letters of a value
 MAX_TRACE = 130  # characters; about as many tokens
 MAX_STATEMENTS = 8
 STYLES = (64, 18, 10, 8)  # of statements: operation, loop, conditional expression, block
+ALONE = (82, 8, 6, 4)  # of the only statement of a program: the easiest programs are one step long
 PARAMETER_TYPES = (56, 26, 18)
 UNREAD, NOT_NEWEST = 0.6, 0.95  # how often a source is one that nothing has read yet; is not the newest
 LIKE = 6.0  # how much likelier an operation of a reference is in a proposal
@@ -544,8 +545,8 @@ def _others(value: Any) -> list:
 class _Draw:
     """One program in the making: chooses operations and their sources, unread variables first."""
 
-    def __init__(self, rng: random.Random, stage: Stage, like: frozenset[str]):
-        self.rng, self.stage, self.like = rng, stage, like
+    def __init__(self, rng: random.Random, stage: Stage, like: frozenset[str], styles: tuple[int, ...] = STYLES):
+        self.rng, self.stage, self.like, self.styles = rng, stage, like, styles
         self.types: dict[str, str] = {}
         self.unread: list[str] = []
         self.statements: list[Statement] = []
@@ -574,7 +575,7 @@ class _Draw:
 
     def statement(self, name: str) -> Statement | None:
         """One more statement; None if the choice made does not fit the variables there are."""
-        style = self.rng.choices(("operation", "loop", "expression", "block"), STYLES)[0]
+        style = self.rng.choices(("operation", "loop", "expression", "block"), self.styles)[0]
         first = self.source("ils" if style != "operation" else "ilstd")
         if first is None:
             return None
@@ -616,7 +617,7 @@ def kind_of(entry: Any) -> str:
 def random_program(rng: random.Random, stage: Stage, count: int, like: frozenset[str] = frozenset()) -> Program | None:
     """A program of `count` statements, operations in `like` (see `kind_of`) favoured; None if the draw went wrong:
     fewer than half of its statements can reach the result."""
-    draw = _Draw(rng, stage, like)
+    draw = _Draw(rng, stage, like, STYLES if count > 1 else ALONE)
     for name in PARAMETERS[: rng.choices((1, 2, 3), (30, 45, 25))[0]]:
         draw.types[name] = rng.choices("ils", PARAMETER_TYPES)[0]
         if draw.types[name] not in stage.types:

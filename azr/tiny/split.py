@@ -19,6 +19,7 @@ from pathlib import Path
 from azr.tiny.programs import LAST, STAGES, Program, random_value
 
 HELD_OUT_PART = 25  # one skeleton in so many
+SHORT, SHORT_PART = 3, 8  # lines of a program of one operation, of which there are few: one skeleton in so many
 INPUTS = 24  # on which behaviour is compared
 FIRST = 4  # of them looked at first: few programs agree on so many
 BEHAVIOURS = Path(__file__).with_name("held_out_behaviours.json")  # of the programs in held_out.jsonl
@@ -31,7 +32,9 @@ def skeleton(text: str) -> str:
 
 def held_out(text: str) -> bool:
     """Whether a program's (or a question's) skeleton is in the part that no training document shows."""
-    return int.from_bytes(hashlib.sha256(skeleton(text).encode()).digest()[:4], "big") % HELD_OUT_PART == 0
+    lines = skeleton(text)
+    part = SHORT_PART if lines.count("\n") < SHORT else HELD_OUT_PART
+    return int.from_bytes(hashlib.sha256(lines.encode()).digest()[:4], "big") % part == 0
 
 
 @functools.cache
