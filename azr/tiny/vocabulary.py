@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from azr.tiny.documents import documents
-from azr.tiny.programs import LETTERS
+from azr.tiny.operations import LETTERS
 
 EOS = "<|endoftext|>"
 QWEN2_PATTERN = (

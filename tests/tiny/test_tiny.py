@@ -20,7 +20,7 @@ from azr.tasks import MODES, Proposal, judge, parse_answer, parse_proposal, vali
 from azr.tasks.parse import fences
 from azr.tasks.prompts import template_hash
 from azr.tiny import documents as recipe
-from azr.tiny import make, programs, split
+from azr.tiny import make, operations, programs, split
 from azr.train.evaluation import statements
 from sandbox import Job, Sandbox, literal
 
@@ -87,8 +87,8 @@ def test_every_operation_loop_and_test_is_drawn_for_every_type():
         for s in program.statements if program else ():
             found.add((s.kind, types[s.sources[0]]))
             types[s.name] = s.gives
-    wanted = programs.OPERATIONS + programs.LOOPS + programs.TESTS
-    assert {(programs.kind_of(entry), entry.takes[0]) for entry in wanted} <= found
+    wanted = operations.OPERATIONS + operations.LOOPS + operations.TESTS
+    assert {(operations.kind_of(entry), entry.takes[0]) for entry in wanted} <= found
 
 
 def test_programs_and_results_are_diverse(drawn):
