@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import random
+import re
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -166,14 +166,18 @@ def followed(store: Store, mode: str) -> list[tuple[int, int]]:
 
 
 def examples(options: argparse.Namespace) -> str:
-    """Proposals and answers of each mode as text: examples-NAME.json, NAME the run of the adapter, or base."""
-    adapter: Path | None = options.adapter
-    name = "base" if adapter is None else adapter.resolve().parents[1].name
-    with Lab(options.model, adapter, options.seed) as lab:
-        store = Store(options.out / f"examples-{name}.json", {"model": lab.digest, "seed": options.seed})
-        store.get("proposals", proposal_texts, lab)
-        store.get("answers", answer_texts, lab)
-    return examples_report(store)
+    """Proposals and answers of each mode as text, of the base and, with --adapter, of a training's end beside them:
+    the same prompts, tasks and seeds. Stored as examples-NAME.json, NAME the run of the adapter, or base."""
+    adapters = [None, options.adapter] if options.adapter else [None]
+    stores = []
+    for adapter in adapters:
+        name = "base" if adapter is None else adapter.resolve().parents[1].name
+        with Lab(options.model, adapter, options.seed) as lab:
+            store = Store(options.out / f"examples-{name}.json", {"model": lab.digest, "seed": options.seed})
+            store.get("proposals", proposal_texts, lab)
+            store.get("answers", answer_texts, lab)
+        stores.append(store)
+    return examples_report(stores)
 
 
 def proposal_texts(lab: Lab) -> list[dict]:
@@ -195,28 +199,30 @@ def answer_texts(lab: Lab) -> list[dict]:
         tasks = [lab.tasks[i] for i in lab.part(1, mode)][:EXAMPLES]
         for task, answers in zip(tasks, lab.respond(tasks, 1, 1.0)):
             response, _, right, _, _ = answers[0]
-            texts.append(
-                {
-                    "mode": mode,
-                    "prompt": solve_prompt(task, lab.template),
-                    "response": response,
-                    "verdict": "right" if right else "wrong",
-                }
-            )
+            prompt, verdict = solve_prompt(task, lab.template), "right" if right else "wrong"
+            texts.append({"mode": mode, "prompt": prompt, "response": response, "verdict": verdict})
     return texts
 
 
-def examples_report(store: Store) -> str:
-    """The Markdown of the proposals and answers that `examples` stored, whole prompts included."""
+def examples_report(stores: list[Store]) -> str:
+    """The Markdown of what `examples` stored: each prompt once, below it the response of every model."""
     lines = []
     for kind in ("proposals", "answers"):
-        for shown in store.parts[kind]:
-            lines += [
-                f"**{kind[:-1]}, {shown['mode']}, {shown['verdict']}**",
-                "",
-                "````text",
-                shown["prompt"] + shown["response"],
-                "````",
-                "",
-            ]
+        for mode in MODES:
+            lines += [f"## {mode.capitalize()}: {kind}", ""]
+            for rows in zip(*(store.parts[kind] for store in stores)):
+                if rows[0]["mode"] == mode:
+                    prompt = brief(rows[0]["prompt"].removesuffix("<think>").removesuffix("Assistant: "))
+                    lines += ["````text", prompt]
+                    names = ("before", "after") if len(rows) > 1 else ("base",)
+                    for name, row in zip(names, rows):
+                        lines += [f"--- {name}: {row['verdict']}", brief("<think>" + row["response"])]
+                    lines += ["````", ""]
     return "\n".join(lines)
+
+
+def brief(text: str) -> str:
+    """A prompt or a response with each fence of one line on that line, and without the tags of the answer."""
+    text = re.sub(r"```(input|output|message)\n(.*)\n```", r"\1: \2", text)
+    text = re.sub(r"</?answer>", "", text).replace("<think></think>", "").replace("</think>", "</think>\n")
+    return re.sub(r"```python\n|```", "", text).replace("\n\n", "\n").strip()
