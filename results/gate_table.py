@@ -1,4 +1,5 @@
-"""The gates, passed or not, and what was measured for each: Markdown, between two markers of docs/tiny.md."""
+"""The gates, passed or not (between two markers of docs/tiny.md), what was measured for each (docs/tiny-gates.md), and
+proposals and answers as text (docs/tiny-examples.md)."""
 
 from __future__ import annotations
 
@@ -26,7 +27,25 @@ from gate_training import (
     trained_counts,
 )
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "tiny.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE = DOCS / "tiny.md"
+DETAILS = "tiny-gates.md"
+DETAILS_HEAD = """# The gates of the embedded model: what was measured
+
+`python results/tiny_gates.py table` wrote this page; [tiny.md](tiny.md#what-it-can-do) has the summary. Level: number
+of statements of a held-out task, 7 for seven or eight. Brackets: 95 % over tasks, paired where two models are compared.
+"""
+EXAMPLES = "tiny-examples.md"
+EXAMPLES_HEAD = """# Proposals and answers of the embedded model, before and after self-play
+
+The base and the end of `python train_azr.py --seed 0`, at temperature 1, with the same prompts and seeds: the first
+ones that come, not chosen. Each prompt stands once, below it what the two wrote and the verdict of the sandbox. Fences
+and tags are left out here.
+
+```
+python results/tiny_gates.py examples --adapter runs/tiny-0/checkpoints/step_80
+```
+"""
 BEGIN, END = "<!-- gates: results/tiny_gates.py table -->", "<!-- end of the gates -->"
 
 
@@ -43,21 +62,33 @@ class Gate(NamedTuple):
 
 
 def report(options: argparse.Namespace) -> str:
-    """The Markdown of everything in OUT that is about this model; into docs/tiny.md too, except with --quick."""
+    """The Markdown of everything in OUT that is about this model, the summary first; into docs/ too, except with
+    --quick."""
     with Lab(options.model) as lab:
         parts = list(sections(options, lab))
+        examples = examples_of(options, lab)
     if not parts:
         raise ValueError(f"{options.out}: has no results of this model yet")
     gates = [gate for _, _, rows in parts for gate in rows]
     gates += every_seed(gates)
     words = {True: "passed", False: "**failed**", None: "-"}
-    lines = [table(["gate", "what", "value", "n", "seed", "command", ""], [[*g[:-1], words[g.passed]] for g in gates])]
-    for title, text, _ in parts:
-        lines += [f"### {title}", "", text, ""]
-    text = squeezed("\n".join(lines))
+    rows = [[*g[:-1], words[g.passed]] for g in gates]
+    summary = squeezed(table(["gate", "what", "value", "n", "seed", "command", ""], rows))
+    details = squeezed("\n".join(f"## {title}\n\n{text}\n" for title, text, _ in parts))
     if not options.quick:
-        put(PAGE, text)
-    return text
+        put(PAGE, summary)
+        (DOCS / DETAILS).write_text(f"{DETAILS_HEAD}\n{details}")
+        if examples:
+            (DOCS / EXAMPLES).write_text(f"{EXAMPLES_HEAD}\n{squeezed(examples)}")
+    return f"{summary}\n{details}"
+
+
+def examples_of(options: argparse.Namespace, lab: Lab) -> str:
+    """The Markdown of the examples of the base and of a training, if both were made."""
+    paths = sorted(set(options.out.glob("examples-*.json")) - {base := options.out / "examples-base.json"})
+    if not paths or not base.exists():
+        return ""
+    return examples_report([Store(base, {"model": lab.digest}), Store(paths[0], {})])
 
 
 def squeezed(text: str) -> str:
@@ -94,8 +125,6 @@ def sections(options: argparse.Namespace, lab: Lab) -> Iterator[tuple[str, str, 
                 before = base_counts(options, lab)
                 given = before["T0"] if name == "oracle" else before
                 yield f"{name}, seed {seed}", text(lab, given, store), gates(lab, before, store, seed)
-    for path in sorted(options.out.glob("examples-*.json")):
-        yield f"Examples: {path.stem.partition('-')[2]}", examples_report(Store(path, {})), []
 
 
 # ---------------------------------------------------------------- gates
