@@ -1,11 +1,9 @@
-"""An update in time and against another run: its path along a run's checkpoints (T1), the overlap of two runs (X1).
+"""An update in time: its path along a run's checkpoints (T1).
 
     path_along(base, reference, {0: adapter, 25: adapter, ...}, run=map)
-    cross_run(update, other, name, change)
 
 Mukherjee et al. 2025 (arXiv 2505.11711) found 72 % of the entries never touched, 8 % touched and cancelled, 20 %
-changed in the end. Two runs are compared by their changed entries and by the column space of their updates, never by
-the A matrices of LoRA: A stays near its random start, and the same seed gives the same A.
+changed in the end.
 """
 
 from __future__ import annotations
@@ -20,12 +18,9 @@ import torch
 
 from azr.weights import sizes, spectra
 from azr.weights.files import Adapter, Checkpoint, WeightsError
-from azr.weights.reference import Change, Reference, energy_of
+from azr.weights.reference import Reference, energy_of
 
 PATH_ROWS = 256  # of a matrix that the path along checkpoints looks at
-
-
-# ---------------------------------------------------------------- the path along a run: T1
 
 
 def path_along(base: Checkpoint, reference: Reference, checkpoints: dict[int, Adapter], run: Callable) -> dict:
@@ -86,33 +81,4 @@ def path_of(base: Checkpoint, reference: Reference, checkpoints: dict[int, Adapt
         "both_ways": weight * int((up & down).sum()),
         "never": weight * int((~ever).sum()),
         "cancelled": weight * int((ever & ~changed).sum()),
-    }
-
-
-# ---------------------------------------------------------------- two runs: X1
-
-
-def cross_run(change: Change, other: Change) -> dict:
-    """X1 of one matrix: counts of changed entries in either run and in both; directions for LoRA."""
-    bits = sizes.bf16_bits(change.w0)
-    ours, theirs = (sizes.bf16_bits(change.w0.float() + delta) != bits for delta in (change.delta, other.delta))
-    counts = np.array([ours.numel(), *(int(x.sum()) for x in (ours, theirs, ours & theirs))])
-    if change.columns is None or other.columns is None:
-        return {"counts": counts}
-    return {"counts": counts, **spectra.shared_span(change.columns, other.columns)}
-
-
-def cross_report(crosses: list[dict], second: str) -> dict:
-    """X1 of the whole: Jaccard of the changed entries against independent masks of the same sizes."""
-    present = [cross for cross in crosses if cross]
-    n, ours, theirs, both = (int(x) for x in sum(cross["counts"] for cross in present))
-    p, q = ours / n, theirs / n
-    spans = [cross for cross in present if "mean_cos2" in cross]
-    mean = {key: sizes.ratio(sum(cross[key] for cross in spans), len(spans)) for key in ("mean_cos2", "random_cos2")}
-    return {
-        "other": second,
-        "X1_jaccard": sizes.ratio(both, ours + theirs - both),
-        "X1_jaccard_independent": sizes.ratio(p * q, p + q - p * q),
-        "X1_mean_cos2": mean["mean_cos2"],
-        "X1_mean_cos2_random": mean["random_cos2"],
     }

@@ -78,7 +78,6 @@ class Change:
     stored: nf4.NF4 | None
     rank: int | None = None
     singular: torch.Tensor | None = None  # (rank,)
-    columns: torch.Tensor | None = None  # B (m, rank), which spans the columns of the update
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ class AdapterUpdate:
         factors = self.adapter.factors(name)
         change = Change(w0, original, factors.delta(w0), stored)
         if factors.magnitude is None:
-            change.rank, change.columns = factors.a.shape[0], factors.b
+            change.rank = factors.a.shape[0]
             change.singular = spectra.factor_spectrum(factors.b, factors.a, factors.scale)
         return change
 

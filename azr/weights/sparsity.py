@@ -3,7 +3,6 @@
     python analyze.py sparsity --base tiny --adapter runs/tiny-0          a run: its last checkpoint, and the path (T1)
     python analyze.py sparsity --base qwen-3b --adapter runs/qwen-3b-0/checkpoints/step_500 --json s.json --out plots
     python analyze.py sparsity --base BASE --tuned MERGED_OR_FINE_TUNED   any two safetensors checkpoints
-    python analyze.py sparsity --base tiny --adapter runs/tiny-0 --other runs/tiny-1           and their overlap (X1)
 
 The reference is what the forward pass of the training used: with a 4-bit base its dequantised weights. Against the
 original checkpoint an adapter of any size would seem to change 97 % of the weights, by the error of the quantization.
@@ -31,7 +30,7 @@ from azr.models import model_path
 from azr.policy.opening import agree, check_base, checkpoints_of, read_record, settle
 from azr.weights import sizes, spectra
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
-from azr.weights.path import cross_report, cross_run, path_along
+from azr.weights.path import path_along
 from azr.weights.reference import (
     AdapterUpdate,
     PairUpdate,
@@ -62,10 +61,9 @@ class Measured:
     stripes: dict = field(default_factory=dict)
     null: sizes.NullDraws | None = None
     overlaps: dict = field(default_factory=dict)
-    cross: dict = field(default_factory=dict)
 
 
-def measure(update, name: str, factor: float, spectral: bool, other=None) -> Measured:
+def measure(update, name: str, factor: float, spectral: bool) -> Measured:
     """Everything about one matrix. factor: what brings the whole update to MATCHED_RMS; 0 for an update of 0."""
     change = update.load(name)
     w0, delta = change.w0, change.delta
@@ -86,8 +84,6 @@ def measure(update, name: str, factor: float, spectral: bool, other=None) -> Mea
             result.null = sizes.null_draws(w0, change.singular, factor, generator, masks)
     result.stripes = stripes(delta, result.null)
     result.overlaps = mask_overlaps(w0, delta, masks, result.null)
-    if other is not None:
-        result.cross = cross_run(change, other.load(name))
     return result
 
 
@@ -204,13 +200,8 @@ def striped_share(parts: list[Measured]) -> dict:
 
 
 def module_report(part: Measured, parameters: int) -> dict:
-    """Returns the figures of one tensor: those of a group, then --spectral's and the overlap with --other (X1)."""
-    report = group_report([part], parameters) | part.spectral | part.overlaps
-    if part.cross:
-        n, ours, theirs, both = part.cross["counts"].tolist()
-        report["X1_jaccard"] = sizes.ratio(both, ours + theirs - both)
-        report["X1_mean_cos2"] = part.cross.get("mean_cos2")
-    return report
+    """Returns the figures of one tensor: those of a group, then --spectral's."""
+    return group_report([part], parameters) | part.spectral | part.overlaps
 
 
 def spectral_report(parts: list[Measured]) -> dict:
@@ -268,7 +259,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "a LoRA, rsLoRA or DoRA adapter, or a run: its last checkpoint, and the path along all of them"
     which.add_argument("--adapter", type=Path, metavar="DIR", help=what)
     which.add_argument("--tuned", metavar="M", help="a merged or fully fine-tuned checkpoint in safetensors")
-    parser.add_argument("--other", metavar="DIR", help="a second update of the same kind and base: how much they share")
     what = "singular vectors: intruders, rotation, principal energy, and the null (S5) of full-rank updates; minutes"
     parser.add_argument("--spectral", action="store_true", help=what)
     parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base in training; default: azr.json's")
@@ -306,8 +296,7 @@ def analyse(args: argparse.Namespace) -> dict:
     base = Checkpoint.open(model_path(args.base))
     if not base.matrices:
         raise WeightsError(f"{args.base} has no linear layers in numbered blocks: nothing to measure")
-    update, checkpoints, notes = open_update(args, base, args.tuned or args.adapter)
-    other = open_other(args, base, update) if args.other else None
+    update, checkpoints, notes = open_update(args, base)
     for note in notes:
         console.warn(note)
 
@@ -323,7 +312,7 @@ def analyse(args: argparse.Namespace) -> dict:
 
     def one(name: str) -> Measured:
         if name in adapted:
-            return measure(update, name, factor, args.spectral, other)
+            return measure(update, name, factor, args.spectral)
         return measure_rest(update, name, tuned)
 
     # the largest first: no worker is left with one at the end
@@ -331,19 +320,17 @@ def analyse(args: argparse.Namespace) -> dict:
     by_name = {part.name: part for part in run(one, names, "tensors")}
     parts = [by_name[name] for name in base.entries]
     report = {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
-    if other is not None:
-        report["cross_run"] = cross_report([part.cross for part in parts], str(args.other))
     if len(checkpoints) > 1:
         adapters = {step: Adapter.open(path, base) for step, path in checkpoints.items()}
         report["along"] = path_along(base, update.reference, adapters, run)
     return report
 
 
-def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdate, dict[int, Path], list[str]]:
+def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, dict[int, Path], list[str]]:
     """Opens what is compared with the base: (update, step -> checkpoint of a run, lines to say). ModelError if it does
     not belong to the base."""
     if args.tuned:
-        tuned = Checkpoint.open(what)
+        tuned = Checkpoint.open(args.tuned)
         notes = open_pair(base, tuned)
         record, where = read_record(tuned.directory), tuned.directory / "azr.json"
         quantization = settle("quantization", args.quantization, record, where) or "none"
@@ -351,25 +338,15 @@ def open_update(args, base: Checkpoint, what) -> tuple[AdapterUpdate | PairUpdat
         update = PairUpdate(base, tuned, reference)
         if merged_from_4bit(update):
             more.append(
-                f"{what} is closer to the 4-bit base than to {args.base}: a merged adapter of a 4-bit base? Then add "
-                "--quantization nf4, or the error of the quantization is measured, not the update"
+                f"{args.tuned} is closer to the 4-bit base than to {args.base}: a merged adapter of a 4-bit base? Then "
+                "add --quantization nf4, or the error of the quantization is measured, not the update"
             )
         return update, {}, notes + more
-    opening = agree(args.base, what, args.quantization)
+    opening = agree(args.base, args.adapter, args.quantization)
     adapter = Adapter.open(opening.adapter, base)
     doubts = [*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})]
     reference, notes = reference_of(opening.quantization, opening.record, opening.adapter / "azr.json", True)
-    return AdapterUpdate(base, adapter, reference), checkpoints_of(Path(what)), doubts + notes
-
-
-def open_other(args, base: Checkpoint, update):
-    """The second update of --other, on the same reference. WeightsError: on another one, or of other matrices."""
-    before = list(base.entries)
-    other, _, _ = open_update(args, base, args.other)
-    if list(base.entries) != before or other.adapted != update.adapted or other.reference != update.reference:
-        held = f"{describe(other.reference)}, the first {describe(update.reference)}"
-        raise WeightsError(f"{args.other} changes other matrices, or a base held as {held}: they cannot be compared")
-    return other
+    return AdapterUpdate(base, adapter, reference), checkpoints_of(args.adapter), doubts + notes
 
 
 def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:

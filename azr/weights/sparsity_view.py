@@ -45,8 +45,6 @@ def lines(report: dict) -> list[str]:
         out += [*tolerance_part(adapted), *table(report)]
         if "along" in report:
             out += along_part(report["along"])
-        if "cross_run" in report:
-            out += cross_part(report["cross_run"])
     else:
         out += ["", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
     return out + [f"not counted: {name} ({why})" for name, why in report["excluded"].items()]
@@ -203,17 +201,6 @@ def along_part(along: dict) -> list[str]:
     ]
     for step, rms, s1, rank in zip(along["steps"], along["U1_rms"], along["S1"], along["R1_effective_rank"]):
         out.append(f"  step {step:6}   RMS {rms:.2e}   S1 {percent(s1):>8}   effective rank {number(rank, '.1f')}")
-    return out
-
-
-def cross_part(cross: dict) -> list[str]:
-    """Returns the lines about what the update shares with that of another run (X1)."""
-    value = f"{number(cross['X1_jaccard'])} ({number(cross['X1_jaccard_independent'])})"
-    out = ["", f"shared with {cross['other']}"]
-    out.append(fact("changed entries in both, of those in either (independent)", value, "X1"))
-    if cross["X1_mean_cos2"] is not None:
-        value = f"{number(cross['X1_mean_cos2'])} ({number(cross['X1_mean_cos2_random'])})"
-        out.append(fact("mean cos^2 between the column spaces (random)", value, "X1"))
     return out
 
 

@@ -205,22 +205,3 @@ def masks(w0: torch.Tensor, base: Eigen, k: int, tall: bool) -> dict[str, torch.
 def kth(x: torch.Tensor) -> torch.Tensor:
     """The value that MASK_SHARE of the entries do not exceed."""
     return x.reshape(-1).kthvalue(max(1, int(MASK_SHARE * x.numel())))[0]
-
-
-# ---------------------------------------------------------------- X1
-
-
-def shared_span(b1: torch.Tensor, b2: torch.Tensor) -> dict:
-    """X1: mean cos^2 of the principal angles between the column spaces of two updates, with what chance gives.
-
-    Of B only: A stays near its random start, and the same seed gives the same A. Chance: larger rank / rows.
-    """
-    cosines = torch.linalg.svdvals(column_space(b1).T @ column_space(b2))
-    shared = {"mean_cos2": cosines.square().mean().item(), "largest_cos": cosines.max().item()} if len(cosines) else {}
-    return {**shared, "random_cos2": max(b1.shape[1], b2.shape[1]) / b1.shape[0]}
-
-
-def column_space(b: torch.Tensor) -> torch.Tensor:
-    """(m, rank) orthonormal; directions below 1e-6 of the largest are rounding."""
-    u, s, _ = torch.linalg.svd(b.double(), full_matrices=False)
-    return u[:, s > 1e-6 * s.max()]

@@ -360,11 +360,3 @@ def test_small_angles_are_not_lost_to_rounding():
     q = p.clone()
     q[0, 0], q[10, 0] = math.cos(1e-7), math.sin(1e-7)
     assert spectra.angles(p, q)["max"] == pytest.approx(math.degrees(1e-7), rel=1e-6)
-
-
-def test_shared_span_of_two_updates():
-    b = gaussian(400, 4)
-    assert spectra.shared_span(b, b @ gaussian(4, 4, seed=1))["mean_cos2"] == pytest.approx(1, abs=1e-6)
-    apart = spectra.shared_span(b, gaussian(400, 4, seed=2))
-    assert apart["mean_cos2"] < 0.05 and apart["random_cos2"] == 0.01
-    assert "mean_cos2" not in spectra.shared_span(b, torch.zeros(400, 4))
