@@ -1,4 +1,4 @@
-"""Entropy: exact per token on given text, sampled, per answer; the curves of a run, with R = -a exp(H) + b.
+"""Entropy: exact per token on given text, and sampled; the curves of a run, with R = -a exp(H) + b.
 
     python analyze.py entropy --model tiny --data runs/tiny-0/probe.jsonl                  the base on the frozen probe
     python analyze.py entropy --model tiny --adapter runs/tiny-0/checkpoints/step_100 --data runs/tiny-0/probe.jsonl
@@ -7,15 +7,16 @@
 
 Exact: H_t = -sum_v p log p over the whole vocabulary at temperature T, at every response token. Sampled: -log p of the
 token that is there, an estimate of H only where this model wrote the text at this T; elsewhere a cross-entropy.
---data takes JSON lines with "prompt" and "response" (probe.jsonl, samples.jsonl), or "task_id" and "completion" (answer
-entropy only). Left out: text of a real tokenizer is tokenized again, which may split words differently than sampled.
+--data takes JSON lines with "prompt" and "response" (probe.jsonl, samples.jsonl). Left out: the entropy over answers to
+one problem (`eval_passk.py compare` has it); text of a real tokenizer is tokenized again, which may split words
+differently than sampled.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, ends, mean_row, r
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
-from azr.passk import answer_entropy, bootstrap_interval
+from azr.passk import bootstrap_interval
 from azr.policy.opening import agree
 
 if TYPE_CHECKING:
@@ -47,29 +48,26 @@ class Row:
     mode: str
     prompt: str
     response: str
-    group: str  # answers to the same problem share it
 
 
 # ------------------------------------------------------------------------------------------------------- reading
 
 
 def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
-    """The (first so many) responses of a JSON-lines file; rows without a prompt have "". ValueError: there are none."""
+    """The (first so many) rows of a JSON-lines file that have a prompt and a response. ValueError: there are none."""
     path, notes, rows = Path(path), [], []
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give JSON lines with prompt and response, such as RUN/probe.jsonl")
     for row in tolerant_lines(path, notes):
-        response = row.get("response", row.get("completion", row.get("answer")))
-        prompt = row.get("prompt", "")
-        if isinstance(response, str) and isinstance(prompt, str) and (prompt or "task_id" in row):
-            group = f"{row.get('step', '')}/{row['task_id'] if 'task_id' in row else prompt}"
-            rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response, group))
+        prompt, response = row.get("prompt"), row.get("response")
+        if isinstance(response, str) and isinstance(prompt, str) and prompt:
+            rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response))
         if limit and len(rows) >= limit:
             break
     for line in notes:
         warn(f"{path.parent.name}/{line}")
     if not rows:
-        raise ValueError(f"{path}: no line has a prompt and a response (or task_id and completion)")
+        raise ValueError(f"{path}: no line has a prompt and a response")
     return rows
 
 
@@ -77,9 +75,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
 
 
 def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget: int) -> tuple[list, list, list]:
-    """(token ids, exact entropies, log-probs) of every response: lists of arrays (tokens,). ValueError: no prompt."""
-    if empty := [row for row in rows if not row.prompt]:
-        raise ValueError(f"{len(empty)} of {len(rows)} rows have no prompt, so a model cannot be asked about them")
+    """(token ids, exact entropies, log-probs) of every response: lists of arrays (tokens,)."""
     prompts, ids = ([policy.encode(getattr(row, name)) for row in rows] for name in ("prompt", "response"))
     log_prob, entropy = policy.score_lists(prompts, ids, temperature, token_budget)
     return ids, *([np.array(row, np.float32) for row in rows] for rows in (entropy, log_prob))
@@ -131,47 +127,6 @@ def token_shares(policy: Policy, ids: list[list[int]], entropy: list[np.ndarray]
         {"token": policy.tokenizer.decode([t]), "count": count[t], "mean": v / count[t], "share": v / everything}
         for t, v in total.most_common(TOKENS_SHOWN)
     ]
-
-
-# ------------------------------------------------------------------------------------------------------- answers
-
-
-def entropy_over_answers(rows: list[Row]) -> dict:
-    """Entropy in nats of the answers that one problem got, mean over problems with at least two, per mode.
-
-    plug_in: -sum q log q of the shares q, too small by about (answers - 1) / 2n; miller_madow adds that. Answers are
-    equal if they are the same value or, for programs, the same text; no answer at all counts as an answer.
-    """
-    problems = defaultdict(list)
-    for row in rows:
-        if row.role == "solver":
-            problems[row.mode, row.group].append(row)
-    result = {}
-    for mode in dict.fromkeys(mode for mode, _ in problems):
-        mine = [p for (own, _), p in problems.items() if own == mode and len(p) > 1]
-        if not mine:
-            continue
-        pairs = np.array([_answer_entropies(problem) for problem in mine])
-        sizes = sorted({len(problem) for problem in mine})
-        result[mode] = {
-            "problems": len(mine),
-            "answers_a_problem": sizes[0] if len(sizes) == 1 else [sizes[0], sizes[-1]],
-            "plug_in": as_json(bootstrap_interval(pairs[:, 0]), len(mine)),
-            "miller_madow": as_json(bootstrap_interval(pairs[:, 1]), len(mine)),
-        }
-    return result
-
-
-def _answer_entropies(problem: list[Row]) -> tuple[float, float]:
-    from azr.evals.held_out import answer_key
-    from azr.tasks import parse_answer
-
-    keys = []
-    for row in problem:
-        value = parse_answer(row.mode, row.response).value if row.mode in MODES else row.response.strip()
-        keys.append("none" if value is None else f"answer {answer_key(row.mode, value)}")
-    plug_in = answer_entropy(keys)
-    return plug_in, plug_in + (len(set(keys)) - 1) / (2 * len(keys))
 
 
 # ------------------------------------------------------------------------------------------------------- the fit
@@ -227,19 +182,21 @@ def measure(args) -> int:
     """--model and --data."""
     from azr.analysis.divergence import open_policy
 
+    if args.model is None:
+        raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
     rows = read_rows(args.data, args.limit)
-    result = {"data": str(args.data), "temperature": args.temperature, "answers": entropy_over_answers(rows)}
-    if any(row.prompt for row in rows):
-        if args.model is None:
-            raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
-        opening = agree(args.model, args.adapter, args.quantization)
-        policy = open_policy(opening)
-        ids, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
-        result |= {name: policy.info[name] for name in ("base_model", "revision", "quantization", "dtype")}
-        result |= {"adapter": str(opening.adapter) if opening.adapter else None}
-        result |= {"groups": by_group(rows, entropy, log_prob), "tokens": token_shares(policy, ids, entropy)}
-        print_groups(result)
-    print_answers(result["answers"])
+    opening = agree(args.model, args.adapter, args.quantization)
+    policy = open_policy(opening)
+    ids, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+    result = {
+        "data": str(args.data),
+        "temperature": args.temperature,
+        **{name: policy.info[name] for name in ("base_model", "revision", "quantization", "dtype")},
+        "adapter": str(opening.adapter) if opening.adapter else None,
+        "groups": by_group(rows, entropy, log_prob),
+        "tokens": token_shares(policy, ids, entropy),
+    }
+    print_groups(result)
     figures.write_outputs(args, "entropy", result, {})
     return 0
 
@@ -303,18 +260,6 @@ def print_groups(result: dict) -> None:
     tokens = (f"{t['token']!r} {100 * t['share']:.0f} % ({t['mean']:.2f}, {t['count']})" for t in result["tokens"])
     print("\nWhere it sits, by the token that is written there (share of all the entropy, mean, count):")
     print("  " + ", ".join(tokens))
-
-
-def print_answers(answers: dict) -> None:
-    """Prints the entropy over the answers to one problem, in nats, a paragraph a mode."""
-    if not answers:
-        print("\nNo problem here has two answers, so there is no entropy over answers.")
-    for mode, row in answers.items():
-        print(
-            f"\nEntropy over the answers to one problem, {mode}: {shown(row['miller_madow'])} nats "
-            f"(uncorrected {row['plug_in']['mean']:.3f}); {row['problems']} problems, "
-            f"{row['answers_a_problem']} answers each"
-        )
 
 
 def print_curves(result: dict) -> None:

@@ -69,7 +69,7 @@ def reference(policy, prompts, responses, temperature, base=False):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_entropy_is_that_of_the_full_softmax_in_float64(policy, tokens, temperature):
     prompts, responses = tokens
-    rows = [entropy.Row("solver", "deduction", p, r, str(i)) for i, (p, r) in enumerate(TEXTS)]
+    rows = [entropy.Row("solver", "deduction", p, r) for p, r in TEXTS]
     _, found, log_prob = entropy.score_rows(policy, rows, temperature, 8192)
     for i, full in enumerate(reference(policy, prompts, responses, temperature)):
         exact = -(full.exp() * full).sum(-1).numpy()
@@ -137,16 +137,6 @@ def test_what_a_step_logs():
     assert found["log_prob_advantage_cov_top"] == pytest.approx(terms.max())
     assert found["entropy_top20"] == 3.0 and found["entropy_top20_share"] == pytest.approx(3 / 4.5)
     assert all(math.isnan(value) for value in entropy_metrics([]).values())
-
-
-def test_entropy_over_answers():
-    wrap = "</think><answer>```output\n{}\n```\n</answer>"
-    rows = [entropy.Row("solver", "deduction", "p", wrap.format(v), "a") for v in ("[1, 2]", "[1,2]", "3", "3")]
-    rows += [entropy.Row("solver", "deduction", "q", wrap.format("7"), "b")] * 2
-    found = entropy.entropy_over_answers(rows + [entropy.Row("solver", "deduction", "r", "x", "single")])["deduction"]
-    assert found["problems"] == 2  # [1, 2] in two layouts is one answer
-    assert found["plug_in"]["mean"] == pytest.approx((math.log(2) + 0) / 2)
-    assert found["miller_madow"]["mean"] == pytest.approx((math.log(2) + 1 / 8) / 2)
 
 
 def test_the_fit_finds_what_was_put_in_and_is_silent_on_few_points():
