@@ -421,12 +421,19 @@ def held_out(w: Window, past: Callable):
         return over, what, advice
 
 
-@check(0.02, steps=3)
+@check(0.005, steps=3)
 def sandbox(w: Window, past: Callable):
-    """Share of a mode's proposals without a verdict, the machine's fault; healthy 0."""
-    if over := past(w.refused_for("infra")):
-        what = f"the sandbox gave no verdict on proposals ({listed(over)}): the machine is too busy"
-        return over, what, "They count for nothing; run python -m sandbox doctor, and stop what else uses the CPU"
+    """Share of the proposals or of the answers without a verdict, the machine's fault; healthy 0."""
+    refusals = [w.refusals(mode) for mode in MODES]
+    tasks = sum(number(row, f"solver/{mode}/tasks") or 0 for row in w.last for mode in MODES)
+    counts = {
+        "proposals": (sum(reasons["infra"] for reasons, _ in refusals), sum(total for _, total in refusals)),
+        "answers": (sum(number(row, "time/unjudged") or 0 for row in w.last), tasks * (w.config.get("answers") or 8)),
+    }
+    if over := past({what: missing / total for what, (missing, total) in counts.items() if total}):
+        shares = ", ".join(f"{100 * share:.1f} % of the {what}" for what, share in over.items())
+        advice = "They are left out, so nothing is learned from them: run python -m sandbox doctor, and stop what else "
+        return over, f"the machine gave no verdict on {shares}", advice + "uses the CPU or the memory"
 
 
 @check(0.20, steps=5)

@@ -207,7 +207,7 @@ CASES = {  # name: (steps, what triggers it, what just does not, words of the wa
         10,
         lambda s: {"proposer/deduction/refused/infra": float(s % 2)},
         lambda s: {"proposer/deduction/refused/infra": float(s == 8)},
-        "no verdict on proposals (deduction",
+        "the machine gave no verdict on 1.4 % of the proposals",
         [],
     ),
     "timeout": (
@@ -240,6 +240,14 @@ def test_past_the_limit_and_just_not(name):
 
 def test_every_check_has_a_case():
     assert {check.name for check in CHECKS} == set(CASES)
+
+
+def test_answers_without_a_verdict_are_told_and_what_to_do():
+    """39 tasks with 8 answers a step: 2 of 312 are 0.6 %, 1 is 0.3 %."""
+    [said] = run(10, lambda step: {"time/unjudged": 2}).said
+    assert said.check == "sandbox" and said.places == ("answers",) and "0.6 % of the answers" in said.what
+    assert "python -m sandbox doctor" in said.advice
+    assert not run(10, lambda step: {"time/unjudged": 1}).said
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
