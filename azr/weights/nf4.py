@@ -34,15 +34,6 @@ def code_values() -> np.ndarray:
     return get_4bit_type("nf4", device="cpu").numpy()
 
 
-def codes_of(scaled: np.ndarray, bounds: np.ndarray, out: np.ndarray) -> None:
-    """out (n,) uint8 = how many of the 15 ascending bounds lie below each of scaled (n,) fp32."""
-    above = np.empty(scaled.shape, dtype=bool)
-    out.fill(0)
-    for bound in bounds:
-        np.greater(scaled, bound, out=above)
-        np.add(out, above.view(np.uint8), out=out)
-
-
 @dataclass(frozen=True)
 class NF4:
     """A quantized tensor, flattened: codes (n,) uint8, one a byte; scales (blocks,) fp32 as they are dequantized;
@@ -71,11 +62,6 @@ def scaled_by(x: torch.Tensor, scales: torch.Tensor, start: int, end: int, block
     return (x.view(-1, block) * scales[start // block : end // block, None]).view(-1)
 
 
-def block_maxima(source, n: int, block: int) -> torch.Tensor:
-    """max|w| of every block, (blocks,) fp32. source(start, end) gives a piece in fp32."""
-    return torch.cat([source(start, end).abs().view(-1, block).amax(1) for start, end in pieces(n)])
-
-
 def store_scales(maxima: torch.Tensor, double: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(scales as they will be read back, their 8-bit codes); codes are None without double quantization."""
     if not double:
@@ -95,15 +81,19 @@ def codes_under(source, scales: torch.Tensor, n: int, block: int) -> np.ndarray:
     # bitsandbytes multiplies by the reciprocal, and a division would put some weights into another code. The clamp is
     # for blocks of zeros: 0 * 1e38 is 0, where 0 times infinity would be NaN.
     inverse = 1.0 / scales.clamp(min=1e-38)
-    codes = np.empty(n, dtype=np.uint8)
+    codes = np.zeros(n, dtype=np.uint8)
     for start, end in pieces(n):
-        codes_of(scaled_by(source(start, end), inverse, start, end, block).numpy(), bounds, codes[start:end])
+        scaled = scaled_by(source(start, end), inverse, start, end, block).numpy()
+        above = np.empty(scaled.shape, dtype=bool)
+        for bound in bounds:  # the code is how many of the 15 bounds lie below
+            np.greater(scaled, bound, out=above)
+            codes[start:end] += above.view(np.uint8)
     return codes
 
 
 def quantize_pieces(source, n: int, block: int, double: bool) -> NF4:
     """`quantize` of what source(start, end) gives in fp32: a sum need not exist as a whole. Called twice a piece."""
-    maxima = block_maxima(source, n, block)
+    maxima = torch.cat([source(start, end).abs().view(-1, block).amax(1) for start, end in pieces(n)])
     return NF4(codes_under(source, maxima, n, block), *store_scales(maxima, double), block)
 
 
