@@ -12,17 +12,14 @@ from azr.tasks import Task
 from azr.tasks.prompts import STOP, solve_prompt
 from azr.weights.files import read_json
 
-# Qwen2.5 and Qwen2.5-Coder: the 3B alone is not under Apache-2.0
-RESEARCH_QWEN = re.compile(r"Qwen/Qwen2\.5(-Coder)?-3B(-Instruct)?")
-APACHE_QWEN = re.compile(r"Qwen/Qwen2\.5-Coder-(0\.5|1\.5|7|14|32)B(-Instruct)?")
 BODY = """{header}
 
 # {title}
 
 Made by `train_azr.py` (Absolute Zero, arXiv 2505.03335; studied in arXiv 2510.27072){settings}, LoRA rank {rank} on
-{matrices} matrices of a base held as {quantization}. Base: `{base}`, revision `{revision}`, licence {terms} as far as
-known: it holds for this model too. The update is merged into the base and rounded to bf16, {verified}; `export.json`
-has the figures.
+{matrices} matrices of a base held as {quantization}. Base: `{base}`, revision `{revision}`, licence {terms} as its
+card says: it holds for this model too. The update is merged into the base and rounded to bf16, {verified};
+`export.json` has the figures.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -58,9 +55,9 @@ def card(source, merge, verified: bool | None) -> str:
         base=base,
         revision=info.get("revision"),
         terms=terms.get("license_name") or terms["license"],
-        verified={None: "NOT compared with the policy that was trained", True: "verified"}.get(
-            verified, "NOT verified"
-        ),
+        verified={None: "NOT compared with the policy that was trained", True: "verified", False: "NOT verified"}[
+            verified
+        ],
         prompt=solve_prompt(task, template),
         tokens=config.get("max_new_tokens") or 512,
         stop=STOP,
@@ -79,18 +76,13 @@ def base_name(merge) -> str:
 
 
 def licence(base: str, directory: Path) -> dict[str, str]:
-    """license, license_name, license_link: of the base's own card if it is there, else what is known of the model."""
+    """license, license_name, license_link as the base's own card says; "unknown" where there is none."""
     file = directory / "README.md"
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     front = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     stated = dict(re.findall(r"^(license\w*): *(\S.*)$", front[1], re.MULTILINE)) if front else {}
     if "license" in stated:
         return {key: value.strip().strip("\"'") for key, value in stated.items()}
-    if RESEARCH_QWEN.fullmatch(base):
-        link = f"https://huggingface.co/{base}/blob/main/LICENSE"
-        return {"license": "other", "license_name": "qwen-research", "license_link": link}
-    if APACHE_QWEN.fullmatch(base):
-        return {"license": "apache-2.0"}
     return {"license": "mit" if base == "tiny" else "unknown"}
 
 
