@@ -26,7 +26,6 @@ from azr.models import model_path, only_cached
 from azr.policy.opening import ModelError, by_pattern, check_adapter, fingerprint, not_finite, read_record
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
 FROM_HUB = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 
 
@@ -170,19 +169,15 @@ def find_directory(model: str, revision: str | None = None) -> Path:
     if path.startswith(("/", ".", "~")) or path.count("/") != 1:
         raise WeightsError(f"no model {model!r}: there is no such directory, and it is no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     cached = only_cached(path)
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=FROM_HUB, local_files_only=cached))
-    except LocalEntryNotFoundError as error:
-        raise WeightsError(
-            f"{path} ({revision or 'main'}) is not in the local cache: download it where there is a network, or give "
-            "its directory"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"no model {model!r} here or on the hub: {reason}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:  # not in the cache: an OSError too
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        where = f"{path} ({revision or 'main'}) is neither in the local cache nor to be had from the hub"
+        raise WeightsError(f"{where}: download it where there is a network, or give its directory ({why})") from error
 
 
 def find_tensors(directory: Path) -> dict[str, Entry]:
