@@ -71,7 +71,7 @@ def find_source(path: Path, asked: str | None) -> Source:
             raise ExportError(f"{path} is a checkpoint already; give the run directory with --checkpoint {asked}")
         number, run = path.name.removeprefix("step_"), path.absolute().parent.parent
         step, run = int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None
-        return _intact(Source(path, step, run))
+        return intact(Source(path, step, run))
     checkpoints = checkpoints_of(path)
     if not checkpoints:
         what = "has no checkpoint" if path.is_dir() else "does not exist"
@@ -82,10 +82,11 @@ def find_source(path: Path, asked: str | None) -> Source:
     if asked not in steps:
         have = ", ".join(f"step_{step}" for step in checkpoints)
         raise ExportError(f"{path} has no checkpoint {asked}: take last, best or one of {have}")
-    return _intact(Source(checkpoints[steps[asked]], steps[asked], path))
+    return intact(Source(checkpoints[steps[asked]], steps[asked], path))
 
 
-def _intact(source: Source) -> Source:
+def intact(source: Source) -> Source:
+    """The source itself; ExportError if a file of it is not as it was written, where its checksums are there."""
     if (source.checkpoint / "state" / "checksums.json").is_file() and (wrong := fault(source.checkpoint)):
         raise ExportError(f"{source.checkpoint} is damaged: {wrong}; export another checkpoint with --checkpoint")
     return source
@@ -209,21 +210,15 @@ def open_merge(source: Source, base_name: str | None) -> Merge:
 # ---------------------------------------------------------------- files
 
 
-def plan_shards(base: Checkpoint, limit: float) -> list[list[str]]:
-    """Names in files of at most `limit` bytes, in order; a tensor larger than that has one for itself."""
-    shards, filled = [[]], 0
-    for name, entry in base.entries.items():
-        if shards[-1] and filled + 2 * entry.size > limit:
+def write_weights(merge: Merge, directory: Path, limit: float = SHARD_BYTES) -> Rounding:
+    """model.safetensors, or shards of at most `limit` bytes and their index."""
+    shards, filled, total, where = [[]], 0, Rounding(), {}
+    for name, entry in merge.base.entries.items():
+        if shards[-1] and filled + 2 * entry.size > limit:  # a tensor larger than that has a file for itself
             shards.append([])
             filled = 0
         shards[-1].append(name)
         filled += 2 * entry.size
-    return shards
-
-
-def write_weights(merge: Merge, directory: Path, limit: float = SHARD_BYTES) -> Rounding:
-    """model.safetensors, or shards of at most `limit` bytes and their index."""
-    shards, total, where = plan_shards(merge.base, limit), Rounding(), {}
     with bar(f"merging {len(merge.base.entries)} tensors") as advance:
         for number, names in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -258,16 +253,12 @@ def write_files(merge: Merge, directory: Path) -> None:
         generation.write_text(json.dumps({k: v for k, v in ids.items() if v is not None}, indent=2) + "\n")
 
 
-def refuse_taken(out: Path) -> None:
-    """Raises ExportError unless DIR is absent or empty, and DIR.unverified absent."""
+def free_place(out: Path, need: int) -> Path:
+    """Where to write before the rename. ExportError: DIR or DIR.unverified is taken, the disk too full or refusing."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ExportError(f"{out} is there and not empty: choose another --out")
     if (unverified := out.with_name(out.name + ".unverified")).exists():
         raise ExportError(f"{unverified} is there from an earlier export: remove it, or choose another --out")
-
-
-def free_place(out: Path, need: int) -> Path:
-    """Where to write before the rename. ExportError: the disk is too full, or refuses."""
     aside = out.with_name(f"{out.name}.tmp")
     try:
         if aside.exists():
@@ -288,7 +279,6 @@ def free_place(out: Path, need: int) -> Path:
 def export(args) -> int:
     """Everything after the command line; returns the exit code."""
     out, source = Path(args.out).absolute(), find_source(Path(args.run), args.checkpoint)
-    refuse_taken(out)
     merge = open_merge(source, args.base)
     need = 2 * merge.base.parameters
     aside = free_place(out, int(1.02 * need) + 20_000_000)
@@ -299,11 +289,17 @@ def export(args) -> int:
         )
         cost = write_weights(merge, aside).report()
         write_files(merge, aside)
-        say(rounding_line(cost))
-        if cost["updated_weights"] and cost["survival"] < WELL_STORED:
+        if not cost["updated_weights"]:
+            say("the adapter is 0 everywhere: this is the base as the training held it")
+        else:
+            say(
+                f"rounding to bf16: {100 * cost['unmoved_share']:.1f} % of the {cost['updated_weights']:,} updated "
+                f"weights keep the value they had; {100 * cost['survival']:.1f} % of the update is stored"
+            )
+        if cost["survival"] < WELL_STORED:
             warn(
-                f"bf16 stores {100 * cost['survival']:.0f} % of this update, the rest is smaller than its steps: the "
-                "exported model lies between base and policy; for the policy itself use base and adapter"
+                "the rest of this update is smaller than the steps of bf16: the exported model lies between base and "
+                "policy; for the policy itself use base and adapter"
             )
         provenance, failures = {"checkpoint": str(source.checkpoint), "step": source.step, "rounding": cost}, []
         if args.no_verify:
@@ -330,17 +326,6 @@ def export(args) -> int:
     size = f"{need / 1e9:.1f} GB" if need > 1e9 else f"{need / 1e6:.1f} MB"
     say(f"{out}: {size}, {'NOT VERIFIED' if args.no_verify else 'verified'}")
     return 0
-
-
-def rounding_line(cost: dict) -> str:
-    """Says in one line what `Rounding.report` found."""
-    if not cost["updated_weights"]:
-        return "the adapter is 0 everywhere: this is the base as the training held it"
-    return (
-        f"rounding to bf16: {100 * cost['unmoved_share']:.1f} % of the {cost['updated_weights']:,} updated weights "
-        f"keep the value they had; ||rounded - exact|| is {cost['error_over_update']:.3g} of ||update||; along it "
-        f"{100 * cost['survival']:.1f} % of the update is stored"
-    )
 
 
 def parse(arguments: list[str]):
