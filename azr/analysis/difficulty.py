@@ -109,6 +109,7 @@ def verdict(result: dict) -> list[str]:
 
 
 def _change(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> dict | None:
+    """Mean of what is finite of (tasks,) at `last` minus that at `first`, both masks (tasks,); None without any."""
     a, b = (values[rows & np.isfinite(values)] for rows in (first, last))
     return as_json(difference_of_means(a, b), min(len(a), len(b))) if len(a) and len(b) else None
 
@@ -149,9 +150,7 @@ def choose(run: RunData, bounds: list[tuple[int, int]], modes: list[str], questi
 
 def fixed_solvers(run: RunData) -> dict[str, Path | None]:
     """{"base": None, "step_60": DIR, "step_120": DIR}: base, the checkpoint nearest to the middle, the last."""
-    checkpoints = [(step, path) for step, path in run.checkpoints() if step > 0]
-    if not checkpoints:
-        raise ValueError(f"{run.path} has no checkpoint after step 0, so there is no trained solver to compare with")
+    checkpoints = run.trained()
     middle = min(checkpoints, key=lambda item: abs(item[0] - checkpoints[-1][0] / 2))
     return {"base": None} | {f"step_{step}": path for step, path in (middle, checkpoints[-1])}
 

@@ -26,16 +26,9 @@ from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
 from azr.passk import share_interval
 
 WINDOWS = 10
-PROGRAMS = 100  # a window, whose distances are measured
+PROGRAMS = 100  # proposed in a window, whose distances are measured
 PARTNERS = 10  # others of the window that each is compared with
 REASONS_SHOWN = 6
-DISTANCES = {  # what is compared with what -> its name on the screen
-    "program_distance": "between proposed programs",
-    "answer_distance_other_task": "between induction answers, other tasks",
-    "answer_distance_same_task": "between induction answers, same task",
-    "duplicate_rate": "proposals refused as duplicates",
-}
-
 # reads a JSON list of programs, writes for each the hashes of its pq-grams, or null if it does not parse
 _PROFILES = """
 import ast, json, sys, zlib
@@ -85,52 +78,42 @@ def tree_distance(a: Counter, b: Counter) -> float:
     return 1 - 2 * (a & b).total() / max(1, a.total() + b.total())
 
 
-def mean_distances(rows: list[Counter], keys: list, same: bool, seed: int) -> np.ndarray:
-    """(programs,) mean distance of each to up to PARTNERS others whose key is equal (same) or not; NaN: no other."""
+def mean_distances(rows: list[Counter], seed: int) -> np.ndarray:
+    """(programs,) mean distance of each to up to PARTNERS others; NaN: no other."""
     rng, result = random.Random(seed), []
     for i, row in enumerate(rows):
-        others = [j for j in range(len(rows)) if j != i and (keys[j] == keys[i]) == same]
+        others = [other for j, other in enumerate(rows) if j != i]
         picked = rng.sample(others, min(PARTNERS, len(others)))
-        result.append(np.mean([tree_distance(row, rows[j]) for j in picked]) if picked else np.nan)
+        result.append(np.mean([tree_distance(row, other) for other in picked]) if picked else np.nan)
     return np.array(result)
 
 
 def diversity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
-    """Per window: distances among proposed programs and among induction answers, distinct programs, duplicates."""
-    samples = [_sampled(digest, first, last, number) for number, (first, last) in enumerate(bounds)]
-    windows = [counts for *_, counts in samples]
-    # one child for all of them, as starting it costs more than its work
-    rows = iter(profiles([text for part in (0, 1) for sample in samples for _, text in sample[part]]))
-    for part in (0, 1):
-        for number, sample in enumerate(samples):
-            pairs = [(key, row) for (key, _), row in zip(sample[part], rows) if row is not None]
-            keys, trees = [key for key, _ in pairs], [row for _, row in pairs]
-            for name in ("answer_distance_same_task", "answer_distance_other_task") if part else ("program_distance",):
-                values = mean_distances(trees, keys, name == "answer_distance_same_task", number)
-                windows[number][name] = mean_row(values)
-    return {"windows": windows, "distance": "pq-gram, p = 2, q = 3"}
-
-
-def _sampled(digest: Digest, first: int, last: int, number: int) -> tuple[list, list, dict]:
-    """Up to PROGRAMS valid programs of a window as (number, text), as many induction answers as (task, program), and
-    the window's counts."""
-    from azr.tasks import parse_answer
+    """Per window: distances among up to PROGRAMS proposed programs, the share of distinct ones, duplicates."""
     from azr.tasks.program import read_program
 
-    rng = random.Random(f"diversity/{number}")
-    # an induction proposal is about a program that it was given
-    proposals = [p for p in digest.proposals if first <= p.step <= last and p.mode != "induction"]
-    valid = [p.task["program"] for p in proposals if p.task]
-    proposed = rng.sample(valid, min(PROGRAMS, len(valid)))
-    texts = [item for step in range(first, last + 1) for item in digest.programs.get(step, [])]
-    texts = sorted(rng.sample(texts, min(PROGRAMS, len(texts))))
-    answered = [(key, parse_answer("induction", text).value) for key, text in texts]
-    counts = {
-        "distinct_share": len({read_program(text).form for text in proposed}) / len(proposed) if proposed else None,
-        "distinct_n": len(proposed),
-        "duplicate_rate": mean_row(np.array([p.reason == "duplicate" for p in proposals], float), share_interval),
-    }
-    return list(enumerate(proposed)), [(key, text) for key, text in answered if text], counts
+    windows, sampled = [], []
+    for number, (first, last) in enumerate(bounds):
+        # an induction proposal is about a program that it was given
+        proposals = [p for p in digest.proposals if first <= p.step <= last and p.mode != "induction"]
+        valid = [p.task["program"] for p in proposals if p.task]
+        texts = random.Random(f"diversity/{number}").sample(valid, min(PROGRAMS, len(valid)))
+        sampled.append(texts)
+        windows.append(
+            {
+                "distinct_share": len({read_program(text).form for text in texts}) / len(texts) if texts else None,
+                "distinct_n": len(texts),
+                "duplicate_rate": mean_row(
+                    np.array([p.reason == "duplicate" for p in proposals], float), share_interval
+                ),
+            }
+        )
+    # one child for all windows, as starting it costs more than its work
+    rows = iter(profiles([text for texts in sampled for text in texts]))
+    for number, texts in enumerate(sampled):
+        trees = [row for _, row in zip(texts, rows) if row is not None]
+        windows[number]["program_distance"] = mean_row(mean_distances(trees, number))
+    return {"windows": windows, "distance": "pq-gram, p = 2, q = 3"}
 
 
 # ------------------------------------------------------------------------------------------------------- the rest
@@ -264,11 +247,11 @@ def print_result(run: RunData, result: dict) -> None:
     print("Answer length in tokens, controlled for being right: drift per 100 steps; right minus wrong:")
     for mode, row in result["lengths"].items():
         print(f"  {mode:10s}{shown(row['per_100_steps'], 2)};  {shown(row['right_minus_wrong'], 2)}  (n {row['n']})")
-    print("Distance of syntax trees (0 same, 1 nothing in common) and duplicates:")
+    print("Proposed programs, distance of their syntax trees (0 same, 1 nothing in common), and duplicates:")
     first, last = result["diversity"]["windows"][0], result["diversity"]["windows"][-1]
-    for key, name in DISTANCES.items():
-        if first.get(key) and last.get(key):
-            print_change(f"{name:40s}", first[key], last[key])
+    for key, name in (("program_distance", "distance"), ("duplicate_rate", "duplicates")):
+        if first[key] and last[key]:
+            print_change(f"{name:12s}", first[key], last[key])
     print("Mean rewards, first and last tenth of the steps:")
     for key, row in result["rewards"].items():
         print_change(key.removesuffix("/reward").ljust(22), row["first"], row["last"])

@@ -170,9 +170,7 @@ def sizes(run: RunData, checkpoint: Path) -> dict:
 
 def chosen_checkpoints(run: RunData, count: int) -> dict[int, Path]:
     """step -> directory of up to `count` checkpoints after step 0, evenly spaced, the last included."""
-    checkpoints = [(step, path) for step, path in run.checkpoints() if step > 0]
-    if not checkpoints:
-        raise ValueError(f"{run.path} has no checkpoint after step 0: nothing can have been forgotten yet")
+    checkpoints = run.trained()
     picks = np.linspace(0, len(checkpoints) - 1, min(count, len(checkpoints))).round().astype(int)
     return dict(checkpoints[i] for i in np.unique(picks))
 

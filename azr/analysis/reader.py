@@ -29,7 +29,6 @@ from azr.tasks.task import MODES
 
 ROLES = ("proposer", "solver")
 GROUPS = [(role, mode) for role in ROLES for mode in MODES]
-PROGRAMS_A_STEP = 24  # induction answers that are kept for comparison
 
 
 @dataclass
@@ -69,6 +68,12 @@ class RunData:
         """(step, directory) of every checkpoint with an adapter and its azr.json."""
         files = ("adapter_model.safetensors", "adapter_config.json", "azr.json")
         return [(s, path) for s, path in step_directories(self.path) if all((path / f).is_file() for f in files)]
+
+    def trained(self) -> list[tuple[int, Path]]:
+        """`checkpoints` after step 0; RunError if there is none."""
+        if after := [(step, path) for step, path in self.checkpoints() if step > 0]:
+            return after
+        raise RunError(f"{self.path} has no checkpoint after step 0, so there is nothing to compare the base with")
 
     def base(self) -> dict:
         """azr.json of the first checkpoint: what the run trained on; RunError if there is none yet."""
@@ -153,12 +158,11 @@ class Proposal:
 
 @dataclass
 class Digest:
-    """samples.jsonl in one pass: all proposals, and of the answers compact columns and a few texts."""
+    """samples.jsonl in one pass: all proposals, compact columns of the answers, and some of both as they are."""
 
     proposals: list[Proposal]
     reasons: dict  # (role, mode) -> {step: Counter of reasons}
     answers: dict  # mode -> {"step", "tokens", "correct"}: arrays (answers,)
-    programs: dict  # up to PROGRAMS_A_STEP induction answers: step -> [(number of the task, response)]
     examples: dict  # (step, mode) -> [rank, a proposal's row, the first answer to its task or None]
     notes: list[str]
     lines: int = 0
@@ -169,9 +173,8 @@ def read_samples(run: RunData, example_steps: tuple[int, ...] = ()) -> Digest:
     path = run.path / "samples.jsonl"
     if not path.is_file():
         raise RunError(f"{path}: no such file; the run has not logged any sample yet")
-    digest = Digest([], {group: defaultdict(Counter) for group in GROUPS}, {}, defaultdict(list), {}, [])
+    digest = Digest([], {group: defaultdict(Counter) for group in GROUPS}, {}, {}, [])
     columns = {mode: ([], [], []) for mode in MODES}
-    numbers: dict[tuple, int] = {}
     strange = 0
     for row in tolerant_lines(path, digest.notes):
         try:
@@ -180,12 +183,8 @@ def read_samples(run: RunData, example_steps: tuple[int, ...] = ()) -> Digest:
             if role == "proposer":
                 digest.proposals.append(Proposal(step, mode, task, reason, row["solve_rate"]))
             elif role == "solver":
-                key = (step, task["program"], task.get("input") or task.get("message"))
-                number = numbers.setdefault(key, len(numbers))
                 for column, value in zip(columns[mode], (step, row["tokens"], row["reward"].get("correct", False))):
                     column.append(value)
-                if mode == "induction" and len(digest.programs[step]) < PROGRAMS_A_STEP:
-                    digest.programs[step].append((number, row["response"]))
             if step in example_steps:
                 _keep_example(digest.examples, row)
             digest.lines += 1

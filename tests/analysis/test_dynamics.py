@@ -34,8 +34,9 @@ def test_distance_of_trees():
     assert 0.3 < dynamics.tree_distance(same, other) <= 1
     assert dynamics.tree_distance(same, other) == dynamics.tree_distance(other, same)
     assert deep is None and broken is None
-    values = dynamics.mean_distances([same, renamed, other], ["a", "a", "b"], True, 0)
-    assert values[:2].tolist() == [0, 0] and np.isnan(values[2])
+    apart = dynamics.tree_distance(same, other)
+    assert dynamics.mean_distances([same, renamed, other], 0).tolist() == [apart / 2, apart / 2, apart]
+    assert np.isnan(dynamics.mean_distances([same], 0)).all()
 
 
 def test_length_is_controlled_for_being_right():
@@ -45,7 +46,7 @@ def test_length_is_controlled_for_being_right():
     correct = rng.random(len(step)) < step / 100
     tokens = np.where(correct, 10, 20) + rng.integers(-2, 3, len(step))
     columns = {"step": step, "tokens": tokens, "correct": correct}
-    digest = reader.Digest([], {}, {"deduction": columns}, {}, {}, [])
+    digest = reader.Digest([], {}, {"deduction": columns}, {}, [])
     found = dynamics.lengths(digest, [(1, 50), (51, 100)])["deduction"]
     assert found["per_100_steps"]["low"] < 0 < found["per_100_steps"]["high"]
     assert found["right_minus_wrong"]["mean"] == pytest.approx(-10, abs=0.2)
