@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from azr.policy.policy import Policy
 
 TOP_SHARE = 0.2  # of the tokens, arXiv 2506.01939
-TOKENS_SHOWN = 12
 BLOCK = 10  # steps that are resampled together: neighbouring steps have nearly the same policy
 
 
@@ -74,11 +72,11 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
-def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget: int) -> tuple[list, list, list]:
-    """(token ids, exact entropies, log-probs) of every response: lists of arrays (tokens,)."""
+def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget: int) -> tuple[list, list]:
+    """(exact entropies, log-probs) of every response: lists of arrays (tokens,)."""
     prompts, ids = ([policy.encode(getattr(row, name)) for row in rows] for name in ("prompt", "response"))
     log_prob, entropy = policy.score_lists(prompts, ids, temperature, token_budget)
-    return ids, *([np.array(row, np.float32) for row in rows] for rows in (entropy, log_prob))
+    return tuple([np.array(row, np.float32) for row in rows] for rows in (entropy, log_prob))
 
 
 def summary(entropy: list[np.ndarray], log_prob: list[np.ndarray]) -> dict:
@@ -113,20 +111,6 @@ def by_group(rows: list[Row], entropy: list, log_prob: list) -> dict:
         picks[f"{role}/all"] = [i for i, row in enumerate(rows) if row.role == role]
     picks["all"] = list(range(len(rows)))
     return {n: summary([entropy[i] for i in pick], [log_prob[i] for i in pick]) for n, pick in picks.items()}
-
-
-def token_shares(policy: Policy, ids: list[list[int]], entropy: list[np.ndarray]) -> list[dict]:
-    """Which tokens carry the entropy: by the token that was written where the entropy was, largest share first."""
-    count, total = Counter(), Counter()
-    for row, h in zip(ids, entropy):
-        count.update(row)
-        for token, value in zip(row, h.tolist()):
-            total[token] += value
-    everything = sum(total.values()) or 1.0
-    return [
-        {"token": policy.tokenizer.decode([t]), "count": count[t], "mean": v / count[t], "share": v / everything}
-        for t, v in total.most_common(TOKENS_SHOWN)
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------- the fit
@@ -187,14 +171,13 @@ def measure(args) -> int:
     rows = read_rows(args.data, args.limit)
     opening = agree(args.model, args.adapter, args.quantization)
     policy = open_policy(opening)
-    ids, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+    entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
     result = {
         "data": str(args.data),
         "temperature": args.temperature,
         **{name: policy.info[name] for name in ("base_model", "revision", "quantization", "dtype")},
         "adapter": str(opening.adapter) if opening.adapter else None,
         "groups": by_group(rows, entropy, log_prob),
-        "tokens": token_shares(policy, ids, entropy),
     }
     print_groups(result)
     figures.write_outputs(args, "entropy", result, {})
@@ -231,7 +214,7 @@ def probe_curve(run: RunData, args) -> dict:
     rows, policy, result = read_rows(path, args.limit), open_run(run), {}
     for step, checkpoint in checkpoints:
         use(policy, checkpoint)
-        _, entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+        entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
         result[str(step)] = by_group(rows, entropy, log_prob)
     (run.path / "eval").mkdir(exist_ok=True)
     write_json_atomic(run.path / "eval" / "probe_entropy.json", {"temperature": args.temperature, "probe": result})
@@ -242,7 +225,7 @@ def probe_curve(run: RunData, args) -> dict:
 
 
 def print_groups(result: dict) -> None:
-    """Prints the entropies of `by_group`, in nats a token, and the tokens that carry most of the entropy."""
+    """Prints the entropies of `by_group`, in nats a token."""
     what = f"{result['base_model']} in {result['quantization']} ({result['dtype']})"
     what += f" with {result['adapter']}" if result["adapter"] else ", no adapter"
     print(f"Entropy of {what}, at temperature {result['temperature']}, on {result['data']}, in nats a token.")
@@ -257,9 +240,6 @@ def print_groups(result: dict) -> None:
             cells = "".join(f"{shown(row[key]):24s}" for key in ("token_mean", "sequence_mean", "sampled_token_mean"))
             share = f"{100 * row['top20_share']:5.0f} %"
             print(f"{name:22s}{row['sequences']:10d}{row['tokens']:8d}  {cells}{share}")
-    tokens = (f"{t['token']!r} {100 * t['share']:.0f} % ({t['mean']:.2f}, {t['count']})" for t in result["tokens"])
-    print("\nWhere it sits, by the token that is written there (share of all the entropy, mean, count):")
-    print("  " + ", ".join(tokens))
 
 
 def print_curves(result: dict) -> None:

@@ -70,7 +70,7 @@ def reference(policy, prompts, responses, temperature, base=False):
 def test_entropy_is_that_of_the_full_softmax_in_float64(policy, tokens, temperature):
     prompts, responses = tokens
     rows = [entropy.Row("solver", "deduction", p, r) for p, r in TEXTS]
-    _, found, log_prob = entropy.score_rows(policy, rows, temperature, 8192)
+    found, log_prob = entropy.score_rows(policy, rows, temperature, 8192)
     for i, full in enumerate(reference(policy, prompts, responses, temperature)):
         exact = -(full.exp() * full).sum(-1).numpy()
         assert np.abs(found[i] - exact).max() < 2e-5
@@ -175,7 +175,7 @@ def test_command_on_a_file(tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
     done = run_command("--model", "tiny", "--data", data, "--out", tmp_path / "plots")
     assert done.returncode == 0, done.stderr
-    assert "last line is torn" in done.stderr and "Where it sits" in done.stdout
+    assert "last line is torn" in done.stderr and "nats a token" in done.stdout
     found = json.loads((tmp_path / "plots" / "entropy.json").read_text())
     assert found["groups"]["solver/deduction"]["token_mean"]["n"] == 3
 
