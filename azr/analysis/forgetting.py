@@ -234,7 +234,7 @@ def drops(entry: dict) -> dict:
 
 
 def fits(measured: dict[str, dict]) -> dict:
-    """R^2 of each drop on each predictor over all checkpoints, and what S1 or S5 adds once forward KL is known."""
+    """A straight line of each drop on each predictor over all checkpoints: slope and R^2 with intervals."""
     result: dict = {}
     for outcome in OUTCOMES:
         points = [
@@ -246,19 +246,13 @@ def fits(measured: dict[str, dict]) -> dict:
             continue
         y, runs = (np.array([point[i] for point in points]) for i in (2, 0))
         groups = runs if len(set(runs)) >= RUNS_AS_UNITS else None
-        columns = {p: np.array([value_of(row, p) for _, row, _ in points]) for p in PREDICTORS}
-        columns = {p: x for p, x in columns.items() if np.isfinite(x).all() and np.std(x) > 0}
-        predictors, added = {}, {}
-        for name, x in columns.items():
-            line, bent = linear_fit(x, y, groups), linear_fit(np.column_stack([x, x**2]), y, groups)
-            r2 = {"r2": as_json(line.r2), "r2_quadratic": as_json(bent.r2)}
-            predictors[name] = {"slope": as_json(line.coefficients[1]), **r2, "n": line.n}
-        kl = "kl_forward/solver"
-        for name in SIZES if kl in columns and len(points) > 3 else ():
-            if name in columns:
-                both = linear_fit(np.column_stack([columns[kl], columns[name]]), y, groups).r2
-                added[name] = {"r2": as_json(both), "gain": both.mean - predictors[kl]["r2"]["mean"]}
-        result[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": predictors, "added_to_kl": added}
+        predictors = {}
+        for name in PREDICTORS:
+            x = np.array([value_of(row, name) for _, row, _ in points])
+            if np.isfinite(x).all() and np.std(x) > 0:
+                line = linear_fit(x, y, groups)
+                predictors[name] = {"slope": as_json(line.coefficients[1]), "r2": as_json(line.r2), "n": line.n}
+        result[outcome] = {"n": len(points), "runs": len(set(runs)), "predictors": predictors}
     return result
 
 
@@ -281,13 +275,9 @@ def print_result(measured: dict[str, dict], fitted: dict) -> None:
             print(f"  {step:5d}  {cells}{kl:54s}{size}")
         print()
     for outcome, row in fitted.items():
-        print(
-            f"R^2 of the {OUTCOMES[outcome]} over {row['n']} checkpoints of {row['runs']} run(s), straight line; bent:"
-        )
+        print(f"R^2 of the {OUTCOMES[outcome]} over {row['n']} checkpoints of {row['runs']} run(s), straight line:")
         for name, fit in sorted(row["predictors"].items(), key=lambda item: -item[1]["r2"]["mean"]):
-            print(f"  {PREDICTORS[name]:40s}{shown(fit['r2'], 2):22s} {shown(fit['r2_quadratic'], 2)}")
-        for name, more in row["added_to_kl"].items():
-            print(f"  {name} added to KL on solver prompts: R^2 {shown(more['r2'], 2)}, {more['gain']:+.2f}")
+            print(f"  {PREDICTORS[name]:40s}{shown(fit['r2'], 2)}")
         if row["n"] < FEW:
             print(f"  {row['n']} points are too few for intervals.")
     if not fitted:

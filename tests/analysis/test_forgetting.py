@@ -43,7 +43,6 @@ def test_kl_that_predicts_and_sparsity_that_does_not():
     assert predictors["kl_forward/solver"]["r2"]["low"] > 0.85
     assert predictors["kl_forward/solver"]["slope"]["mean"] == pytest.approx(0.5 / 1.1, abs=0.05)
     assert predictors["S1"]["r2"]["mean"] < 0.3 and predictors["S5"]["n"] == 30
-    assert abs(found["added_to_kl"]["S1"]["gain"]) < 0.03
     assert "kl_reverse/solver" not in predictors  # was not measured
 
 
@@ -51,7 +50,6 @@ def test_sparsity_that_predicts_is_found_too():
     measured = {f"run-{i}": made_up(i, lambda kl, s1: 0.5 * s1) for i in range(3)}
     found = forgetting.fits(measured)["skill"]
     assert found["predictors"]["S1"]["r2"]["low"] > 0.85 > found["predictors"]["kl_forward/solver"]["r2"]["mean"]
-    assert found["added_to_kl"]["S1"]["gain"] > 0.5
 
 
 def test_drops_are_paired_and_positive_when_worse():
