@@ -217,15 +217,6 @@ def free_disk(out: str) -> float:
 # ---------------------------------------------------------------- as text
 
 
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, in two or three digits."""
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.0f} h" if seconds >= 36000 else f"{seconds / 3600:.1f} h"
-
-
 def render(plan: Plan, config, card: Card | None, why: str) -> str:
     """Time and cost on a GPU, and disk, of a run with these settings, as plain text, 80 columns."""
     time = times(plan, card, config.steps, config.price_per_hour) if card else []
@@ -242,6 +233,8 @@ def render(plan: Plan, config, card: Card | None, why: str) -> str:
 
 def times(plan: Plan, card: Card, steps: int, price: float | None) -> list[str]:
     """A column a pace: the phases of a step, the run, its price, and what was assumed."""
+    from azr.console import duration  # needs rich, which the doctor must do without
+
     half = "bf16" if card.bf16 else "fp16; it has no bf16"
     lines = [f"             peaks: {card.bandwidth:.0f} GB/s, {card.tflops:.0f} TFLOP/s in {half}", ""]
     each = [step_time(plan, card, pace) for pace in PACES]
@@ -251,8 +244,8 @@ def times(plan: Plan, card: Card, steps: int, price: float | None) -> list[str]:
 
     row("time, computed", (pace.name for pace in PACES))
     for name in ("propose", "solve", "validate", "update"):
-        row(f"  {name}", (duration(getattr(time, name)) for time in each))
-    row("a step", (duration(time.total) for time in each))
+        row(f"  {name}", (f"{getattr(time, name):.1f} s" for time in each))
+    row("a step", (f"{time.total:.1f} s" for time in each))
     row(f"{steps} steps", (duration(steps * time.total) for time in each))
     if price:
         row(f"at ${price:g}/h", (f"${steps * time.total / 3600 * price:,.2f}" for time in each))
