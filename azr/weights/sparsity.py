@@ -1,6 +1,6 @@
 """`analyze.py sparsity`: base against an adapter or a second checkpoint, tensor by tensor.
 
-    python analyze.py sparsity --base tiny --adapter runs/tiny-0          a run: its last checkpoint, and the path (T1)
+    python analyze.py sparsity --base tiny --adapter runs/tiny-0          a run: its last checkpoint
     python analyze.py sparsity --base qwen-3b --adapter runs/qwen-3b-0/checkpoints/step_500 --json s.json --out plots
     python analyze.py sparsity --base BASE --tuned MERGED_OR_FINE_TUNED   any two safetensors checkpoints
 
@@ -27,10 +27,9 @@ import torch
 from azr import console
 from azr.jsonl import write_json_atomic
 from azr.models import model_path
-from azr.policy.opening import agree, check_base, checkpoints_of, read_record, settle
+from azr.policy.opening import agree, check_base, read_record, settle
 from azr.weights import sizes, spectra
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
-from azr.weights.path import path_along
 from azr.weights.reference import (
     AdapterUpdate,
     PairUpdate,
@@ -256,7 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `analyze.py sparsity` to its parser."""
     parser.add_argument("--base", required=True, metavar="M", help="tiny, qwen-3b, a hub id, or a directory")
     which = parser.add_mutually_exclusive_group(required=True)
-    what = "a LoRA, rsLoRA or DoRA adapter, or a run: its last checkpoint, and the path along all of them"
+    what = "a LoRA, rsLoRA or DoRA adapter, or a run: its last checkpoint"
     which.add_argument("--adapter", type=Path, metavar="DIR", help=what)
     which.add_argument("--tuned", metavar="M", help="a merged or fully fine-tuned checkpoint in safetensors")
     what = "singular vectors: intruders, rotation, principal energy, and the null (S5) of full-rank updates; minutes"
@@ -296,7 +295,7 @@ def analyse(args: argparse.Namespace) -> dict:
     base = Checkpoint.open(model_path(args.base))
     if not base.matrices:
         raise WeightsError(f"{args.base} has no linear layers in numbered blocks: nothing to measure")
-    update, checkpoints, notes = open_update(args, base)
+    update, notes = open_update(args, base)
     for note in notes:
         console.warn(note)
 
@@ -319,16 +318,11 @@ def analyse(args: argparse.Namespace) -> dict:
     names = sorted(base.entries, key=lambda name: -base.entries[name].size)
     by_name = {part.name: part for part in run(one, names, "tensors")}
     parts = [by_name[name] for name in base.entries]
-    report = {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
-    if len(checkpoints) > 1:
-        adapters = {step: Adapter.open(path, base) for step, path in checkpoints.items()}
-        report["along"] = path_along(base, update.reference, adapters, run)
-    return report
+    return {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
 
 
-def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, dict[int, Path], list[str]]:
-    """Opens what is compared with the base: (update, step -> checkpoint of a run, lines to say). ModelError if it does
-    not belong to the base."""
+def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, list[str]]:
+    """Opens what is compared with the base: (update, lines to say). ModelError if it does not belong to the base."""
     if args.tuned:
         tuned = Checkpoint.open(args.tuned)
         notes = open_pair(base, tuned)
@@ -341,12 +335,12 @@ def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, dic
                 f"{args.tuned} is closer to the 4-bit base than to {args.base}: a merged adapter of a 4-bit base? Then "
                 "add --quantization nf4, or the error of the quantization is measured, not the update"
             )
-        return update, {}, notes + more
+        return update, notes + more
     opening = agree(args.base, args.adapter, args.quantization)
     adapter = Adapter.open(opening.adapter, base)
     doubts = [*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})]
     reference, notes = reference_of(opening.quantization, opening.record, opening.adapter / "azr.json", True)
-    return AdapterUpdate(base, adapter, reference), checkpoints_of(args.adapter), doubts + notes
+    return AdapterUpdate(base, adapter, reference), doubts + notes
 
 
 def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:

@@ -43,8 +43,6 @@ def lines(report: dict) -> list[str]:
         if "R2_margin" in adapted:
             out += spectral_part(adapted)
         out += [*tolerance_part(adapted), *table(report)]
-        if "along" in report:
-            out += along_part(report["along"])
     else:
         out += ["", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
     return out + [f"not counted: {name} ({why})" for name, why in report["excluded"].items()]
@@ -181,26 +179,6 @@ def table(report: dict) -> list[str]:
         cells = f"{group['U1_rms']:10.1e}{percent(group['U1_rel_fro'], 2):>10}"
         cells += "".join(f"{percent(share):>9}" for share in (group["S1"], group["S2"], group[MATCHED]["S1"]))
         out.append(f"  {name:12}{cells}{number(group['R1_effective_rank'], '.1f'):>7}   {interval(group['S5'])}")
-    return out
-
-
-def along_part(along: dict) -> list[str]:
-    """Returns the lines about the path along a run (T1), and a line a checkpoint."""
-    keys = ("never_changed", "changed_then_cancelled", "changed_at_the_end")
-    out = [
-        "",
-        f"along {len(along['steps'])} checkpoints, from {along['rows_a_matrix']} rows a matrix",
-        fact("net change over the length of the path", percent(along["T1_net_over_path"]), "T1 (straight: 100 %)"),
-        fact("movement that was undone", percent(along["T1_cancelled_mass"]), "T1_cancelled_mass"),
-        fact("weights that moved both ways", percent(along["T1_moved_both_ways"]), "T1_moved_both_ways"),
-        fact(
-            "in bf16 never changed / changed and back / changed at the end",
-            " / ".join(percent(along[f"T1_{key}"]) for key in keys),
-            "T1",
-        ),
-    ]
-    for step, rms, s1, rank in zip(along["steps"], along["U1_rms"], along["S1"], along["R1_effective_rank"]):
-        out.append(f"  step {step:6}   RMS {rms:.2e}   S1 {percent(s1):>8}   effective rank {number(rank, '.1f')}")
     return out
 
 

@@ -192,35 +192,12 @@ def test_the_update_is_what_peft_merges(tmp_path, settings):
         assert update.energy(name) == pytest.approx(expected.double().square().sum().item(), rel=1e-4)
 
 
-def test_a_run_is_measured_at_its_end_and_along_its_checkpoints(tmp_path, base, capsys):
-    run_dir = tmp_path / "run"
-
-    def zero(tensors):
-        for name in tensors:
-            if "lora_B" in name:
-                tensors[name].zero_()
-
-    steps = {
-        0: {"change": zero},
-        10: {"rms": 1e-4},
-        100: {"rms": 2e-4},
-        20: {"rms": 3e-4},
-    }  # one direction, back and forth
-    for step, settings in steps.items():
-        write_adapter(run_dir / "checkpoints" / f"step_{step}", **settings)
-    report = measure(tmp_path, "--base", base, "--adapter", run_dir, "--out", tmp_path / "out")
-    assert report["update"].endswith("step_100") and (tmp_path / "out" / "modules.png").is_file()
-    along = report["along"]
-    assert along["steps"] == [0, 10, 20, 100] and along["S1"][0] == 1.0 and along["R1_effective_rank"][0] is None
-    # 0 -> 1 -> 3 -> 2: net 2 of a path of 4, and everything moved both ways
-    assert along["T1_net_over_path"] == pytest.approx(0.5, abs=1e-3)
-    assert along["T1_cancelled_mass"] == pytest.approx(0.5, abs=1e-3)
-    assert along["T1_moved_both_ways"] == pytest.approx(1, abs=1e-3)
-    assert along["U1_rms"][-1] == pytest.approx(report["adapted"]["U1_rms"], rel=1e-4)
-    assert along["S1"][-1] == pytest.approx(report["adapted"]["S1"], abs=1e-6)
-    shares = [along[f"T1_{key}"] for key in ("never_changed", "changed_then_cancelled", "changed_at_the_end")]
-    assert sum(shares) == pytest.approx(1) and shares[1] > 0.005
-    assert "along 4 checkpoints" in capsys.readouterr().out
+def test_a_run_is_measured_at_its_last_checkpoint(tmp_path, base):
+    for step, rms in ((0, 0), (100, 2e-4), (20, 3e-4)):
+        write_adapter(tmp_path / "run" / "checkpoints" / f"step_{step}", rms=rms)
+    report = measure(tmp_path, "--base", base, "--adapter", tmp_path / "run", "--out", tmp_path / "out")
+    assert report["update"].endswith("step_100") and report["adapted"]["U1_rms"] == pytest.approx(2e-4, rel=0.1)
+    assert (tmp_path / "out" / "modules.png").is_file()
 
 
 def test_an_untrained_adapter_changes_nothing(tmp_path, base, capsys):
