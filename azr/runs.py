@@ -22,7 +22,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -48,7 +47,6 @@ RESUME_MAY_CHANGE = frozenset(
 KEEP_STATES = 2  # the newest checkpoints that keep what a resume needs
 SCRIPT = "train_azr.py"  # what the commands say that go on with a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-TAIL = 1 << 20  # bytes at the end of a log that hold its last lines
 LOGS = ("metrics.jsonl", "samples.jsonl")
 UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")  # all that a start killed in its first instants leaves
 STEP_DIRECTORY = re.compile(r"step_(\d+)")
@@ -117,18 +115,13 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_intact(run_dir: Path, whole_through: float = math.inf) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that can be resumed, and what is wrong with each newer one.
-
-    whole_through: the last step that the logs hold in full; what is newer would leave a gap in them.
-    """
+def newest_intact(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that can be resumed, and what is wrong with each newer one."""
     faults = []
-    for step, path in reversed(step_directories(run_dir)):
+    for _, path in reversed(step_directories(run_dir)):
         if not (path / "state" / "checksums.json").exists():
             continue  # an adapter that was kept without its state
         wrong = fault(path)
-        if wrong is None and step > whole_through:
-            wrong = f"the logs have lost steps after {whole_through}"
         if wrong is None:
             return path, faults
         faults.append(f"{path}: {wrong}")
@@ -159,49 +152,21 @@ def _write_state(directory: Path, tensors: dict[str, Tensor], state: dict) -> No
         sync(path)
 
 
-def _remove(directory: Path) -> None:
-    """Out of sight first, so that a kill half-way leaves nothing that looks like a checkpoint."""
-    aside = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
-    os.rename(directory, aside)
-    shutil.rmtree(aside)
+def _cut(path: Path, step: int) -> int:
+    """Cuts off a log what follows its last whole line of `step` or an earlier one; returns how many bytes went.
 
-
-def _whole_through(path: Path) -> float:
-    """The last step of which a log has every line, as far as its end tells: logs are synced before a checkpoint, so it
-    is behind one only if it was damaged. Infinite for an empty log: that one was set aside."""
+    A damaged line before that stays: readers leave it out and say so.
+    """
+    offset = end = 0
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL))
-        *lines, torn = file.read().split(b"\n")
-    if match := LINE_STEP.match(torn):
-        return int(match[1]) - 1
-    steps = [int(match[1]) for line in lines if line.endswith(b"}") and (match := LINE_STEP.match(line))]
-    return steps[-1] if steps and path.name == "metrics.jsonl" else math.inf  # that one has a line for every step
-
-
-def _end_of(path: Path, step: int) -> int:
-    """Where a log ends after its last line of `step`, in bytes. RunError if such a line follows a bad or newer one."""
-    offset, end = 0, None
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            match = LINE_STEP.match(line)
-            if match is None or not line.endswith(b"}\n") or int(match[1]) > step:
-                end = offset if end is None else end
-            elif end is not None:
-                raise RunError(
-                    f"{path}, line {number}: step {int(match[1])} follows a bad or newer line, the log is "
-                    f"damaged; repair it, or go on without its older lines: mv {shlex.quote(str(path))} "
-                    f"{shlex.quote(f'{path}.damaged')}"
-                )
-            offset += len(line)
-    return offset if end is None else end
-
-
-def _cut(path: Path, end: int) -> int:
-    """Truncates a log; returns the bytes that went."""
-    if more := path.stat().st_size - end:
+        for line in file:
+            offset, match = offset + len(line), LINE_STEP.match(line)
+            if match and line.endswith(b"}\n") and int(match[1]) <= step:
+                end = offset
+    if end < offset:
         os.truncate(path, end)
         sync(path)
-    return more
+    return offset - end
 
 
 # ---------------------------------------------------------------- the run
@@ -287,11 +252,7 @@ class Run:
 
     def _continue(self, must: bool, complete: Callable[[dict], dict]) -> None:
         """Finds the checkpoint to resume from and takes the logs back to it."""
-        logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
-        checkpoint, faults = newest_intact(self.dir, min(map(_whole_through, logs), default=math.inf))
-        if checkpoint is None and faults:  # rather a gap in the logs than the end of the run
-            checkpoint, broken = newest_intact(self.dir)
-            faults = faults if checkpoint is None else [*broken, f"{self.dir}: the logs do not reach {checkpoint.name}"]
+        checkpoint, faults = newest_intact(self.dir)
         if checkpoint is None:
             if faults or step_directories(self.dir) or must:
                 reason = "; ".join(faults) or "no checkpoint with a state"
@@ -301,11 +262,8 @@ class Run:
             self._compare(read_object(self.dir / "config.json", RunError), complete)
             self._checkpoint, self.resumed = checkpoint, True
             self.step = int(STEP_DIRECTORY.fullmatch(checkpoint.name)[1])
-        try:
-            ends = [_end_of(path, self.step if checkpoint else -1) for path in logs]  # before anything is changed
-        except RunError as error:
-            raise RunError(f"{error} && {self.command()} (from {checkpoint or 'the start'}, which is whole)") from error
-        went = sum(map(_cut, logs, ends))
+        logs = [self.dir / name for name in LOGS if (self.dir / name).exists()]
+        went = sum(_cut(path, self.step if checkpoint else -1) for path in logs)
         for wrong in faults:
             say(f"warning: broken checkpoint, going on from {checkpoint}: {wrong}")
         for step, path in step_directories(self.dir):
@@ -352,9 +310,6 @@ class Run:
 
     def log(self, metrics: dict) -> None:
         """Appends one line to metrics.jsonl: flat keys, among them "step" (written first). NaN and infinities: null."""
-        for key, value in metrics.items():
-            if isinstance(value, dict):
-                raise TypeError(f"metric {key!r} is a dict; metrics are flat, join the names with '/'")
         self._append("metrics.jsonl", [metrics])
 
     def log_samples(self, samples: list[dict]) -> None:
@@ -426,8 +381,10 @@ class Run:
                     # Checksums first: without them it is an adapter without state, not a broken checkpoint.
                     (path / "state" / "checksums.json").unlink(missing_ok=True)
                     shutil.rmtree(path / "state")
-                else:
-                    _remove(path)
+                else:  # out of sight first: a kill half-way must leave nothing that looks like a checkpoint
+                    aside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+                    os.rename(path, aside)
+                    shutil.rmtree(aside)
         except OSError as error:
             say(f"warning: old checkpoints could not be pruned ({error})")
 
@@ -454,11 +411,7 @@ class Run:
         """
         path, now = self.dir / "environment.json", plain({**describe_environment(), "step": self.step, **more})
         if path.exists():
-            try:
-                earlier = read_object(path, RunError)
-            except RunError as error:  # nothing that is computed depends on it
-                say(f"warning: {error}: written anew")
-                earlier = {}
+            earlier = read_object(path, RunError)
             now["previous"] = [*earlier.pop("previous", []), earlier]
             before, after = earlier.get("versions", {}), now["versions"]
             if changed := [
@@ -470,19 +423,32 @@ class Run:
 
 
 def describe_environment() -> dict:
-    """Versions (None: not installed), commit of the code, platform, CPUs, GPU. Imports nothing that is not loaded."""
+    """Versions (None: not installed), commit of the code ("-dirty" if tracked files differ from it), platform, CPUs,
+    GPU. Imports nothing that is not loaded."""
     versions = {"python": platform.python_version()}
     for name in VERSIONS_OF:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.check_output(
+            describe,
+            cwd=Path(__file__).parent,
+            timeout=10,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ).strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout
+        commit = None
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "versions": versions,
-        "git": _commit(),
+        "git": commit,
         "platform": platform.platform(),
         "cpu_count": cpus,
         "gpu": gpu,
@@ -490,19 +456,3 @@ def describe_environment() -> dict:
         "command": sys.argv,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def _commit() -> str | None:
-    """The commit of this code, with "-dirty" if tracked files differ from it; None outside a git checkout."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            timeout=10,
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -140,9 +140,8 @@ def test_log_lines(tmp_path):
     with Run.open(tmp_path, CONFIG) as run:
         run.log({"b": float("inf"), "step": 1, "a": numpy.float32(0.5), "n": torch.tensor(2.0), "histogram": (1, 2)})
         run.log_samples([{"step": 1, "response": "lone \udc80 and é", "reward": {"total": float("nan")}}])
-        for bad in ({"step": 1, "a": {"b": 1}}, {"step": 1, "a": object()}):
-            with pytest.raises(TypeError, match="'a'"):
-                run.log(bad)
+        with pytest.raises(TypeError, match="'a'"):
+            run.log({"step": 1, "a": object()})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert line == '{"step": 1, "b": null, "a": 0.5, "n": 2.0, "histogram": [1, 2]}\n'
     samples = list(read_samples(tmp_path))
@@ -175,16 +174,16 @@ def test_resume_cuts_the_logs_byte_exactly(tmp_path):
     assert [(tmp_path / name).read_bytes() for name in runs.LOGS] == expected
 
 
-def test_a_log_damaged_before_the_checkpoint_is_not_thrown_away(tmp_path):
+def test_what_is_damaged_before_the_checkpoint_costs_no_other_line(tmp_path):
     with Run.open(tmp_path, CONFIG) as run:
         make_steps(run, 3)
     path = tmp_path / "samples.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     damaged = b"".join([lines[0], b"\0" * 20 + b"\n", *lines[2:]])
-    path.write_bytes(damaged)
-    with pytest.raises(RunError, match="damaged"):
-        Run.open(tmp_path, CONFIG, "auto")
-    assert path.read_bytes() == damaged
+    path.write_bytes(damaged + b'{"step": 4, "newer": true}\n')
+    with Run.open(tmp_path, CONFIG, "auto") as run:
+        assert run.step == 3
+    assert path.read_bytes() == damaged and len(list(read_samples(tmp_path))) == len(lines) - 1
 
 
 # ---------------------------------------------------------------- checkpoints
