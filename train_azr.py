@@ -321,7 +321,7 @@ def apply_gradient(s: State, loss: float) -> float:
     """Clips the gradient's norm and steps, unless loss or norm is not finite. Returns the norm."""
     norm = torch.nn.utils.clip_grad_norm_(s.policy.trainable_parameters(), GRAD_CLIP).item()
     if math.isfinite(loss) and math.isfinite(norm):
-        update.take_step(s.policy, s.optimizer)  # AdamW; from a copy again if memory runs out half-way
+        s.optimizer.step()
     s.optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -2,7 +2,6 @@
 
     optimizer = make_optimizer(policy, config.learning_rate)
     loss, columns = gradient(s, samples, weights, loss_of)     # loss_of(batch) -> the part of the loss of a Batch
-    take_step(policy, optimizer)                               # AdamW
 
 `s` is the State of train_azr.py: its policy, config, sizes, loss_scale and arms are used. Memory that runs out costs a
 repetition with smaller micro-batches (backoff.py), never a sample. Left out: a schedule of the learning rate, several
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from azr.policy.backoff import DoesNotFit, retry
+from azr.policy.backoff import retry
 from azr.tasks import Sample
 from azr.train import ppo
 
@@ -59,7 +58,10 @@ class Columns:
 
 def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
     """AdamW on the adapter alone, at a constant learning rate."""
-    return torch.optim.AdamW(policy.trainable_parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
+    parameters, settings = policy.trainable_parameters(), {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
+    # one matrix after the other: a GPU's default takes all at once, with copies of all that could run out of memory in
+    # the middle of a step
+    return torch.optim.AdamW(parameters, lr=learning_rate, foreach=False, **settings)
 
 
 def moments_to_come(policy: Policy, optimizer) -> int:
@@ -177,31 +179,6 @@ def columns_of(batch: Batch) -> tuple[list[Sample], list[torch.Tensor]]:
     return [x for x in batch.samples if not x.objective], [tensor[own] for tensor in tensors]
 
 
-def take_step(policy: Policy, optimizer) -> None:
-    """optimizer.step(), from the same state again if memory runs out inside: half of it may be done by then."""
-    try:
-        before = state_tensors(policy, optimizer, None)  # a GPU copies within itself in milliseconds
-    except torch.OutOfMemoryError:
-        before = state_tensors(policy, optimizer)
-    # not empty from the first call of `attempt` on: then the state may be half changed and is put back first
-    begun = []
-
-    def attempt() -> None:
-        if begun:
-            restore_tensors(policy, optimizer, before)
-        begun.append(True)
-        optimizer.step()
-
-    def one_by_one() -> str:
-        if all(group.get("foreach") is False for group in optimizer.param_groups):
-            raise DoesNotFit("out of memory in the optimizer step, one matrix at a time; lower --lora-rank")
-        for group in optimizer.param_groups:
-            group["foreach"] = False  # a GPU's default takes all matrices at once
-        return "one matrix at a time"
-
-    retry(attempt, one_by_one, "the optimizer step")
-
-
 def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
     """Metrics of an optimizer step over its sampled tokens: the gap between sampler and trainer, and the clip."""
     every = torch.ones_like(columns.log_prob, dtype=torch.bool)
@@ -248,12 +225,12 @@ def longest(samples: list[Sample]) -> int:
 # ------------------------------------------------------------------------------------ what an update changes, to keep
 
 
-def state_tensors(policy: Policy, optimizer, device="cpu") -> dict[str, torch.Tensor]:
-    """Copies of all that an update changes, adapter and Adam moments; device None: each where it is."""
-    tensors = {f"adapter/{name}": tensor for name, tensor in policy.adapter_state(device).items()}
+def state_tensors(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of all that an update changes: adapter and Adam moments."""
+    tensors = {f"adapter/{name}": tensor for name, tensor in policy.adapter_state().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
-            tensors[f"adam/{i}/{name}"] = value.detach().to(device or value.device, copy=True)
+            tensors[f"adam/{i}/{name}"] = value.detach().to("cpu", copy=True)
     return tensors
 
 
@@ -267,5 +244,5 @@ def restore_tensors(policy: Policy, optimizer, tensors: dict[str, torch.Tensor])
         if name.startswith("adam/"):
             _, i, key = name.split("/")
             moments.setdefault(int(i), {})[key] = value
-    # the groups stay as they are: their learning rate is the settings', their foreach this machine's
+    # the groups stay as they are: their learning rate is the settings'
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})

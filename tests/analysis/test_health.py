@@ -415,19 +415,23 @@ def too_short(monkeypatch) -> str:
 
 def falling_apart(monkeypatch) -> str:
     """After three steps the adapter becomes noise, as after updates far too large, whatever the machine rounds."""
-    honest, calls = update.take_step, []
+    honest, calls = update.make_optimizer, []
 
-    def broken(policy, optimizer):
-        honest(policy, optimizer)
-        calls.append(1)
-        if len(calls) == 3:
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                for name, parameter in policy.model.named_parameters():
-                    if "lora_B" in name:
-                        parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    def broken(policy, learning_rate):
+        def scatter(*_):
+            calls.append(1)
+            if len(calls) == 3:
+                generator = torch.Generator().manual_seed(0)
+                with torch.no_grad():
+                    for name, parameter in policy.model.named_parameters():
+                        if "lora_B" in name:
+                            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
 
-    monkeypatch.setattr(update, "take_step", broken)
+        optimizer = honest(policy, learning_rate)
+        optimizer.register_step_post_hook(scatter)
+        return optimizer
+
+    monkeypatch.setattr(update, "make_optimizer", broken)
     return "--max-new-tokens 32 --steps 8"
 
 
