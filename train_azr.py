@@ -18,32 +18,23 @@ return is that reward), KL penalty, reference model, learning-rate schedule; as 
 optimizer step per training step (the default) the ratio is 1 and the clip does nothing: REINFORCE with a baseline.
 
 Ctrl-C, SIGTERM or a closed terminal saves and exits 0, a second one quits (130); SIGUSR1 saves and goes on. Exit codes:
-0 done or stopped with a checkpoint; 1 gave up (three non-finite losses in a row, no memory, no sandbox: complete steps
-are saved; a full disk: the last checkpoint is whole); 2 bad input, nothing done.
+0 done or stopped with a checkpoint; 1 gave up, complete steps are saved (three non-finite losses in a row, no memory,
+no sandbox, a full disk); 2 bad input, nothing done.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import importlib
 import math
 import random
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
 from azr.machine import doctor
 
-
-def settings_of(arguments: list[str]):
-    """The settings of a command line, for the doctor: it runs before the packages that it looks at are imported."""
-    from azr.train.config import parse
-
-    return parse(arguments, "see azr/machine/doctor.py")
-
-
-if __name__ == "__main__" and "--doctor" in sys.argv:
-    sys.exit(doctor.main(sys.argv[1:], settings_of))
+if __name__ == "__main__" and "--doctor" in sys.argv:  # it runs before the packages that it looks at are imported
+    sys.exit(doctor.main(sys.argv[1:], lambda words: importlib.import_module("azr.train.config").parse(words, "")))
 
 import torch
 
@@ -56,10 +47,9 @@ from azr.policy.policy import Policy, Sampling
 from azr.runs import Run
 from azr.stop import StopRequest
 from azr.tasks import MODES, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
-from azr.train import loop, ppo, rollouts, trackers, update
+from azr.train import data, loop, ppo, rollouts, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, as_json, dry_run, parse, resolve
-from azr.train.data import fits
 from azr.train.evaluation import Evaluation
 from azr.train.loss_scale import LossScale
 from azr.train.metrics import Clock, sample_row, step_metrics
@@ -67,7 +57,6 @@ from azr.train.update import CLIP, GAP_CAP, Batch
 from sandbox import Sandbox
 
 GRAD_CLIP = 1.0  # largest norm of the gradient of an optimizer step, as published
-PROPOSER, SOLVER = "proposer", "solver"
 
 
 @dataclass
@@ -90,7 +79,6 @@ class State:
     stop: StopRequest | None = None
     tracker: trackers.Tracker = trackers.NONE
     clock: Clock = field(default_factory=Clock)
-    exempt: set[str] = field(default_factory=set)  # programs that may be trivial: the identity, in the seed stage
     non_finite: int = 0  # skipped updates in a row
     completed: int = 0  # steps
     elapsed: float = 0.0  # seconds of training
@@ -114,21 +102,21 @@ def train_step(s: State, step: int) -> tuple[dict, list[Sample], list[Sample]]:
     tasks = [sample.task for sample in proposals if sample.task] + backfill(s, step, proposals) + s.arms.tasks(s, step)
     answers = solve(s, step, tasks, c.answers) if tasks else []
     answers += s.arms.answers(s, step, solve)
-    more = s.arms.samples(s, step, proposals, answers, solve)
+    more = s.arms.samples(s, step, proposals, answers, solve)  # trained on too, but no part of r
 
     # 4. Reward and update. Recipe lean trains the very answers that measured r, so no token is thrown away; the
     #    published one discards them and samples single answers to tasks of the buffer.
-    trained = answers if c.recipe == "lean" else published_solver_samples(s, step, proposals)
-    set_rewards(s, proposals, answers, trained + more)
-    samples = [sample for sample in proposals if sample.reward is not None] + trained + more
-    set_advantages(samples, c.recipe)
-    given = s.arms.given(s, step)
+    trained = (answers if c.recipe == "lean" else published_solver_samples(s, step, proposals)) + more
+    set_rewards(s, proposals, answers, trained)
+    trained = [sample for sample in proposals if sample.reward is not None] + trained
+    set_advantages(trained, c.recipe)
+    given = s.arms.given(s, step)  # samples that bring an advantage of their own
     s.clock.lap("reward")
-    losses = ppo_update(s, step, samples + given)
+    losses = ppo_update(s, step, trained + given)
     s.clock.lap("update")
 
     # 5. Record: buffers, metrics, samples, checkpoint.
-    metrics = record(s, step, proposals, answers, more + given, samples + given, losses)
+    metrics = record(s, step, proposals, answers, more + given, trained + given, losses)
     return metrics, proposals, answers
 
 
@@ -147,7 +135,7 @@ def propose(s: State, step: int | str, modes: tuple = MODES, count: int | None =
                 asked.append((mode, s.buffers.sample(mode, c.references, rng)))
     prompts = [rollouts.fitting_prompt(s, mode, references) for mode, references in asked]
     with s.arms.proposing(s):
-        samples = rollouts.generate(s, PROPOSER, [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
+        samples = rollouts.generate(s, "proposer", [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
     for sample, (mode, references) in zip(samples, asked):
         program = references[0].program if mode == "induction" else None
         sample.parsed = rollouts.read(sample, parse_proposal(mode, sample.response, program))
@@ -157,16 +145,16 @@ def propose(s: State, step: int | str, modes: tuple = MODES, count: int | None =
 # ------------------------------------------------------------------------------------------------ phase 2: validate
 
 
-def validate_all(s: State, proposals: list[Sample]) -> None:
-    """Runs every proposal in the sandbox; each sample gets its reason, a valid one its task."""
-    parsed = [sample for sample in proposals if sample.parsed.value is not None]
-    values, held_out = [sample.parsed.value for sample in parsed], s.evaluation.refused
-    verdicts = validate(values, s.sandbox, s.buffers.keys(), exempt=s.exempt, held_out=held_out)
+def validate_all(s: State, proposals: list[Sample], exempt: set[str] = frozenset()) -> None:
+    """Runs every proposal in the sandbox; each sample gets its reason, a valid one its task. exempt: may be trivial."""
     for sample in proposals:
         sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
+    parsed = [sample for sample in proposals if sample.parsed.value is not None]
+    values = [sample.parsed.value for sample in parsed]
+    verdicts = validate(values, s.sandbox, s.buffers.keys(), exempt=exempt, held_out=s.evaluation.refused)
     for sample, verdict in zip(parsed, verdicts):
         sample.reason, sample.detail = verdict.reason, verdict.detail
-        if verdict.ok and not fits(s, verdict.task):
+        if verdict.ok and not data.fits(s, verdict.task):
             sample.reason, sample.detail = "too_large", "its solver's prompt would exceed the model's context"
         else:
             sample.task = verdict.task
@@ -178,7 +166,7 @@ def validate_all(s: State, proposals: list[Sample]) -> None:
 def solve(s: State, step: int | str, tasks: list[Task], n: int, key: str = "solve") -> list[Sample]:
     """n judged answers to each task. An answer that no verdict could be had for (reason infra) is left out."""
     prompts = [solve_prompt(task, s.template) for task in tasks]
-    samples = rollouts.generate(s, SOLVER, [task.mode for task in tasks], prompts, n, f"{step}/{key}")
+    samples = rollouts.generate(s, "solver", [task.mode for task in tasks], prompts, n, f"{step}/{key}")
     for i, sample in enumerate(samples):
         sample.task = tasks[i // n]
         sample.parsed = rollouts.read(sample, parse_answer(sample.mode, sample.response))
@@ -216,8 +204,7 @@ def set_rewards(s: State, proposals: list[Sample], answers: list[Sample], traine
     for sample in proposals:
         sample.solve_rate = rates.get(sample.task.hash) if sample.task else None
         failed = sample.reason == "infra" or (sample.task and sample.solve_rate is None)
-        # None: the machine failed, not the model; no reward, no training
-        sample.reward = None if failed else proposer_reward(s, sample)
+        sample.reward = None if failed else proposer_reward(s, sample)  # None: the machine's fault, no training
     for sample in [*answers, *trained]:
         sample.solve_rate = rates.get(sample.task.hash)
         sample.reward = solver_reward(sample, s.config.solver_reward)
@@ -254,7 +241,7 @@ def set_advantages(samples: list[Sample], recipe: str) -> None:
         reward = torch.tensor([sample.reward for sample in rows]).double()
         if recipe == "azr":
             advantage = whitened_over_tokens(reward, torch.tensor([len(x.completion.ids) for x in rows]).double())
-        elif role == PROPOSER:
+        elif role == "proposer":
             advantage = centred(reward) / spread(reward)
         else:
             advantage, groups = torch.zeros_like(reward), [sample.group for sample in rows]
@@ -287,8 +274,8 @@ def whitened_over_tokens(reward: torch.Tensor, tokens: torch.Tensor) -> torch.Te
 
 def ppo_update(s: State, step: int, samples: list[Sample]) -> dict[str, float]:
     """c.minibatches optimizer steps; fills in each sample's entropy and log-probs; returns the train/ metrics."""
-    c, done = s.config, []
-    more = s.arms.prepare(s, step, samples)
+    c, updates = s.config, []
+    of_arms = s.arms.prepare(s, step, samples)
     order = list(range(len(samples)))
     random.Random(f"{c.seed}/{step}/minibatches").shuffle(order)
     if c.minibatches > 1:  # the ratio of PPO needs the log-probs before the first of several optimizer steps
@@ -296,9 +283,9 @@ def ppo_update(s: State, step: int, samples: list[Sample]) -> dict[str, float]:
     for number in range(c.minibatches):
         batch = [samples[i] for i in sorted(order[number :: c.minibatches])]
         s.arms.mark(s, batch, sample_seed(c.seed, f"{step}/control", number))
-        done.append(optimizer_step(s, batch))
-        loop.check_finite(s, step, done[-1], batch)
-    metrics = update.of_step(done) | more | s.arms.after(s, samples)
+        updates.append(optimizer_step(s, batch))
+        loop.check_finite(s, step, updates[-1], batch)
+    metrics = update.of_step(updates) | of_arms | s.arms.after(s, samples)
     return {f"train/{name}": value for name, value in metrics.items()}
 
 
@@ -318,7 +305,7 @@ def optimizer_step(s: State, samples: list[Sample]) -> dict[str, float]:
 
 
 def apply_gradient(s: State, loss: float) -> float:
-    """Clips the gradient's norm and steps, unless loss or norm is not finite. Returns the norm."""
+    """Clips the gradient's norm and steps AdamW, unless loss or norm is not finite. Returns the norm."""
     norm = torch.nn.utils.clip_grad_norm_(s.policy.trainable_parameters(), GRAD_CLIP).item()
     if math.isfinite(loss) and math.isfinite(norm):
         s.optimizer.step()
@@ -363,12 +350,11 @@ def record(s: State, step: int, proposals, answers, more, trained: list[Sample],
     s.clock.lap("evaluate")
     with s.stop.shield():  # a stop comes before or after this, never between
         s.snapshot = None  # an error in between leaves buffers that belong to no step
-        machine = loop.not_reproducible(s)
         for sample in proposals:
             if sample.task is not None:
                 s.buffers.add(sample.task, step)
         metrics = {"step": step, **step_metrics(proposals, answers, trained, s.config.answers)}
-        metrics |= {**losses, **held_out, **machine}
+        metrics |= {**losses, **held_out, **loop.not_reproducible(s)}
         metrics |= {f"buffer/{mode}/size": s.buffers.size(mode) for mode in MODES}
         s.run.log(metrics)
         s.tracker.log(metrics)
@@ -383,7 +369,7 @@ def record(s: State, step: int, proposals, answers, more, trained: list[Sample],
 def train(s: State) -> None:
     """Seed stage and base measurement (or what a checkpoint says), the steps, the final measurement."""
     loop.begin(s, propose, validate_all, solve)
-    watcher = loop.Watcher(s, Watch(dataclasses.asdict(s.config), s.run.dir, console.warn))
+    watcher = loop.Watcher(s, Watch(s.run.config, s.run.dir, console.warn))
     for step in range(s.completed + 1, s.config.steps + 1):
         if not watcher.goes_on(*train_step(s, step)):
             return
@@ -396,8 +382,6 @@ def main(arguments: list[str]) -> int:
         from azr.weights.export import main as export  # imports what training does not need
 
         return export(arguments[1:])
-    # torch warns in five lines of what azr/policy/gpu.py says in one
-    warnings.filterwarnings("ignore", message="CUDA initialization")
     return loop.exit_code(lambda: run(arguments))
 
 

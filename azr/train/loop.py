@@ -17,6 +17,7 @@ import dataclasses
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -141,6 +142,8 @@ def load_policy(config: Config) -> Policy:
 
 def exit_code(work: Callable[[], int | None]) -> int:
     """What work() returns, or 0 for None; 1 or 2 and one line on stderr for an error that a user can act on."""
+    # torch warns in five lines of what azr/policy/gpu.py says in one
+    warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         return work() or 0
     except StopNow:
@@ -182,22 +185,21 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
     """Fills the buffers from nothing but the identity program, with the untrained model and no weight update."""
     for task in SEED_TASKS.values():
         s.buffers.add(task, 0)
-    # at first there is no other program to refer to, and an induction proposal about this one would be trivial
-    s.exempt = {SEED_PROGRAM}
     target, told = min(SEED_TASKS_PER_MODE, 4 * s.config.prompts_per_mode), time.monotonic()
     for turn in range(SEED_ROUNDS):
         modes = tuple(mode for mode in MODES if s.buffers.size(mode) < target)
         if not modes:
             break
         proposals = propose(s, f"seed-{turn}", modes)
-        validate(s, proposals)
+        # at first there is no other program to refer to, and an induction proposal about this one would be trivial
+        validate(s, proposals, exempt={SEED_PROGRAM})
         for sample in proposals:
             if sample.task and sample.parsed.well_formed and s.buffers.size(sample.mode) < target:
                 s.buffers.add(sample.task, 0)
         if time.monotonic() - told > SILENCE:  # a model that proposes nothing valid needs every round
             told = time.monotonic()
             console.say(f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {buffer_sizes(s)}, of {target} each")
-    s.exempt, sizes = set(), buffer_sizes(s)
+    sizes = buffer_sizes(s)
     console.say(f"seed stage, from the identity program alone: {sizes} tasks")
     if min(s.buffers.size(mode) for mode in MODES) < target:
         warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these")
