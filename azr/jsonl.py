@@ -175,14 +175,14 @@ def sync(path: Path) -> None:
 # ---------------------------------------------------------------- a filter
 
 
-def stream(answer: Callable[[list[dict]], list], source: int = 0, sink: int = 1) -> int:
-    """Answers every line of the descriptor `source` on `sink`; returns the exit code: 1 when a line was bad, else 0.
+def stream(answer: Callable[[list[dict]], list]) -> int:
+    """Answers every line of stdin on stdout; returns the exit code: 1 when a line was bad, else 0.
 
     `answer` takes the rows of a batch and gives, for each, an object or the ValueError that says what is wrong with
     it.
     """
     number = faults = 0
-    for lines in batches(source, BATCH):
+    for lines in batches(0, BATCH):
         rows = [_read(line) for line in lines]
         answers = iter(answer([row for row in rows if isinstance(row, dict)]))
         written = []
@@ -195,8 +195,10 @@ def stream(answer: Callable[[list[dict]], list], source: int = 0, sink: int = 1)
             if isinstance(row, dict) and "id" in row:
                 result = {"id": row["id"]} | result
             written.append(json.dumps(result) + "\n")
+        data = memoryview("".join(written).encode())
         try:
-            _write(sink, "".join(written).encode())
+            while data:  # not print: at its end Python would complain of a reader that is gone
+                data = data[os.write(1, data) :]
         except BrokenPipeError:  # nobody reads any more
             return 1
     if faults:
@@ -235,9 +237,3 @@ def _read(line: bytes | None) -> dict | ValueError:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
         return ValueError(f"not a JSON line: {error}")
     return row if isinstance(row, dict) else ValueError(f"expected a JSON object, got {type(row).__name__}")
-
-
-def _write(sink: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(sink, view) :]

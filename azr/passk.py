@@ -36,7 +36,12 @@ def pass_at_k(n: int | Sequence[int], c: Sequence[int], k: int | Sequence[int]) 
     Product form of Chen et al. 2021 (arXiv 2107.03374): 1 - prod_{i=n-c+1..n} (1 - k/i), cumulated once per n for
     every c, so no factorials and no loop over problems. ValueError unless 0 <= c <= n and 1 <= k <= n.
     """
-    n, c, ks = _counts(n, c, k)
+    c, ks = np.asarray(c, dtype=np.int64), np.atleast_1d(np.asarray(k, dtype=np.int64))
+    n = np.broadcast_to(np.asarray(n, dtype=np.int64), c.shape)
+    if np.any(c < 0) or np.any(c > n):
+        raise ValueError("pass@k: the number of correct answers must lie between 0 and the number of samples")
+    if not ks.size or np.any(ks < 1):
+        raise ValueError(f"pass@k: k must be at least 1, not {ks.tolist()}")
     if n.size and ks.max() > n.min():
         raise ValueError(f"pass@k: k must lie between 1 and the samples a problem has ({n.min()}), not {ks.tolist()}")
     result = np.empty((c.size, ks.size))
@@ -68,17 +73,6 @@ def distinct_correct(answers: Sequence[str | None], correct: Sequence[bool]) -> 
 def powers_of_two(n: int) -> list[int]:
     """1, 2, 4, ... up to n/2: at k = n, pass@k is a single draw a problem. Just 1 if n is 1."""
     return [2**i for i in range(max(1, (n // 2).bit_length()))]
-
-
-def _counts(n, c, k) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """n (problems,), c (problems,), ks (ks,) as integers; ValueError unless 0 <= c <= n and k >= 1."""
-    c, ks = np.asarray(c, dtype=np.int64), np.atleast_1d(np.asarray(k, dtype=np.int64))
-    n = np.broadcast_to(np.asarray(n, dtype=np.int64), c.shape)
-    if np.any(c < 0) or np.any(c > n):
-        raise ValueError("pass@k: the number of correct answers must lie between 0 and the number of samples")
-    if not ks.size or np.any(ks < 1):
-        raise ValueError(f"pass@k: k must be at least 1, not {ks.tolist()}")
-    return n, c, ks
 
 
 # ---------------------------------------------------------------- intervals

@@ -71,17 +71,14 @@ def say(text: str) -> None:
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl, as `read_lines`."""
-    return list(read_lines(Path(run_dir) / "metrics.jsonl"))
+    """The lines of metrics.jsonl, as `read_samples` reads them."""
+    return list(read_samples(run_dir, "metrics.jsonl"))
 
 
-def read_samples(run_dir: Path) -> Iterator[dict]:
-    """The lines of samples.jsonl one by one (they can be gigabytes), as `read_lines`."""
-    return read_lines(Path(run_dir) / "samples.jsonl")
-
-
-def read_lines(path: Path) -> Iterator[dict]:
-    """The lines of a log; what is damaged is left out, which is said once. RunError if there is no such file."""
+def read_samples(run_dir: Path, name: str = "samples.jsonl") -> Iterator[dict]:
+    """The lines of a log one by one (they can be gigabytes); what is damaged is left out, which is said once. RunError
+    if there is no such file."""
+    path = Path(run_dir) / name
     if not path.is_file():
         raise RunError(f"{path}: no such file; {path.parent} is not a run directory or has not logged anything yet")
     notes: list[str] = []

@@ -26,7 +26,7 @@ from azr.evals.benchmarks import cruxeval_tasks
 from azr.evals.held_out import EvalResult, evaluate, load_tasks
 from azr.jsonl import write_json_atomic, write_jsonl_atomic
 from azr.models import base_description, model_path
-from azr.runs import read_lines
+from azr.runs import read_metrics
 from azr.tasks import MODES, Buffers, Task
 from azr.tasks.program import skeleton
 
@@ -134,7 +134,7 @@ class Evaluation:
         """Names the evaluated step of the highest mean greedy accuracy over the modes (the first, if several) in
         checkpoints/best.json; returns what to tell. From metrics.jsonl alone, which a resume takes back to its step."""
         best, value = None, -1.0
-        for row in read_lines(self.run_dir / "metrics.jsonl"):
+        for row in read_metrics(self.run_dir):
             accuracies = [row[key] for mode in MODES if row.get(key := f"held_out/{mode}/accuracy") is not None]
             if accuracies and sum(accuracies) / len(accuracies) > value:
                 best, value = row["step"], sum(accuracies) / len(accuracies)
