@@ -64,7 +64,13 @@ class LossScale:
         if not self.active:
             return False
         if skipped and math.isfinite(loss) and self.value > 1:
-            self._halve()
+            if not self.overflows:
+                text = (
+                    f"the gradient overflowed fp16 at a loss scale of {self.value:.0f}; halved, and the step repeated"
+                )
+                warn(f"{text}; from now on only train/overflows counts it")
+            self.value, self.good = self.value / 2, 0
+            self.overflows, self.refused = self.overflows + 1, self.refused + 1
             return True
         if skipped:
             self.value, self.overflows = self.value * 2**self.refused, self.overflows - self.refused
@@ -74,10 +80,3 @@ class LossScale:
                 self.value, self.good = 2 * self.value, 0
         self.refused = 0
         return False
-
-    def _halve(self) -> None:
-        if not self.overflows:
-            text = f"the gradient overflowed fp16 at a loss scale of {self.value:.0f}; halved, and the step repeated"
-            warn(f"{text}; from now on only train/overflows counts it")
-        self.value, self.good = self.value / 2, 0
-        self.overflows, self.refused = self.overflows + 1, self.refused + 1

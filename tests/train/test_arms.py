@@ -16,7 +16,7 @@ from azr.policy.sampling import Completion
 from azr.tasks import Task, judge, parse_answer
 from azr.tasks.task import Parsed, Sample
 from azr.train import arms, make_data, rewards, rules, update
-from azr.train.arms import entropy_control, off_policy, sft
+from azr.train.arms import entropy_control, off_policy
 from azr.train.config import Config, resolve
 from azr.train.data import draw, fill, tokens, trimmed
 
@@ -198,13 +198,6 @@ def test_luffy_shaping_has_its_closed_form_gradient():
     at = lambda x: off_policy.luffy_token_loss(torch.tensor(x, dtype=torch.float64), 1.0).item()  # noqa: E731
     weights = [-(at(math.log(p) + 1e-5) - at(math.log(p) - 1e-5)) / 2e-5 for p in (0.05, 0.1, 0.2)]
     assert weights[1] == pytest.approx(0.25, abs=1e-6) and weights[1] == max(weights)  # highest at p = 0.1
-
-
-def test_sft_is_cross_entropy():
-    log_prob = torch.tensor([-1.0, -2.0], requires_grad=True)
-    loss = sft.sft_token_loss(log_prob, torch.tensor(1.0)).sum()
-    loss.backward()
-    assert loss.item() == 3 and log_prob.grad.tolist() == [-1, -1]
 
 
 def weighed(groups: list[tuple[str, str, str]], lengths: list[int]) -> list[Sample]:

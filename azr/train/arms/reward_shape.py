@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from azr.train.arms import Arm
-from azr.train.rewards import SHAPES, above_chance, learnability, random_reward
+from azr.train.rewards import above_chance, task_reward
 
 
 class RewardShape(Arm):
@@ -11,8 +11,7 @@ class RewardShape(Arm):
 
     def reward(self, sample, reward):
         """A shape of the solve rate; `above-chance`: of what guessing leaves of it; `random`: of the task alone."""
-        if self.config.proposer_reward == "above-chance":
-            return learnability(above_chance(sample.solve_rate, sample.task.chance))
-        if self.config.proposer_reward == "random":
-            return random_reward(sample.task.hash)
-        return SHAPES[self.config.proposer_reward](sample.solve_rate)
+        shape, rate = self.config.proposer_reward, sample.solve_rate
+        if shape == "above-chance":
+            rate = above_chance(rate, sample.task.chance)
+        return task_reward(shape, rate, task_hash=sample.task.hash)

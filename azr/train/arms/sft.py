@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
-
 from azr.tasks import Sample, Task
 from azr.train.arms.off_policy import given_sample
 from azr.train.arms.rlvr import MODES_OF_SELFPLAY, FixedTasks
@@ -14,11 +12,6 @@ from azr.train.data import fill
 
 # Metrics of the update that compare with a sampler, which there is none of.
 UNSAMPLED = ("log_prob_gap", "log_prob_gap_max", "gap_p99", "gap_outside_10", "gap_k3", "gap_capped", "clip_fraction")
-
-
-def sft_token_loss(log_prob: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """-A log p with A = 1: cross-entropy of a given response."""
-    return -advantage * log_prob
 
 
 class Sft(FixedTasks):
@@ -32,10 +25,7 @@ class Sft(FixedTasks):
         return super().refuses(c) + [
             (c.solver_reward != "graded", "--solver-reward does nothing with --algorithm sft: nothing is rewarded"),
             (c.temperature != 1, "--temperature would only rescale the loss of --algorithm sft: nothing is sampled"),
-            (
-                c.control != "none",
-                f"--entropy-control {c.control} acts on sampled answers; sft samples none",
-            ),
+            (c.control != "none", f"--entropy-control {c.control} acts on sampled answers; sft samples none"),
         ]
 
     def given(self, s, step):
@@ -56,7 +46,7 @@ class Sft(FixedTasks):
         """Nobody sampled the responses: their log-probs are noted as they are before the update."""
         for sample, row in zip(batch.samples, batch.log_prob.tolist()):
             sample.old_log_prob = row[: len(sample.completion.ids)]
-        return sft_token_loss(batch.log_prob, batch.advantage)
+        return -batch.advantage * batch.log_prob  # A = 1: cross-entropy
 
     def after(self, s, samples):
         """NaN for the metrics that compare with a sampler."""
