@@ -146,7 +146,7 @@ def propose(s: State, step: int | str, modes: tuple = MODES, count: int | None =
 
 
 def validate_all(s: State, proposals: list[Sample], exempt: set[str] = frozenset()) -> None:
-    """Runs every proposal in the sandbox; each sample gets its reason, a valid one its task. exempt: may be trivial."""
+    """Runs all proposals in the sandbox: each gets its reason, a valid one its task. exempt: what may be trivial."""
     for sample in proposals:
         sample.reason, sample.detail = sample.parsed.reason, sample.parsed.detail
     parsed = [sample for sample in proposals if sample.parsed.value is not None]
@@ -330,7 +330,7 @@ def ppo_loss(s: State, batch: Batch) -> torch.Tensor:
     -min(r A, clip(r, 1 - 0.2, 1 + 0.2) A), r = p_now / p_old (Schulman et al. 2017, arXiv 1707.06347, eq. 7).
     """
     low, high = s.arms.clip(CLIP, CLIP)
-    ratio = (batch.log_prob - batch.old_log_prob).exp()  # (batch, time), as all that follows
+    ratio = (batch.log_prob - batch.old_log_prob).exp()  # (batch, time); 1 in the first of a step's updates
     clipped = ratio.clamp(1 - low, 1 + high)
     token_loss = -torch.minimum(ratio * batch.advantage, clipped * batch.advantage)
     # Sampler and trainer share their modules, yet not every rounding: an importance weight near 1, at most 2 (TIS, Yao
