@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 from azr.isolated import output_of, read_text
 
-PINNED = "2.13.0"  # torch of requirements.txt, where the installed one has no build of the kind that is needed
+PINNED = "2.13.0"  # torch of requirements.txt
 PYTORCH = "https://download.pytorch.org/whl"
 # What the driver must be for a CUDA major version (NVIDIA: its minor versions are compatible), and which cards the
-# builds of torch 2.9 to 2.14 have kernels for (PYTORCH_RELEASES_CODE_CC in torch/cuda/__init__.py).
+# builds of that torch have kernels for (PYTORCH_RELEASES_CODE_CC in torch/cuda/__init__.py).
 DRIVERS = ((580, 13), (525, 12))
 BUILDS = (("cu130", 13, (7, 5), (99, 0)), ("cu126", 12, (5, 0), (9, 9)))
 HINTS = {
@@ -147,11 +147,7 @@ def _build(facts: Facts) -> str:
         return "no current torch has: take a newer card"
     for tag, needed, oldest, newest in BUILDS:
         if cuda >= needed and (card is None or oldest <= card <= newest):
-            # The version that is installed, in another build, where one exists: the pinned packages fit it.
-            number = facts.torch.split("+")[0]
-            minor = re.match(r"2\.(\d+)\.\d+$", number)
-            number = number if minor and 9 <= int(minor[1]) <= 14 else PINNED
-            return f"pip install torch=={number}+{tag} --index-url {PYTORCH}/{tag}"
+            return f"pip install torch=={PINNED}+{tag} --index-url {PYTORCH}/{tag}"
     least = 580 if card and card >= (10, 0) else 525  # Blackwell (10.0 and later) has builds for CUDA 13 alone
     return f"update the NVIDIA driver to {least} or newer (580 for the torch of requirements.txt)"
 
@@ -169,47 +165,27 @@ def _short(text: str) -> str:
 
 def why_no_four_bit() -> str | None:
     """None if bitsandbytes can compute on the GPU that torch has; else one line that says what to type."""
+    import torch
+
     logger = logging.getLogger("bitsandbytes.cextension")
     level = logger.level
     logger.setLevel(logging.CRITICAL)  # at import it prints a traceback of what is one line here
     try:
-        import torch
-
-        lib, package = importlib.import_module("bitsandbytes.cextension").lib, importlib.import_module("bitsandbytes")
-    except (ImportError, OSError, AttributeError, RuntimeError) as error:
-        return library_problem(None, str(error).splitlines()[0] if str(error) else type(error).__name__, None)
+        library = importlib.import_module("bitsandbytes.cextension").lib
+        if getattr(library, "compiled_with_cuda", False) or torch.version.hip is not None:
+            return None
+        # Not getattr: the library's stand-in answers to every name, with a function that raises.
+        error = vars(library).get("error_msg") or "it has only its library for CPUs"
+    except (ImportError, OSError, AttributeError, RuntimeError) as raised:
+        error = str(raised) or type(raised).__name__
     finally:
         logger.setLevel(level)
-    if getattr(lib, "compiled_with_cuda", False) or torch.version.hip is not None:
-        return None
-    # Not getattr: the library's stand-in answers to every name, with a function that raises.
-    attributes = vars(lib)
-    return library_problem(
-        package.__version__,
-        attributes.get("error_msg", "only its library for CPUs was found"),
-        torch.version.cuda,
-        tuple(attributes.get("available_versions", ())),
-        os.environ.get("BNB_CUDA_VERSION"),
+    cure = "pip install -U bitsandbytes"
+    if "BNB_CUDA_VERSION" in os.environ:
+        cure = "unset BNB_CUDA_VERSION"
+    elif "cannot open shared object" in error:
+        cure = "install torch again with pip, which brings CUDA's libraries"
+    return (
+        f"bitsandbytes cannot compute on the GPU, for CUDA {torch.version.cuda} ({error.splitlines()[0]}): {cure}, "
+        "or --quantization none, if the model fits unquantized"
     )
-
-
-def library_problem(
-    version: str | None, error: str, cuda: str | None, has: tuple[str, ...] = (), override: str | None = None
-) -> str:
-    """One line: why 4 bits do not work, and what to type. version None: bitsandbytes cannot be imported at all."""
-    otherwise = "or --quantization none, if the model fits unquantized"
-    error = error.splitlines()[0] if error else "its library cannot be loaded"
-    if version is None:
-        return f"bitsandbytes cannot be imported ({error}): pip install bitsandbytes, {otherwise}"
-    if override is not None:
-        return (
-            f"bitsandbytes {version} cannot load the library that BNB_CUDA_VERSION={override} asks for ({error}): "
-            "unset BNB_CUDA_VERSION"
-        )
-    if "cannot open shared object" in error:
-        return (
-            f"bitsandbytes {version} cannot load its library for CUDA {cuda} ({error}): install torch again with "
-            f"pip, which brings CUDA's libraries, {otherwise}"
-        )
-    having = f" (it has {', '.join(has)})" if has else f" ({error})"
-    return f"bitsandbytes {version} has no library for CUDA {cuda}{having}: pip install -U bitsandbytes, {otherwise}"
