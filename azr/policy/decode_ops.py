@@ -6,7 +6,7 @@
 Both round where transformers rounds, so that sampler and trainer differ in nothing but the order of sums: a norm rounds
 before it is scaled by its weight, both products of a rotation before they are added, silu before it is multiplied. A
 GPU spends more time on launching these small operations one by one than on reading the weights; there each is one
-kernel. Imports nothing of the project at the top, so that it can be copied out alone; decode_triton.py is its twin.
+kernel, in decode_triton.py.
 """
 
 import sys
@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from azr.console import warn
+from azr.isolated import one_line
 
-NAME = "eager"
+NAME = "eager"  # how measurements call these functions, beside those of decode_triton.py
 # Largest difference at which a kernel counts as right: one rounding of a value near 1, where two orders of a sum fall
 # on two sides of a rounding bound.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -81,7 +82,7 @@ def operations(device: torch.device, dtype: torch.dtype):
         worst = largest_difference(here, decode_triton, device, dtype)
         why = None if worst <= TOLERANCE[dtype] else f"a kernel is off by {worst:.1e}"
     except Exception as error:  # no Triton, no compiler, a card it does not know: errors of many types
-        why = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:120]}"
+        why = one_line(error)
     if why is None:
         return decode_triton
     warn(f"the fused kernels of a decode step cannot be used ({why}): sampling takes torch's operations, slower")

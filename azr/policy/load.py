@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from azr.console import warn
+from azr.isolated import one_line
 from azr.models import ALIASES, only_cached
 from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
 from azr.policy.gpu import look, why_no_four_bit, why_unusable
@@ -64,7 +65,9 @@ def load_model(
     dtype = compute_dtype(dtype, device)
     hide_broken_flash_attention()
     with quiet():
-        where = _where(name, revision)
+        # Without a network transformers would retry for half a minute a file.
+        local = Path(name).is_dir()
+        where = {"local_files_only": True} if local else {"revision": revision, "local_files_only": only_cached(name)}
         config = _load_config(name, where)
         stored = _stored_in_four_bits(name, config, quantization)
         tokenizer = load_tokenizer(name, where)
@@ -72,7 +75,8 @@ def load_model(
         eos_ids = _eos_ids(model, tokenizer)
         info = {
             "base_model": name,
-            "revision": revision_of(name, config),
+            # The commit of a hub model; of a directory, its config and the start of its weight files.
+            "revision": fingerprint(Path(name)) if Path(name).is_dir() else getattr(config, "_commit_hash", None),
             **_quantization_info(model),
             "dtype": str(dtype).removeprefix("torch."),
             "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -93,19 +97,16 @@ def auto_dtype(device) -> str:
 
 
 def compute_dtype(asked, device) -> torch.dtype:
-    """The dtype of a name, "auto" or None, or the dtype itself. One that the device only emulates is said."""
+    """The torch.dtype of a name, of "auto" (None too) or of itself; a warning where the device is slow in it."""
     name = auto_dtype(device) if asked in (None, "auto") else asked
     dtype = DTYPES.get(name, name)
     if not isinstance(dtype, torch.dtype):
         raise ModelError(f"dtype must be auto, {', '.join(DTYPES)} or a torch.dtype, not {asked!r}")
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu and dtype is torch.bfloat16 and auto_dtype(device) == "fp16":
-        note = "this GPU has no bf16 in hardware: torch emulates it, which is much slower than --dtype fp16"
+        warn("this GPU has no bf16 in hardware: torch emulates it, which is much slower than --dtype fp16")
     elif not on_gpu and dtype in (torch.bfloat16, torch.float16):
-        note = f"{str(dtype)[6:]} on a CPU is for tests: most CPUs compute in it many times slower than in fp32"
-    else:
-        return dtype
-    warn(note)
+        warn(f"{str(dtype)[6:]} on a CPU is for tests: most CPUs compute in it many times slower than in fp32")
     return dtype
 
 
@@ -143,21 +144,15 @@ def _is_large(name: str) -> bool:
 
 
 def hide_broken_flash_attention() -> None:
-    """transformers and peft look at a flash-attn that is installed, and fail if it does: then it is as if it were not
-    there, which is said. Nothing here needs it."""
+    """Let a flash-attn that cannot be imported count as not installed, with a line on stderr: transformers and peft
+    look at an installed one and would fail with it, and nothing here needs it."""
     if importlib.util.find_spec("flash_attn") is None:
         return
     try:
         importlib.import_module("flash_attn")
     except Exception as error:  # a wheel for another torch raises ImportError, OSError, RuntimeError, ...
         sys.modules["flash_attn"] = None  # so that find_spec and import say: not there
-        text = f"{type(error).__name__}: {_one_line(error)}"
-        warn(f"flash-attn is installed but broken ({text}): going on without it")
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        warn(f"flash-attn is installed but broken ({one_line(error)}): going on without it")
 
 
 @contextmanager
@@ -189,13 +184,6 @@ def _check_name(name: str) -> None:
         raise ModelError(f"no model {name!r}: give {known}")
 
 
-def _where(name: str, revision: str | None) -> dict:
-    """The arguments that say where transformers looks: without a network it would retry for half a minute a file."""
-    if Path(name).is_dir():
-        return {"local_files_only": True}
-    return {"revision": revision, "local_files_only": only_cached(name)}
-
-
 def _load_config(name: str, where: dict):
     from transformers import AutoConfig
 
@@ -207,7 +195,7 @@ def _load_config(name: str, where: dict):
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as error:
         hub = "" if path.is_dir() else " (check name and network; a downloaded model is given as its directory)"
-        raise ModelError(f"no model can be read from {name!r}{hub}: {_one_line(error)}") from error
+        raise ModelError(f"no model can be read from {name!r}{hub}: {one_line(error)}") from error
     for setting in UNSUPPORTED_HEADS:
         if getattr(config.get_text_config(), setting, None) not in (None, 1, 1.0):
             raise ModelError(f"{name}: unsupported config setting {setting}; use a Qwen2, Qwen3 or Llama model")
@@ -224,9 +212,7 @@ def _stored_in_four_bits(name: str, config, quantization: str) -> bool:
     stored = stored if isinstance(stored, dict) else stored.to_dict()
     method = str(getattr(stored.get("quant_method"), "value", stored.get("quant_method")))
     if method == "bitsandbytes":
-        method = "bitsandbytes, 8 bits"
-        if stored.get("load_in_4bit"):
-            method = f"bitsandbytes, {stored.get('bnb_4bit_quant_type', 'fp4')}"
+        method += f", {stored.get('bnb_4bit_quant_type', 'fp4')}" if stored.get("load_in_4bit") else ", 8 bits"
     if method != "bitsandbytes, nf4":
         raise ModelError(
             f"{name} is stored quantized ({method}), and only bitsandbytes' nf4 is taken as it is stored; give the "
@@ -248,32 +234,21 @@ def load_tokenizer(name: str, where: dict):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{name} has no usable tokenizer: {_one_line(error)}") from error
+        raise ModelError(f"{name} has no usable tokenizer: {one_line(error)}") from error
     text = "def f(x): return [x + 1]"
     # without its files transformers builds an empty tokenizer and says nothing
     if tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]).strip() != text:
         raise ModelError(f"{name} has no usable tokenizer: it cannot encode {text!r}; is tokenizer.json missing?")
-    _check_tokenizer(tokenizer, name)
+    # The embedded model has ids beside it to compare with: AutoTokenizer picks a class by model type and may read the
+    # files differently from how they were meant, without a word.
+    if (check := Path(name) / "tokenizer_check.json").is_file():
+        expected = json.loads(check.read_text(encoding="utf-8"))
+        if tokenizer(expected["text"], add_special_tokens=False)["input_ids"] != expected["ids"]:
+            raise ModelError(
+                f"{name}: {type(tokenizer).__name__} gives other ids than those of tokenizer_check.json, which the "
+                "model was trained with; use the transformers version of requirements.txt, or rebuild the model"
+            )
     return tokenizer
-
-
-def _check_tokenizer(tokenizer, name: str) -> None:
-    """Compare with the ids stored beside the model: AutoTokenizer picks a class by model type and may read the files
-    differently from how they were meant, without a word."""
-    check = Path(name) / "tokenizer_check.json"
-    if not check.is_file():
-        return
-    try:
-        wanted = json.loads(check.read_text(encoding="utf-8"))
-        text, expected = wanted["text"], wanted["ids"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f'{check} is not {{"text": ..., "ids": [...]}}: {_one_line(error)}') from error
-    if (ids := tokenizer(text, add_special_tokens=False)["input_ids"]) != expected:
-        at = next((i for i, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
-        raise ModelError(
-            f"{name}: {type(tokenizer).__name__} gives other ids than the model was trained with, from token {at} of "
-            "tokenizer_check.json on; use the transformers version of requirements.txt, or rebuild the model"
-        )
 
 
 def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, device):
@@ -286,30 +261,22 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
 
-    def load(attention: str):
-        return AutoModelForCausalLM.from_pretrained(
+    failed_before = _failed_allocations(device)
+    try:
+        # Attention is left to transformers: SDPA wherever the architecture has it.
+        model, report = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=dtype,
-            attn_implementation=attention,
             device_map={"": device},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **options,
         )
-
-    failed_before = _failed_allocations(device)
-    try:
-        try:
-            model, report = load("sdpa")
-        except ValueError as error:  # what transformers raises for an architecture that has none
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            model, report = load("eager")
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         # transformers turns memory that ran out while it quantized into "some issues during automatic conversion"
         if is_out_of_memory(error) or _failed_allocations(device) > failed_before:
             raise torch.OutOfMemoryError("while the weights were loaded") from error
-        raise ModelError(f"{name} cannot be loaded as a causal language model: {_one_line(error)}") from error
+        raise ModelError(f"{name} cannot be loaded as a causal language model: {one_line(error)}") from error
     # transformers would go on with random values for both
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name}: its weight files lack {missing[0]} ({len(missing)} in all); the copy is incomplete")
@@ -327,7 +294,8 @@ def _load_base(name: str, where: dict, quantization: str, stored: bool, dtype, d
 
 
 def _say_what_is_not_in_four_bits(name: str, model, dtype) -> None:
-    """Only linear layers are quantized: the experts of a mixture are not, and take four times what one would plan."""
+    """Warn if many weights are not in 4 bits: bitsandbytes packs linear layers only, and the experts of a mixture are
+    none, so that such a model takes about four times the memory that one would plan for."""
     tables = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     packed, rest, largest = 0, 0, ("", 0)
     for key, p in model.named_parameters():
@@ -347,7 +315,8 @@ def _failed_allocations(device) -> int:
 
 
 def _take_dtype(name: str, model, dtype) -> None:
-    """A model that was stored in 4 bits computes in our dtype, as one that is quantized on load, not in the file's."""
+    """Let a model that was stored in 4 bits compute in `dtype`, as one that is quantized on load does, and not in the
+    dtype of its file. ModelError: a scale of its 4-bit weights is missing."""
     exempt = set(getattr(model, "_keep_in_fp32_modules", None) or ())
     exempt |= set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for key, p in model.named_parameters():
@@ -394,20 +363,12 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def revision_of(name: str, config) -> str | None:
-    """The commit of a hub model; for a directory a fingerprint of its config and the start of its weight files."""
-    if not Path(name).is_dir():
-        return getattr(config, "_commit_hash", None)
-    return fingerprint(Path(name))
-
-
 def _quantization_info(model) -> dict:
-    """Read from the loaded weights, not from what was asked for."""
-    states = [getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules()]
-    states = [state for state in states if state is not None]
-    if not states:
+    """How the base is held, for azr.json: read from the loaded weights, whatever was asked for."""
+    states = (getattr(getattr(module, "weight", None), "quant_state", None) for module in model.modules())
+    if (state := next((state for state in states if state is not None), None)) is None:
         return {"quantization": "none", "block_size": None, "double_quant": None}
-    return {"quantization": states[0].quant_type, "block_size": states[0].blocksize, "double_quant": states[0].nested}
+    return {"quantization": state.quant_type, "block_size": state.blocksize, "double_quant": state.nested}
 
 
 # ----------------------------------------------------------------------------------------------------------- adapters
@@ -419,14 +380,15 @@ def adapter_tensors(model) -> dict[str, torch.nn.Parameter]:
 
 
 def _add_lora(model, config):
-    """LoRA modules of random values from `config`; the global random state is left as it was."""
+    """The model with LoRA matrices as `config` says, fp32 and of random values; random numbers that others draw stay
+    what they were."""
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]):
         try:
             model = get_peft_model(model, config)
         except (ValueError, TypeError) as error:
-            raise ModelError(f"LoRA does not fit this model: {_one_line(error)}") from error
+            raise ModelError(f"LoRA does not fit this model: {one_line(error)}") from error
     for p in adapter_tensors(model).values():
         p.data = p.data.float()
     fuse(model)
@@ -472,7 +434,7 @@ def _load_adapter(model, directory: Path, base_name: str):
         config = PeftConfig.from_pretrained(str(directory))
         state = load_file(weights)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ModelError(f"the adapter in {directory} cannot be read: {_one_line(error)}") from error
+        raise ModelError(f"the adapter in {directory} cannot be read: {one_line(error)}") from error
     linear = {
         f"{key}.weight": (m.out_features, m.in_features)
         for key, m in model.named_modules()
@@ -493,17 +455,11 @@ def _load_adapter(model, directory: Path, base_name: str):
 def fill_adapter(model, state: dict[str, torch.Tensor], origin: str) -> None:
     """Copies values into the live LoRA matrices. ModelError, which names `origin`: other names or shapes."""
     live = adapter_tensors(model)
-    if missing := sorted(live.keys() ^ state.keys()):
-        where = "lacks" if missing[0] in live else "has, and the policy lacks,"
-        raise ModelError(
-            f"{origin} {where} {missing[0]} ({len(missing)} names differ): an adapter of another model or targets"
-        )
-    for name, p in live.items():
-        if p.shape != state[name].shape:
-            raise ModelError(
-                f"{origin}: {name} has shape {tuple(state[name].shape)}, this model needs {tuple(p.shape)}: "
-                "an adapter of another model or rank"
-            )
+    wanted, given = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (live, state))
+    if differ := sorted(wanted ^ given):
+        name, shape = differ[0]
+        where = "lacks" if differ[0] in wanted else "has, and this model lacks,"
+        raise ModelError(f"{origin} {where} {name} of shape {shape}: an adapter of another model, rank or targets")
     with torch.no_grad():
         for name, p in live.items():
             p.copy_(state[name])

@@ -330,10 +330,7 @@ def test_a_tokenizer_that_reads_its_files_differently_is_refused(small, tmp_path
     check.write_text(json.dumps({"text": "f(12) == 3", "ids": ids}))
     Policy.load(copy, "none")
     check.write_text(json.dumps({"text": "f(12) == 3", "ids": ids[:-1] + [0]}))
-    with pytest.raises(ModelError, match=f"from token {len(ids) - 1} of tokenizer_check.json"):
-        Policy.load(copy, "none")
-    check.write_text("[]")
-    with pytest.raises(ModelError, match="tokenizer_check.json"):
+    with pytest.raises(ModelError, match="other ids than those of tokenizer_check.json"):
         Policy.load(copy, "none")
 
 
