@@ -16,6 +16,8 @@ windows, mixtures of experts, several adapters at once, DoRA. Imports lora.py an
 out together (with decode_triton.py for a GPU).
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -111,6 +113,7 @@ class Projection:
         self._find_lora(modules, dtype)
 
     def _find_lora(self, modules, dtype) -> None:
+        """Collect the LoRA matrices that are switched on, those that can share a product side by side."""
         # Looked up at each call of `generate`: the frozen base is sampled from with the adapter switched off.
         names = [_active_adapter(m) for m in modules]
         live = [(i, m, name) for i, (m, name) in enumerate(zip(modules, names)) if name is not None]
@@ -127,10 +130,12 @@ class Projection:
         # multiplying by the zeros. In fp32, on a CPU, it is the other way round.
         if self.weight is not None and dtype != torch.float32 and len({scaling for _, _, scaling, _ in self.lora}) == 1:
             self.lora_B = self.lora_A.new_zeros(start, sum(self.sizes))
+            places = self.lora_B.split(self.sizes, 1)
             for i, B, _, columns in self.lora:
-                self.lora_B[columns].narrow(1, self._starts()[i], self.sizes[i]).copy_(B.t())
+                places[i][columns].copy_(B.t())
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """x (tokens, in) -> (tokens, out) of each layer; they may be slices of one tensor."""
         # LoRA is added into the base's result, rounded once, in the dtype of x: as LoraLinear does in training.
         low = F.linear(x, self.lora_A) if self.lora_A is not None else None
         if self.weight is None:
@@ -140,13 +145,10 @@ class Projection:
             # In place and on views below: `out` are slices of `whole`, nothing is copied.
             if self.lora_B is not None:
                 whole.addmm_(low, self.lora_B, alpha=self.lora[0][2])
-            out = [whole.narrow(1, start, size) for start, size in zip(self._starts(), self.sizes)]
+            out = whole.split(self.sizes, 1)
         for i, B, scaling, columns in self.lora if self.lora_B is None else ():
             out[i].addmm_(low[:, columns], B.t(), alpha=scaling)
         return out
-
-    def _starts(self) -> list[int]:
-        return [sum(self.sizes[:i]) for i in range(len(self.sizes))]
 
 
 # -------------------------------------------------------------------------------------------------------------- forward
