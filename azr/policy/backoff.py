@@ -5,7 +5,7 @@
 
 What is repeated must begin from nothing (a gradient from zero), and what is lowered must not change the result: the
 gradient does not depend on the micro-batch, nor a sample on what else is decoded with it (beyond rounding). Left out:
-raising a size again; memory that ran out once does so again. Imports nothing of the project: can be copied alone.
+raising a size again; memory that ran out once does so again.
 """
 
 from __future__ import annotations
@@ -77,18 +77,14 @@ def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Outside of `except`: the error is gone, and with it the frames that held half-computed tensors.
-        free()
+        # Outside of `except`: the error is gone, and with it the frames that held half-computed tensors. Garbage first:
+        # tensors in circles of references hold blocks that empty_cache could not give back to the GPU.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         failures += 1
         change = "freed what was cached, and once more" if failures == 1 else smaller()
         warn(f"out of memory in {what}: {change}; nothing else changes")
-
-
-def free() -> None:
-    """Collect garbage, and give the memory that torch's allocator caches back to the GPU."""
-    gc.collect()  # first: tensors in circles of references hold blocks that empty_cache could not return
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def free_memory(device: torch.device) -> float:
@@ -123,15 +119,9 @@ def once_more(work: Callable[[], T], what: str) -> T:
 
 
 # ------------------------------------------------------------------------------------------------------------ sampling
-
-
-# What the engines call the number of sequences at once (engine.py, hf_generate.py), and the pages of the cache.
-SLOTS, PAGES = ("max_batch", "batch_size"), "pages"
-
-
 def rollout_sizes(engine) -> dict:
-    """What the engine holds at once: sequences, and pages of its cache (None: not resolved yet)."""
-    return {name: getattr(engine, name) for name in (*SLOTS, PAGES) if hasattr(engine, name)}
+    """What the engine holds at once: sequences, and pages of its cache (None: not resolved yet, or it has none)."""
+    return {"max_batch": engine.max_batch, "pages": engine.pages}
 
 
 def set_rollout_sizes(engine, sizes: dict) -> None:
@@ -143,13 +133,12 @@ def set_rollout_sizes(engine, sizes: dict) -> None:
 def halve_rollout(engine, longest: int, sequences: int) -> str:
     """Halve the sequences at once and the cache's pages; a request of `longest` tokens still fits. Says what changed.
 
-    sequences: of the call that failed. Half of the slots would change nothing where it used fewer. DoesNotFit: one
-    sequence and its pages are all that is left.
+    sequences: of the call that failed; a call with fewer sequences than slots would not notice half of the slots.
+    DoesNotFit: one sequence and its pages are all that is left.
     """
     before = rollout_sizes(engine)
-    for name in before.keys() & set(SLOTS):
-        setattr(engine, name, max(1, min(before[name], sequences) // 2))
-    if before.get(PAGES):
+    engine.max_batch = max(1, min(engine.max_batch, sequences) // 2)
+    if engine.pages:
         engine.pages = min(engine.pages, max(engine.pages // 2, -(-longest // engine.page_size)))
     after = rollout_sizes(engine)
     if after == before:

@@ -1,8 +1,8 @@
 """One call of `Engine.generate` on the device: the KV cache, prefills, decode steps, and what became of each sample.
 
-    results = Results(n, count=len(prompts) * n, on_finish=None)
+    results = Results(len(prompts), n, on_finish=None)
     Decoding(engine, sequences, seeds, longest, sampling, results).run()
-    results.completions                     # one for each sample, in order
+    results.by_prompt()                     # n completions for each prompt
 
 scheduler.py decides who runs; here its decisions become tensors. Before each block of steps everything that a step
 needs is made from the host's lists, so there is no state on the device that could go stale. On CUDA the CPU reads the
@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from azr.console import warn
 from azr.policy.attention import paged_decode
 from azr.policy.backoff import free_memory
 from azr.policy.cache import Group, Pages, Sequence, pages_for
 from azr.policy.cpu_attention import ByPage
 from azr.policy.graphs import Graphs
-from azr.policy.sampling import Completion, Sampling, sample_without_wait, seed_tensor
+from azr.policy.sampling import Completion, Sampling, sample_tokens, seed_tensor
 from azr.policy.scheduler import Scheduler
 
 if TYPE_CHECKING:
@@ -33,17 +34,27 @@ if TYPE_CHECKING:
 
 
 class Results:
-    """The completions of one call, each reported by on_finish(prompt, sample, completion) as it ends."""
+    """The n completions of each prompt of one call; on_finish(prompt, sample, completion) is called as each ends."""
 
-    def __init__(self, n: int, count: int, on_finish: Callable[[int, int, Completion], None] | None):
-        self.n, self.on_finish = n, on_finish
-        self.completions: list[Completion | None] = [None] * count
+    def __init__(self, prompts: int, n: int, on_finish: Callable[[int, int, Completion], None] | None):
+        self.prompts, self.n, self.on_finish = prompts, n, on_finish
+        self.completions: list[Completion | None] = [None] * (prompts * n)
 
     def put(self, index: int, completion: Completion) -> None:
         """The completion of sample `index` of the call, which is sample index % n of prompt index // n."""
         self.completions[index] = completion
         if self.on_finish is not None:
             self.on_finish(*divmod(index, self.n), completion)
+
+    def refuse(self, prompt: int, length: int, limit: int, why: str) -> None:
+        """Give a prompt of `length` tokens, which can never be sampled, n completions without ids, and say why."""
+        warn(f"prompt {prompt} is not sampled: it has {length} tokens and asks for {limit} more; {why}")
+        for index in range(prompt * self.n, (prompt + 1) * self.n):
+            self.put(index, Completion([], [], "too_long"))
+
+    def by_prompt(self) -> list[list[Completion]]:
+        """The completions, n for each prompt."""
+        return [self.completions[i * self.n : (i + 1) * self.n] for i in range(self.prompts)]
 
 
 class Decoding:
@@ -169,7 +180,7 @@ class Decoding:
         count, seeds = self._tensor([len(s.ids) for s in sequences]), self._seeds(sequences)
 
         def sampled(exact: bool) -> list[tuple]:
-            return [sample_without_wait(logits, self.sampling, seeds, count, exact)]
+            return [sample_tokens(logits, self.sampling, seeds, count, exact)]
 
         self._record(sequences, *self._read(sampled))
 
@@ -194,9 +205,7 @@ class Decoding:
                 else:
                     hidden = self.hidden(now, position + step, table)
                 # The logits have no name here: they would live on beside those of the next step.
-                outcomes.append(
-                    sample_without_wait(self.engine.head(hidden), self.sampling, seeds, count + step, exact)
-                )
+                outcomes.append(sample_tokens(self.engine.head(hidden), self.sampling, seeds, count + step, exact))
                 now = outcomes[-1][0]  # stays on the device: the next step needs no word from the host
             return outcomes
 

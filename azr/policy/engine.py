@@ -17,16 +17,14 @@ sharing between different prompts, chunked prefill, speculative decoding, severa
 
 import torch
 
-from azr.console import note, warn
+from azr.console import note
 from azr.policy.attention import choose_attention
 from azr.policy.backoff import free_memory
 from azr.policy.cache import Sequence, pages_for
-from azr.policy.decoder import ROLLOUT_WEIGHTS, Decoder, Unsupported
+from azr.policy.decoder import ROLLOUT_WEIGHTS, Decoder
 from azr.policy.decoding import Decoding, Results
 from azr.policy.rollout_weights import copies_pay
 from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
-
-__all__ = ["Completion", "Engine", "Sampling", "StopTable", "Unsupported"]
 
 CPU_CACHE_BYTES = 2 << 30  # a CPU shares its memory with everything else, so what is free says little
 # Decode steps between two looks at the tokens. At each look the host waits for the GPU and then the GPU for the host;
@@ -39,8 +37,8 @@ class Engine:
 
     backbone: the transformer without its head; head: hidden (rows, H) -> fp32 logits (rows, vocabulary).
     max_batch: sequences decoded at once. attn: auto | flash | triton | sdpa. rollout_weights: stored | bf16 (4-bit
-    layers as copies in the dtype of computation while `generate` runs) | auto (bf16 on a GPU where copies_pay says
-    so at the first call; `rollout_weights` then says which). prefill_tokens: padded tokens of a prefill.
+    layers as copies in the dtype of computation while `generate` runs) | auto (decided at the first call, by
+    cache.copies_pay; the attribute then holds the decision). prefill_tokens: padded tokens of a prefill.
     pages, page_size: of the KV cache; default: what the attention wants, and what is free (or `cache_bytes`) at the
     first call, less `reserve`: bytes that the owner will take later and that sampling must leave (Adam's moments,
     before the first update). block: decode steps between two looks at the tokens (default 8 on CUDA, 1 on CPU).
@@ -106,9 +104,8 @@ class Engine:
         context or the whole cache with its limit gives completions without ids and finish_reason "too_long", and one
         line on stderr. The same call gives the same bits. ValueError: an empty prompt, seeds of another shape.
         """
-        limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
-        check_requests(prompts, n, seeds, limits)
-        results = Results(n, len(prompts) * n, on_finish)
+        limits = check_requests(prompts, n, sampling, seeds, max_new_tokens)
+        results = Results(len(prompts), n, on_finish)
         longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
         self._resolve_weights(longest)
         self._resolve_pages()
@@ -124,7 +121,7 @@ class Engine:
                 self.decoder.release()
                 if self.decoder.device.type == "cuda":
                     torch.cuda.empty_cache()  # so that training gets the memory in one piece
-        return [results.completions[i * n : (i + 1) * n] for i in range(len(prompts))]
+        return results.by_prompt()
 
     def stop_table(self, stop: tuple[str, ...]) -> StopTable:
         """Which tokens can end a response with these stop strings; made once, as it decodes the whole vocabulary."""
@@ -135,27 +132,17 @@ class Engine:
     # -- requests
 
     def _fitting(self, prompts, limits, results: Results) -> list[Sequence]:
-        """The samples of the prompts that can fit; the others get their completion here and a line on stderr."""
-        fitting = []
+        """The samples of the prompts that can fit; the others get their completions here and a line on stderr."""
+        fitting, context = [], getattr(self.config, "max_position_embeddings", None)
         for i, (prompt, limit) in enumerate(zip(prompts, limits)):
-            indices = range(i * results.n, (i + 1) * results.n)
-            reason = self._misfit(len(prompt), limit)
-            if reason is None:
-                fitting += [Sequence(index, tuple(prompt), limit) for index in indices]
-                continue
-            warn(f"prompt {i} is not sampled: {reason}")
-            for index in indices:
-                results.put(index, Completion([], [], "too_long"))
+            most = len(prompt) + limit
+            if context and most > context:
+                results.refuse(i, len(prompt), limit, f"the model's context is {context}")
+            elif pages_for(most, self.page_size) > self.pages:
+                results.refuse(i, len(prompt), limit, f"the KV cache has {self.pages} pages of {self.page_size}")
+            else:
+                fitting += [Sequence(i * results.n + j, tuple(prompt), limit) for j in range(results.n)]
         return fitting
-
-    def _misfit(self, length: int, limit: int) -> str | None:
-        context = getattr(self.config, "max_position_embeddings", None)
-        asked = f"it has {length} tokens and asks for {limit} more"
-        if context and length + limit > context:
-            return f"{asked}; the model's context is {context}"
-        if pages_for(length + limit, self.page_size) > self.pages:
-            return f"{asked}; the KV cache has {self.pages} pages of {self.page_size}"
-        return None
 
     # -- sizes, in bytes
 

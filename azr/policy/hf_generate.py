@@ -1,10 +1,10 @@
 """`generate` of transformers, behind the same call as `azr.policy.engine.Engine`.
 
-    HFGenerate(model, tokenizer, eos_ids, batch_size=64).generate(prompts, 8, Sampling(), seeds)
+    HFGenerate(model, tokenizer, eos_ids, max_batch=64).generate(prompts, 8, Sampling(), seeds)
 
-`model` is a causal language model of transformers, PEFT around it or not; its live weights are used. It is what the
-engine is compared with, and what is left for an architecture that the engine does not know. It gives the engine's
-Completions: EOS and stop strings end a response by the same rule, log-probs are those of the untruncated distribution.
+`model` is a causal language model of transformers, PEFT around it or not; its live weights are used. It serves the
+architectures that the engine does not know, and gives the engine's Completions: EOS and stop strings end a response by
+the same rule, log-probs are those of the untruncated distribution.
 
 What it cannot do: a seed for every sample. Each call seeds one generator from all its seeds, so the same call gives
 the same samples, but with another batch size, or with another prompt added, every sample changes. Sampling settings in
@@ -15,17 +15,19 @@ import hashlib
 from contextlib import contextmanager
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
-from azr.console import warn
+from azr.policy.decoding import Results
 from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
 
 
 class HFGenerate:
-    """`model.generate`, `batch_size` samples at a time, left-padded; a batch lasts as long as its longest sample."""
+    """`model.generate`, `max_batch` samples at a time, left-padded; a batch lasts as long as its longest sample."""
 
-    def __init__(self, model, tokenizer, eos_ids, *, batch_size: int = 64, pad_id: int = 0):
-        self.batch_size = batch_size
+    pages = None  # of a cache of its own, which it does not have (backoff.py asks)
+
+    def __init__(self, model, tokenizer, eos_ids, *, max_batch: int = 64, pad_id: int = 0):
+        self.max_batch = max_batch
         self.model, self.tokenizer, self.eos_ids, self.pad_id = model, tokenizer, frozenset(eos_ids), pad_id
         # PEFT puts LoRA into the base model's own layers, so the base model is the policy
         self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -33,134 +35,90 @@ class HFGenerate:
 
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None, on_finish=None
-    ):
-        """n completions for each prompt, list[list[Completion]]; seeds[i][j] as for the engine (see above).
+    ) -> list[list[Completion]]:
+        """n completions for each prompt; arguments and errors as of `Engine.generate`.
 
-        max_new_tokens: a limit for each prompt instead of sampling's. A prompt that exceeds the model's context with
-        its limit gives completions without ids, finish_reason "too_long", and a line on stderr. ValueError: an empty
-        prompt, seeds or limits of another shape. RuntimeError: the library failed.
+        All seeds together seed one generator (see above), and `on_finish` is called for all samples at the end.
         """
-        limits = max_new_tokens or [sampling.max_new_tokens] * len(prompts)
-        check_requests(prompts, n, seeds, limits)
-        fitting = [i for i, prompt in enumerate(prompts) if self._fits(i, len(prompt), limits[i])]
-        done = [[Completion([], [], "too_long") for _ in range(n)] for _ in prompts]
-        if fitting and n:
-            table = StopTable(self.tokenizer, self.config.vocab_size, sampling.stop, self.eos_ids)
-            digest = hashlib.sha256(repr([list(row) for row in seeds]).encode()).digest()
-            seed = int.from_bytes(digest[:4], "little")
-            rows, done_rows = [i for i in fitting for _ in range(n)], []
-            with self._sampling_state():
-                torch.manual_seed(seed)
-                for start in range(0, len(rows), self.batch_size):
-                    batch = rows[start : start + self.batch_size]
-                    done_rows += self._batch([prompts[i] for i in batch], sampling, [limits[i] for i in batch], table)
-            for k, i in enumerate(fitting):
-                done[i] = done_rows[k * n : (k + 1) * n]
-        for i, row in enumerate(done if on_finish else []):  # all at the end: the library tells no sooner
-            for j, completion in enumerate(row):
-                on_finish(i, j, completion)
-        return done
-
-    def _fits(self, i: int, length: int, limit: int) -> bool:
+        limits = check_requests(prompts, n, sampling, seeds, max_new_tokens)
+        results, rows = Results(len(prompts), n, None), []
         context = getattr(self.config, "max_position_embeddings", None)
-        if not context or length + limit <= context:
-            return True
-        reason = f"it has {length} tokens and asks for {limit} more; the model's context is {context}"
-        warn(f"prompt {i} is not sampled: {reason}")
-        return False
+        for i, (prompt, limit) in enumerate(zip(prompts, limits)):
+            if context and len(prompt) + limit > context:
+                results.refuse(i, len(prompt), limit, f"the model's context is {context}")
+            else:
+                rows += [i * n + j for j in range(n)]
+        table = StopTable(self.tokenizer, self.config.vocab_size, sampling.stop, self.eos_ids) if rows else None
+        digest = hashlib.sha256(repr([list(row) for row in seeds]).encode()).digest()
+        with self._sampling_state(seed=int.from_bytes(digest[:4], "little")):
+            for start in range(0, len(rows), self.max_batch):
+                batch = rows[start : start + self.max_batch]
+                asked = [(prompts[index // n], limits[index // n]) for index in batch]
+                for index, completion in zip(batch, self._batch(*zip(*asked), sampling, table)):
+                    results.put(index, completion)
+        for index, completion in enumerate(results.completions if on_finish else ()):
+            on_finish(*divmod(index, n), completion)
+        return results.by_prompt()
 
     @contextmanager
-    def _sampling_state(self):
-        """Evaluation mode, no checkpoint settings, the caller's random state: as before, whatever happens."""
+    def _sampling_state(self, seed: int):
+        """Evaluation mode, no checkpoint settings, a seeded random state; afterwards all is as it was before."""
         training, config = self.model.training, self.base.generation_config
         cuda = [self.base.device] if self.base.device.type == "cuda" else []
         self.model.eval()
         self.base.generation_config = GenerationConfig()
         try:
             with torch.random.fork_rng(devices=cuda), torch.no_grad():
+                torch.manual_seed(seed)
                 yield
         finally:
             self.base.generation_config = config
             self.model.train(training)
 
-    def _settings(self, sampling: Sampling) -> GenerationConfig:
-        """Every setting that changes what is sampled, written out."""
-        greedy = sampling.temperature == 0
-        return GenerationConfig(
-            do_sample=not greedy,
-            temperature=1.0 if greedy else sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            min_p=None,
-            typical_p=1.0,
-            epsilon_cutoff=0.0,
-            eta_cutoff=0.0,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=sorted(self.eos_ids) or None,
-            pad_token_id=self.pad_id,
-        )
-
-    def _batch(self, prompts, sampling, limits, table) -> list[Completion]:
+    def _batch(self, prompts, limits, sampling: Sampling, table: StopTable) -> list[Completion]:
+        """One completion for each prompt, which is sampled up to its limit."""
         width = max(map(len, prompts))
         ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts], device=self.base.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.base.device)
-        record = _LogProbs(sampling.temperature or 1.0)
-        settings = self._settings(sampling)
-        settings.max_new_tokens = max(limits)
+        watch = _Watch(table, width, limits, sampling.temperature or 1.0)
         out = self.base.generate(
             inputs=ids,
             attention_mask=mask,
-            generation_config=settings,
-            logits_processor=[record],
-            stopping_criteria=[_RowEnds(table, width, limits)],
+            generation_config=GenerationConfig(
+                do_sample=sampling.temperature > 0,
+                temperature=sampling.temperature or 1.0,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_new_tokens=max(limits),
+                eos_token_id=sorted(self.eos_ids) or None,
+                pad_token_id=self.pad_id,
+            ),
+            logits_processor=[watch.see],
+            stopping_criteria=[watch],
         )[:, width:]
-        log_probs = record.finish(out)
-        return [cut(row, p, table, limit) for row, p, limit in zip(out.tolist(), log_probs.tolist(), limits)]
+        rows = zip(out.tolist(), torch.cat(watch.log_probs, 1).tolist(), watch.ends)
+        return [Completion(tokens[:end], log_probs[:end], reason) for tokens, log_probs, (end, reason) in rows]
 
 
-def cut(ids: list[int], log_probs: list[float], table: StopTable, limit: int) -> Completion:
-    """The completion up to its first end: an EOS token, the token that completes a stop string, or the limit."""
-    for end in range(1, len(ids) + 1):
-        reason = table.reason(ids[max(0, end - 1 - table.tail) : end]) or ("length" if end == limit else None)
-        if reason:
-            return Completion(ids[:end], log_probs[:end], reason)
-    raise RuntimeError(f"transformers returned {len(ids)} tokens of {limit} and neither EOS nor a stop string")
+class _Watch(StoppingCriteria):
+    """Sees the logits and then the token of every step: keeps log-probs, not logits, and where each response ends."""
 
+    def __init__(self, table: StopTable, width: int, limits, temperature: float):
+        self.table, self.width, self.limits, self.temperature = table, width, limits, temperature
+        self.log_probs: list[torch.Tensor] = []  # (rows, 1) of each step
+        self.ends: list[tuple[int, str] | None] = [None] * len(limits)  # (tokens, reason) of each row
 
-class _LogProbs(LogitsProcessor):
-    """Collects log-probs without keeping all logits: those of one step wait until its token is known."""
-
-    def __init__(self, temperature: float):
-        self.temperature, self.waiting, self.columns = temperature, None, []
-
-    def __call__(self, input_ids, scores):
-        # transformers runs this before temperature, top-k and top-p
-        if self.waiting is not None:
-            self._take(input_ids[:, -1])
-        self.waiting = scores.float() / self.temperature
+    def see(self, input_ids, scores):
+        """The logits processor: transformers calls it before temperature, top-k and top-p."""
+        self.logits = scores.float() / self.temperature
         return scores
 
-    def _take(self, token) -> None:
-        z = self.waiting
-        self.columns.append(z.gather(-1, token[:, None]) - torch.logsumexp(z, -1, keepdim=True))
-
-    def finish(self, out) -> torch.Tensor:
-        """(rows, time) for the tokens `out` (rows, time)."""
-        self._take(out[:, -1])
-        return torch.cat(self.columns, 1)
-
-
-class _RowEnds(StoppingCriteria):
-    """True for the rows that have reached their own limit or completed a stop string."""
-
-    def __init__(self, table: StopTable, width: int, limits: list[int]):
-        self.table, self.width, self.limits = table, width, limits
-
     def __call__(self, input_ids, scores, **kwargs):
-        time = input_ids.shape[1] - self.width
-        tails = input_ids[:, -min(time, max(1, self.table.tail)) :].tolist()
-        ends = [time >= limit or self.table.reason(tail) is not None for tail, limit in zip(tails, self.limits)]
-        return torch.tensor(ends, device=input_ids.device)
+        """(rows,) bool: the rows that have ended by EOS, by a stop string or at their own limit."""
+        time, z = input_ids.shape[1] - self.width, self.logits
+        self.log_probs.append(z.gather(-1, input_ids[:, -1:]) - torch.logsumexp(z, -1, keepdim=True))
+        for row, tail in enumerate(input_ids[:, -min(time, max(1, self.table.tail)) :].tolist()):
+            if self.ends[row] is None:
+                reason = self.table.reason(tail) or ("length" if time >= self.limits[row] else None)
+                self.ends[row] = (time, reason) if reason else None
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)

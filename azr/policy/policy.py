@@ -20,13 +20,16 @@ from pathlib import Path
 import torch
 
 from azr.console import note, warn
+from azr.isolated import one_line
 from azr.policy.attention import AttentionError
 from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
-from azr.policy.engine import Completion, Engine, Sampling, Unsupported
+from azr.policy.decoder import Unsupported
+from azr.policy.engine import Engine
 from azr.policy.hf_generate import HFGenerate
 from azr.policy.load import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
 from azr.policy.opening import Opening, check_base
 from azr.policy.residual import keep_in_fp32
+from azr.policy.sampling import Completion, Sampling
 from azr.policy.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
 
 __all__ = ["Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
@@ -83,9 +86,9 @@ class Policy:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = one_line(error)
         smaller = "a smaller model, or a card with more memory free" if quantization == "nf4" else "--quantization nf4"
-        raise ModelError(f"{model} does not fit the memory ({reason[:160]}): take {smaller}")
+        raise ModelError(f"{model} does not fit the memory ({reason}): take {smaller}")
 
     @classmethod
     def open(cls, opening: Opening, **options) -> "Policy":
@@ -121,7 +124,7 @@ class Policy:
             self.shared_row = 0
             warn(f"{error}: sampling with transformers' generate, much slower")
             batch = min(options.get("max_batch", 64), 64)  # every batch waits for its longest response
-            return HFGenerate(self.model, self.tokenizer, self.eos_ids, batch_size=batch, pad_id=self.pad_id)
+            return HFGenerate(self.model, self.tokenizer, self.eos_ids, max_batch=batch, pad_id=self.pad_id)
         except AttentionError as error:
             raise ModelError(str(error)) from error
         if self.device.type == "cuda":
@@ -277,14 +280,12 @@ class Policy:
         if on == self._checkpointing:
             return
         self._checkpointing = on
-        new = hasattr(self.base, "activation_checkpointing_enable")  # newer transformers renamed it
-        prefix = "activation_checkpointing" if new else "gradient_checkpointing"
         if on:
             # nothing random happens in a layer, so there is no random state to keep and put back at each
             options = {"use_reentrant": False, "preserve_rng_state": False}
-            getattr(self.base, f"{prefix}_enable")(**{f"{prefix}_kwargs": options})
+            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:
-            getattr(self.base, f"{prefix}_disable")()
+            self.base.activation_checkpointing_disable()
 
     # -- the adapter
 

@@ -1,6 +1,6 @@
 """Sampling: one token a row from fp32 logits, a random number for each (seed, position), and when a response ends.
 
-    token, log_prob = sample_tokens(logits, Sampling(top_p=0.95), seed_tensor(seeds, device), position)
+    token, log_prob, _ = sample_tokens(logits, Sampling(top_p=0.95), seed_tensor(seeds, device), position)
 
 Every sample has its own seed, and its t-th token consumes the number of (seed, t), whatever else is in the batch and
 however often the sequence was interrupted. Left out: penalties, min-p, beams, per-token biases. Imports nothing of the
@@ -23,7 +23,7 @@ NORMAL, STOP_CANDIDATE, EOS = 0, 1, 2  # kinds of tokens, see StopTable
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Raises ValueError for values that mean nothing.
+    """How to sample.
 
     Training samples need top_p 1 and top_k 0: only then are `Completion.log_probs` those of the distribution sampled
     from. The checkpoint's generation_config is never looked at.
@@ -36,6 +36,7 @@ class Sampling:
     stop: tuple[str, ...] = ("</answer>",)
 
     def __post_init__(self):
+        """ValueError for values that mean nothing."""
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
         if not 0 < self.top_p <= 1:
@@ -57,14 +58,19 @@ class Completion:
     finish_reason: str  # "stop" | "eos" | "length" | "too_long" (can never fit: not sampled, no ids)
 
 
-def check_requests(prompts: list[list[int]], n: int, seeds: list[list[int]], limits: list[int]) -> None:
-    """ValueError: an empty prompt; seeds that are not n a prompt; limits that are not a number above 0 a prompt."""
+def check_requests(prompts: list[list[int]], n: int, sampling: Sampling, seeds, limits: list[int] | None) -> list[int]:
+    """The most new tokens of each prompt: `limits`, or those of `sampling`.
+
+    ValueError: an empty prompt; seeds that are not n for each prompt; limits that are not a number above 0 for each.
+    """
+    limits = limits or [sampling.max_new_tokens] * len(prompts)
     if empty := [i for i, prompt in enumerate(prompts) if not prompt]:
         raise ValueError(f"prompt {empty[0]} is empty; a prompt needs at least one token")
     if len(seeds) != len(prompts) or any(len(row) != n for row in seeds):
         raise ValueError(f"seeds must hold {n} integers for each of the {len(prompts)} prompts")
     if len(limits) != len(prompts) or any(limit < 1 for limit in limits):
         raise ValueError(f"max_new_tokens must hold a number above 0 for each of the {len(prompts)} prompts")
+    return limits
 
 
 # ---------------------------------------------------------------------------------------------------- random numbers
@@ -97,23 +103,15 @@ def uniform(mixed_seeds: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 
-def sample_tokens(logits, sampling: Sampling, mixed_seeds, position) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each row of `logits` (rows, vocabulary): ids (rows,) and fp32 log-probs (rows,).
+def sample_tokens(logits, sampling: Sampling, mixed_seeds, position, exact: bool = True) -> tuple:
+    """One token for each row of `logits` (rows, vocabulary): ids (rows,), fp32 log-probs (rows,) and `sure`.
 
     Inverse CDF with sums in float64 and one uniform number per (seed, position). Order of the truncations as in
-    transformers: temperature, then top-k, then top-p on what is left. The log-prob ignores both.
-    """
-    token, log_prob, sure = sample_without_wait(logits, sampling, mixed_seeds, position)
-    if sure is not None and not bool(sure.all()):
-        token, log_prob, _ = sample_without_wait(logits, sampling, mixed_seeds, position, exact=True)
-    return token, log_prob
+    transformers: temperature, then top-k, then top-p on what is left. The log-prob ignores both. The host never waits
+    for the device.
 
-
-def sample_without_wait(logits, sampling: Sampling, mixed_seeds, position, exact: bool = False) -> tuple:
-    """As `sample_tokens`, but the host never waits for the device: (token, log_prob, sure).
-
-    sure (rows,) bool: False where top-p needs more than the `CUT` most probable tokens, so that the row has to be
-    sampled again with exact=True, which sorts all. None: there was no such truncation.
+    With exact=False top-p looks at the `CUT` most probable tokens only, which is much faster. sure (rows,) bool is then
+    False where it needs more of them, and the row has to be sampled again, exactly. None: nothing can be missing.
     """
     z = logits.float()
     sure = None
@@ -186,12 +184,9 @@ def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 class StopTable:
-    """Which tokens can end a response: EOS tokens, and tokens whose text can be the end of a stop string.
+    """Which tokens can end a response: EOS tokens, and tokens whose text can be the end of a stop string."""
 
-    kind (vocabulary,) uint8: NORMAL, STOP_CANDIDATE or EOS for each token id.
-    """
-
-    def __init__(self, tokenizer, vocab_size: int, stop: tuple[str, ...], eos_ids: frozenset[int], device="cpu"):
+    def __init__(self, tokenizer, vocab_size: int, stop: tuple[str, ...], eos_ids: frozenset[int]):
         self.tokenizer, self.stop = tokenizer, stop
         # A token has at least one byte, so a stop string spans at most as many tokens as it has bytes. Decoding no more
         # than these keeps the check independent of the response's length.
@@ -206,20 +201,15 @@ class StopTable:
         for i in eos_ids:
             if i < vocab_size:
                 kinds[i] = EOS
-        self.kinds = bytes(kinds)
-        self.kind = torch.tensor(list(kinds), dtype=torch.uint8, device=device)
+        self.kinds = bytes(kinds)  # NORMAL, STOP_CANDIDATE or EOS for each token id
 
     def reason(self, ids: list[int]) -> str | None:
         """Why the response ends with its last token, "eos" or "stop"; None: it does not."""
-        kind = self.kinds[ids[-1]]  # of bytes, not of the tensor: reading one element of a tensor takes a microsecond
-        if kind == EOS:
-            return "eos"
-        return "stop" if kind == STOP_CANDIDATE and self.complete(ids) else None
-
-    def complete(self, ids: list[int]) -> bool:
-        """Does the response end with a token that completes a stop string?"""
+        kind = self.kinds[ids[-1]]
+        if kind != STOP_CANDIDATE:
+            return "eos" if kind == EOS else None
         text = self.tokenizer.decode(ids[-self.tail :], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return any(s in text for s in self.stop)
+        return "stop" if any(s in text for s in self.stop) else None
 
 
 def _can_complete(text: str, stop: str) -> bool:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from azr.models import model_path
-from azr.policy.hf_generate import HFGenerate, cut
+from azr.policy.hf_generate import HFGenerate
 from azr.policy.policy import LoraSettings, Policy
-from azr.policy.sampling import Sampling, StopTable
+from azr.policy.sampling import Sampling
 
 TINY = Path(model_path("tiny"))
 TEXTS = [
@@ -58,7 +58,7 @@ def seeds_for(prompts, n, base=0):
 def test_greedy_equals_the_engine(policy):
     prompts, sampling = prompts_of(policy), Sampling(temperature=0, max_new_tokens=24, stop=("\n\n",))
     expected = policy.generate(prompts, 2, sampling, seeds_for(prompts, 2))
-    completions = make(policy, batch_size=5).generate(prompts, 2, sampling, seeds_for(prompts, 2))
+    completions = make(policy, max_batch=5).generate(prompts, 2, sampling, seeds_for(prompts, 2))
     reasons = set()
     for row, expected_row in zip(completions, expected):
         for c, e in zip(row, expected_row, strict=True):
@@ -76,14 +76,14 @@ def test_log_probs_are_those_of_the_untruncated_distribution(policy, truncation)
     repeated = [p for p in prompts for _ in range(3)]
     expected, _ = policy.score_lists(repeated, [c.ids for c in flat], temperature=0.7)
     for c, e in zip(flat, expected):
-        assert c.log_probs == pytest.approx(e, abs=2e-5)  # the temperature divides the logits' rounding by 0.7
+        assert c.log_probs == pytest.approx(e, abs=5e-5)  # the temperature divides the logits' rounding by 0.7
 
 
 def test_sampled_first_tokens_follow_the_distribution(policy):
     """Chi-square over the likely tokens: 1,000 samples of one prompt at temperature 0.8, nothing truncated."""
     prompt, count = policy.encode("x = "), 1000
     sampling = Sampling(temperature=0.8, max_new_tokens=1, stop=())
-    backend = make(policy, eos_ids=(), batch_size=500)
+    backend = make(policy, eos_ids=(), max_batch=500)
     drawn = [c.ids[0] for c in backend.generate([prompt], count, sampling, seeds_for([prompt], count))[0]]
     with torch.no_grad():
         logits = policy.model(input_ids=torch.tensor([prompt], device=policy.device)).logits[0, -1].float()
@@ -171,14 +171,3 @@ def test_a_prompt_that_does_not_fit_fails_alone(policy, capsys):
     assert [len(c.ids) for c in first + third] == [8] * 4
     assert [(c.ids, c.finish_reason) for c in second] == [([], "too_long")] * 2
     assert "prompt 1 is not sampled: it has 1020 tokens and asks for 8 more" in capsys.readouterr().err
-
-
-def test_cut(policy):
-    table = StopTable(policy.tokenizer, policy.base.config.vocab_size, ("\n\n",), policy.eos_ids)
-    ids, eos = policy.encode("a = 1\nb = 2\n\nc"), min(policy.eos_ids)
-    stopped = cut(ids, [0.0] * len(ids), table, 99)
-    assert stopped.finish_reason == "stop" and policy.decode(stopped.ids).endswith("\n\n")
-    assert cut([*ids[:3], eos, *ids], [0.0] * 99, table, 99).ids == [*ids[:3], eos]
-    assert cut(ids, [0.5] * len(ids), table, 2).finish_reason == "length"
-    with pytest.raises(RuntimeError, match="returned 3 tokens of 99"):
-        cut(ids[:3], [0.0] * 3, table, 99)

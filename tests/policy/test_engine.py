@@ -458,7 +458,7 @@ def test_inverse_cdf_is_exact_and_never_draws_what_has_no_probability():
         assert (below <= target + 1e-12).all() and (target <= at + 1e-12).all()
         assert (p.gather(-1, token[:, None]) > 0).all()
     logits = p.log()
-    token, log_prob = sample_tokens(logits, Sampling(top_k=3), seed_tensor([1] * 6, "cpu"), torch.arange(6))
+    token, log_prob, _ = sample_tokens(logits, Sampling(top_k=3), seed_tensor([1] * 6, "cpu"), torch.arange(6))
     assert torch.allclose(log_prob, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1), atol=1e-6)
 
 
