@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azr.models import ALIASES, model_path
-from azr.policy.rollout_weights import copies_pay
+from azr.policy.cache import copies_pay
 
 GB = 1e9
 GIB = 2**30

@@ -20,10 +20,9 @@ import torch
 from azr.console import note
 from azr.policy.attention import choose_attention
 from azr.policy.backoff import free_memory
-from azr.policy.cache import Sequence, pages_for
+from azr.policy.cache import Sequence, copies_pay, pages_for
 from azr.policy.decoder import ROLLOUT_WEIGHTS, Decoder
 from azr.policy.decoding import Decoding, Results
-from azr.policy.rollout_weights import copies_pay
 from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
 
 CPU_CACHE_BYTES = 2 << 30  # a CPU shares its memory with everything else, so what is free says little

@@ -38,6 +38,7 @@ class LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, A, B, base, scaling):
+        """y (..., out), as above."""
         y = base(x)
         flat = x.reshape(-1, x.shape[-1])
         low = F.linear(flat, A.to(x.dtype))
@@ -49,6 +50,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
+        """The gradients for x, in the dtype of `grad`, and for A and B, in fp32; None where none is needed."""
         x, low, A, B = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])
         grad_low = (grad @ B.to(grad.dtype)).mul_(ctx.scaling)
@@ -81,6 +83,7 @@ class _Fused:
     """In front of a LoRA layer's class: its forward, where it is plain LoRA, is `LoraLinear`."""
 
     def forward(self, x, *arguments, **options):
+        """The layer's result: of `LoraLinear` for one plain adapter, else of PEFT's own forward."""
         names = active_adapters(self)
         if arguments or options or len(names) != 1 or not is_plain(self, names[0]):
             return super().forward(x, *arguments, **options)

@@ -16,7 +16,7 @@ from azr.policy.decoder import ARCHITECTURES
 
 
 def keep_in_fp32(backbone, config) -> None:
-    """Let `backbone` add in fp32 if it computes in half precision and decoder.py knows it. Twice is harmless.
+    """Let `backbone` add in fp32 if it computes in half precision and decoder.py knows it. A second call does nothing.
 
     The embedding gives fp32, so the sums of the layers are fp32; norms and rotary tables come back in the dtype of the
     weights, so products are what they were. config: of transformers, for its model_type.

@@ -16,9 +16,9 @@ BLOCK = {"cpu": 4096, "cuda": 16384}  # columns: 16 MiB of logits stay near a CP
 
 
 class Scored(NamedTuple):
-    """One micro-batch of `Policy.score`; the first field says which samples its rows are."""
+    """One micro-batch of `Policy.score`."""
 
-    indices: list[int]  # (batch,)
+    indices: list[int]  # (batch,): which of the call's samples the rows are
     log_prob: torch.Tensor  # (batch, time) fp32, 0 where there is no token
     entropy: torch.Tensor  # (batch, time) fp32, nats, of the full distribution at the given temperature
     mask: torch.Tensor  # (batch, time) bool
@@ -47,6 +47,7 @@ class ChunkedLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature=1.0, chunk=None):
+        """(log-probs, entropies); where a gradient will be asked for, d log p(y) / d hidden is computed on the way."""
         count, needed = hidden.shape[0], ctx.needs_input_grad[0]
         log_prob, entropy, log_z = (torch.empty(count, device=hidden.device) for _ in range(3))
         slope = torch.empty(hidden.shape, device=hidden.device) if needed else None  # d log p(y) / d hidden, fp32
@@ -63,6 +64,7 @@ class ChunkedLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_log_prob, grad_entropy):
+        """The gradient for `hidden` (N, H) in its dtype; None for everything else."""
         hidden, weight, target, log_z, entropy, slope = ctx.saved_tensors
         if grad_log_prob is None and grad_entropy is None:
             return None, None, None, None, None
@@ -81,6 +83,7 @@ class ChunkedLogProb(torch.autograd.Function):
 
 
 def _row_chunks(count: int, weight: torch.Tensor, chunk: int | None) -> list[slice]:
+    """`count` rows in slices of at most `chunk`, or of as many as ROWS x BLOCK logits allow."""
     columns = min(weight.shape[0], BLOCK[weight.device.type])
     chunk = chunk or ROWS * BLOCK[weight.device.type] // columns
     return [slice(start, min(start + chunk, count)) for start in range(0, count, chunk)]
