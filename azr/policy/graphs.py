@@ -27,7 +27,7 @@ class Graphs:
     for circles. Logits come after the replay: every graph would keep its own, gigabytes for a vocabulary of 150,000.
     """
 
-    def __init__(self, rows: int, width: int, device: torch.device, side_stream: "torch.cuda.Stream | None" = None):
+    def __init__(self, rows: int, width: int, device: torch.device, side_stream: "torch.cuda.Stream"):
         # One memory pool for all graphs: they never run at the same time, so they may use the same addresses inside.
         self.captured, self.pool, self.side_stream = {}, torch.cuda.graph_pool_handle(), side_stream
         rows = self.size(rows)
@@ -57,7 +57,7 @@ class Graphs:
         return hidden[:rows]
 
     def _capture(self, step, *inputs) -> tuple["torch.cuda.CUDAGraph", torch.Tensor]:
-        side = self.side_stream or torch.cuda.Stream()
+        side = self.side_stream
         side.wait_stream(torch.cuda.current_stream())
         # Once for real first: kernels are compiled and work spaces allocated, neither of which can be captured. What it
         # writes into the cache is what the replay will write again.

@@ -36,7 +36,7 @@ class HFGenerate:
     def generate(
         self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None, on_finish=None
     ) -> list[list[Completion]]:
-        """n completions for each prompt; arguments and errors as of `Engine.generate`.
+        """n completions for each prompt; arguments and errors are those of `Engine.generate`.
 
         All seeds together seed one generator (see above), and `on_finish` is called for all samples at the end.
         """
@@ -53,8 +53,8 @@ class HFGenerate:
         with self._sampling_state(seed=int.from_bytes(digest[:4], "little")):
             for start in range(0, len(rows), self.max_batch):
                 batch = rows[start : start + self.max_batch]
-                asked = [(prompts[index // n], limits[index // n]) for index in batch]
-                for index, completion in zip(batch, self._batch(*zip(*asked), sampling, table)):
+                texts, most = [prompts[index // n] for index in batch], [limits[index // n] for index in batch]
+                for index, completion in zip(batch, self._batch(texts, most, sampling, table)):
                     results.put(index, completion)
         for index, completion in enumerate(results.completions if on_finish else ()):
             on_finish(*divmod(index, n), completion)

@@ -311,6 +311,7 @@ def _say_what_is_not_in_four_bits(name: str, model, dtype) -> None:
 
 
 def _failed_allocations(device) -> int:
+    """How often a GPU's memory has run out in this process, whatever became of the error; 0 on a CPU."""
     return torch.cuda.memory_stats(device).get("num_ooms", 0) if device.type == "cuda" else 0
 
 
@@ -349,11 +350,11 @@ def _settle(model) -> None:
 
 
 def _eos_ids(model, tokenizer) -> set[int]:
-    found = [getattr(model.config.get_text_config(), "eos_token_id", None), tokenizer.eos_token_id]
-    if getattr(model, "generation_config", None) is not None:
-        found.append(model.generation_config.eos_token_id)  # the only field of it that is ever read
-    lists = [entry if isinstance(entry, (list, tuple)) else [entry] for entry in found if entry is not None]
-    return {i for entry in lists for i in entry}
+    """The tokens that end a response, by the config, the tokenizer or generation_config (of which nothing else is ever
+    read); each names none, one or a list."""
+    sources = (model.config.get_text_config(), tokenizer, getattr(model, "generation_config", None))
+    named = [getattr(source, "eos_token_id", None) for source in sources]
+    return {i for ids in named if ids is not None for i in (ids if isinstance(ids, (list, tuple)) else [ids])}
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -455,11 +456,11 @@ def _load_adapter(model, directory: Path, base_name: str):
 def fill_adapter(model, state: dict[str, torch.Tensor], origin: str) -> None:
     """Copies values into the live LoRA matrices. ModelError, which names `origin`: other names or shapes."""
     live = adapter_tensors(model)
-    wanted, given = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (live, state))
-    if differ := sorted(wanted ^ given):
-        name, shape = differ[0]
-        where = "lacks" if differ[0] in wanted else "has, and this model lacks,"
-        raise ModelError(f"{origin} {where} {name} of shape {shape}: an adapter of another model, rank or targets")
+    ours, theirs = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (live, state))
+    if differences := sorted(ours ^ theirs):
+        name, shape = differences[0]
+        verb = "lacks" if differences[0] in ours else "has, and this model lacks,"
+        raise ModelError(f"{origin} {verb} {name} of shape {shape}: an adapter of another model, rank or targets")
     with torch.no_grad():
         for name, p in live.items():
             p.copy_(state[name])

@@ -169,17 +169,17 @@ def check_base(opening: Opening, facts: dict) -> list[str]:
     """
     doubts = []
     for name in BASE_FACTS:
-        recorded, found = opening.record.get(name), facts.get(name)
-        if recorded is None or found is None or recorded == found:
+        recorded, here = opening.record.get(name), facts.get(name)
+        if recorded is None or here is None or recorded == here:
             continue
-        if name == "revision" and recorded.startswith("sha256:") != found.startswith("sha256:"):
+        if name == "revision" and recorded.startswith("sha256:") != here.startswith("sha256:"):
             doubts.append(
-                f"{opening.adapter} was trained on revision {recorded}, and {opening.model} has {found}: a commit and "
+                f"{opening.adapter} was trained on revision {recorded}, and {opening.model} has {here}: a commit and "
                 "a fingerprint of the files cannot be compared, so nothing says that it is the same base"
             )
             continue
         raise ModelError(
-            f"{opening.adapter} was trained on another base than {opening.model} ({name} {recorded}, here {found}): "
+            f"{opening.adapter} was trained on another base than {opening.model} ({name} {recorded}, here {here}): "
             "give the base it was trained on"
         )
     return doubts

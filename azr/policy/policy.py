@@ -157,8 +157,8 @@ class Policy:
     def decode(self, ids: list[int]) -> str:
         """The text of these ids, special tokens included, EOS and padding left out."""
         drop = self.eos_ids | {self.tokenizer.pad_token_id}
-        kept = [i for i in ids if i not in drop]
-        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        ids = [i for i in ids if i not in drop]
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     # -- sampling and scoring
 
