@@ -14,6 +14,7 @@ where they are elsewhere. Imports nothing of the project and can be copied out a
 """
 
 import ctypes
+import decimal
 import types
 
 # Offsets of tp_repr and tp_hash in PyTypeObject (Include/cpython/object.h), and of d_wrapped in PyWrapperDescrObject
@@ -26,6 +27,8 @@ _TELLING_TEXT = (
     *(types.CoroutineType, types.AsyncGeneratorType, types.CellType, types.CodeType, types.FrameType),
 )
 _TELLING_HASH = (object, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
+# Numbers whose hash is an address where they are NaN, and nothing of the kind otherwise.
+_NUMBERS = (float, complex, decimal.Decimal)
 # Of these, all objects were there before every program, at the same place for all of them.
 _OLD = (type(None), type(...), type(NotImplemented))
 
@@ -40,7 +43,9 @@ class Watch:
         texts = {_slot(kind, _REPR) for kind in _TELLING_TEXT}
         hashes = {_slot(kind, _HASH) for kind in _TELLING_HASH}
         self._slots, self._callbacks = [], {}
-        self._lead(float, _HASH, ctypes.c_ssize_t)
+        for kind in filter(_in_c, _NUMBERS):
+            self._lead(kind, _HASH, ctypes.c_ssize_t)
+        self._numbers = len(self._slots)
         for kind in kinds:
             if _slot(kind, _REPR) in texts:
                 self._lead(kind, _REPR, ctypes.py_object)
@@ -54,14 +59,15 @@ class Watch:
 
     def begin(self):
         """From here on, in this process. Without it, nothing is changed."""
-        for place, function in self._slots[1:]:
-            place.value = function
-        self.seen = ""
+        self._use(self._slots[self._numbers :])
 
-    def begin_floats(self):
-        """NaN too, whose hash is its address. Not in `begin`, since it makes every other float slow to hash."""
-        place, function = self._slots[0]
-        place.value = function
+    def begin_numbers(self):
+        """NaN too, whose hash is its address. Not in `begin`, since it makes every other such number slow to hash."""
+        self._use(self._slots[: self._numbers])
+
+    def _use(self, slots):
+        for place, function in slots:
+            place.value = function
         self.seen = ""
 
     def note(self):
@@ -79,10 +85,11 @@ class Watch:
 
     def _noting(self, before, what):
         def after(value):
-            # The hash of a float tells an address where it is NaN alone.
-            if not (what == "hash" and type(value) is float and value == value) and self.seen != "text":
+            if not (what == "hash" and type(value) in _NUMBERS and _is_plain(value)) and self.seen != "text":
                 self.seen = what
-            return before(value)
+            # What is raised here is lost. A decimal that signals has no hash: -1 becomes a SystemError.
+            signals = what == "hash" and type(value) is decimal.Decimal and value.is_snan()
+            return -1 if signals else before(value)
 
         return after
 
@@ -94,6 +101,11 @@ class Watch:
             for value in (len, (1, "a"), 2.5, iter(())):
                 if ctypes.PYFUNCTYPE(result, ctypes.py_object)(_slot(type(value), offset))(value) != function(value):
                     raise OSError("the slots of types are not where they are expected")
+
+
+def _is_plain(number):
+    """Whether it is not NaN; `==` would raise for decimals that signal."""
+    return not number.is_nan() if type(number) is decimal.Decimal else number == number
 
 
 def _in_c(kind):

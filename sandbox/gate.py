@@ -29,7 +29,8 @@ _FORBIDDEN_NAMES = frozenset(
 # Names, operations and operators that can make a set or tell a hash, whose order or value may then reach the output.
 _SET_NAMES = frozenset(
     "set frozenset Counter hash __hash__ symmetric_difference __or__ __and__ __sub__ __xor__ __abstractmethods__ "
-    "KeysView ItemsView Set MutableSet".split()
+    "KeysView ItemsView Set MutableSet __required_keys__ __optional_keys__ __readonly_keys__ __mutable_keys__ "
+    "__protocol_attrs__".split()
 )
 _VIEW_NAMES, _VIEW_OPERATORS = frozenset(("keys", "items")), frozenset("and_ or_ sub xor iand ior isub ixor".split())
 # A class pattern with positions takes attributes by the names in __match_args__ from whatever passes for an instance:

@@ -280,7 +280,7 @@ class Server:
         if self.gated:
             space["__builtins__"] = self.builtins
             if order:
-                self.watch.begin_floats()
+                self.watch.begin_numbers()
         self.watch.seen = ""
         self.run(program, space, order, entry, inputs, stop_at_failure)
 
@@ -290,7 +290,7 @@ class Server:
         # one task are often inputs to one program.
         readings = {code: self.read(code) for code in {code: None for code, *_ in programs}}
         self.together = True
-        self.watch.begin_floats()
+        self.watch.begin_numbers()
         for code, entry, inputs, stop_at_failure in programs:
             program, order, frame = readings[code]
             _forget_types()
