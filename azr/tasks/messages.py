@@ -11,9 +11,13 @@ evaluated. Imports program.py and lines.py.
 
 from __future__ import annotations
 
+import base64
+import codecs
 import html
 import re
 import unicodedata
+import urllib.parse
+from collections.abc import Iterator
 
 from azr.tasks.lines import KEYWORDS
 from azr.tasks.program import read_program
@@ -26,11 +30,26 @@ _DEFINITION = re.compile(r"\bdef\s+\w+\s*\(|\blambda\b[^:\n]{0,80}:")
 _PROSE = frozenset(",.:-/();!?$_")  # marks that prose uses too
 _WORD = re.compile(r"\w+|[^\w\s'\"]")
 _ENCODED = re.compile(r"[A-Za-z0-9+/]{24,}={0,2}|(?:\\x[0-9a-fA-F]{2}){8,}")
+# Characters by their numbers, eight or more in a row, and the base of these: \\x78 \\u0078 0x78 %78, 01111000, 78, 120.
+_CODES = (
+    (re.compile(r"(?:(?:\\x|\\u00|0x|%)[0-9a-fA-F]{2}[\s,;]*){8,}"), re.compile("[0-9a-fA-F]{2}(?![0-9a-fA-Fx])"), 16),
+    (re.compile(r"(?:\\[0-7]{3}[\s,;]*){8,}"), re.compile("[0-7]{3}"), 8),
+    (re.compile(r"(?:\b[01]{7,8}\b[\s,;]*){8,}"), re.compile("[01]+"), 2),
+    (re.compile(r"(?:\b[0-9a-fA-F]{2}\b[\s,;]*){8,}"), re.compile("[0-9a-fA-F]{2}"), 16),
+    (re.compile(r"(?:\b\d{2,3}\b[\s,;]*){8,}"), re.compile(r"\d+"), 10),
+)
+_PACKED = (base64.b64decode, base64.urlsafe_b64decode, base64.b32decode, base64.b85decode, base64.a85decode)
+# Signs of mathematics, and what Python writes for them.
+_SIGNS = {"−": "-", "–": "-", "×": "*", "·": "*", "⋅": "*", "÷": "/", r"\cdot": "*", r"\times": "*", "{": "(", "}": ")"}
+_SIGNS |= {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")} | {"$": " "}
+_SIGN = re.compile("|".join(map(re.escape, _SIGNS)))
+_HEAD = "import math\nfrom math import sqrt\nfrom operator import add, floordiv, mod, mul, neg, sub, truediv\n"
 _TOKEN = re.compile(r"[A-Za-z_]\w*|\d+(?:\.\d+)?|\*\*|//|[-+*/%^()\[\],.<>=!&|:]|\S")
 _OPERATORS = frozenset("+ - * / % ^ ** // & | [ (".split())
 _FUNCTIONS = frozenset(
     "abs min max sum len sorted reversed round int str list set tuple range ord chr bool float divmod pow zip map "
-    "enumerate any all math sqrt upper lower strip replace split join count index for in if else and or not".split()
+    "enumerate any all math sqrt add sub mul floordiv truediv mod neg upper lower strip replace split join count index "
+    "for in if else and or not".split()
 )
 
 
@@ -43,9 +62,9 @@ def cleaned(message: str) -> str:
 def leak(program: str, message: str) -> str:
     """What a message gives away of the program, as code or encoded; "" if nothing."""
     text = cleaned(message)
-    code = leaked_code(program, text)
-    if code:
-        return code
+    for reading in (text, *_decoded(text)):
+        if code := leaked_code(program, reading):
+            return code
     for word in _ENCODED.findall(text):
         # Digits among letters of both cases, or among hexadecimal ones: no word or number of a language.
         mixed = word.upper() != word != word.lower() or not re.search("[g-wyzG-WYZ]", word)
@@ -54,22 +73,51 @@ def leak(program: str, message: str) -> str:
     return ""
 
 
+def _decoded(text: str) -> Iterator[str]:
+    """The text in readings that are no language: backwards, turned by 13 letters, unquoted, unpacked, from numbers."""
+    yield text[::-1]
+    yield codecs.encode(text, "rot13")
+    yield urllib.parse.unquote(text)
+    for several, one, base in _CODES:
+        for run in several.findall(text):
+            yield "".join(chr(int(code, base)) for code in one.findall(run))
+    for word in {"".join(text.split()), *re.findall(r"\S{16,}", text)}:
+        for unpack in _PACKED:
+            try:
+                yield unpack(word + "=" * (-len(word) % 4 if "=" not in word else 0)).decode("ascii")
+            except ValueError:  # not of this kind
+                continue
+
+
 def shows(message: str, pairs: tuple[tuple[str, str], ...]) -> bool:
-    """Whether the message holds more than EXAMPLES pairs (input, output), or IN_A_ROW outputs in their order."""
+    """Whether the message holds more than EXAMPLES pairs, (input, output) or (output, input), or IN_A_ROW outputs in
+    their order, from the first to the last or backwards."""
     words = _joined(_values(cleaned(message)))
     rows = [(_values(given), _values(output)) for given, output in pairs]
     shown = sum(_joined(given + output) in words for given, output in rows if given and output)
-    outputs = [output for _, output in rows]
-    for i in range(len(outputs) - IN_A_ROW + 1):
-        row = [word for output in outputs[i : i + IN_A_ROW] for word in output]
-        if len(row) >= IN_A_ROW and _joined(row) in words:
-            return True
-    return shown > EXAMPLES
+    turned = sum(_joined(output + given) in words for given, output in rows if given and output)
+    for outputs in ([output for _, output in rows], [output for _, output in rows[::-1]]):
+        for i in range(len(outputs) - IN_A_ROW + 1):
+            row = [word for output in outputs[i : i + IN_A_ROW] for word in output]
+            if len(row) >= IN_A_ROW and _joined(row) in words:
+                return True
+    return max(shown, turned) > EXAMPLES
 
 
 def _values(text: str) -> list[str]:
-    """Numbers and words, without the marks between them."""
-    return re.findall(r"-?\d+(?:\.\d+)?|[^\W\d_]+", text)
+    """Numbers and words, without the marks between them; 007, 7.0 and 0x7 are 7."""
+    return [_shortest(word) for word in re.findall(r"-?(?:0x[0-9a-fA-F]+|\d+(?:\.\d+)?)|[^\W\d_]+", text)]
+
+
+def _shortest(word: str) -> str:
+    sign, digits = ("-", word[1:]) if word[0] == "-" else ("", word)
+    if not digits[0].isdigit():
+        return word
+    if digits[:2] == "0x":
+        return f"{sign}{int(digits, 16)}"
+    whole, _, rest = digits.partition(".")
+    whole, rest = whole.lstrip("0") or "0", rest.rstrip("0")
+    return f"{sign}{whole}.{rest}" if rest else sign + whole
 
 
 def expressions(program: str, message: str) -> list[str]:
@@ -77,7 +125,8 @@ def expressions(program: str, message: str) -> list[str]:
     does what the task's program does is for the sandbox to say."""
     known = list(read_program(program).parameters)
     runs: list[list[str]] = [[]]
-    for token in _TOKEN.findall(re.sub(r"(?<=\d)(?=[A-Za-z(])", "*", cleaned(message))):
+    plain = cleaned(_SIGN.sub(lambda sign: _SIGNS[sign[0]], message))
+    for token in _TOKEN.findall(re.sub(r"(?<=\d)(?=[A-Za-z(])", "*", plain)):
         name = token.isidentifier()
         if not name or token in _FUNCTIONS or token in known or len(token) == 1:
             runs[-1].append(token)
@@ -88,6 +137,7 @@ def expressions(program: str, message: str) -> list[str]:
         while run and run[-1] in ".,:=!(":
             run.pop()
         run = run[run.index("=") + 1 :] if "=" in run else run
+        run = run[run[:1] == [">"] :]  # of an arrow
         names = [token for token in dict.fromkeys(run) if token.isidentifier() and token not in _FUNCTIONS]
         parameters = known
         if not names or len(names) > len(parameters) or not _OPERATORS.intersection(run):
@@ -95,7 +145,7 @@ def expressions(program: str, message: str) -> list[str]:
         if not set(names) <= set(parameters):  # other names than the program's: the first ones, in their order
             parameters = [*names, *(f"_{i}" for i in range(len(parameters) - len(names)))]
         text = " ".join(run).replace("^", "**").replace(" . ", ".")
-        programs.append(f"def f({', '.join(parameters)}):\n    return {text}")
+        programs.append(f"{_HEAD}def f({', '.join(parameters)}):\n    return {text}")
     return programs[:TRIES]
 
 

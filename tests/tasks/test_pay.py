@@ -1,6 +1,8 @@
 """What a proposer is not paid for: what exists already in another spelling, what is trivial, what its message tells."""
 
 import base64
+import codecs
+import urllib.parse
 
 import pytest
 
@@ -133,6 +135,7 @@ def test_loops_that_never_end_on_fresh_inputs_cost_little(sandbox):
 POLYNOMIAL = "def f(x):\n    return x * x + 3 * x - 7"
 INPUTS = tuple(map(str, (2, 5, 11, 3, 8, 20, 1, 9, 14, 6)))
 OUTPUTS = [str(int(x) ** 2 + 3 * int(x) - 7) for x in INPUTS]
+BYTES = POLYNOMIAL.encode()
 TELLING = {
     "table": "; ".join(f"{x} -> {y}" for x, y in zip(INPUTS, OUTPUTS)),
     "json": str(dict(zip(INPUTS, OUTPUTS))),
@@ -148,6 +151,28 @@ TELLING = {
     "html": "<b>x</b>&nbsp;* x + 3 &#42; x - 7",
     "other name": "for a number n return n*n + 3*n - 7",
     "equation": "y = x^2 + 3x - 7",
+    "turned by 13 letters": codecs.encode(POLYNOMIAL, "rot13"),
+    "backwards": POLYNOMIAL[::-1],
+    "base32": base64.b32encode(BYTES).decode(),
+    "base85": base64.b85encode(BYTES).decode(),
+    "base64 in pieces": " ".join(base64.b64encode(BYTES).decode()[i : i + 8] for i in range(0, 60, 8)),
+    "quoted as in addresses": urllib.parse.quote(POLYNOMIAL),
+    "every byte quoted": "".join(f"%{byte:02X}" for byte in BYTES),
+    "escapes of Unicode": "".join(f"\\u{byte:04x}" for byte in BYTES),
+    "octal escapes": "".join(f"\\{byte:03o}" for byte in BYTES),
+    "codes of characters": "spell it: " + ", ".join(map(str, BYTES)),
+    "binary codes": " ".join(f"{byte:08b}" for byte in BYTES),
+    "bytes apart": " ".join(f"{byte:02x}" for byte in BYTES),
+    "superscript and a long minus": "x² + 3x − 7",
+    "signs of multiplication": "3×x + x×x – 7",
+    "LaTeX": r"$3 \cdot x + x^{2} - 7$",
+    "JavaScript": "x => x ** 2 + 3 * x - 7",
+    "functions of operators": "add(mul(x, x), sub(mul(3, x), 7))",
+    "table of hexadecimal numbers": "; ".join(f"{int(x):#x} -> {int(y):#x}" for x, y in zip(INPUTS, OUTPUTS)),
+    "table from right to left": "; ".join(f"{y} <- {x}" for x, y in zip(INPUTS, OUTPUTS)),
+    "table with zeros before": "; ".join(f"{int(x):03d} -> {int(y):05d}" for x, y in zip(INPUTS, OUTPUTS)),
+    "table of decimals": "; ".join(f"{x}.0 -> {y}.00" for x, y in zip(INPUTS, OUTPUTS)),
+    "outputs backwards": "at the end " + ", ".join(OUTPUTS[::-1]),
 }
 HINTS = [
     "a quadratic in the number",
@@ -155,6 +180,8 @@ HINTS = [
     "",
     "square, then add three times the number; 7 less",
     "SEVEN_LETTER_NAMES_ARE_NO_CODE and averylongwordofmanylettersindeed",
+    "numbers such as 65, 66, 67, 68, 69, 70, 71, 72 and 0x41 0x42 0x43 0x44 0x45 0x46 0x47 0x48 are large",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567 100 % of x is x; 50%25",
 ]
 
 
