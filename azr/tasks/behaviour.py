@@ -19,8 +19,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from azr.tasks.duplicates import positional
+from azr.tasks.lines import tokens
 from azr.tasks.task import Task
-from sandbox import Job, Sandbox, literal
+from sandbox import Job, Outcome, Sandbox, literal
 
 PROBES = 20  # fresh inputs
 CPU_SECONDS = 0.06  # of one fresh input: few programs take a tenth of it; all inputs together have five times that
@@ -50,26 +51,25 @@ class Behaviour(NamedTuple):
 
 def observe(tasks: list[Task], sandbox: Sandbox) -> list[Behaviour]:
     """The behaviour of each task's program. Raises SandboxError, nothing on a program."""
-    own = [task.visible[0] if task.mode == "induction" else (task.input, task.output) for task in tasks]
-    inputs = [fresh_inputs(task.program, given) for task, (given, _) in zip(tasks, own)]
+    own = [dict(task.visible + task.hidden or ((task.input, task.output),)) for task in tasks]
+    inputs = [fresh_inputs(task.program, next(iter(pairs))) for task, pairs in zip(tasks, own)]
     rows = _run(tasks, inputs, sandbox)
-    seeming = [_triviality(given, row) for given, row in zip(inputs, rows)]
+    seeming = [_triviality(task, list(pairs), row) for task, pairs, row in zip(tasks, own, rows)]
     # What the own input contradicts may be a test that few inputs pass, or a lookup: inputs near it tell.
-    doubtful = [
-        i for i, pair in enumerate(own) if seeming[i] and not _triviality([*inputs[i], pair[0]], [*rows[i], pair[1]])
-    ]
-    near = [near_inputs(own[i][0]) for i in doubtful]
-    for i, given, row in zip(doubtful, near, _run([tasks[i] for i in doubtful], near, sandbox)):
-        if not _triviality(inputs[i] + given, rows[i] + row):
+    doubtful = [i for i, why in enumerate(seeming) if why and not _rule(_values(rows[i]) + list(own[i].items())[:1])]
+    near = [[text for given in own[i] for text in near_inputs(given)[: NEAR // len(own[i])]] for i in doubtful]
+    for i, row in zip(doubtful, _run([tasks[i] for i in doubtful], near, sandbox)):
+        if not _triviality(tasks[i], list(own[i]), rows[i] + row):
             seeming[i] = ""
-    chances = [_chance(task, row) for task, row in zip(tasks, rows)]
-    return [Behaviour(_key(given, row), *rest) for given, row, *rest in zip(inputs, rows, seeming, chances)]
+    outputs = [[outcome.output for _, outcome in row] for row in rows]
+    chances = [_chance(task, row) for task, row in zip(tasks, outputs)]
+    return [Behaviour(_key(given, row), *rest) for given, row, *rest in zip(inputs, outputs, seeming, chances)]
 
 
-def _run(tasks: list[Task], inputs: list[list[str]], sandbox: Sandbox) -> list[list[str | None]]:
-    """The output of each program on each input, None where it has none."""
+def _run(tasks: list[Task], inputs: list[list[str]], sandbox: Sandbox) -> list[list[tuple[str, Outcome]]]:
+    """(input, outcome) of each program on each of its inputs."""
     jobs = [Job(task.program, tuple(given), cpu_seconds=CPU_SECONDS) for task, given in zip(tasks, inputs)]
-    return [[outcome.output for outcome in row] for row in (sandbox.run(jobs) if jobs else [])]
+    return [list(zip(given, row)) for given, row in zip(inputs, sandbox.run(jobs) if jobs else [])]
 
 
 def _key(inputs: list[str], outputs: list[str | None]) -> str:
@@ -86,24 +86,67 @@ def _chance(task: Task, outputs: list[str | None]) -> float:
     return right / values.total()
 
 
-def _triviality(inputs: list[str], outputs: list[str | None]) -> str:
-    """Why the results need no program: they are all one, or all one of the arguments; "" otherwise."""
-    pairs = [(given, output) for given, output in zip(inputs, outputs) if output is not None]
+def _triviality(task: Task, own: list[str], row: list[tuple[str, Outcome]]) -> str:
+    """Why the results need no program: they are all one, or all one of the arguments, or they are so for every input
+    that does not stand in the program, as what a table or a chain of tests knows does; else ""."""
+    if why := _rule(_values(row)):
+        return f"{why}, whatever they are"
+    constants = _constants(task.program)
+    # A table without a default raises an error for what it does not know, and so do picky programs: these have an own
+    # input that does not stand in them.
+    table = all(_stands(given, constants) for given in own)
+    unknown = [(given, outcome) for given, outcome in row if not _stands(given, constants)]
+    why = _rule(_values(unknown, "an error" if table else None))
+    return f"{why}, another value for those alone that stand in it" if why else ""
+
+
+def _values(row: list[tuple[str, Outcome]], error: str | None = None) -> list[tuple[str, str]]:
+    """(input, output) of those that have one; `error` stands for the output of one that raised an exception."""
+    texts = [(given, error if outcome.status == "error" else outcome.output) for given, outcome in row]
+    return [(given, text) for given, text in texts if text is not None]
+
+
+def _rule(pairs: list[tuple[str, str]]) -> str:
+    """What all of these inputs and outputs have in common, "" for nothing."""
     if len(pairs) < SURE:
         return ""
     if len({output for _, output in pairs}) == 1:
-        return f"f gives {pairs[0][1][:40]} for {len(pairs)} fresh inputs, whatever they are"
-    columns = zip(*(map(_texts_of, (given for given, _ in pairs))))
+        return f"f gives {pairs[0][1][:40]} for {len(pairs)} fresh inputs"
+    columns = zip(*(map(literal.canon, _arguments(given)) for given, _ in pairs))
     for place, column in enumerate(columns):
         if all(text == output for text, (_, output) in zip(column, pairs)):
-            return f"f gives its argument {place + 1} back"
+            return f"f gives its argument {place + 1} back for {len(pairs)} fresh inputs"
     return ""
 
 
-def _texts_of(given: str) -> list[str]:
-    """The canonical text of each argument."""
+def _arguments(given: str) -> list:
     args, kwargs = literal.parse_args(given)
-    return [literal.canon(value) for value in (*args, *kwargs.values())]
+    return [*args, *kwargs.values()]
+
+
+def _constants(program: str) -> set:
+    """The values of the numbers and texts that stand in a program."""
+    values = set()
+    for kind, text in tokens(program):
+        if kind in ("number", "string"):
+            try:
+                values.add(literal.parse(text))
+            except literal.LiteralError:  # an f-string
+                continue
+    return values
+
+
+def _stands(given: str, constants: set) -> bool:
+    """Whether an input is made of nothing but numbers and texts that stand in the program."""
+    leaves, values = [], _arguments(given)
+    for value in values:
+        if type(value) is dict:
+            values += [*value, *value.values()]
+        elif type(value) in (list, tuple, set, frozenset):
+            values += value
+        else:
+            leaves.append(abs(value) if type(value) in (int, float) else value)
+    return bool(leaves) and constants.issuperset(leaves)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------

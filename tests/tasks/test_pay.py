@@ -76,6 +76,59 @@ def test_trivial_by_what_it_does(given, sandbox):
     assert reasons(proposals, sandbox) == ["trivial"] * len(programs)
 
 
+TABLES = [
+    "return {1: 5, 2: 8}.get(x, 0)",
+    "return {1: 5, 2: 8, 3: 7, 4: 1, 7: 6}.get(x, x)",
+    "return {1: 5, 2: 8}[x]",
+    "return dict([(1, 5), (2, 8)]).get(x, 'none')",
+    "if x == 1:\n        return 5\n    elif x == 2:\n        return 8\n    return 0",
+    "return 5 if x == 1 else 8 if x == 2 else 9 if x == 0x3 else -1",
+    "return 5 * (x == 1) + 8 * (x == 2) + 4 * (x in (4, 6))",
+    "for a, b in ((1, 5), (2, 8), (9, 3)):\n        if a == x:\n            return b\n    return 0",
+    "try:\n        return {1: 5, 2: 8}[x]\n    except KeyError:\n        return 0",
+    "match x:\n        case 1:\n            return 5\n        case 2:\n            return 8\n    return 0",
+    "if x != 1 and x != 2:\n        raise ValueError\n    return x * 3 + 2",
+]
+
+
+@pytest.mark.parametrize("given", ["1", "x=2"])
+def test_a_table_of_inputs_that_stand_in_the_program_is_trivial(given, sandbox):
+    programs = [f"def f(x):\n    {body}" for body in TABLES]
+    assert reasons([Proposal("deduction", p, (given,)) for p in programs], sandbox) == ["trivial"] * len(TABLES)
+
+
+def test_tables_of_several_arguments_of_texts_and_of_induction_are_trivial(sandbox):
+    table = {(1, 2): 5, (3, 4): 8, (2, 2): 1}
+    sums = {x: x * x % 7 + x for x in range(1, 11)}
+    proposals = [
+        Proposal("deduction", f"def f(x, y):\n    return {table}.get((x, y), 0)", ("1, 2",)),
+        Proposal("deduction", f"def f(xs):\n    return {table}.get(tuple(xs), 0)", ("[3, 4]",)),
+        Proposal("abduction", "def f(s):\n    return {'abc': 1, 'x': 2, 'noon': 3}.get(s, 0)", ("'noon'",)),
+        Proposal("abduction", "def f(s):\n    return {'abc': 1, 'x': 2, 'noon': 3}[s]", ("'x'",)),
+        Proposal("induction", f"def f(x):\n    return {sums}.get(x, 0)", tuple(map(str, sums)), "m"),
+        Proposal("induction", f"def f(x):\n    return {sums}[x]", tuple(map(str, sums)), "m"),
+    ]
+    assert reasons(proposals, sandbox) == ["trivial"] * len(proposals)
+
+
+def test_a_program_that_decides_by_a_word_is_no_table(sandbox):
+    honest = [
+        (
+            "def f(op, a, b):\n    if op == 'add':\n        return a + b\n    return a * b if op == 'mul' else 0",
+            "'add', 2, 3",
+        ),
+        ("def f(op, xs):\n    if op == 'sum':\n        return sum(xs)\n    raise ValueError(op)", "'sum', [4, 5]"),
+        ("def f(s):\n    return sum({'I': 1, 'V': 5, 'X': 10}.get(c, 0) for c in s)", "'XVI'"),
+        ("def f(d):\n    return d['key'] * 2 + 1", "{'key': 4}"),
+        ("def f(n):\n    return {0: 'Fizz', 1: 'one', 2: 'two'}[n % 3]", "2"),
+        ("def f(n):\n    return 1 if n < 2 else n * f(n - 1)", "1"),
+        ("def f(c):\n    return c in 'aeiou'", "'a'"),
+        ("def f(a, b):\n    return b if a == 3 else a", "3, 5"),
+    ]
+    given = [Proposal("deduction", program, (text,)) for program, text in honest]
+    assert reasons(given, sandbox) == ["ok"] * len(given)
+
+
 def test_what_few_inputs_pass_is_not_trivial(sandbox):
     honest = [
         ("def f(s):\n    return s == s[::-1]", "'level'"),
