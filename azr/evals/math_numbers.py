@@ -136,7 +136,8 @@ def _figure(answer: str) -> str | None:
     flat = _WORDY.sub(
         lambda match: f" {_UNIT_SIGN.sub(' ', _UNIT_POWER.sub('', match[1]))} ", _UNIT_POWER.sub("", answer)
     )
-    flat, spoken = _BLANK.sub(" ", flat).strip(), bool(_WORDY.search(answer))
+    # One blank for all in a row: _FIGURE would try a run of them in as many ways as it has characters, cubed.
+    flat, spoken = " ".join(_BLANK.sub(" ", flat).split()), bool(_WORDY.search(answer))
     *before, flat = _NEAR.split(flat)
     if before:
         # 22/7 \approx 3.14 is one number told twice, 3 \approx 4 is two.
