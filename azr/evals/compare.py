@@ -1,6 +1,6 @@
 """Does the tuned model solve more, or only sooner? Two graded results on the same problems, compared in pairs.
 
-    eval_passk.py compare BASE TUNED [--base2 DIR] [--k 1,2,4,...] [--margin 0.02] [--out DIR]
+    eval_passk.py compare BASE TUNED [--k 1,2,4,...] [--margin 0.02] [--out DIR]
 
 BASE and TUNED are result directories (`result.json`, `graded.jsonl`) with the same problems, template, decoding and
 base quantization; anything else is refused. Writes compare.json, compare.md and compare.png. Intervals and tests are
@@ -19,10 +19,8 @@ Left out: effects of training seeds, which need several trained runs.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import numpy as np
 
 from azr import passk
 from azr.console import warn
-from azr.jsonl import read_object, replacing, strict_lines
+from azr.jsonl import read_object, replacing, strict_lines, write_json_atomic
 
 LEVEL = 0.05
 GRID = 64  # points of the curve on which a crossing is looked for
@@ -71,13 +69,12 @@ class Graded:
 def read(where: str | Path) -> Graded:
     """A result directory of `run` or `score`. ValueError, one line, if it is not one or is not finished."""
     where = Path(where)
-    info = _read_info(where)
+    info = read_object(where / "result.json")
     problems = _read_rows(where / "graded.jsonl")
     counts = [len(rows) for rows in problems.values()]
-    expected = info.get("problems")
-    if isinstance(expected, int) and expected != len(counts):
+    if info.get("problems", len(counts)) != len(counts):
         raise ValueError(
-            f"{where}: graded.jsonl has {len(counts)} problems, result.json says {expected}: finish the run"
+            f"{where}: graded.jsonl has {len(counts)} problems, result.json says {info['problems']}: finish the run"
         )
     n = min(counts)
     if n < max(counts):
@@ -90,51 +87,34 @@ def read(where: str | Path) -> Graded:
     return Graded(where, info, ids, np.array(correct, dtype=bool), answers, np.array(truncated, dtype=float))
 
 
-def _read_info(where: Path) -> dict:
-    if not (where / "result.json").is_file():
-        raise ValueError(
-            f"{where}: no readable result.json; give a directory that `eval_passk.py run` or `score` wrote"
-        )
-    return read_object(where / "result.json")
-
-
 def _read_rows(path: Path) -> dict[str, dict[int, tuple]]:
     """{task_id: {sample: (correct, answer, truncated)}}; ValueError names the file and the line."""
     problems: dict[str, dict[int, tuple]] = {}
     seen: dict = {}  # one object for equal rows, of which there are many
     for where, line in strict_lines(path):
-        try:
-            task, sample, row = _row(line, seen)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-        rows = problems.setdefault(task, {})
+        task, sample, correct, answer = (line.get(key) for key in ("task_id", "sample", "correct", "answer"))
+        if not (isinstance(task, str) and type(sample) is int and type(correct) is bool):
+            raise ValueError(f"{where}: 'task_id' (text), 'sample' (number) or 'correct' (bool) is missing or no such")
+        if not (answer is None or isinstance(answer, str)):
+            raise ValueError(f"{where}: 'answer' is neither a text nor null")
+        rows, finish = problems.setdefault(task, {}), line.get("finish_reason")
         if sample in rows:
             raise ValueError(f"{where}: sample {sample} of {ascii(task)} is there twice")
-        rows[sample] = row
+        row = correct, answer, None if finish is None else finish == "length"
+        rows[sample] = seen.setdefault(row, row)
     if not problems:
         raise ValueError(f"{path}: holds no samples")
     return problems
 
 
-def _row(row: dict, seen: dict) -> tuple[str, int, tuple]:
-    for key, kind in (("task_id", str), ("sample", int), ("correct", bool)):
-        if not isinstance(row.get(key), kind) or (kind is int and isinstance(row[key], bool)):
-            raise ValueError(f"{key!r} is missing or no {kind.__name__}")
-    answer = row.get("answer")
-    if not (answer is None or isinstance(answer, str)):
-        raise ValueError("'answer' is neither a text nor null")
-    finish = row.get("finish_reason")
-    values = (row["correct"], answer, None if finish is None else finish == "length")
-    return row["task_id"], row["sample"], seen.setdefault(values, values)
-
-
 # ---------------------------------------------------------------- like with like
 
 
-def check(base: Graded, tuned: Graded, second_base: bool = False) -> list[str]:
+def check(base: Graded, tuned: Graded) -> list[str]:
     """ValueError unless problems, template, decoding and base quantization are the same; notes on what is not known.
 
-    second_base: `tuned` must be the same model as `base`, sampled with another seed.
+    Of the decoding every setting but the seed. A temperature that was raised to match the base's entropy is said, not
+    refused.
     """
     if base.ids != tuned.ids:
         odd = sorted(set(base.ids) ^ set(tuned.ids))
@@ -143,81 +123,56 @@ def check(base: Graded, tuned: Graded, second_base: bool = False) -> list[str]:
             f"such as {ascii(odd[0])}"
         )
     notes = []
-    keys = ["benchmark", "template", "template_hash", "quantization"]
-    if second_base or tuned.info.get("adapter") is not None:
+    keys = ["benchmark", "benchmark_file_hash", "template", "template_hash", "quantization"]
+    if tuned.info.get("adapter") is not None:
         keys += ["base_model", "revision"]
-    for key in keys + (["model", "adapter"] if second_base else []):
-        _same(key, base.info.get(key), tuned.info.get(key), base, tuned, notes)
-    if all(result.info.get("benchmark_file_hash") for result in (base, tuned)):
-        _same(
-            "benchmark_file_hash",
-            *(result.info["benchmark_file_hash"] for result in (base, tuned)),
-            base,
-            tuned,
-            notes,
-        )
+    pairs = {key: (base.info.get(key), tuned.info.get(key)) for key in keys}
+    a, b = (result.info.get("decoding") for result in (base, tuned))
+    if isinstance(a, dict) and isinstance(b, dict):
+        names = sorted({*a, *b} - {"seed", "match_entropy"})
+        if b.get("match_entropy") and a.get("temperature") != b.get("temperature"):
+            names.remove("temperature")
+            notes.append(
+                f"the tuned model's temperature {b.get('temperature')} was matched to the base's entropy at "
+                f"{a.get('temperature')}"
+            )
+        pairs |= {f"decoding ({name})": (a.get(name, "none"), b.get(name, "none")) for name in names}
+    else:
+        pairs["decoding"] = None, None
+    for key, (of_base, of_tuned) in pairs.items():
+        if of_base is None or of_tuned is None:
+            notes.append(f"{key} is not recorded in both results, so it could not be checked")
+        elif of_base != of_tuned:
+            raise ValueError(
+                f"{key} differs: {ascii(of_base)} in {base.where}, {ascii(of_tuned)} in {tuned.where}; "
+                "compare like with like"
+            )
     dtypes = [result.info.get("dtype") for result in (base, tuned)]
     if dtypes[0] != dtypes[1]:
         notes.append(f"dtype differs: {dtypes[0]} in {base.where}, {dtypes[1]} in {tuned.where}")
-    remarks = _check_decoding(base, tuned, notes)
-    seeds = [(result.info.get("decoding") or {}).get("seed") for result in (base, tuned)]
-    if second_base and seeds[0] is not None and seeds[0] == seeds[1]:
-        raise ValueError(
-            f"{tuned.where}: has the base's seed {seeds[0]}, so it is no second sample: use another --seed"
-        )
     if base.n == tuned.n and np.array_equal(base.correct, tuned.correct) and base.answers == tuned.answers:
-        if second_base:
-            raise ValueError(f"{tuned.where}: the same answers as {base.where}, so it is no second sample")
         notes.append("every answer and verdict of the two results is the same")
-    return notes + remarks
-
-
-def _same(key: str, a: object, b: object, base: Graded, tuned: Graded, notes: list[str]) -> None:
-    if a is None and b is None and key == "adapter":
-        return
-    if (a is None or b is None) and key != "adapter":
-        notes.append(f"{key} is not recorded in both results, so it could not be checked")
-    elif a != b:
-        raise ValueError(
-            f"{key} differs: {ascii(a)} in {base.where}, {ascii(b)} in {tuned.where}; compare like with like"
-        )
-
-
-def _check_decoding(base: Graded, tuned: Graded, notes: list[str]) -> list[str]:
-    """Every setting but the seed; a temperature that was raised to match the base's entropy is said, not refused."""
-    a, b = (result.info.get("decoding") for result in (base, tuned))
-    if not isinstance(a, dict) or not isinstance(b, dict):
-        notes.append("decoding is not recorded in both results, so it could not be checked")
-        return []
-    matched = bool(b.get("match_entropy") or tuned.info.get("match_entropy"))
-    remarks = []
-    for key in sorted((set(a) | set(b)) - {"seed", "match_entropy"}):
-        if key == "temperature" and matched and a.get(key) != b.get(key):
-            remarks.append(
-                f"the tuned model's temperature {b.get(key)} was matched to the base's entropy at {a.get(key)}"
-            )
-        elif a.get(key) != b.get(key):
-            _same(f"decoding ({key})", a.get(key, "none"), b.get(key, "none"), base, tuned, notes)
-    return remarks
+    return notes
 
 
 # ---------------------------------------------------------------- what is compared
 
 
-def compare(
-    base: Graded, tuned: Graded, second: Graded | None, ks: list[int], margin: float, draws: int = passk.DRAWS
-) -> dict:
-    """Every figure as plain JSON. The results have the same problems; the smaller n of them is used for all."""
-    n = min(result.n for result in (base, tuned, second) if result is not None)
-    for result in (base, tuned, second):
-        if result is not None and result.n > n:
+def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) -> dict:
+    """Every figure as plain JSON. The results have the same problems; the smaller n of them is used for both.
+
+    ks: None for the powers of two up to n/2. ValueError for one problem alone, and for a k above n.
+    """
+    n = min(base.n, tuned.n)
+    for result in (base, tuned):
+        if result.n > n:
             warn(f"{result.where}: has {result.n} samples a problem; only the first {n} are used, like the other's")
-    base, tuned, second = (result and result.first(n) for result in (base, tuned, second))
+    base, tuned, ks = base.first(n), tuned.first(n), ks or passk.powers_of_two(n)
     if ks[-1] > n:
         raise ValueError(f"k = {ks[-1]} is beyond the {n} samples a problem has: take more samples, or a smaller --k")
     if len(base.ids) < 2:
         raise ValueError("one problem only: there is nothing to pair over")
-    rows = curve_rows(base.c, tuned.c, n, ks, draws)
+    rows = curve_rows(base.c, tuned.c, n, ks)
     name, sentence = verdict(rows, margin)
     return {
         "verdict": name,
@@ -229,16 +184,16 @@ def compare(
         "samples_per_problem": n,
         "margin": margin,
         "pass@k": rows,
-        "crossing": crossing(base.c, tuned.c, n, ks, rows, draws),
+        "crossing": crossing(base.c, tuned.c, n, ks, rows),
         "solved_in_n": solved_in_n(base, tuned),
-        "sets": set_figures(base, tuned, second, draws),
-        "answers": answer_figures(base, tuned, draws),
+        "sets": set_figures(base, tuned),
+        "answers": answer_figures(base, tuned),
         "histogram": histogram(base.c, tuned.c, n),
         "intervals": "95 %, over problems: about other problems like these, not about other training runs",
     }
 
 
-def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], draws: int) -> list[dict]:
+def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], draws: int = passk.DRAWS) -> list[dict]:
     """A row a k: both pass@k, their paired difference, its sign-flip p, plain and corrected, and who is ahead."""
     values = [passk.pass_at_k(n, c, ks) for c in (c_base, c_tuned)]
     own = [passk.share_interval(v, draws=draws) for v in values]
@@ -266,32 +221,29 @@ def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], d
 def verdict(rows: list[dict], margin: float) -> tuple[str, str]:
     """Returns (name, sentence) as the module's docstring defines them."""
     first, last = rows[0], rows[-1]
-    gain, top, k = first["difference"]["mean"], last["difference"], last["k"]
+    low, top, k = first["difference"], last["difference"], last["k"]
     span = f"{top['mean']:+.3f} [{top['low']:+.3f}, {top['high']:+.3f}]"
-    if first["k"] == 1 and k > 1 and last["ahead"] != "tuned" and first["ahead"] == "tuned":
-        if last["base"]["mean"] > 1 - 2 * margin:
-            why = f"the base solves all but {100 * (1 - last['base']['mean']):.1f} % at k = {k}: no room to tell"
-            return "not established", f"Not established: tuned is ahead at k = 1 by {gain:+.3f}, but {why}."
-        if top["high"] < margin:
-            behind = "the base is ahead" if last["ahead"] == "base" else f"a gain of {margin:g} or more is excluded"
-            return "sharpening without capacity gain", (
-                f"Sharpening without capacity gain: tuned is ahead at k = 1 by {gain:+.3f}; "
-                f"at k = {k} {behind}, {span}."
-            )
-        return "not established", (
-            f"Not established: tuned is ahead at k = 1 by {gain:+.3f}, but at k = {k} the difference {span} leaves a "
-            f"gain of {margin:g} open."
-        )
     if last["ahead"] == "tuned":
         return "capacity gain", f"Capacity gain: at k = {k} tuned solves more, {span}."
-    low = first["difference"]
-    return "not established", (
-        f"Not established: at k = {first['k']} the difference is {low['mean']:+.3f} "
-        f"[{low['low']:+.3f}, {low['high']:+.3f}], at k = {k} {span}."
-    )
+    if first["k"] != 1 or k == 1 or first["ahead"] != "tuned":
+        return "not established", (
+            f"Not established: at k = {first['k']} the difference is {low['mean']:+.3f} "
+            f"[{low['low']:+.3f}, {low['high']:+.3f}], at k = {k} {span}."
+        )
+    gain = f"tuned is ahead at k = 1 by {low['mean']:+.3f}"
+    if last["base"]["mean"] > 1 - 2 * margin:
+        why = f"the base solves all but {100 * (1 - last['base']['mean']):.1f} % at k = {k}: no room to tell"
+    elif top["high"] < margin:
+        behind = "the base is ahead" if last["ahead"] == "base" else f"a gain of {margin:g} or more is excluded"
+        return "sharpening without capacity gain", (
+            f"Sharpening without capacity gain: {gain}; at k = {k} {behind}, {span}."
+        )
+    else:
+        why = f"at k = {k} the difference {span} leaves a gain of {margin:g} open"
+    return "not established", f"Not established: {gain}, but {why}."
 
 
-def crossing(c_base, c_tuned, n: int, ks: list[int], rows: list[dict], draws: int) -> dict | None:
+def crossing(c_base, c_tuned, n: int, ks: list[int], rows: list[dict]) -> dict | None:
     """Where the lead changes, with its interval; None unless a lead is established on both sides.
 
     The curves' difference is followed on up to GRID values of k and is linear in log k between them; the last change
@@ -303,9 +255,7 @@ def crossing(c_base, c_tuned, n: int, ks: list[int], rows: list[dict], draws: in
     grid = np.unique(np.rint(np.geomspace(ks[0], ks[-1], GRID)).astype(int))
     sign = 1 if leads[0] == "tuned" else -1
     values = sign * (passk.pass_at_k(n, c_tuned, grid) - passk.pass_at_k(n, c_base, grid))
-    interval = passk.bootstrap_statistic(
-        values, lambda sums: _last_change(np.atleast_2d(sums), np.log(grid)), draws=draws
-    )
+    interval = passk.bootstrap_statistic(values, lambda sums: _last_change(np.atleast_2d(sums), np.log(grid)))
     low, mean, high = (float(np.exp(np.squeeze(value))) for value in (interval.low, interval.mean, interval.high))
     return {"first": leads[0], "then": leads[-1], "k": {"mean": mean, "low": low, "high": high}}
 
@@ -333,42 +283,30 @@ def solved_in_n(base: Graded, tuned: Graded) -> dict:
 # ---------------------------------------------------------------- support: what was kept, lost and found
 
 
-def set_figures(base: Graded, tuned: Graded, second: Graded | None, draws: int) -> dict:
+def set_figures(base: Graded, tuned: Graded, draws: int = passk.DRAWS) -> dict:
     """Shares of problems solved by both, one, neither, and the support retention and novel discovery rates SRR and NDR
-    (arXiv 2507.14843, section 3), beside the same figures for a second, equally large sample of the base: two samples
-    of ONE model already differ.
+    (arXiv 2507.14843, section 3), beside the same figures for a second sample of the base: two samples of ONE model
+    already differ.
 
-    With `second`, within n samples. Without, within h = n // 2: the base is set against itself as the mean over all
-    ways to split its samples in halves (exact, no draw), and against h of the tuned model's samples, also averaged.
+    Within h = n // 2 samples: the base is set against itself as the mean over all ways to split its samples in halves
+    (exact, no draw), and against h of the tuned model's samples, also averaged.
     """
     n, h = base.n, base.n // 2
-    if second is not None:
-        solved = [(result.c > 0).astype(float) for result in (base, tuned, second)]
-        columns = [_sets(solved[0], solved[1]), _sets(solved[0], solved[2])]
-        against = {"samples": n, "second_base": str(second.where)}
-    elif h < 1:
+    if h < 1:
         return {"samples": 0, "second_base": None}
-    else:
-        solved = [passk.pass_at_k(n, result.c, h) for result in (base, tuned)]
-        neither = 1 - passk.pass_at_k(n, base.c, 2 * h)
-        alone = 1 - solved[0] - neither  # one half has a right answer, the other has none
-        columns = [_sets(*solved), np.stack([solved[0] - alone, alone, alone, neither], axis=1)]
-        against = {"samples": h, "second_base": "halves of the base's samples"}
-    both = np.concatenate(columns, axis=1)
-    means = _figures(both.sum(axis=0))[:2]
-    difference = _figure_difference(both, draws)
-    return against | {
-        name: {
-            "tuned": _known(means[0][i]),
-            "second_base": _known(means[1][i]),
-            "difference": difference[i].to_json(),
-        }
-        for i, name in enumerate([*SETS, *FIGURES])
-    }
-
-
-def _known(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    solved = [passk.pass_at_k(n, result.c, h) for result in (base, tuned)]
+    neither = 1 - passk.pass_at_k(n, base.c, 2 * h)
+    alone = 1 - solved[0] - neither  # one half has a right answer, the other has none
+    a, b = solved
+    sets = [a * b, a * (1 - b), (1 - a) * b, (1 - a) * (1 - b)]  # of independent samples: SETS
+    columns = np.stack([*sets, solved[0] - alone, alone, alone, neither], axis=1)
+    sums, difference = columns.sum(axis=0), _figure_difference(columns, draws)
+    figures = {"samples": h, "second_base": "halves of the base's samples"}
+    for i, name in enumerate([*SETS, *FIGURES]):
+        values = {"tuned": _figures(sums[:4])[i], "second_base": _figures(sums[4:])[i]}
+        known = {side: float(value) if math.isfinite(value) else None for side, value in values.items()}
+        figures[name] = known | {"difference": difference[i].to_json()}
+    return figures
 
 
 def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
@@ -379,8 +317,8 @@ def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
     and the interval is `difference_interval` of these, in units in which a problem weighs at most about 1.
     """
     problems, sums = len(columns), columns.sum(axis=0)
-    estimate = _figures(sums)[2]
-    influence = (problems - 1) * (estimate - _figures(sums - columns)[2])
+    estimate = _gap(sums)
+    influence = (problems - 1) * (estimate - _gap(sums - columns))
     finite = np.isfinite(influence).all(axis=0)
     solved = min(sums[0] + sums[2], sums[4] + sums[6], sums[0] + sums[1]) / problems
     unit = np.array([1, 1, 1, 1, *np.ones(2) / max(solved, 1 / problems)])
@@ -389,43 +327,36 @@ def _figure_difference(columns: np.ndarray, draws: int) -> passk.Interval:
     return passk.Interval(estimate, low, high)
 
 
-def _sets(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(problems, 4): chances that both, only a, only b, neither solve it; independent samples."""
-    return np.stack([a * b, a * (1 - b), (1 - a) * b, (1 - a) * (1 - b)], axis=1)
+def _gap(sums: np.ndarray) -> np.ndarray:
+    """Tuned minus second base of (..., 8) sums, (..., 6)."""
+    return _figures(sums[..., :4]) - _figures(sums[..., 4:])
 
 
-def _figures(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The four shares and FIGURES of (..., 8) sums: of tuned, of the second base, tuned minus second base; (..., 6)."""
-    parts = []
-    for both, base_only, other_only, neither in (
-        np.moveaxis(sums[..., :4], -1, 0),
-        np.moveaxis(sums[..., 4:], -1, 0),
-    ):
-        with np.errstate(invalid="ignore", divide="ignore"):  # NaN where nothing is solved
-            srr, ndr = both / (both + base_only), other_only / (both + other_only)
-        total = both + base_only + other_only + neither
-        shares = [part / total for part in (both, base_only, other_only, neither)]
-        parts.append(np.stack([*shares, srr, ndr], axis=-1))
-    return parts[0], parts[1], parts[0] - parts[1]
+def _figures(sums: np.ndarray) -> np.ndarray:
+    """The four shares and FIGURES of the sums of SETS, (..., 4) to (..., 6); NaN where nothing is solved."""
+    both, base_only, other_only, neither = np.moveaxis(sums, -1, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        srr, ndr = both / (both + base_only), other_only / (both + other_only)
+    total = both + base_only + other_only + neither
+    return np.stack([both / total, base_only / total, other_only / total, neither / total, srr, ndr], axis=-1)
 
 
 # ---------------------------------------------------------------- summaries
 
 
-def pair(a: np.ndarray, b: np.ndarray, draws: int, share: bool = True) -> dict:
-    """{"base", "tuned", "difference"} of two (problems,) columns."""
+def pair(a: np.ndarray, b: np.ndarray, share: bool = True) -> dict:
+    """{"base", "tuned", "difference"} of two (problems,) columns; share: of values in [0, 1]."""
     own, paired = (passk.share_interval, passk.difference_interval) if share else (passk.bootstrap_interval,) * 2
-    values = {"base": own(a, draws=draws), "tuned": own(b, draws=draws), "difference": paired(b - a, draws=draws)}
-    return {name: value.to_json() for name, value in values.items()}
+    return {"base": own(a).to_json(), "tuned": own(b).to_json(), "difference": paired(b - a).to_json()}
 
 
-def answer_figures(base: Graded, tuned: Graded, draws: int) -> dict:
+def answer_figures(base: Graded, tuned: Graded) -> dict:
     """Means over problems of the distinct correct answers and of the entropy of all answers (nats), at equal n.
 
     None where a result does not record it; entropy over the problems for which both have one.
     """
     cut = [each.truncated.mean(axis=1) for each in (base, tuned)]
-    result = {"truncated": pair(*cut, draws) if np.isfinite(cut).all() else None}
+    result = {"truncated": pair(*cut) if np.isfinite(cut).all() else None}
     if not all(any(answer is not None for row in each.answers for answer in row) for each in (base, tuned)):
         return result | {"distinct_correct": None, "entropy": None}
     distinct = [
@@ -435,8 +366,8 @@ def answer_figures(base: Graded, tuned: Graded, draws: int) -> dict:
     entropy = np.array([[passk.answer_entropy(row) for row in each.answers] for each in (base, tuned)])
     finite = np.isfinite(entropy).all(axis=0)
     return result | {
-        "distinct_correct": pair(*distinct, draws, share=False),
-        "entropy": pair(*entropy[:, finite], draws, share=False) if finite.any() else None,
+        "distinct_correct": pair(*distinct, share=False),
+        "entropy": pair(*entropy[:, finite], share=False) if finite.any() else None,
         "entropy_problems": int(finite.sum()),
     }
 
@@ -458,7 +389,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `eval_passk.py compare` to its parser."""
     parser.add_argument("base", metavar="A", help="result directory of the base")
     parser.add_argument("tuned", metavar="B", help="result directory of the tuned model")
-    parser.add_argument("--base2", metavar="DIR", help="a second result of the base, with another seed")
     parser.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to n/2")
     parser.add_argument("--margin", type=float, default=0.02, help="smallest gain in pass@k that matters (0.02)")
     parser.add_argument("--out", metavar="DIR", help="where compare.json, .md and .png go (default: B)")
@@ -476,45 +406,31 @@ def parse_ks(text: str) -> list[int]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Compares, writes and prints. 0: done, whatever the answer; 2: bad input, a line on stderr, nothing written."""
-    try:
-        result, notes = run(args.base, args.tuned, args.base2, args.k, args.margin)
-    except ValueError as error:
-        print(f"eval_passk.py compare: {error}", file=sys.stderr)
-        return 2
+    """Compares, writes and prints. 0: done, whatever the answer. ValueError, one line, before anything is written."""
     from azr.evals import compare_view
 
+    result = run(args.base, args.tuned, args.k, args.margin)
     out = Path(args.out or args.tuned)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "compare.json", json.dumps(result, indent=1).encode())
-    write(out / "compare.md", compare_view.markdown(result).encode("utf-8", "backslashreplace"))
-    write(out / "compare.png", compare_view.plot(result))
-    for note in notes:
+    write_json_atomic(out / "compare.json", result)
+    page = compare_view.markdown(result)
+    for name, data in (("md", page.encode("utf-8", "backslashreplace")), ("png", compare_view.plot(result))):
+        with replacing(out / f"compare.{name}") as file:
+            file.write(data)
+    for note in result["notes"]:
         warn(note)
-    compare_view.show(result, out)
+    compare_view.show(page, out)
     return 0
 
 
-def run(a, b, second=None, ks: list[int] | None = None, margin: float = 0.02) -> tuple[dict, list[str]]:
-    """Returns (figures, notes) of two directories; ValueError, one line, if they cannot be compared."""
+def run(a: str | Path, b: str | Path, ks: list[int] | None = None, margin: float = 0.02) -> dict:
+    """What compare.json holds, of two directories; ValueError, one line, if they cannot be compared."""
     if not (math.isfinite(margin) and 0 < margin < 0.5):
         raise ValueError(f"--margin must lie between 0 and 0.5, not {margin}")
     base, tuned = read(a), read(b)
     notes = check(base, tuned)
-    again = read(second) if second else None
-    if again:
-        notes += check(base, again, second_base=True)
-        if Path(second).resolve() == Path(b).resolve():
-            notes.append("the second base result is B itself")
-    n = min(result.n for result in (base, tuned, again) if result)
-    ks = ks or passk.powers_of_two(n)
-    if n < 2 * ks[-1] and n > 1:
-        notes.append(f"n = {n} is less than 2k at k = {ks[-1]}: pass@k is close to a single draw a problem there")
-    result = compare(base, tuned, again, ks, margin)
-    return result | {"notes": notes}, notes
-
-
-def write(path: Path, data: bytes) -> None:
-    """Writes the file whole or not at all."""
-    with replacing(path) as file:
-        file.write(data)
+    result = compare(base, tuned, ks, margin)
+    n, k = result["samples_per_problem"], result["pass@k"][-1]["k"]
+    if 1 < n < 2 * k:
+        notes.append(f"n = {n} is less than 2k at k = {k}: pass@k is close to a single draw a problem there")
+    return result | {"notes": notes}

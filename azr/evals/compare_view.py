@@ -1,15 +1,16 @@
-"""What `compare` shows: a sentence and two tables on the screen, Markdown, and a plot as PNG bytes.
+"""What `compare` shows: a page of Markdown, which the screen gets too, and a plot as PNG bytes.
 
-show(result, out)     markdown(result) -> str     plot(result) -> bytes      result: what azr.compare.compare gives
+markdown(result) -> str     show(page, out)     plot(result) -> bytes      result: what azr/evals/compare.py gives
 """
 
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
 import numpy as np
+
+from azr.console import prose, say
 
 COLORS = {"base": "#555555", "tuned": "#1b6ca8", "difference": "#c8553d"}
 SET_NAMES = {
@@ -32,14 +33,12 @@ def span(value: dict | None, sign: bool = False) -> str:
     return f"{form} [{form}, {form}]".format(value["mean"], value["low"], value["high"])
 
 
-def share(value: float | None) -> str:
-    """Writes a share with three digits, and "-" where it is undefined."""
-    return "-" if value is None else f"{value:.3f}"
-
-
 def p_value(p: float) -> str:
     """Writes a p value with three digits, and "<.001" below that."""
     return "<.001" if p < 0.001 else f"{p:.3f}"
+
+
+# ---------------------------------------------------------------- the page
 
 
 def crossing_line(result: dict) -> str:
@@ -55,9 +54,18 @@ def crossing_line(result: dict) -> str:
     )
 
 
-def curve_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Returns (header, rows) of pass@k: a row a k, both models, their difference, its p and who is ahead."""
-    header = ["k", "base", "tuned", "tuned - base", "p", "p, Holm", "ahead"]
+def solved_line(result: dict) -> str:
+    """Says how many problems each model solved at least once in all its samples, with McNemar's exact p."""
+    counts = result["solved_in_n"]
+    return (
+        f"Within all {result['samples_per_problem']} samples: both {counts['both']}, base only {counts['base_only']}, "
+        f"tuned only {counts['tuned_only']}, neither {counts['neither']} "
+        f"(McNemar, exact: p {p_value(counts['mcnemar_p'])})."
+    )
+
+
+def curve_table(result: dict) -> str:
+    """A row a k: both models, their difference, its p and who is ahead."""
     rows = [
         [
             str(row["k"]),
@@ -70,25 +78,30 @@ def curve_table(result: dict) -> tuple[list[str], list[list[str]]]:
         ]
         for row in result["pass@k"]
     ]
-    return header, rows
+    return _table(["k", "base", "tuned", "tuned - base", "p", "p, Holm", "ahead"], rows)
 
 
-def set_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Returns (header, rows) of the shares of problems in each set, with SRR and NDR, and what two samples of the base
-    give. There are no rows if the base has one sample a problem and no second result."""
+def set_table(result: dict) -> str:
+    """The shares of problems in each set, with SRR and NDR, and what two samples of the base give."""
     sets = result["sets"]
-    header = [f"within {sets['samples']} samples", "tuned", "second base", "tuned - second base"]
     if "SRR" not in sets:
-        return header, []
+        return "With one sample a problem there is no second base to set beside it."
     rows = [
-        [name, share(sets[key]["tuned"]), share(sets[key]["second_base"]), span(sets[key]["difference"], sign=True)]
+        [
+            name,
+            *("-" if sets[key][side] is None else f"{sets[key][side]:.3f}" for side in ("tuned", "second_base")),
+            span(sets[key]["difference"], sign=True),
+        ]
         for key, name in SET_NAMES.items()
     ]
-    return header, rows
+    return _table([f"within {sets['samples']} samples", "tuned", "second base", "tuned - second base"], rows) + (
+        f"\n\nSecond base: {sets['second_base']}, averaged over all ways to split them; base against tuned likewise at "
+        "half the samples. Two samples of one model differ too, so only the last column is a claim."
+    )
 
 
-def answer_table(result: dict) -> tuple[list[str], list[list[str]]]:
-    """Rows of base, tuned, difference for what the answers are like; no rows where nothing of it is recorded."""
+def answer_table(result: dict) -> str:
+    """What the answers are like, as far as it is recorded."""
     answers = result["answers"]
     pairs = [
         ("distinct correct answers per problem", answers["distinct_correct"]),
@@ -96,109 +109,42 @@ def answer_table(result: dict) -> tuple[list[str], list[list[str]]]:
         ("answers cut by the length limit", answers["truncated"]),
     ]
     rows = [[name, span(v["base"]), span(v["tuned"]), span(v["difference"], sign=True)] for name, v in pairs if v]
-    return ["", "base", "tuned", "tuned - base"], rows
-
-
-def about(result: dict) -> str:
-    """Says which benchmark, how many problems and samples, and what the intervals are about."""
-    return (
-        f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems, "
-        f"{result['samples_per_problem']} samples each. Intervals: {result['intervals']}."
-    )
-
-
-def set_note(result: dict) -> str:
-    """Says what the second base of `set_table` is, and which column may be read as a claim."""
-    if "SRR" not in result["sets"]:
-        return "With one sample a problem there is no second base to set beside it."
-    second = result["sets"]["second_base"]
-    how = (
-        f"Second base: {second}, averaged over all ways to split them; base against tuned likewise at half the samples."
-        if second.startswith("halves")
-        else f"Second base: {second}."
-    )
-    return f"{how} Two samples of one model differ too, so only the last column is a claim."
-
-
-def solved_line(result: dict) -> str:
-    """Says how many problems each model solved at least once in all its samples, with McNemar's exact p."""
-    counts = result["solved_in_n"]
-    return (
-        f"Within all {result['samples_per_problem']} samples: both {counts['both']}, base only {counts['base_only']}, "
-        f"tuned only {counts['tuned_only']}, neither {counts['neither']} "
-        f"(McNemar, exact: p {p_value(counts['mcnemar_p'])})."
-    )
-
-
-# ---------------------------------------------------------------- the screen
-
-
-def show(result: dict, out: Path) -> None:
-    """The sentence first, then the tables."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
-    console.print(Text(result["sentence"], style="bold"))
-    console.print(Text(about(result)))
-    console.print(_rich(curve_table(result)))
-    console.print(Text(crossing_line(result)))
-    console.print(Text(solved_line(result)))
-    if set_table(result)[1]:
-        console.print(_rich(set_table(result)))
-    console.print(Text(set_note(result)))
-    console.print(Text(f"tables and plot: {out / 'compare.md'}, compare.json, compare.png"), soft_wrap=True)
-
-
-def _rich(table: tuple[list[str], list[list[str]]]):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    drawn = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for i, name in enumerate(table[0]):
-        drawn.add_column(name, justify="left" if i == 0 and not name.startswith("k") else "right")
-    for row in table[1]:
-        drawn.add_row(*row)
-    return drawn
-
-
-# ---------------------------------------------------------------- Markdown
+    return _table(["answers", "base", "tuned", "tuned - base"], rows) if rows else ""
 
 
 def markdown(result: dict) -> str:
-    """The whole comparison as one page."""
-    histogram = result["histogram"]
-    counts = (
-        ["share of right answers", *histogram["bins"]],
-        [[name, *map(str, histogram[name])] for name in ("base", "tuned")],
-    )
+    """The whole comparison as one page, the sentence first."""
     parts = [
-        "# Base against tuned",
-        f"**{result['sentence']}**",
-        f"base: `{result['base']}`, tuned: `{result['tuned']}`. {about(result)}",
-        "![pass@k](compare.png)",
-        _table(*curve_table(result)),
+        result["sentence"],
+        f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems, "
+        f"{result['samples_per_problem']} samples each. Intervals: {result['intervals']}. base: `{result['base']}`, "
+        f"tuned: `{result['tuned']}`.",
+        curve_table(result),
         "p: sign-flip permutation test on per-problem pass@k, two-sided; Holm: corrected over the k of this table. "
         "A model is called ahead where the corrected p is below 0.05 and the interval excludes 0.",
         crossing_line(result),
-        "## Problems kept, lost and found",
         solved_line(result),
-        _table(*set_table(result)),
-        set_note(result),
-        "## Answers" if answer_table(result)[1] else "",
-        _table(*answer_table(result)),
-        "## Problems by the share of right answers",
-        _table(*counts),
-        *(f"Note: {note}." for note in result.get("notes", [])),
+        set_table(result),
+        answer_table(result),
+        "![pass@k](compare.png)",
+        *(f"Note: {note}." for note in result["notes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
-    if not rows:
-        return ""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """A Markdown table whose columns stand one below the other as plain text too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
+
+
+def show(page: str, out: Path) -> None:
+    """The page on the screen, its notes aside: tables as they are, the rest broken between words."""
+    for line in page.splitlines():
+        if not line.startswith(("![", "Note: ")):
+            (say if line.startswith("|") else prose)(line)
+    say(f"tables and plot: {out / 'compare.md'}, compare.json, compare.png")
 
 
 # ---------------------------------------------------------------- the plot
