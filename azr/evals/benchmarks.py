@@ -58,7 +58,7 @@ class Source:
     """`hub`: dataset and the pattern of its file; `page`: where to get the file when the hub does not have it."""
 
     kind: str
-    read: Callable[[dict, str, int], Item] | None
+    read: Callable[[dict, int], Item] | None
     hub: tuple[str, str] | None = None
     page: str = ""
     strict: bool = False
@@ -79,40 +79,37 @@ def _one_of(row: dict, *names: str) -> str:
     return text_field(row, next((name for name in names if name in row), names[0]))
 
 
-def _cruxeval(mode: str) -> Callable[[dict, str, int], Item]:
-    def read(row: dict, where: str, number: int) -> Item:
-        values = {name: text_field(row, column) for name, column in _CRUXEVAL_COLUMNS.items()}
-        return Item(_id(row, number), Task.from_json({"mode": mode, **values}))
+def _cruxeval(mode: str) -> Callable[[dict, int], Item]:
+    def read(row: dict, number: int) -> Item:
+        program, given, output = (text_field(row, column) for column in ("code", "input", "output"))
+        return Item(
+            _id(row, number), Task.from_json({"mode": mode, "program": program, "input": given, "output": output})
+        )
 
     return read
 
 
-_CRUXEVAL_COLUMNS = {"program": "code", "input": "input", "output": "output"}
-
-
-def _livecodebench(row: dict, where: str, number: int) -> Item:
+def _livecodebench(row: dict, number: int) -> Item:
     """livecodebench/execution-v2: `input` is a call of `function_name`, or its arguments."""
     name, call = text_field(row, "function_name"), text_field(row, "input").strip()
-    arguments = call[len(name) + 1 : -1] if call.startswith(f"{name}(") and call.endswith(")") else call
-    program = f"{text_field(row, 'code').rstrip()}\n\nf = {name}"
-    task_id = _id(
-        {"id": f"{row['question_id']}/{_id({'id': row['id']}, 0)}"} if {"id", "question_id"} <= row.keys() else row,
-        number,
-    )
-    return Item(
-        task_id,
-        Task.from_json(
-            {"mode": "deduction", "program": program, "input": arguments, "output": text_field(row, "output")}
-        ),
-    )
+    task = {
+        "mode": "deduction",
+        "program": f"{text_field(row, 'code').rstrip()}\n\nf = {name}",
+        "input": call[len(name) + 1 : -1] if call.startswith(f"{name}(") and call.endswith(")") else call,
+        "output": text_field(row, "output"),
+    }
+    # Several calls may be about one question.
+    if {"id", "question_id"} <= row.keys():
+        row = {"id": f"{row['question_id']}/{_id({'id': row['id']}, 0)}"}
+    return Item(_id(row, number), Task.from_json(task))
 
 
-def _task(row: dict, where: str, number: int) -> Item:
+def _task(row: dict, number: int) -> Item:
     task = Task.from_json(row)
     return Item(f"{task.mode}/{task.hash[:16]}", task)
 
 
-def _math(row: dict, where: str, number: int) -> Item:
+def _math(row: dict, number: int) -> Item:
     """Questions and answers under the names that the files have for them; the reference in the solution's last box
     (Minerva) or after #### (GSM8K) where there is no answer of its own."""
     question = _one_of(row, "problem", "question")
@@ -221,7 +218,7 @@ def _items(path: Path, source: Source) -> list[Item]:
     items: dict[str, Item] = {}
     for number, (where, row) in enumerate(rows_of(path)):
         try:
-            item = source.read(row, where, number)
+            item = source.read(row, number)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         if item.task_id in items:
@@ -255,7 +252,7 @@ def cruxeval_tasks(count: int, path: str | Path | None = None) -> list[Task]:
     try:
         rows = [row for _, row in rows_of(path)]
         chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
-        return [_cruxeval(mode)(rows[i], "", i).task for mode in ("deduction", "abduction") for i in chosen]
+        return [_cruxeval(mode)(rows[i], i).task for mode in ("deduction", "abduction") for i in chosen]
     except ValueError as error:
         raise ValueError(f"{path}: is not CRUXEval's file ({error})") from error
 
@@ -274,14 +271,12 @@ _INSTRUCTIONS = {
     "code": "Complete this Python function. Give the whole function, with its imports, in one fenced block tagged "
     "python.\n\n{code}",
 }
-_DIRECT = {"math": "Question: {question}\nGive the final answer only, without any reasoning.\nThe answer is"}
 PLAIN = {**_INSTRUCTIONS, "code": "{code}"}  # a function to go on with, as HumanEval's authors ask for it
 _AZR_CODE = (
     "Complete the Python function below. Answer with the whole function, with its imports, in one fenced block "
     "tagged python inside the answer tags.\n\n{code}"
 )
-NAMES = (*TEMPLATES, "plain", "chat", "direct")
-DIRECT_PREFIX = "The answer is"
+NAMES = (*TEMPLATES, "plain", "chat")
 _AFTER_CODE = ("\nif __name__", "\nprint(", "\nassert ", "\n```")
 
 
@@ -297,8 +292,6 @@ def prompt(item: Item, template: str, tokenizer: Any = None) -> str:
         return _fill(PLAIN[mode], item) + ("" if mode == "code" else "\n")
     elif template == "chat":
         return _chat(_fill(_INSTRUCTIONS[mode], item), tokenizer)
-    elif template == "direct" and mode in _DIRECT:
-        return _fill(_DIRECT[mode], item)
     elif template not in NAMES:
         raise ValueError(f"unknown template {template!r}: choose from {', '.join(NAMES)}")
     raise ValueError(f"the template {template} has no prompt for {mode} problems")
@@ -332,10 +325,12 @@ def stop_strings(benchmark: Benchmark, template: str) -> tuple[str, ...]:
     """What ends an answer besides the end-of-text token."""
     if template in TEMPLATES:
         return (STOP,)
-    if template == "plain" and benchmark.kind == "code":
-        # A body is over where the next top-level statement begins; MBPP's prompts leave the whole function to write.
-        return _AFTER_CODE + (() if benchmark.name == "mbpp+" else ("\ndef ", "\nclass ", "\n@"))
-    return ("\n",) if template == "direct" else ("\nQuestion:",) if template == "plain" else ()
+    if template == "chat":
+        return ()
+    if benchmark.kind != "code":
+        return ("\nQuestion:",)
+    # A body is over where the next top-level statement begins; MBPP's prompts leave the whole function to write.
+    return _AFTER_CODE + (() if benchmark.name == "mbpp+" else ("\ndef ", "\nclass ", "\n@"))
 
 
 def template_hash(benchmark: Benchmark, template: str, tokenizer: Any = None) -> str:
@@ -349,5 +344,5 @@ def template_hash(benchmark: Benchmark, template: str, tokenizer: Any = None) ->
     elif template == "chat":
         parts += [_chat(text, tokenizer) for text in _INSTRUCTIONS.values()]
     else:
-        parts += (PLAIN if template == "plain" else _DIRECT).values()
+        parts += PLAIN.values()
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from azr.evals import code_answers, math_answers
-from azr.evals.benchmarks import DIRECT_PREFIX, Benchmark, Item
+from azr.evals.benchmarks import Benchmark, Item
 from azr.evals.held_out import answer_key
 from azr.tasks import judge, parse_answer
 from azr.tasks.parse import answer_text, fences
@@ -59,13 +59,10 @@ class Grade:
 
 
 class Grader:
-    """Opens what a benchmark's grading needs; use as a context manager. Raises SandboxError, MathError.
+    """Opens what a benchmark's grading needs; use as a context manager. Raises SandboxError, MathError."""
 
-    template: the one the responses were made with, if known: `direct` asks in the middle of the answer's sentence.
-    """
-
-    def __init__(self, benchmark: Benchmark, workers: int | None = None, template: str | None = None):
-        self.benchmark, self.template = benchmark, template
+    def __init__(self, benchmark: Benchmark, workers: int | None = None):
+        self.benchmark = benchmark
         self.workers = workers or len(os.sched_getaffinity(0))
         self.items, self.references = benchmark.by_id(), {}
         # A problem without extra inputs, as Mbpp/793, is judged by its base inputs in both figures.
@@ -127,8 +124,7 @@ class Grader:
     def _math(self, pairs: list[tuple[Item, Answer]]) -> list[Grade]:
         values = []
         for item, answer in pairs:
-            prefix = DIRECT_PREFIX if self.template == "direct" and answer.form == "completion" else ""
-            value = math_answers.extract(prefix + answer.text)
+            value = math_answers.extract(answer.text)
             values.append(answer.text.strip() if value is None and answer.form == "answer" else value)
         verdicts = self.tool.grade([(item.task.answer, value) for (item, _), value in zip(pairs, values)])
         return [Grade(verdict.ok, verdict.reason, _key(verdict.key)) for verdict in verdicts]
@@ -210,10 +206,9 @@ def _marked(text: str) -> str | None:
 
 
 def _last(pattern: re.Pattern, text: str) -> str | None:
-    match = None
-    for match in pattern.finditer(text):
-        pass
-    return match[1] if match and match[1].strip() else None
+    """The last match's group, unless it is blank."""
+    groups = pattern.findall(text)
+    return groups[-1] if groups and groups[-1].strip() else None
 
 
 def program_text(problem: code_answers.Problem, text: str, form: str = "completion") -> str:

@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,9 +192,9 @@ def evaluate(
 
     if not tasks or n < 1:
         raise ValueError(f"nothing to evaluate: {len(tasks)} tasks with {n} samples each")
-    results = []
-    for part in _parts(tasks, max(1, ANSWERS_PER_CALL // n)):
-        results += _evaluate_part(policy, part, n, sampling, template, sandbox, seed)
+    results, size = [], max(1, ANSWERS_PER_CALL // n)
+    for start in range(0, len(tasks), size):
+        results += _evaluate_part(policy, tasks[start : start + size], n, sampling, template, sandbox, seed)
         if progress:
             progress(len(results), len(tasks))
     if missing := sum(result.infra for result in results):
@@ -207,10 +207,6 @@ def evaluate(
         "sampling": json.loads(json.dumps(dataclasses.asdict(sampling))),
     }
     return EvalResult(results, settings)
-
-
-def _parts(items: list, size: int) -> Iterator[list]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _evaluate_part(
@@ -299,18 +295,12 @@ def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequenc
 
 
 def _draw_panel(axes: Any, results: dict[str, EvalResult], ks: list[int], mode: str | None) -> None:
+    """The curve of every result, and around all but the first the band of its difference from the first."""
     base = next(iter(results.values()))
     for index, (name, result) in enumerate(results.items()):
         curve, color = result.pass_at_k(ks, mode), f"C{index}"
         axes.plot(ks, curve.mean, marker="o", markersize=3.5, color=color, label=name)
         if result is not base:
             gap = difference(base, result, ks, mode)
-            around = curve.mean - gap.mean  # the base's curve
-            axes.fill_between(
-                ks,
-                np.clip(around + gap.low, 0, 1),
-                np.clip(around + gap.high, 0, 1),
-                color=color,
-                alpha=0.2,
-                linewidth=0,
-            )
+            low, high = (np.clip(curve.mean - gap.mean + end, 0, 1) for end in (gap.low, gap.high))
+            axes.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0)

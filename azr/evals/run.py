@@ -114,10 +114,10 @@ def default_out(settings: Settings, benchmark: Benchmark) -> Path:
     return Path("runs") / f"eval-{name}-{tail}"
 
 
-def describe(settings: Settings, policy, benchmark: Benchmark, temperature: float) -> dict:
+def describe(settings: Settings, policy, benchmark: Benchmark) -> dict:
     """What config.json and result.json say about where the answers come from."""
     decoding = {
-        "temperature": temperature,
+        "temperature": settings.temperature,
         "top_p": settings.top_p,
         "max_new_tokens": settings.max_new_tokens,
         "seed": settings.seed,
@@ -162,11 +162,10 @@ def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row],
             settings.max_new_tokens,
             benchmarks.stop_strings(benchmark, settings.template),
         )
-        stored = read_config(out)
-        info = describe(settings, policy, benchmark, settings.temperature)
-        check_same(stored, info, out)
+        info = describe(settings, policy, benchmark)
+        stored = check_same(info, out)
         if settings.match_entropy:
-            matched = (stored or {}).get("matched") or match_entropy(policy, prompts, sampling, settings.seed)
+            matched = stored.get("matched") or match_entropy(policy, prompts, sampling, settings.seed)
             info["decoding"]["temperature"] = matched["temperature"]
             info["matched"] = matched
             sampling = dataclasses.replace(sampling, temperature=matched["temperature"])
@@ -195,12 +194,14 @@ def sample(policy, prompts: dict, sampling, settings: Settings, benchmark: Bench
     prompts: task_id -> prompt ids. ValueError if the file that is there has a bad line.
     """
     path, n = out / "samples.jsonl", settings.samples
+    path.touch()
     repair(path)
-    rows = {(row.task_id, row.sample): row for row in read_samples(path, benchmark)} if has_lines(path) else {}
+    stored = read_samples(path, benchmark) if path.stat().st_size else []
+    rows = {(row.task_id, row.sample): row for row in stored}
     if extra := sum(sample >= n for _, sample in rows):
         warn(f"{path} has {extra} samples beyond --samples {n}: they stay, and are not looked at")
     todo = n * len(prompts)
-    with bar(f"sampling {todo} answers") as advance, open(path, "ab", buffering=0) as file:
+    with bar(f"sampling {todo} answers") as advance, open(path, "ab") as file:
         left = todo - sum(sample < n for _, sample in rows)
         advance(todo - left, todo)
         for names, samples in cells(list(prompts), n, sampling.max_new_tokens):
@@ -260,9 +261,9 @@ def cells(names: list[str], n: int, longest: int) -> Iterator[tuple[list[str], r
 
 
 def _text(policy, completion, sampling, settings: Settings) -> str:
-    """The response; of the plain and direct templates without the stop string, which is no part of the answer."""
+    """The response; of the plain template without the stop string, which is no part of the answer."""
     text = policy.decode(completion.ids)
-    if completion.finish_reason == "stop" and settings.template in ("plain", "direct"):
+    if completion.finish_reason == "stop" and settings.template == "plain":
         ends = [text.find(stop) for stop in sampling.stop if stop in text]
         text = text[: min(ends)] if ends else text
     return text
@@ -289,26 +290,13 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-def has_lines(path: Path) -> bool:
-    """Tells whether the file exists and is not empty."""
-    return path.is_file() and path.stat().st_size > 0
-
-
 def repair(path: Path) -> None:
     """Cuts off a last line without its end, which a kill in the middle of a write leaves."""
-    if not has_lines(path):
-        return
-    with open(path, "rb+") as file:
-        size = end = file.seek(0, os.SEEK_END)
-        tail = b""
-        while end and b"\n" not in tail:
-            start = max(0, end - (1 << 16))
-            file.seek(start)
-            tail, end = file.read(end - start), start
-        keep = end + tail.rfind(b"\n") + 1
-        if keep < size:
-            warn(f"{path}: the last line was cut off in its writing; it is made again")
-            file.truncate(keep)
+    data = path.read_bytes()
+    keep = data.rfind(b"\n") + 1
+    if keep < len(data):
+        warn(f"{path}: the last line was cut off in its writing; it is made again")
+        os.truncate(path, keep)
 
 
 def sample_line(row: Row) -> dict:
@@ -323,49 +311,37 @@ def sample_line(row: Row) -> dict:
 
 
 def append(file, row: Row) -> None:
-    """Writes one sample as a line of ASCII to an unbuffered file, so that a kill costs no sample that ended before."""
-    data = memoryview((json.dumps(sample_line(row)) + "\n").encode("ascii"))
-    while data:  # a raw write may take a part, on a nearly full disk
-        data = data[file.write(data) :]
+    """Writes one sample as a line of ASCII, at once, so that a kill costs no sample that ended before."""
+    file.write((json.dumps(sample_line(row)) + "\n").encode("ascii"))
+    file.flush()
 
 
-def read_config(out: Path) -> dict | None:
-    """Reads config.json; None if there is none and no sample either. ValueError: samples alone, or a bad file."""
-    path = out / "config.json"
+def check_same(info: dict, out: Path) -> dict:
+    """What config.json says, {} if there is none. ValueError if it says that the samples were made in another way."""
+    path, samples = out / "config.json", out / "samples.jsonl"
     if not path.is_file():
-        if has_lines(out / "samples.jsonl"):
+        if samples.is_file() and samples.stat().st_size:
             raise ValueError(f"{out}: has samples, but no config.json that says what made them; give another --out")
-        return None
-    try:
-        return read_object(path)
-    except ValueError as error:
-        raise ValueError(f"{error}; give another --out") from error
-
-
-def check_same(stored: dict | None, info: dict, out: Path) -> None:
-    """Raises ValueError if the samples were made in another way; a matched temperature follows from the rest."""
-    if stored is None:
-        return
-    matched = info["decoding"].get("match_entropy")
-    old, new = (flat(settings, bool(matched)) for settings in (stored, info))
-    if changed := [f"{key} {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]:
+        return {}
+    stored = read_object(path)
+    old, new = flat(stored), flat(info)
+    if changed := [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]:
         raise ValueError(
             f"{out}: holds samples made in another way ({'; '.join(changed)}); repeat the old settings, or "
             "give another --out"
         )
+    return stored
 
 
-def flat(info: dict, matched: bool) -> dict:
-    """Returns the settings as JSON has them, decoding's at the top level, to compare two of them.
-
-    matched: the temperature is the base's, since the matched one follows from it and is known only later.
-    """
-    info = json.loads(json.dumps(info))
-    decoding = info.pop("decoding", {})
-    if matched:
-        decoding["temperature"] = (info.get("matched") or {}).get("base_temperature", decoding.get("temperature"))
-    info.pop("matched", None)
-    return info | decoding
+def flat(info: dict) -> dict:
+    """The settings with decoding's at the top level, to compare two of them. Instead of a matched temperature, which
+    follows from the rest and is known only later, the base's."""
+    matched = {"temperature": info["matched"]["base_temperature"]} if "matched" in info else {}
+    return {
+        key: value
+        for key, value in (info | info.get("decoding", {}) | matched).items()
+        if key not in ("decoding", "matched")
+    }
 
 
 # ---------------------------------------------------------------- equal entropy
@@ -393,13 +369,11 @@ def match_entropy(policy, prompts: dict, sampling, seed: int) -> dict:
     with bar("matching the base's entropy") as advance:
         with policy.disable_adapter():
             target = entropy(start)
-        low, latest, high = start, entropy(start), start
-        temperature, tuned = start, latest
-        while latest < target and high < HOTTEST:
+        low = high = temperature = start
+        tuned = entropy(start)
+        while tuned < target and high < HOTTEST:
             low, high = high, min(HOTTEST, 1.5 * high)
-            latest = entropy(high)
-        if high > start:
-            temperature, tuned = high, latest
+            temperature, tuned = high, entropy(high)
         for step in range(MATCH_STEPS if tuned > target and high > start else 0):
             if abs(tuned - target) <= MATCH_CLOSE * target:
                 break

@@ -11,7 +11,6 @@ No torch is imported here.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 from collections import Counter
@@ -48,25 +47,19 @@ class Row:
 def read_samples(path: str | Path, benchmark: Benchmark) -> list[Row]:
     """The samples of a .jsonl or .jsonl.gz file, in its order. ValueError with file and line for a bad line, a task_id
     that the benchmark does not have, or a (task_id, sample) that is there twice."""
-    rows, by_id = [], benchmark.by_id()
-    seen: set[tuple[str, int]] = set()
-    counts: Counter = Counter()
+    rows: dict[tuple[str, int], Row] = {}
+    by_id, counts = benchmark.by_id(), Counter()
     for where, data in strict_lines(path):
         row = _row(data, where, counts)
         if row.task_id not in by_id:
-            near = difflib.get_close_matches(row.task_id, by_id, 1)
-            raise ValueError(
-                f"{where}: {benchmark.name} has no problem {ascii(row.task_id)[:80]}"
-                f"{f'; the nearest is {near[0]}' if near else ''}"
-            )
-        if (row.task_id, row.sample) in seen:
+            raise ValueError(f"{where}: {benchmark.name} has no problem {ascii(row.task_id)[:80]}")
+        if (row.task_id, row.sample) in rows:
             raise ValueError(f"{where}: sample {row.sample} of {row.task_id} is there twice")
-        seen.add((row.task_id, row.sample))
         counts[row.task_id] += 1
-        rows.append(row)
+        rows[row.task_id, row.sample] = row
     if not rows:
         raise ValueError(f'{path}: holds no samples; expected lines {{"task_id", "completion"}}')
-    return rows
+    return list(rows.values())
 
 
 def _row(data: dict, where: str, counts: Counter) -> Row:
@@ -97,13 +90,7 @@ def _row(data: dict, where: str, counts: Counter) -> Row:
 # ---------------------------------------------------------------- grading and the result
 
 
-def conclude(
-    benchmark: Benchmark,
-    rows: list[Row],
-    out: Path,
-    ks: list[int] | None,
-    info: dict,
-) -> dict:
+def conclude(benchmark: Benchmark, rows: list[Row], out: Path, ks: list[int] | None, info: dict) -> dict:
     """Grades, writes graded.jsonl and result.json into `out`, prints the figures; returns the result. Killed, the same
     call goes on where it was.
 
@@ -120,31 +107,28 @@ def conclude(
         )
     if min(counts.values()) < max(counts.values()):
         warn(f"between {min(counts.values())} and {max(counts.values())} samples a problem")
-    grades, left_out = grade_rows(benchmark, rows, out, info.get("template"))
-    write_graded(out / "graded.jsonl", rows, grades)
-    result = summarise(benchmark, rows, grades, ks, info, left_out)
-    result["problems_without_samples"] = len(absent)
+    grades, left_out = grade_rows(benchmark, rows, out)
+    write_jsonl_atomic(out / "graded.jsonl", map(graded_line, rows, grades))
+    result = summarise(benchmark, rows, grades, ks, info, left_out) | {"problems_without_samples": len(absent)}
     write_json_atomic(out / "result.json", result)
     (out / PARTIAL).unlink()
     show(result, out)
     return result
 
 
-def grade_rows(
-    benchmark: Benchmark, rows: list[Row], out: Path, template: str | None
-) -> tuple[list[Grade], dict[str, int]]:
+def grade_rows(benchmark: Benchmark, rows: list[Row], out: Path) -> tuple[list[Grade], dict[str, int]]:
     """The grades of all rows, and by problem the inputs left out; equal answers are graded once.
 
     Each grade is written to PARTIAL in `out` as it is known, and what such a file holds already is not graded again.
     """
     keys = [_key(row) for row in rows]
     answers = {key: Answer(row.task_id, row.text, row.form) for key, row in zip(keys, rows)}
-    head = {"benchmark": benchmark.name, "file_hash": benchmark.file_hash, "template": template}
+    head = {"benchmark": benchmark.name, "file_hash": benchmark.file_hash}
     lines = {line["key"]: line for line in _saved(out / PARTIAL, head) if line["key"] in answers}
     todo = [key for key in answers if key not in lines]
     write_jsonl_atomic(out / PARTIAL, [head, *lines.values()])  # without a last line that a kill has cut off
     with (
-        Grader(benchmark, template=template) as grader,
+        Grader(benchmark) as grader,
         bar(f"grading {len(answers)} answers") as advance,
         open(out / PARTIAL, "ab", buffering=0) as file,
     ):
@@ -178,16 +162,8 @@ def check_ks(ks: list[int] | None, n: int) -> list[int]:
     """The ks asked for, or powers of two up to n/2. ValueError if one is above n."""
     ks = ks or passk.powers_of_two(n)
     if max(ks) > n:
-        raise ValueError(
-            f"--k {max(ks)}: a problem has only {n} samples, and pass@k is defined for k up to n; take more "
-            "--samples or a smaller k"
-        )
+        raise ValueError(f"--k {max(ks)}: a problem has only {n} samples; take more --samples or a smaller k")
     return ks
-
-
-def write_graded(path: Path, rows: list[Row], grades: list[Grade]) -> None:
-    """One line a sample, whole or not at all."""
-    write_jsonl_atomic(path, (graded_line(row, grade) for row, grade in zip(rows, grades, strict=True)))
 
 
 def graded_line(row: Row, grade: Grade) -> dict:
@@ -251,13 +227,13 @@ def truncation(rows: list[Row], grades: list[Grade], names: list[str]) -> dict |
     """The share of answers that the length limit ended, and pass@1 with and without them; None where nobody said."""
     if all(row.finish_reason is None for row in rows):
         return None
-    whole = [row.finish_reason != "length" for row in rows]
-    n, c = _counts(rows, [grade.correct for grade in grades], names)
-    whole_rows = [row for row, keep in zip(rows, whole) if keep]
-    n_whole, c_whole = _counts(whole_rows, [grade.correct for grade, keep in zip(grades, whole) if keep], names)
+    hits = [grade.correct for grade in grades]
+    n, c = _counts(rows, hits, names)
+    whole = [(row, hit) for row, hit in zip(rows, hits) if row.finish_reason != "length"]
+    n_whole, c_whole = _counts([row for row, _ in whole], [hit for _, hit in whole], names)
     some = n_whole > 0
     return {
-        "share": 1 - len(whole_rows) / len(rows),
+        "share": 1 - len(whole) / len(rows),
         "pass@1": float(np.mean(c / n)),
         "pass@1_without_truncated": float(np.mean(c_whole[some] / n_whole[some])) if some.any() else None,
         "problems_all_truncated": int((~some).sum()),
@@ -305,18 +281,10 @@ def score(samples: str, benchmark: Benchmark, ks: list[int] | None, out: str | N
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{directory}: cannot be made ({error.strerror}); name a place with --out") from error
-    info = {
-        "model": None,
-        "adapter": None,
-        "base_model": None,
-        "revision": None,
-        "quantization": None,
-        "template": None,
-        "template_hash": None,
-        "decoding": None,
-    }
+    names = "model adapter base_model revision quantization template template_hash decoding".split()
+    info = dict.fromkeys(names)
     with contextlib.suppress(ValueError):
         stored = read_object(path.parent / "config.json")
         if stored.get("benchmark") == benchmark.name and "decoding" in stored:
-            info |= {name: stored.get(name) for name in info}
-    return conclude(benchmark, rows, directory, ks, {**info, "samples": str(path), "made_by": "score"})
+            info = {name: stored.get(name) for name in names}
+    return conclude(benchmark, rows, directory, ks, info | {"samples": str(path), "made_by": "score"})
