@@ -28,7 +28,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -88,12 +87,10 @@ def _stated(text: str) -> str | None:
     mark = text.rfind("####")
     if mark >= 0:
         return text[mark + 4 :].lstrip().partition("\n")[0]
-    last = None
-    for last in _ANSWER_IS.finditer(text):
-        pass
-    if last is None:
+    ends = [match.end() for match in _ANSWER_IS.finditer(text)]
+    if not ends:
         return None
-    rest = text[last.end() : last.end() + MAX_ANSWER].lstrip("* \n")
+    rest = text[ends[-1] : ends[-1] + MAX_ANSWER].lstrip("* \n")
     return _SENTENCE_END.split(rest, maxsplit=1)[0]
 
 
@@ -133,23 +130,24 @@ def normalise(answer: str) -> str:
     text = _DRESSING.sub("", text)
     if len(text) > 40 or not _NUMBER.fullmatch(text):
         return text
-    whole, _, fraction = text.replace(",", "").partition(".")
-    sign, digits, fraction = (
-        whole[:1] * whole.startswith("-"),
-        whole.lstrip("-").lstrip("0") or "0",
-        fraction.rstrip("0"),
-    )
-    return ("" if (digits, fraction) == ("0", "") else sign) + digits + (f".{fraction}" if fraction else "")
+    whole, _, fraction = text.lstrip("-").replace(",", "").partition(".")
+    number = f"{whole.lstrip('0') or '0'}.{fraction.rstrip('0')}".rstrip(".")
+    return f"-{number}" if text.startswith("-") and number != "0" else number
 
 
-def _quick(reference: str, answer: str) -> Verdict | None:
-    """A verdict where none needs more than the texts in normal form: the same, or plain numbers."""
-    if reference == answer:
-        return Verdict(True, "ok", reference)
-    if all(len(text) <= 40 and _NUMBER.fullmatch(text) for text in (reference, answer)):
-        ok = math_numbers.same(Fraction(reference), Fraction(answer))
-        return Verdict(True, "ok", reference) if ok else Verdict(False, "wrong", answer)
-    return None
+def _quick(reference: str, answer: str | None) -> Verdict | None:
+    """A verdict where none needs math-verify: no answer, the same text in normal form, and what says a number."""
+    if answer is None or not answer.strip():
+        return Verdict(False, "no_answer")
+    if len(answer) > MAX_ANSWER:
+        return Verdict(False, "too_large", normalise(answer[:MAX_ANSWER]))
+    wanted, given = normalise(reference), normalise(answer)
+    if wanted == given:
+        return Verdict(True, "ok", wanted)
+    right = math_numbers.judge(reference, answer)
+    if right is None:
+        return None
+    return Verdict(True, "ok", wanted) if right is True else Verdict(False, right or "wrong", given)
 
 
 # ---------------------------------------------------------------- grading
@@ -184,14 +182,10 @@ class MathGrader:
         verdicts: dict[tuple[str, str | None], Verdict] = {}
         slow: dict[str, list[str]] = {}
         for reference, answer in dict.fromkeys(pairs):
-            verdict = _check_text(answer) or _quick(normalise(reference), normalise(answer))
-            if verdict is None and (found := math_numbers.judge(reference, answer)) is not None:
-                reason = {True: "ok", False: "wrong"}.get(found, found)
-                verdict = Verdict(found is True, reason, normalise(reference if found is True else answer))
-            if verdict is None:
-                slow.setdefault(reference, []).append(answer)
-            else:
+            if verdict := _quick(reference, answer):
                 verdicts[reference, answer] = verdict
+            else:
+                slow.setdefault(reference, []).append(answer)
         groups = [
             (reference, tuple(answers[start : start + ANSWERS_PER_CHILD]))
             for reference, answers in slow.items()
@@ -213,14 +207,6 @@ class MathGrader:
         return [
             Verdict(row["ok"], row["reason"], row["key"] or normalise(answer)) for row, answer in zip(rows, group[1])
         ]
-
-
-def _check_text(answer: str | None) -> Verdict | None:
-    if answer is None or not answer.strip():
-        return Verdict(False, "no_answer")
-    if len(answer) > MAX_ANSWER:
-        return Verdict(False, "too_large", normalise(answer[:MAX_ANSWER]))
-    return None
 
 
 class _Worker:
