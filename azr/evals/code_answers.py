@@ -18,7 +18,7 @@ out of a response. No torch is imported here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,9 @@ ATOL, RTOL = 1e-6, 1e-7  # floats where a problem gives no tolerance; relative p
 ANSWER_SECONDS = 60.0  # of all inputs of an answer; evalplus: min(60 s, the sum of the limits)
 FIRST_INPUTS, MOST_INPUTS = 16, 240  # that a process of an answer takes
 
-_FIELDS = {
-    "task_id": str,
-    "prompt": str,
-    "entry_point": str,
-    "canonical_solution": str,
-    "base_input": list,
-    "plus_input": list,
-    "atol": (int, float),
-}
+_TEXTS = dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution"), str)
+_EVALPLUS = _TEXTS | {"base_input": list, "plus_input": list, "atol": (int, float)}
+_OFFICIAL = _TEXTS | {"test": str}
 
 # What the arguments of MBPP+ were before they became JSON: a shape per argument, the last one for all that follow.
 # A shape reads from outside to inside: t list to tuple, l stays a list, * tuples all the way down, { values of a dict,
@@ -108,27 +102,33 @@ class Grade:
 
 def load_problems(path: str | Path) -> list[Problem]:
     """The problems of evalplus's file, .jsonl or .jsonl.gz. ValueError with file, line and field for a bad one."""
-    problems: dict[str, Problem] = {}
-    for where, row in strict_lines(path):
-        problem = _problem(row, where)
-        if problem.task_id in problems:
-            raise ValueError(f"{where}, field task_id: {problem.task_id} is there twice")
-        problems[problem.task_id] = problem
+    problems = [_problem(row, where) for where, row in _checked(strict_lines(path), _EVALPLUS)]
     if not problems:
         raise ValueError(f"{path}: holds no problems; expected evalplus's HumanEvalPlus.jsonl or MbppPlus.jsonl")
-    return list(problems.values())
+    return problems
+
+
+def _checked(rows: Iterable[tuple[str, dict]], fields: dict) -> Iterator[tuple[str, dict]]:
+    """The rows, each with its place. ValueError for a field of another kind, and for a task_id that comes twice."""
+    seen = set()
+    for where, row in rows:
+        if row.get("plus_input") == {}:  # Mbpp/793 of version 0.2.0 has no plus inputs, and says so like that
+            row["plus_input"] = []
+        for name, kind in fields.items():
+            if name not in row:
+                raise ValueError(f"{where}: the field {name} is missing")
+            if not isinstance(row[name], kind) or isinstance(row[name], bool):
+                raise ValueError(f"{where}, field {name}: {type(row[name]).__name__} is no value for it")
+        if not row["entry_point"].isidentifier():
+            raise ValueError(f"{where}, field entry_point: {row['entry_point']!r:.60} is no name of a function")
+        if row["task_id"] in seen:
+            raise ValueError(f"{where}, field task_id: {row['task_id']} is there twice")
+        seen.add(row["task_id"])
+        yield where, row
 
 
 def _problem(row: dict, where: str) -> Problem:
-    if row.get("plus_input") == {}:  # Mbpp/793 of version 0.2.0 has no plus inputs, and says so like that
-        row["plus_input"] = []
-    for name, kind in _FIELDS.items():
-        if name not in row:
-            raise ValueError(f"{where}: the field {name} is missing")
-        if not isinstance(row[name], kind) or isinstance(row[name], bool):
-            raise ValueError(f"{where}, field {name}: {type(row[name]).__name__} is no value for it")
-    if not row["entry_point"].isidentifier():
-        raise ValueError(f"{where}, field entry_point: {row['entry_point']!r:.60} is no name of a function")
+    """A row of evalplus's file, whose fields are checked, as a problem."""
     if not 0 <= row["atol"] < float("inf"):
         raise ValueError(f"{where}, field atol: {row['atol']} is no tolerance")
     if not row["base_input"]:
@@ -138,15 +138,7 @@ def _problem(row: dict, where: str) -> Problem:
         for name in ("base_input", "plus_input")
         for arguments in row[name]
     ]
-    return Problem(
-        row["task_id"],
-        row["prompt"],
-        row["entry_point"],
-        row["canonical_solution"],
-        tuple(inputs),
-        len(row["base_input"]),
-        float(row["atol"]),
-    )
+    return Problem(*(row[name] for name in _TEXTS), tuple(inputs), len(row["base_input"]), float(row["atol"]))
 
 
 def _call(task_id: str, arguments: Any, where: str) -> str:
@@ -180,37 +172,22 @@ def official_problems(rows: Iterable[tuple[str, dict]]) -> list[Problem]:
     """The problems of OpenAI's HumanEval.jsonl.gz: (where, row) each. Its tests are assertions, which would bring the
     expected values into an answer's process; so each runs once on the reference solution, in the sandbox, to record
     the inputs it uses, and these are the problem's base inputs. ValueError for a bad row."""
-    problems, jobs, wheres = {}, [], []
-    for where, row in rows:
-        texts = {name: row.get(name) for name in ("task_id", "prompt", "entry_point", "canonical_solution", "test")}
-        if missing := [name for name, text in texts.items() if not isinstance(text, str)]:
-            raise ValueError(f"{where}: the field {missing[0]} is missing or no text")
-        if texts["task_id"] in problems:
-            raise ValueError(f"{where}, field task_id: {texts['task_id']} is there twice")
-        record = _RECORD.format(texts["entry_point"])
-        program = f"{texts['prompt']}{texts['canonical_solution']}\n{texts['test']}{record}"
-        jobs.append(Job(program, ("",), REFERENCE_SECONDS, "_record"))
-        problems[texts["task_id"]] = texts
-        wheres.append(where)
+    problems, rows = [], list(_checked(rows, _OFFICIAL))
+    programs = [
+        f"{row['prompt']}{row['canonical_solution']}\n{row['test']}{_RECORD.format(row['entry_point'])}"
+        for _, row in rows
+    ]
     with Sandbox(profile=BENCHMARK) as sandbox:
-        outcomes = sandbox.run(jobs)
-    return [_official(texts, outcome[0], where) for texts, outcome, where in zip(problems.values(), outcomes, wheres)]
-
-
-def _official(texts: dict, outcome: Any, where: str) -> Problem:
-    if outcome.status != "ok":
-        raise ValueError(f"{where}: the tests of {texts['task_id']} cannot be run ({outcome.status} {outcome.detail})")
-    calls = literal.parse(outcome.output, BENCHMARK.limits)
-    inputs = tuple(dict.fromkeys(literal.canon_args(call, {}, BENCHMARK.limits) for call in calls))
-    return Problem(
-        texts["task_id"],
-        texts["prompt"],
-        texts["entry_point"],
-        texts["canonical_solution"],
-        inputs,
-        len(inputs),
-        _OFFICIAL_ATOL.get(texts["task_id"], 0.0),
-    )
+        outcomes = sandbox.run([Job(program, ("",), REFERENCE_SECONDS, "_record") for program in programs])
+    for (where, row), [outcome] in zip(rows, outcomes):
+        task_id = row["task_id"]
+        if outcome.status != "ok":
+            raise ValueError(f"{where}: the tests of {task_id} cannot be run ({outcome.status} {outcome.detail})")
+        calls = literal.parse(outcome.output, BENCHMARK.limits)
+        inputs = tuple(dict.fromkeys(literal.canon_args(call, {}, BENCHMARK.limits) for call in calls))
+        atol = _OFFICIAL_ATOL.get(task_id, 0.0)
+        problems.append(Problem(*(row[name] for name in _TEXTS), inputs, len(inputs), atol))
+    return problems
 
 
 def convert(task_id: str, arguments: list) -> tuple:
