@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,16 +198,10 @@ def striped_share(parts: list[Measured]) -> dict:
     return result
 
 
-def module_report(part: Measured, parameters: int) -> dict:
-    """Returns the figures of one tensor: those of a group, then --spectral's."""
-    return group_report([part], parameters) | part.spectral | part.overlaps
-
-
 def spectral_report(parts: list[Measured]) -> dict:
     """Means over the matrices of what --spectral found, under the same keys."""
     report = {}
-    keys = [key for key in parts[0].spectral | parts[0].overlaps]
-    for key in keys:
+    for key in parts[0].spectral | parts[0].overlaps:
         values = [(part.spectral | part.overlaps)[key] for part in parts]
         report[key] = mean_of([value for value in values if value is not None])
     critical = [part.spectral["R2_critical_scale"] for part in parts]
@@ -236,15 +230,15 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
         "adapted": group_report(adapted, base.parameters) | (spectral_report(adapted) if spectral else {}),
         **{kind: {key: group_report(group, base.parameters) for key, group in groups[kind].items()} for kind in groups},
         "modules": {
-            part.name.removesuffix(".weight") if part.adapted else part.name: module_report(part, base.parameters)
+            part.name.removesuffix(".weight") if part.adapted else part.name: group_report([part], base.parameters)
+            | part.spectral
+            | part.overlaps
             for part in parts
             if part.adapted or part.size.energy
         },
     }
-    if spectral:
-        report["whole"] |= {
-            key: value for key, value in report["adapted"].items() if key[:3] in ("R2_", "G1_", "G2_", "G3_")
-        }
+    ids = ("R2_", "G1_", "G2_", "G3_")  # the rest of the model does not turn: they are those of the adapted
+    report["whole"] |= {key: value for key, value in report["adapted"].items() if key[:3] in ids}
     return report
 
 
@@ -299,10 +293,7 @@ def analyse(args: argparse.Namespace) -> dict:
     for note in notes:
         console.warn(note)
 
-    def run(task: Callable, names: Iterable[str], title: str) -> Iterator:
-        return parallel(task, list(names), title, args.workers)
-
-    energy = sum(run(update.energy, update.adapted, "size of the update"))
+    energy = sum(parallel(update.energy, update.adapted, "size of the update", args.workers))
     size = sum(base.entries[name].size for name in update.adapted)
     if not math.isfinite(energy):
         energy = 0.0  # the matrix is found and named below
@@ -316,7 +307,7 @@ def analyse(args: argparse.Namespace) -> dict:
 
     # the largest first: no worker is left with one at the end
     names = sorted(base.entries, key=lambda name: -base.entries[name].size)
-    by_name = {part.name: part for part in run(one, names, "tensors")}
+    by_name = {part.name: part for part in parallel(one, names, "tensors", args.workers)}
     parts = [by_name[name] for name in base.entries]
     return {**about(args, base, update, notes, factor), **report_of(parts, base, args.spectral)}
 

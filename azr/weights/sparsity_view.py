@@ -17,11 +17,6 @@ def percent(share: float | None, digits: int = 1) -> str:
     return "-" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def number(value: float | None, form: str = ".3f") -> str:
-    """Writes a number in the given format, and "-" where it is undefined."""
-    return "-" if value is None else format(value, form)
-
-
 def interval(excess: dict | None) -> str:
     """Writes an excess over the null with its interval, and "-" where there is none."""
     return "-" if excess is None else f"{excess['excess']:+.4f} [{excess['low']:+.4f}, {excess['high']:+.4f}]"
@@ -37,19 +32,6 @@ def fact(words: str, value: str, ids: str) -> str:
 
 def lines(report: dict) -> list[str]:
     """Everything that is printed."""
-    adapted, out = report["adapted"], heading(report)
-    if adapted["U1_rms"]:
-        out += [*size_part(adapted, report["whole"]), *quantized_part(adapted), *structure_part(report)]
-        if "R2_margin" in adapted:
-            out += spectral_part(adapted)
-        out += [*tolerance_part(adapted), *table(report)]
-    else:
-        out += ["", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
-    return out + [f"not counted: {name} ({why})" for name, why in report["excluded"].items()]
-
-
-def heading(report: dict) -> list[str]:
-    """Returns the lines that say what was compared with what, and why with the dequantised base."""
     adapted = report["adapted"]
     out = [
         "",
@@ -63,59 +45,64 @@ def heading(report: dict) -> list[str]:
             "  the reference is the DEQUANTISED 4-bit base, because the forward pass of the training used it; against",
             "  the original any adapter would seem to change 97 % of the weights: the error of the quantization",
         ]
-    return out
+    if adapted["U1_rms"]:
+        out += [*size_part(adapted, report["whole"]), *structure_part(adapted)]
+        if "R2_margin" in adapted:
+            out += spectral_part(adapted)
+        out += table(report)
+    else:
+        out += ["", "the update is exactly 0: nothing was trained yet, every weight is unchanged"]
+    return out + [f"not counted: {name} ({why})" for name, why in report["excluded"].items()]
 
 
 def size_part(adapted: dict, whole: dict) -> list[str]:
-    """Returns the lines about the size of the update (U1) and the share that stays unchanged (S0, S1, S2)."""
+    """Returns the lines about the size of the update (U1), the share that stays unchanged (S0, S1, S2, U2), and a merge
+    back into 4 bits (S3)."""
     changed = f"{percent(1 - adapted['S1'])} / {percent(1 - whole['S1'])}"
-    near, matched = f"{percent(adapted['S2'])} / {percent(whole['S2'])}", adapted[MATCHED]
-    ids = f"1 - S1 = 1 - {adapted['S1']:.4f}"
+    near, matched, curve = f"{percent(adapted['S2'])} / {percent(whole['S2'])}", adapted[MATCHED], adapted["U2"]
     out = [
         "",
         "how large is it, and what would it change?",
         fact("root mean square of the change of a weight", f"{adapted['U1_rms']:.2e}", "U1"),
         fact("its norm, of the norm of the base", percent(adapted["U1_rel_fro"], 2), "U1"),
-        fact("weights that a merge to bf16 would change: adapted / whole", changed, ids),
+        fact(
+            "weights that a merge to bf16 would change: adapted / whole", changed, f"1 - S1 = 1 - {adapted['S1']:.4f}"
+        ),
         fact(f"unchanged within {PAPER_TOLERANCE:g}, as papers count: adapted / whole", near, "S2"),
         fact("unchanged before any rounding", percent(adapted["S0"]), "S0"),
         fact("the same update scaled to RMS 3e-5: unchanged in bf16", percent(matched["S1"]), f"S1 {MATCHED}"),
         fact("  and within the tolerance", percent(matched["S2"]), f"S2 {MATCHED}"),
+        "the share of unchanged weights for any tolerance (U2)",
+        "  |change| at most  " + "".join(f"{tolerance:>11.0e}" for tolerance in curve["tolerance"][::2]),
     ]
-    if adapted["zero_base_share"] > 0.001:
-        words = f"  of the weights whose base is not 0 (it is for {percent(adapted['zero_base_share'])})"
-        out.insert(5, fact(words, percent(1 - adapted["S1_nonzero_base"]), "1 - S1_nonzero_base"))
+    for kind in ("absolute", "relative"):
+        out.append(f"  {kind + ' share':18}" + "".join(f"{percent(share):>11}" for share in curve[kind][::2]))
+    if adapted["S3_code_requantized"] is not None:
+        codes = f"{percent(adapted['S3_code_frozen_scale'])} / {percent(adapted['S3_code_requantized'])}"
+        out += [
+            "if it were merged back into 4 bits",
+            fact("codes that stay: scales frozen / quantized anew", codes, "S3"),
+            fact("block scales that stay", percent(adapted["S3_scale_unchanged"]), "S3_scale_unchanged"),
+            fact("share of the update that survives", percent(adapted["S3_survival"]), "S3_survival"),
+        ]
     return out
 
 
-def quantized_part(adapted: dict) -> list[str]:
-    """Returns the lines about a merge back into 4 bits (S3); none without an NF4 base."""
-    if adapted["S3_code_requantized"] is None:
-        return []
-    codes = f"{percent(adapted['S3_code_frozen_scale'])} / {percent(adapted['S3_code_requantized'])}"
-    return [
-        "if it were merged back into 4 bits",
-        fact("codes that stay: scales frozen / quantized anew", codes, "S3"),
-        fact("block scales that stay", percent(adapted["S3_scale_unchanged"]), "S3_scale_unchanged"),
-        fact("share of the update that survives", percent(adapted["S3_survival"]), "S3_survival"),
-    ]
-
-
-def structure_part(report: dict) -> list[str]:
+def structure_part(adapted: dict) -> list[str]:
     """Returns the lines about chance (S5), concentration (S6) and rank (R1)."""
-    adapted, out = report["adapted"], ["is it more concentrated than chance?"]
-    shape, excess = adapted["S6"], adapted["S5"]
+    shape, excess, out = adapted["S6"], adapted["S5"], ["is it more concentrated than chance?"]
     if excess is None:
         out.append(fact("needs the singular values of full-rank updates: add --spectral", "-", "S5"))
     else:
-        outside = [m["S5"] for m in report["modules"].values() if m["S5"]]
-        above, below = sum(e["low"] > 0 for e in outside), sum(e["high"] < 0 for e in outside)
-        counts = f"{above} / {below} of {len(outside)}"
+        verdict = "no: a structureless update leaves as much unchanged"
+        if excess["low"] > 0:
+            verdict = "yes: more stays unchanged than with a structureless update"
+        elif excess["high"] < 0:
+            verdict = "no, less: more changes than with a structureless update"
         out += [
-            fact(verdict(excess), interval(excess), "S5 [95 %], S1 less the null's"),
+            fact(verdict, interval(excess), "S5 [95 %], S1 less the null's"),
             fact("  against a flat spectrum, which takes rank for structure", interval(excess["flat"]), "flat"),
             fact("  the same at RMS 3e-5", interval(adapted[MATCHED]["S5"]), f"S5 {MATCHED}"),
-            fact("  matrices above / below their interval (chance: 2.5 % each)", counts, ""),
         ]
     words = "energy in the largest 1 % of the entries (Gaussian: 8.5 %)"
     out.append(fact(words, percent(shape["top_1%_energy"]), f"S6, Gini {shape['gini']:.3f} (0.637)"))
@@ -123,31 +110,18 @@ def structure_part(report: dict) -> list[str]:
         striped = f"{percent(shape['rows_striped_share'], 0)} / {percent(shape['columns_striped_share'], 0)}"
         out.append(fact("matrices whose rows / columns are unequal beyond chance", striped, "S6 (chance: 2.5 %)"))
     if adapted["R1_effective_rank"] is not None:
-        rank, ids = f"{adapted['R1_effective_rank']:.1f} of {adapted['R1_rank']:g}", adapted["R1_stable_rank"]
-        out.append(fact("directions in use, mean of the matrices", rank, f"R1, stable rank {ids:.1f}"))
+        rank, stable = f"{adapted['R1_effective_rank']:.1f} of {adapted['R1_rank']:g}", adapted["R1_stable_rank"]
+        out.append(fact("directions in use, mean of the matrices", rank, f"R1, stable rank {stable:.1f}"))
     return out
-
-
-def verdict(excess: dict) -> str:
-    """Says in words on which side of 0 the interval of an excess lies."""
-    if excess["low"] > 0:
-        return "yes: more stays unchanged than with a structureless update"
-    if excess["high"] < 0:
-        return "no, less: more changes than with a structureless update"
-    return "no: a structureless update leaves as much unchanged"
 
 
 def spectral_part(adapted: dict) -> list[str]:
     """Returns the lines about what --spectral measured: R2, G1, G2 and G3."""
-    scale, energy, count = (
-        adapted["R2_critical_scale"],
-        adapted["G1_both"],
-        number(adapted["R2_intruders"]["0.5"], ".2f"),
-    )
+    scale, energy, count = adapted["R2_critical_scale"], adapted["G1_both"], adapted["R2_intruders"]["0.5"]
     first = "not below 1024 times" if scale is None else f"at {scale:.1f} times the update" if scale > 1 else "is there"
     out = [
         "singular vectors, means of the matrices",
-        fact("intruders among the leading 10 at 0.5", count, f"R2, least margin {number(adapted['R2_margin'])}"),
+        fact("intruders among the leading 10 at 0.5", f"{count:.2f}", f"R2, least margin {adapted['R2_margin']:.3f}"),
         fact("the first intruder of any matrix appears", first, "R2_critical_scale"),
         fact("largest rotation of the principal directions", f"{adapted['G2_left_angle']['max']:.2f} degrees", "G2"),
     ]
@@ -161,15 +135,6 @@ def spectral_part(adapted: dict) -> list[str]:
     return out
 
 
-def tolerance_part(adapted: dict) -> list[str]:
-    """Returns the table of unchanged shares at every second tolerance (U2), absolute and relative to the weight."""
-    curve = adapted["U2"]
-    rows = {"|change| at most": [f"{tolerance:.0e}" for tolerance in curve["tolerance"]]}
-    rows |= {f"{kind} share": [percent(share) for share in curve[kind]] for kind in ("absolute", "relative")}
-    cells = [f"  {name:18}" + "".join(f"{cell:>11}" for cell in row[::2]) for name, row in rows.items()]
-    return ["", "the share of unchanged weights for any tolerance (U2)", *cells]
-
-
 def table(report: dict) -> list[str]:
     """By matrix type, and at most twelve of the layers: U1, S1, S2, S1 at RMS 3e-5, the effective rank, S5."""
     out = ["", f"  {'':12}{'RMS':>10}{'of base':>10}{'S1':>9}{'S2':>9}{'S1 3e-5':>9}{'rank':>7}   S5"]
@@ -178,7 +143,8 @@ def table(report: dict) -> list[str]:
     for name, group in groups.items():
         cells = f"{group['U1_rms']:10.1e}{percent(group['U1_rel_fro'], 2):>10}"
         cells += "".join(f"{percent(share):>9}" for share in (group["S1"], group["S2"], group[MATCHED]["S1"]))
-        out.append(f"  {name:12}{cells}{number(group['R1_effective_rank'], '.1f'):>7}   {interval(group['S5'])}")
+        rank = "-" if group["R1_effective_rank"] is None else f"{group['R1_effective_rank']:.1f}"
+        out.append(f"  {name:12}{cells}{rank:>7}   {interval(group['S5'])}")
     return out
 
 
