@@ -28,6 +28,7 @@ class Window:
     """The first and the last rows of a run, and the settings it runs with (config.json)."""
 
     def __init__(self, config: dict) -> None:
+        """config: the settings of the run, as in config.json; no row yet."""
         self.config, self.count = config, 0
         self.first: list[dict] = []
         self.last: deque[dict] = deque(maxlen=WINDOW)

@@ -48,13 +48,11 @@ def causes(findings: list[Finding]) -> list[Finding]:
 
 
 class Health:
-    """The warnings of a run, row by row.
-
-    config: its settings as in config.json. said: every warning given; now: those that hold after the last row;
-    until: the last step at which each held.
-    """
+    """The warnings of a run, row by row. said: every warning given; now: those that hold after the last row; until: the
+    last step at which each held."""
 
     def __init__(self, config: dict) -> None:
+        """config: the settings of the run, as in config.json."""
         self.window, self.said, self.now = Window(config), [], []
         self.until: dict[str, int] = {}
         self._last: dict[tuple[str, str], Finding] = {}
@@ -71,6 +69,7 @@ class Health:
         return new
 
     def _is_news(self, f: Finding) -> bool:
+        """Whether to say it now: see the module."""
         earlier = [self._last.get((f.check, place)) for place in f.places or ("",)]
         if any(e is not None and f.step - e.step < WINDOW for e in earlier):
             return False  # the same rows, mostly

@@ -35,6 +35,7 @@ class Additive:
     """Dataclasses of counts: the sum over matrices is the count of the union."""
 
     def __add__(self, other):
+        """Field by field."""
         values = (getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self))
         return type(self)(*values)
 
