@@ -289,11 +289,10 @@ def draw_validity(result: dict):
 
 
 def draw_rewards(run: RunData):
-    """Mean reward of each role and mode at every step, gaps marked, and the seconds of each phase of a step."""
+    """Mean reward of each role and mode at every step, and the seconds of each phase of a step."""
     drawn, axes = figures.figure(1, 3, 3.5, 2.7)
     for one, role in zip(axes, ROLES):
         figures.curves(one, [run], f"{role}/{{}}/reward")
-        figures.mark_gaps(one, run)
         figures.label(one, f"{role}: mean reward", "step")
     if names := list(phases(run)):
         values = [np.nan_to_num(run.column(f"time/{n}")) for n in names]

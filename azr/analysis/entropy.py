@@ -72,10 +72,10 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
 # ------------------------------------------------------------------------------------------------------- scoring
 
 
-def score_rows(policy: Policy, rows: list[Row], temperature: float, token_budget: int) -> tuple[list, list]:
+def score_rows(policy: Policy, rows: list[Row], temperature: float) -> tuple[list, list]:
     """(exact entropies, log-probs) of every response: lists of arrays (tokens,)."""
     prompts, ids = ([policy.encode(getattr(row, name)) for row in rows] for name in ("prompt", "response"))
-    log_prob, entropy = policy.score_lists(prompts, ids, temperature, token_budget)
+    log_prob, entropy = policy.score_lists(prompts, ids, temperature)
     return tuple([np.array(row, np.float32) for row in rows] for rows in (entropy, log_prob))
 
 
@@ -171,7 +171,7 @@ def measure(args) -> int:
     rows = read_rows(args.data, args.limit)
     opening = agree(args.model, args.adapter, args.quantization)
     policy = open_policy(opening)
-    entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+    entropy, log_prob = score_rows(policy, rows, args.temperature)
     result = {
         "data": str(args.data),
         "temperature": args.temperature,
@@ -214,7 +214,7 @@ def probe_curve(run: RunData, args) -> dict:
     rows, policy, result = read_rows(path, args.limit), open_run(run), {}
     for step, checkpoint in checkpoints:
         use(policy, checkpoint)
-        entropy, log_prob = score_rows(policy, rows, args.temperature, args.token_budget)
+        entropy, log_prob = score_rows(policy, rows, args.temperature)
         result[str(step)] = by_group(rows, entropy, log_prob)
     (run.path / "eval").mkdir(exist_ok=True)
     write_json_atomic(run.path / "eval" / "probe_entropy.json", {"temperature": args.temperature, "probe": result})
@@ -318,7 +318,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-probe", action="store_true", help="with --run: no model is loaded, logged values only")
     parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base (default: as the adapter's)")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default 1.0)")
-    parser.add_argument("--token-budget", type=int, default=8192, help="tokens of a forward pass (default 8192)")
     parser.add_argument("--limit", type=int, help="only the first so many responses")
     figures.add_output_arguments(parser)
 

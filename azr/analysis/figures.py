@@ -82,12 +82,6 @@ def points(axes, x, intervals: list, name: str, tone: str, connect: bool = True,
     axes.errorbar(np.asarray(x, float) + shift, mean, error, elinewidth=0.9, capsize=2, label=name, **style)
 
 
-def mark_gaps(axes, run) -> None:
-    """A grey band over steps whose line in metrics.jsonl is missing."""
-    for step in set(run.steps.tolist()) - {row["step"] for row in run.rows}:
-        axes.axvspan(step - 0.5, step + 0.5, color="#bbbbbb", alpha=0.5, linewidth=0)
-
-
 def png(drawn) -> bytes:
     """A figure as PNG bytes."""
     buffer = io.BytesIO()

@@ -325,8 +325,7 @@ def build(entries: list[Entry]) -> tuple[str, dict]:
 def curves(entries: list[Entry], drawn: dict) -> list[str]:
     """Entropy, held-out accuracy, the probe, pass@k and the proposer; adds their figures to `drawn`."""
     runs = [entry.run for entry in entries]
-    text = "Exact token entropy of the training samples; faint: every step, strong: running mean. A grey bar is a step "
-    text += "without a line in metrics.jsonl."
+    text = "Exact token entropy of the training samples; faint: every step, strong: running mean."
     alt = "entropy, held-out accuracy"
     parts = ["<h2>Entropy and held-out accuracy</h2>"]
     parts.append(picture(drawn, "overview", draw_overview(runs), alt) + html.paragraph(text, "quiet"))
@@ -360,8 +359,6 @@ def draw_overview(runs: list[RunData]):
             if rows:
                 name += f", n {rows[0]['n']}" if rows[0]["n"] else ""
                 figures.points(axes[2], steps, rows, name, tone, shift=0.6 * (i + j))
-        for one in axes[:2]:
-            figures.mark_gaps(one, run)
     axes[2].set_xlim(left=0)
     axes[2].set_ylim(bottom=0)
     figures.label(axes[2], "held-out accuracy, greedy", "step", "share solved")

@@ -70,7 +70,7 @@ def reference(policy, prompts, responses, temperature, base=False):
 def test_entropy_is_that_of_the_full_softmax_in_float64(policy, tokens, temperature):
     prompts, responses = tokens
     rows = [entropy.Row("solver", "deduction", p, r) for p, r in TEXTS]
-    found, log_prob = entropy.score_rows(policy, rows, temperature, 8192)
+    found, log_prob = entropy.score_rows(policy, rows, temperature)
     for i, full in enumerate(reference(policy, prompts, responses, temperature)):
         exact = -(full.exp() * full).sum(-1).numpy()
         assert np.abs(found[i] - exact).max() < 2e-5
