@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from azr.policy.policy import Policy
 
 TOP_SHARE = 0.2  # of the tokens, arXiv 2506.01939
+SOLVER = "solver/all/entropy"
 BLOCK = 10  # steps that are resampled together: neighbouring steps have nearly the same policy
 
 
@@ -134,19 +135,11 @@ def fit_reward(entropy, reward, groups=None) -> dict:
     }
 
 
-def solver_entropy(run: RunData) -> np.ndarray:
-    """(steps,) token-mean entropy of the solver; for logs without solver/all/entropy the mean of the three modes."""
-    values = run.column("solver/all/entropy")
-    if np.isfinite(values).any():
-        return values
-    return np.mean([run.column(f"solver/{mode}/entropy") for mode in MODES], axis=0)
-
-
 def fits_of(runs: list[RunData]) -> dict:
     """Held-out accuracy and accuracy on own tasks against the solver's entropy."""
     held, own = [], []
     for number, run in enumerate(runs):
-        h, r = solver_entropy(run), run.column("held_out/all/accuracy")
+        h, r = run.column(SOLVER), run.column("held_out/all/accuracy")
         held += [(x, y, i) for i, (x, y) in enumerate(zip(h, r)) if np.isfinite(x) and np.isfinite(y)]
         accuracy = np.mean([run.column(f"solver/{mode}/accuracy") for mode in MODES], axis=0)
         # no block may join steps of two runs, hence numbers that are far apart
@@ -297,7 +290,7 @@ def draw_curves(runs: list[RunData], result: dict):
     draw_probe(axes[2], {run.name: result["runs"][str(run.path)]["probe"] for run in runs})
     for i, run in enumerate(runs):
         reward = run.column("held_out/all/accuracy")
-        axes[3].plot(solver_entropy(run), reward, "o", color=figures.color(i), markersize=4, label=run.name)
+        axes[3].plot(run.column(SOLVER), reward, "o", color=figures.color(i), markersize=4, label=run.name)
     title = "too few evaluations to fit"
     if fit := result["fits"].get("held_out_accuracy"):
         x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']}"

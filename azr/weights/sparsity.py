@@ -40,7 +40,7 @@ from azr.weights.reference import (
     reference_of,
 )
 
-WHOLE_TENSOR = 1 << 26  # entries; larger ones (embeddings) are read in pieces of rows
+PIECE = 1 << 24  # entries; larger tensors (embeddings) are read in pieces of rows
 
 
 # ---------------------------------------------------------------- one tensor
@@ -139,15 +139,13 @@ def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
     return Measured(name, False, size, shares)
 
 
-def row_pieces(entry) -> Iterator[tuple[int, int | None]]:
-    """Yields (first, last) rows of pieces of at most WHOLE_TENSOR / 4 entries, but at least one row; for a small
-    tensor, or one without rows, (0, None): all of it."""
-    if entry.size <= WHOLE_TENSOR // 4 or len(entry.shape) < 2:
-        yield 0, None
-        return
-    step = max(1, WHOLE_TENSOR // 4 // (entry.size // entry.shape[0]))
-    for first in range(0, entry.shape[0], step):
-        yield first, min(entry.shape[0], first + step)
+def row_pieces(entry) -> list[tuple[int, int | None]]:
+    """[(first, last)] rows of pieces of at most PIECE entries, but at least one row; (0, None) is all of a tensor."""
+    if entry.size <= PIECE or len(entry.shape) < 2:
+        return [(0, None)]
+    rows = entry.shape[0]
+    step = max(1, PIECE * rows // entry.size)
+    return [(first, min(rows, first + step)) for first in range(0, rows, step)]
 
 
 # ---------------------------------------------------------------- sums
