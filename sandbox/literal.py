@@ -83,6 +83,7 @@ class _Writer:
         self.limits, self.nodes, self.characters = limits, 0, 0
 
     def write(self, value, depth):
+        """The canonical text of a value. Raises TooLarge, NotLiteral."""
         self.nodes += 1
         if self.nodes > self.limits.nodes:
             raise TooLarge(f"more than {self.limits.nodes} values")
@@ -106,17 +107,20 @@ class _Writer:
         raise NotLiteral(type_name(kind))
 
     def count(self, characters):
+        """Takes down characters that are about to be written. Raises TooLarge."""
         self.characters += characters + 2  # two more for quotes, or for a comma and a blank
         if self.characters > self.limits.text:
             raise TooLarge(f"text of more than {self.limits.text} characters")
 
     def integer(self, value):
+        """The text of an int. Raises TooLarge."""
         bits = value.bit_length()
         if bits > self.limits.int_bits:
             raise TooLarge(f"integer of {bits} bits, the limit is {self.limits.int_bits}")
         return repr(value) if bits <= _HEX_FROM_BITS else hex(value)
 
     def container(self, value, kind, depth):
+        """The text of a list, tuple, set or dict of exactly this kind. Raises TooLarge, NotLiteral."""
         if len(value) > self.limits.nodes:
             raise TooLarge(f"more than {self.limits.nodes} values")
         if (kind is list or kind is tuple) and 1 < len(value) < 300 and _PLAIN.issuperset(map(type, value)):

@@ -2,7 +2,8 @@
 
     python tests/bench_sandbox.py [--json FILE] [--quick]
 
-Medians over interleaved rounds of one run, so that columns may be compared with each other on a busy machine too:
+Medians over interleaved rounds of one run, so that columns may be compared with each other on a busy machine too; the
+figures in CPU seconds (this process, the lanes and their children together) hardly depend on what else runs:
   - fresh children a second on one lane, against the bare fork-exit-wait rate of a small Python process;
   - a step's judgements (40 programs: validate, 8 input answers, 8 output answers, 8 candidates x 10 hidden inputs)
     against one reused worker process that takes one call at a time (no isolation, no second hash seed, 10 s for a
@@ -40,7 +41,7 @@ for _ in range(count):
     if pid == 0:
         os._exit(0)
     os.waitpid(pid, 0)
-print(count / (time.perf_counter() - started))
+print(count / (time.perf_counter() - started), sum(os.times()[:4]) / count)
 """
 TEMPLATES = """
 def f(xs):
@@ -170,9 +171,11 @@ class Plain:
         self.pool = concurrent.futures.ProcessPoolExecutor(1)
 
     def call(self, source, last, seconds=10.0):
+        """(text of the last line, status), as `plain_call` in the worker."""
         return self.pool.submit(plain_call, source.splitlines() + [last], seconds).result(seconds + 5)
 
     def step(self, programs, loops):
+        """All judgements of a step; `loops` of the programs have a candidate that never ends."""
         for number, (program, inputs) in enumerate(programs):
             twice = f"{program}\nif f({inputs[0]}) != f({inputs[0]}): raise Exception"
             gold, _ = self.call(twice, f"repr(f({inputs[0]}))")
@@ -189,6 +192,7 @@ class Plain:
                     self.call(candidate, f"{value} == f({text})")
 
     def close(self):
+        """Ends the worker."""
         self.pool.shutdown()
 
 
@@ -215,6 +219,7 @@ def step(sandbox, programs, loops):
 
 
 def wall_seconds(action):
+    """Seconds by the clock that the action takes."""
     started = time.perf_counter()
     action()
     return time.perf_counter() - started
@@ -230,21 +235,29 @@ def cpu_seconds(pids):
 
 
 def children_rates(quick):
+    """Fresh processes with one and with ten inputs, beside bare forks."""
     rounds, count = (3, 60) if quick else (7, 400)
-    bare, one, ten = [], [], []
+    bare, one, ten, ratios, cpu = [], [], [], [], []
     with Sandbox(workers=1, share=False) as sandbox:
         sandbox.run([Job(TRIVIAL, ("1",))] * 20)
+        pids = [lane.process.pid for lane in sandbox._lanes]
         for _ in range(rounds):
-            bare.append(float(subprocess.check_output([sys.executable, "-S", "-c", BARE, str(count)])))
+            command = [sys.executable, "-S", "-c", BARE, str(count)]
+            rate, seconds = map(float, subprocess.check_output(command).split())
+            bare.append(rate)
             for rates, inputs in ((one, ("3",)), (ten, tuple("0123456789"))):
-                started = time.perf_counter()
+                started, before = time.perf_counter(), cpu_seconds(pids)
                 sandbox.run([Job(TRIVIAL, inputs)] * count)
                 rates.append(count * len(inputs) / (time.perf_counter() - started))
-    ratios = [a / b for a, b in zip(one, bare)]
+                if rates is one:
+                    cpu.append((cpu_seconds(pids) - before) / count)
+                    ratios.append(cpu[-1] / seconds)
     return {
         "bare_forks_per_second": statistics.median(bare),
         "children_per_second": statistics.median(one),
-        "children_share_of_bare": statistics.median(ratios),
+        "children_share_of_bare": statistics.median(a / b for a, b in zip(one, bare)),
+        "child_cpu_ms": 1000 * statistics.median(cpu),
+        "child_cpu_in_bare_forks": statistics.median(ratios),
         "calls_per_second_ten_inputs": statistics.median(ten),
         "ten_inputs_speedup": statistics.median(a / b for a, b in zip(ten, one)),
     }
@@ -303,6 +316,7 @@ def loop_overshoot(quick):
 
 
 def soak(quick):
+    """What thousands of jobs leave behind in the lanes."""
     count = 400 if quick else 4_200
     with Sandbox(share=False) as sandbox:
         warm = [Job(TRIVIAL, ("1", "2"))] * 100
@@ -348,6 +362,7 @@ TARGETS = {
 
 
 def main():
+    """Prints the figures; returns the exit code."""
     parser = argparse.ArgumentParser(description="Speed of the sandbox.")
     parser.add_argument("--json", help="write the figures there")
     parser.add_argument("--quick", action="store_true", help="a tenth of the work; no verdict on the targets")

@@ -7,6 +7,7 @@ from sandbox import Job, Sandbox
 
 @pytest.fixture(scope="module")
 def sandbox():
+    """One for all tests of this file."""
     with Sandbox(workers=2) as opened:
         yield opened
 

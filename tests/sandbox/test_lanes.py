@@ -47,6 +47,7 @@ def test_waiting_children_that_are_killed_do_no_harm():
 
 
 def descendants(pid):
+    """Process ids of the children of a process."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -69,6 +70,7 @@ def gone(pids, seconds=10):
 
 
 def alive(pid):
+    """Whether the process has not ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):

@@ -62,6 +62,8 @@ def test_canonical_text(value, text):
 
 
 class Always(int):
+    """An int that equals everything."""
+
     def __eq__(self, other):
         return True
 
@@ -94,12 +96,14 @@ def test_other_types_are_refused(value):
 
 
 def cyclic():
+    """A list that holds itself."""
     value = []
     value.append(value)
     return value
 
 
 def shared():
+    """A list that would be 2 ** 60 values written out."""
     value = [1]
     for _ in range(60):
         value = [value, value]
@@ -378,6 +382,7 @@ def test_what_a_published_grader_takes_for_a_plain_value():
 
 
 def sys_hash_modulus():
+    """The prime of which hashes of numbers are remainders."""
     import sys
 
     return sys.hash_info.modulus
@@ -475,6 +480,7 @@ NAMES = {"__builtins__": {}, "float": float, "set": set, "frozenset": frozenset,
 
 
 def random_value(rng, depth=0):
+    """A value of any kind, nested up to five deep."""
     kind = rng.randrange(12 if depth < 4 else 6)
     if kind < 6:
         return rng.choice(
@@ -499,6 +505,7 @@ def random_value(rng, depth=0):
 
 
 def random_text(rng):
+    """The text of a value with a few changes, or letters without sense."""
     kind = rng.randrange(10)
     if kind < 3:
         return "".join(rng.choice(ALPHABET) for _ in range(rng.randrange(1, 12)))
@@ -519,6 +526,7 @@ def random_text(rng):
 
 
 def reading(reader, *arguments):
+    """(whether it can be read, the value)."""
     try:
         return True, reader(*arguments)
     except (LiteralError, SyntaxError, ValueError, TypeError, MemoryError, RecursionError, NameError, AttributeError):

@@ -14,6 +14,7 @@ LONG = bool(os.environ.get("SANDBOX_LONG"))
 
 
 def frames(parts):
+    """What a child writes, from (kind, text, CPU seconds)."""
     return b"".join(wire.frame(kind, text, cpu) for kind, text, cpu in parts)
 
 

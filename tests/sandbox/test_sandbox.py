@@ -20,11 +20,13 @@ LOOP = "def f(x):\n    while True:\n        pass\n"
 
 @pytest.fixture(scope="module")
 def sandbox():
+    """One for all tests of this file."""
     with Sandbox(workers=2) as opened:
         yield opened
 
 
 def one(sandbox, code, *inputs, **options):
+    """The outcomes of one job."""
     return sandbox.run([Job(code, inputs or ("1",), **options)])[0]
 
 
@@ -409,5 +411,6 @@ def test_soak_leaves_lanes_as_they_were(sandbox):
 
 
 def memory(sandbox):
+    """Resident KiB of each lane, by process id."""
     pids = [lane.process.pid for lane in sandbox._lanes]
     return {pid: int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) for pid in pids}

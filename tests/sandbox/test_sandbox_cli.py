@@ -14,11 +14,13 @@ SANDBOX = [sys.executable, "-m", "sandbox"]
 
 
 def filter_lines(data: bytes, *options):
+    """(exit code, rows of standard output, standard error) of `python -m sandbox run`."""
     done = subprocess.run([*SANDBOX, "run", *options], input=data, capture_output=True, cwd=ROOT)
     return done.returncode, [json.loads(line) for line in done.stdout.splitlines()], done.stderr.decode()
 
 
 def line(code, *inputs, **more):
+    """One request."""
     return json.dumps({"code": code, "inputs": list(inputs), **more}).encode() + b"\n"
 
 

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not DATA.exists(), reason="no data sets here")
 
 
 def rows(name):
+    """The rows of a file of published data; the test is skipped where it is not here."""
     path = DATA / name
     if not path.exists():
         pytest.skip(f"{name} is absent")

@@ -27,17 +27,20 @@ COUNT = "def f(x, seen=[]):\n    seen.append(x)\n    return [len(seen), sum(seen
 
 @pytest.fixture(scope="module")
 def alone():
+    """A sandbox with a process for every program."""
     with Sandbox(workers=1, share=False) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def shared():
+    """A sandbox in which programs share processes."""
     with Sandbox(workers=1) as opened:
         yield opened
 
 
 def may_share(code):
+    """Whether the child lets the program into company."""
     return contained.contained(gate.compile_source(code))
 
 
@@ -249,6 +252,7 @@ def test_many_answers_of_16_kb_are_no_flood(shared):
 
 
 def attacks(kind):
+    """[(name, program)] of a kind of attacks."""
     parts = (ATTACKS / f"{kind}.txt").read_text().split("# --- ")[1:]
     return [(name.strip(), code) for name, _, code in (part.partition("\n") for part in parts)]
 

@@ -15,6 +15,7 @@ from azr.tasks.duplicates import instance_key, program_key
 
 
 def number_task(i, mode="deduction"):
+    """The i-th of many different tasks."""
     return Task(mode, f"def f(x):\n    return x + {i}", str(i), str(2 * i))
 
 

@@ -12,11 +12,13 @@ DOUBLE = "def f(x):\n    return x * 2"
 
 @pytest.fixture(scope="module")
 def sandbox():
+    """One for all tests of this file."""
     with Sandbox(workers=2, profile=replace(PROPOSAL, cpu_seconds=0.25)) as opened:
         yield opened
 
 
 def judged(task, answers, sandbox, **options):
+    """(correct, reason) of each answer."""
     return [
         (verdict.ok, verdict.reason) for verdict in judge([(task, answer) for answer in answers], sandbox, **options)
     ]
@@ -148,6 +150,7 @@ class Recorder:
         self.sandbox, self.jobs, self.broken = sandbox, [], broken
 
     def run(self, jobs):
+        """As Sandbox.run."""
         self.jobs += jobs
         rows = self.sandbox.run(jobs)
         return [

@@ -31,11 +31,13 @@ REWRITTEN = [
 
 @pytest.fixture(scope="module")
 def sandbox():
+    """One for all tests of this file."""
     with Sandbox(workers=2) as running:
         yield running
 
 
 def reasons(proposals, sandbox, known=None):
+    """The reason of each verdict."""
     return [verdict.reason for verdict in validate(proposals, sandbox, known=known)]
 
 

@@ -16,19 +16,23 @@ DOUBLE = "def f(x):\n    return x * 2"
 
 @pytest.fixture(scope="module")
 def sandbox():
+    """One for all tests of this file."""
     with Sandbox(workers=2, profile=replace(PROPOSAL, cpu_seconds=0.25)) as opened:
         yield opened
 
 
 def reasons(proposals, sandbox, **options):
+    """The reason of each verdict."""
     return [verdict.reason for verdict in validate(proposals, sandbox, **options)]
 
 
 def deduction(program, given="3", mode="deduction"):
+    """A proposal with one input."""
     return Proposal(mode, program, (given,))
 
 
 def induction(program=DOUBLE, inputs=tuple("0123456789"), message="do something with a number"):
+    """A proposal with ten inputs."""
     return Proposal("induction", program, tuple(inputs), message)
 
 

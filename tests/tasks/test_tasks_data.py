@@ -13,6 +13,7 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def rows_of(name):
+    """The rows of a file of published data; the test is skipped where it is not here."""
     path = DATA / name
     if not path.exists():
         pytest.skip(f"{path} is not here")
@@ -21,6 +22,7 @@ def rows_of(name):
 
 @pytest.fixture(scope="module")
 def sandbox():
+    """One for all tests of this file."""
     with Sandbox() as opened:
         yield opened
 

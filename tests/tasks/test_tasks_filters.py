@@ -19,6 +19,7 @@ COMMAND = [sys.executable, "-m", "azr.tasks"]
 
 
 def run(command, data, *options):
+    """(rows of standard output, exit code, standard error) of `python -m azr.tasks COMMAND`."""
     if not isinstance(data, bytes):
         data = "".join(json.dumps(row) + "\n" for row in data).encode()
     done = subprocess.run([*COMMAND, command, *options], input=data, capture_output=True, cwd=ROOT, timeout=120)

@@ -97,6 +97,7 @@ def f(xx, yy='a', *a1, **kw1):
 
 
 def form(source):
+    """The normal form of a program."""
     return read_program(source).form
 
 
@@ -230,14 +231,17 @@ class Rename(ast.NodeTransformer):
         self.map = {name: f"v{i}" for i, name in enumerate(rng.sample(names, len(names)))}
 
     def visit_Name(self, node):
+        """Gives a variable its new name."""
         node.id = self.map.get(node.id, node.id)
         return node
 
     def visit_arg(self, node):
+        """Gives a parameter its new name."""
         node.arg = self.map.get(node.arg, node.arg)
         return node
 
     def visit_FunctionDef(self, node):
+        """A new name, other annotations, one more docstring."""
         node.name = self.map.get(node.name, node.name)
         node.returns = None if node.returns else ast.Name("list", ast.Load())
         for argument in node.args.args:
@@ -246,17 +250,20 @@ class Rename(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Global(self, node):
+        """Names after global and nonlocal."""
         node.names = [self.map.get(name, name) for name in node.names]
         return node
 
     visit_Nonlocal = visit_Global
 
     def visit_ExceptHandler(self, node):
+        """The name after `as`."""
         node.name = self.map.get(node.name, node.name)
         return self.generic_visit(node)
 
 
 def real_programs():
+    """The programs of CRUXEval."""
     path = DATA / "benchmarks" / "cruxeval.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here")

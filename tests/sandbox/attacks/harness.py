@@ -121,11 +121,13 @@ class World:
         self.jobs = {}  # of each lane when it last answered
 
     def fill(self, code):
+        """A program with the places of this world where it has marks for them."""
         for mark, value in (("@CANARY@", self.canary), ("@PORT@", self.port), ("@PID@", os.getpid())):
             code = code.replace(mark, str(value))
         return code
 
     def look(self):
+        """All of the canary and its directory that may not change."""
         status = self.canary.stat()
         names = sorted(os.listdir(self.directory))
         return names, self.canary.read_text(), status.st_mtime_ns, status.st_mode, status.st_uid
@@ -148,6 +150,7 @@ class World:
         return found
 
     def close(self):
+        """Closes the sockets."""
         self.tcp.close()
         self.udp.close()
 
@@ -177,6 +180,7 @@ def processes():
 
 
 def own_children():
+    """Process ids of our living children."""
     return [pid for pid, state, parent, _ in processes() if parent == os.getpid() and state not in "ZX"]
 
 
@@ -297,6 +301,7 @@ def refuse_calls(numbers, prctl_option=None):
 
 
 def main():
+    """Runs what the arguments ask for; returns the exit code."""
     parser = argparse.ArgumentParser(description="Runs the attack corpus against the sandbox.")
     parser.add_argument("--user", choices=("root", "nocaps", "nobody"), help="privileges (default: as started)")
     parser.add_argument("--no-landlock", action="store_true", help="as if the kernel had no Landlock")
