@@ -7,7 +7,7 @@
 
 Exact: H_t = -sum_v p log p over the whole vocabulary at temperature T, at every response token. Sampled: -log p of the
 token that is there, an estimate of H only where this model wrote the text at this T; elsewhere a cross-entropy.
---data takes JSON lines with "prompt" and "response" (probe.jsonl, samples.jsonl). Left out: the entropy over answers to
+--data takes JSON lines with "prompt" and "response", or "completion" (probe.jsonl, samples.jsonl). Left out: the entropy over answers to
 one problem (`eval_passk.py compare` has it); text of a real tokenizer is tokenized again, which may split words
 differently than sampled.
 """
@@ -58,7 +58,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give JSON lines with prompt and response, such as RUN/probe.jsonl")
     for row in tolerant_lines(path, notes):
-        prompt, response = row.get("prompt"), row.get("response")
+        prompt, response = row.get("prompt"), row.get("response", row.get("completion"))  # as eval_passk.py writes
         if isinstance(response, str) and isinstance(prompt, str) and prompt:
             rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response))
         if limit and len(rows) >= limit:
