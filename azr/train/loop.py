@@ -32,7 +32,7 @@ from azr.passk import powers_of_two
 from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
 from azr.policy.opening import check_warm_start
 from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
-from azr.runs import DiskError, Run, RunError, read_lines
+from azr.runs import DiskError, Run, RunError, read_metrics
 from azr.stop import StopNow, StopRequest
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
 from azr.tasks.prompts import STOP
@@ -299,7 +299,7 @@ class Watcher:
 def conclude(s, watch) -> None:
     """Trained against base: the table and the pass@k plot; what to look at."""
     # from the file, not from memory: a resumed run has the steps before the resume only there
-    rows = [row for row in read_lines(s.run.dir / "metrics.jsonl") if row["step"] > 0]
+    rows = [row for row in read_metrics(s.run.dir) if row["step"] > 0]
     count = min(10, max(1, len(rows) // 2))
     screen.training_table(rows[:count], rows[-count:])
     base, trained = (s.evaluation.pass_at_k_samples(name) for name in ("base", f"step_{s.completed}"))
