@@ -7,9 +7,9 @@
 
 Exact: H_t = -sum_v p log p over the whole vocabulary at temperature T, at every response token. Sampled: -log p of the
 token that is there, an estimate of H only where this model wrote the text at this T; elsewhere a cross-entropy.
---data takes JSON lines with "prompt" and "response" or "completion" (probe.jsonl, samples.jsonl). Left out: entropy over answers to
-one problem (`eval_passk.py compare` has it); text of a real tokenizer is tokenized again, which may split words
-differently than sampled.
+--data takes JSON lines with "prompt" and "response" (probe.jsonl, samples.jsonl) or "completion". Left out: the entropy
+over answers to one problem (`eval_passk.py compare` has it); text of a real tokenizer is tokenized again, which may
+split words differently than sampled.
 """
 
 from __future__ import annotations
