@@ -280,12 +280,14 @@ class Policy:
         if on == self._checkpointing:
             return
         self._checkpointing = on
+        new = hasattr(self.base, "activation_checkpointing_enable")  # transformers 5.17 has the older name
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
         if on:
             # nothing random happens in a layer, so there is no random state to keep and put back at each
             options = {"use_reentrant": False, "preserve_rng_state": False}
-            self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+            getattr(self.base, f"{name}_enable")(**{f"{name}_kwargs": options})
         else:
-            self.base.activation_checkpointing_disable()
+            getattr(self.base, f"{name}_disable")()
 
     # -- the adapter
 
