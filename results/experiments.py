@@ -38,7 +38,7 @@ from gate_numbers import BEYOND, level, stratified
 STEPS, CHECKPOINTS = 80, (20, 40, 60, 80)
 A_CELL = 11  # held-out tasks that are sampled many times, of each mode and number of statements from 1 to 6
 COMMON = f"--steps {STEPS} --prompts-per-mode 8 --token-budget 1024 --eval-every 20 --eval-samples 0".split()
-STEP_TOKENS = 2400  # response tokens a step of rlvr and sft, as joint has: azr.train.make_data run tells what that is
+STEP_TOKENS = 5400  # response tokens a step of rlvr and sft, as joint has: `python -m azr.tasks make run` tells them
 WIDE, NARROW = 512, 128  # answers a held-out task; pass@256 needs at least twice as many
 WIDE_SEEDS = 3  # training seeds that get WIDE answers where an arm has them
 MODES = ("deduction", "abduction", "induction")
