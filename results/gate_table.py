@@ -33,7 +33,8 @@ DETAILS = "tiny-gates.md"
 DETAILS_HEAD = """# The gates of the embedded model: what was measured
 
 `python results/tiny_gates.py table` wrote this page; [tiny.md](tiny.md#what-it-can-do) has the summary. Level: number
-of statements of a held-out task, 7 for seven or eight. Brackets: 95 % over tasks, paired where two models are compared.
+of statements of a held-out task, 7 for seven or eight. Brackets: 95 % over tasks, paired where two models are
+compared. Minutes and seconds are those of a machine that did other work too.
 """
 EXAMPLES = "tiny-examples.md"
 EXAMPLES_HEAD = """# Proposals and answers of the embedded model, before and after self-play
