@@ -159,9 +159,9 @@ def measure(args) -> int:
     """--model and --data."""
     from azr.analysis.divergence import open_policy
 
+    rows = read_rows(args.data, args.limit)
     if args.model is None:
         raise ValueError("--data needs --model (the model that is asked for its entropy), or give --run RUN")
-    rows = read_rows(args.data, args.limit)
     opening = agree(args.model, args.adapter, args.quantization)
     policy = open_policy(opening)
     entropy, log_prob = score_rows(policy, rows, args.temperature)
