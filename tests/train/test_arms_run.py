@@ -233,7 +233,7 @@ def test_solutions_of_the_base_join_the_groups_of_tasks_that_are_seldom_solved(w
 
 def test_the_controls_of_off_policy_data(world):
     arm = world.run(**BASE)
-    more = {**BASE, "prompts_per_mode": 5}  # two tasks of a mode to exchange
+    more = {**BASE, "prompts_per_mode": 8}  # two tasks of a mode to exchange
     shuffled = world.run(**more, off_policy_control="shuffled")
     wrong = [sample for samples in shuffled.trained for sample in foreign(samples)]
     assert wrong and all(s.reason == "shuffled" and s.reward == 1 for s in wrong)

@@ -142,7 +142,7 @@ def test_other_dtypes_are_not_scaled(dtype):
 # ------------------------------------------------------------------------------------------------- in a training run
 
 
-SMALL = "--dtype fp16 --prompts-per-mode 2 --answers 2 --max-new-tokens 16 --eval-samples 0 --eval-every 0"
+SMALL = "--dtype fp16 --prompts-per-mode 2 --answers 2 --max-new-tokens 48 --eval-samples 0 --eval-every 0"
 
 
 def train(out, few_held_out, *flags) -> list[dict]:
