@@ -79,6 +79,7 @@ class Example(NamedTuple):
 
     @property
     def output(self):
+        """What the program returns: the value of its last statement."""
         return self.values[self.program.statements[-1].name]
 
 
@@ -133,6 +134,7 @@ def trace(steps: list[str], rng: random.Random) -> str:
 
 
 def deduction_thought(style: str, example: Example, rng: random.Random) -> str:
+    """The trace of the execution in one of the five styles; in full, now and then with a step left out."""
     names = [s.name for s in example.program.statements]
     if style == "junk":
         return "".join(f"{name};" for name in names)

@@ -332,6 +332,7 @@ def work(rank: int, world: int, args: argparse.Namespace, device: str) -> None:
 
 
 def main() -> None:
+    """Trains a base, or goes on with one: see the module. Exit code 2 with one line for a wrong command line."""
     parser = Parser(
         prog="python -m azr.tiny.make", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

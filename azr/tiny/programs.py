@@ -158,11 +158,13 @@ class Program:
 
     @property
     def text(self) -> str:
+        """The program as Python, a function f."""
         lines = "".join(f"    {s.lines}\n" for s in self.statements)
         return f"def f({', '.join(self.parameters)}):\n{lines}    return {self.statements[-1].name}"
 
     @property
     def words(self) -> str:
+        """Its operations in words, as proposals and messages of inductions say them."""
         return " then ".join(s.words for s in self.statements)
 
     def run(self, arguments: tuple, top: int | None = 99, steps: list | None = None) -> dict[str, Any] | None:
@@ -265,6 +267,7 @@ class _Draw:
         return None if branches[0].lines == branches[1].lines else _choice(name, *test, *branches, style == "block")
 
     def add(self, statement: Statement) -> None:
+        """Appends a statement; its sources are read by now, its own variable is not."""
         self.statements.append(statement)
         self.unread = [n for n in self.unread if n not in statement.sources] + [statement.name]
         self.types[statement.name] = statement.gives
