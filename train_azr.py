@@ -1,6 +1,6 @@
 """Self-play training of one model that proposes small Python tasks and solves them (Absolute Zero, arXiv 2505.03335).
 
-    python train_azr.py                          the embedded tiny model, on any laptop: about 12 minutes, no GPU
+    python train_azr.py                          the embedded tiny model, on any laptop: about 7 minutes, no GPU
     python train_azr.py --model qwen-3b          4-bit base + LoRA on one GPU
     python train_azr.py --out runs/a --resume auto     go on after a stop, a crash or a kill
     python train_azr.py --model qwen-3b --dry-run      what it would use; nothing is trained
