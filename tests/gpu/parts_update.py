@@ -157,7 +157,7 @@ def profiled(bench: Bench, tokens: int, length: int) -> dict:
 
 
 def adamw(bench: Bench) -> dict:
-    """The optimizer step beside it: first and later ones, clipping, copies that a step goes back to."""
+    """The optimizer step beside it: first and later ones, with clipping."""
     import train_azr
     from azr.train import update as updates
 
