@@ -408,7 +408,11 @@ class Run:
         """
         path, now = self.dir / "environment.json", plain({**describe_environment(), "step": self.step, **more})
         if path.exists():
-            earlier = read_object(path, RunError)
+            try:
+                earlier = read_object(path, RunError)
+            except RunError as error:  # nothing that is computed depends on it
+                say(f"warning: {error}: written anew")
+                earlier = {}
             now["previous"] = [*earlier.pop("previous", []), earlier]
             before, after = earlier.get("versions", {}), now["versions"]
             if changed := [

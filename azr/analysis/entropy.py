@@ -58,7 +58,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give JSON lines with prompt and response, such as RUN/probe.jsonl")
     for row in tolerant_lines(path, notes):
-        prompt, response = row.get("prompt"), row.get("response", row.get("completion"))  # as eval_passk.py writes
+        prompt, response = row.get("prompt"), row.get("response", row.get("completion"))
         if isinstance(response, str) and isinstance(prompt, str) and prompt:
             rows.append(Row(str(row.get("role", "solver")), str(row.get("mode", "all")), prompt, response))
         if limit and len(rows) >= limit:
