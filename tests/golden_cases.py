@@ -18,7 +18,7 @@ TRAINED = {
     "resume": "--eval-samples 2 --eval-every 2",  # two steps, then the third with --resume auto
     "recipe-azr": "--recipe azr",
     "recipe-azr-minibatches": "--recipe azr --minibatches 2",
-    "recipe-azr-ends": "--recipe azr --ends-penalty 0.5",
+    "recipe-azr-plain": "--recipe azr --ends-penalty 0 --entropy-control none",
     "recipe-azr-frozen-base": "--recipe azr --proposer frozen-base",
     "recipe-azr-matched": "--recipe azr --proposer no-update-matched",
     "binary": "--ends-penalty 0.5 --solver-reward binary",

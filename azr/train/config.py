@@ -113,15 +113,15 @@ class Config:
         "plots them).",
         tuple(SHAPES),
     )
-    ends_penalty: float = setting(
-        0.0, "This is taken off a valid task's reward where its solve rate is 0 or 1 (0.5 in the published code)."
+    ends_penalty: float | None = setting(
+        None, "This is taken off a valid task's reward where its solve rate is 0 or 1 (0; recipe azr 0.5, as its code)."
     )
-    entropy_control: str = setting(
-        "none",
+    entropy_control: str | None = setting(
+        None,
         f"What acts on the entropy of the update: {', '.join(rules.CONTROLS)}. NAME=VALUE sets its strength: the "
         "coefficient of bonus (1e-3), the highest one of adaptive (5e-3), the upper clip bound of clip-higher (0.28), "
         "the share of tokens of clip-cov (2e-4), kl-cov (2e-3; tiny 2e-2 for both), top-entropy and "
-        "high-advantage-clip (0.2).",
+        "high-advantage-clip (0.2). The default is none (recipe azr: bonus=0.001, as its paper branch).",
     )
     off_policy_gamma: float = setting(
         0.0, "Solutions that the policy did not sample have this share of the weight of each solver group."
@@ -338,6 +338,7 @@ def resolve(config: Config) -> tuple[Config, str]:
         "out": _default_out(config),
         "eval_data": None,
     }
+    values |= rules.of_recipe(config)
     values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
     values |= _lora_of(config.adapter) if config.adapter else {}
     if config.dtype in (None, "auto"):
@@ -351,8 +352,8 @@ def resolve(config: Config) -> tuple[Config, str]:
         for f in dataclasses.fields(Config)
         if getattr(config, f.name) is None and values.get(f.name) is not None
     }
-    control = rules.with_strength(config.entropy_control, tiny)
-    config = dataclasses.replace(config, **filled, entropy_control=control)
+    config = dataclasses.replace(config, **filled)
+    config = dataclasses.replace(config, entropy_control=rules.with_strength(config.entropy_control, tiny))
     if config.rollout_weights == "bf16" and config.quantization == "none":
         raise plan.PlanError(
             "--rollout-weights bf16 copies a 4-bit base; with --quantization none there is none to copy"

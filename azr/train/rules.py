@@ -33,9 +33,9 @@ NEED_RATIO = ("clip-higher", "kl-cov")  # controls that do nothing while the rat
 ARM_FLAGS = "proposer proposer_reward ends_penalty entropy_control solver_tasks minibatches temperature".split()
 
 
-def control_of(text: str) -> tuple[str, float | None]:
-    """(name, strength or None where none is given) of NAME[=VALUE]; ValueError for one that cannot be."""
-    name, given, value = text.partition("=")
+def control_of(text: str | None) -> tuple[str, float | None]:
+    """(name, strength or None where none is given) of NAME[=VALUE]; None is "none". ValueError for what cannot be."""
+    name, given, value = (text or "none").partition("=")
     if name not in CONTROLS:
         raise ValueError(f"--entropy-control must be one of {', '.join(CONTROLS)}, each with =VALUE, not {text!r}")
     if not given:
@@ -50,6 +50,14 @@ def control_of(text: str) -> tuple[str, float | None]:
         below = " and below 1, a share of the tokens" if name in SHARES else ""
         raise ValueError(f"--entropy-control {text}: the strength must be above 0{below}")
     return name, strength
+
+
+def of_recipe(config: Config) -> dict[str, float | str]:
+    """The settings that --recipe azr has unless they are typed, where they act: its code takes 0.5 off at both ends,
+    its `paper` branch has an entropy bonus of 0.001."""
+    published = config.recipe == "azr"
+    rewarded = published and config.proposer in ("joint", "separate")  # else no proposal is trained
+    return {"ends_penalty": 0.5 if rewarded else 0.0, "entropy_control": "bonus=0.001" if published else "none"}
 
 
 def with_strength(text: str, tiny: bool) -> str:
@@ -92,5 +100,6 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
 def describe(config: Config) -> str:
     """The flags by which a run differs from plain self-play; "" if by none."""
     names = [f for f in dataclasses.fields(config) if f.name in ARM_FLAGS or f.name.startswith("off_policy_")]
-    given = [(f.name, getattr(config, f.name)) for f in names if getattr(config, f.name) not in (f.default, None)]
+    usual = {f.name: f.default for f in names} | of_recipe(config)
+    given = [(name, getattr(config, name)) for name in usual if getattr(config, name) not in (usual[name], None)]
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given)

@@ -377,5 +377,11 @@ def test_the_strength_of_a_control_is_filled_in_and_can_be_passed_back():
     assert resolve(config)[0] == config
     assert rules.with_strength("kl-cov", tiny=False) == "kl-cov=0.002" and rules.with_strength("none", True) == "none"
     assert rules.describe(config) == "--minibatches 4 --entropy-control kl-cov=0.02"
+    azr = resolve(Config(recipe="azr"))[0]
+    assert (azr.ends_penalty, azr.entropy_control, rules.describe(azr)) == (0.5, "bonus=0.001", "")
+    typed = resolve(Config(recipe="azr", ends_penalty=0.0, entropy_control="none"))[0]
+    assert rules.describe(typed) == "--ends-penalty 0.0 --entropy-control none" and not arms.Arms.of(typed).arms
+    frozen = resolve(Config(recipe="azr", proposer="frozen-base"))[0]
+    assert frozen.ends_penalty == 0 and resolve(frozen)[0] == frozen
     plain = resolve(Config())[0]
     assert rules.describe(plain) == "" and json.dumps(plain.__dict__) and not arms.Arms.of(plain).arms

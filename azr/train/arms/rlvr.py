@@ -34,7 +34,7 @@ class FixedTasks(Arm):
             (not c.data, f"{name} needs --data FILE; python -m azr.tasks make writes such files"),
             (c.proposer != "joint", f"--proposer {c.proposer} {no_proposer}"),
             (c.proposer_reward != "learnability", f"--proposer-reward {c.proposer_reward} {no_proposer}"),
-            (c.ends_penalty != 0, f"--ends-penalty {no_proposer}"),
+            (bool(c.ends_penalty), f"--ends-penalty {no_proposer}"),
             (c.solver_tasks == "fresh", f"--solver-tasks fresh {no_proposer}"),
             (c.recipe == "azr", f"--recipe azr is a recipe of self-play; {name} has its answers' groups"),
         ]

@@ -22,7 +22,7 @@ class NoUpdate(Arm):
     @classmethod
     def refuses(cls, c):
         """Settings of the proposer's reward, which would have no effect."""
-        rewarded = c.proposer_reward != "learnability" or c.ends_penalty != 0
+        rewarded = c.proposer_reward != "learnability" or bool(c.ends_penalty)
         flags = "--proposer-reward and --ends-penalty"
         return [(rewarded, f"{flags} do nothing with --proposer {c.proposer}: its proposals are not trained")]
 
