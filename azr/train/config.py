@@ -16,7 +16,7 @@ from azr.tasks.prompts import template_hash
 from azr.train import rules
 from azr.train.rewards import SHAPES
 
-TRACKERS = ("none", "wandb", "tensorboard")  # here: settings are read before rich, which trackers.py needs
+TRACKERS = ("none", "trackio", "wandb", "tensorboard")  # here: settings are read before rich, which trackers.py needs
 MAY_BE_0 = ("seed", "references", "eval_every", "eval_samples")  # of the whole numbers
 # --preset smoke: the smallest sizes, lowered until a run of any model is over in a minute or two. It learns nothing.
 SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}
@@ -377,6 +377,8 @@ def preset_of(config: Config) -> tuple[plan.Preset, str, cost.Card | None]:
     if name == "smoke":
         smallest, _ = plan.choose_preset(next(iter(plan.PRESETS)), model, None)
         sizes = dataclasses.replace(smallest, **SMOKE)
+        if model == "tiny":  # 64 would cut off its induction: the seed stage then takes all of its rounds
+            sizes = dataclasses.replace(sizes, max_new_tokens=128)
         return sizes, "preset smoke: sizes of a run that only shows whether everything works", None
     if name not in ("auto", *plan.PRESETS, *cost.CARDS):
         raise plan.PlanError(

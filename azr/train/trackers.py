@@ -1,4 +1,4 @@
-"""Metrics of a run in Weights & Biases or TensorBoard too, while it goes: `train_azr.py --tracker wandb|tensorboard`.
+"""Metrics of a run in Trackio, Weights & Biases or TensorBoard too: `train_azr.py --tracker trackio|wandb|tensorboard`.
 
     trackers.check("wandb")                                    # before anything is loaded; ValueError in one line
     tracker = trackers.open_tracker("wandb", run)              # a Run of azr/runs.py, opened
@@ -7,7 +7,8 @@
 
 metrics.jsonl stays the record; a tracker gets copies of its numbers. None that fails ends a run: one line says so, and
 the run goes on without. A resumed run continues the same one: TensorBoard drops the steps after the checkpoint, wandb
-(which cannot) keeps the first values it got; its id is in RUN/wandb.json. The packages are imported only if asked for.
+and Trackio (which cannot) keep the first values they got; RUN/wandb.json and RUN/trackio.json have what tells the run
+again. The packages are imported only if asked for.
 Left out: samples, plots, checkpoints, system metrics.
 """
 
@@ -17,8 +18,10 @@ import importlib
 import math
 import netrc
 import os
+import sys
 import uuid
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -26,7 +29,11 @@ from azr.console import note, warn
 from azr.jsonl import read_object, write_json_atomic
 from azr.runs import Run
 
-NEEDS = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard"}  # module; TensorBoard's package has its name
+NEEDS = {
+    "trackio": "trackio",
+    "wandb": "wandb",
+    "tensorboard": "torch.utils.tensorboard",
+}  # module; TensorBoard's package has its name
 OFFLINE = ("offline", "dryrun", "disabled")
 
 
@@ -97,7 +104,7 @@ def open_tracker(name: str, run: Run) -> Tracker:
     if name == "none":
         return NONE
     try:
-        return {"wandb": open_wandb, "tensorboard": open_tensorboard}[name](run)
+        return {"trackio": open_trackio, "wandb": open_wandb, "tensorboard": open_tensorboard}[name](run)
     except Exception as error:  # as in Tracker
         _give_up(name, error)
         return NONE
@@ -117,6 +124,40 @@ def open_tensorboard(run: Run) -> Tracker:
 
     note(f"tracker: tensorboard --logdir {run.dir / 'tensorboard'}")
     return Tracker("tensorboard", send, writer.close)
+
+
+def open_trackio(run: Run) -> Tracker:
+    """A run in the local project azr, or in the Space of TRACKIO_SPACE_ID; its name is in RUN/trackio.json."""
+    import trackio
+
+    path, project = run.dir / "trackio.json", os.environ.get("TRACKIO_PROJECT") or "azr"
+    # two run directories of the same name are two runs: their names get some digits
+    known = read_object(path) if path.exists() else {"name": f"{run.dir.name}-{uuid.uuid4().hex[:4]}", "step": 0}
+    write_json_atomic(path, known)
+    with redirect_stdout(sys.stderr):  # it greets in a dozen lines; stdout is the run's
+        there = trackio.init(
+            project=project,
+            name=known["name"],
+            config=run.config,
+            resume="allow",
+            embed=False,
+            auto_log_cpu=False,
+            auto_log_gpu=False,
+        )
+
+    def send(numbers: dict[str, float], step: int) -> None:
+        if step > known["step"]:  # a step that a resume does again would be a second point of the same curve
+            there.log(numbers, step=step)
+            known["step"] = step
+            write_json_atomic(path, known)
+
+    note(f"tracker: trackio show --project {project}")
+
+    def finish() -> None:
+        with redirect_stdout(sys.stderr):
+            there.finish()
+
+    return Tracker("trackio", send, finish)
 
 
 def open_wandb(run: Run) -> Tracker:

@@ -147,3 +147,23 @@ def test_wandb_goes_on_with_the_same_run(tmp_path, monkeypatch):
     identity = json.loads((tmp_path / "r" / "wandb.json").read_text())["id"]
     runs = list((tmp_path / "r" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2 and all(path.name.endswith(identity) for path in runs)
+
+
+def test_trackio_goes_on_with_the_same_run_and_takes_no_step_twice(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "store", raising=False)
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "store")
+    trackers.check("trackio")
+    for resume, last in (("none", 2), ("auto", 4)):
+        with open_run(tmp_path / "r", resume) as run:
+            tracker = trackers.open_tracker("trackio", run)
+            assert tracker is not trackers.NONE
+            for step in steps(run, last):
+                tracker.log({"step": step, "train/loss": 1 / step})
+            if resume == "none":
+                tracker.log({"step": 3, "train/loss": -1})  # no checkpoint: the resumed run does it again
+            tracker.close()
+            assert not tracker.broken
+    name = json.loads((tmp_path / "r" / "trackio.json").read_text())["name"]
+    [stored] = trackio.Api().runs("azr")
+    assert stored.name == name
