@@ -11,8 +11,7 @@ from urllib.request import getproxies
 
 ALIASES = {
     "tiny": str(Path(__file__).with_name("tiny")),
-    "qwen-3b": "Qwen/Qwen2.5-Coder-3B",
-    "qwen-7b": "Qwen/Qwen2.5-Coder-7B",
+    **{f"qwen-{size.lower()}": f"Qwen/Qwen2.5-Coder-{size}" for size in ("0.5B", "1.5B", "3B", "7B", "14B")},
 }
 
 

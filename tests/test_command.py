@@ -6,6 +6,7 @@ import pytest
 
 import analyze
 import eval_passk
+from azr.command import Parser
 from azr.tasks.__main__ import main as tasks
 from azr.weights import export
 
@@ -59,3 +60,20 @@ def test_what_cannot_be_measured_is_one_line(capsys, tmp_path):
         assert analyze.main(command) == 2
         err = capsys.readouterr().err
         assert err.startswith(f"analyze.py {command[0]}: nowhere: no such") and err.count("\n") == 1, err
+
+
+def test_other_trainers_names_for_a_flag_are_understood(capsys):
+    parser = Parser(prog="x")
+    parser.add_argument("--learning-rate")
+    parser.add_argument("--answers")
+    for typed, meant in (
+        ("--lr", "--learning-rate"),
+        ("--num_generations", "--answers"),
+        ("--group-size=3", "--answers"),
+    ):
+        with pytest.raises(SystemExit):
+            parser.parse_args([typed])
+        assert f"did you mean {meant}?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--load-in-4bit"])  # no flag of this parser is meant
+    assert "mean" not in capsys.readouterr().err

@@ -47,7 +47,7 @@ from sandbox import Sandbox, SandboxError
 
 SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
 SEED_ROUNDS = 20  # a model that proposes nothing valid in so many rounds will not in more
-SILENCE = 30  # seconds after which the seed stage says how far it is
+EARLY = 3  # rounds after which a model that keeps no form is told from one that does
 PROBE = 64  # prompts and answers of each role and mode, frozen at step 0, for entropy on fixed data
 NON_FINITE_LIMIT = 3  # skipped updates in a row: one is bad luck, three are a learning rate
 TABLE_EVERY = 25  # steps between tables of samples on the screen
@@ -185,23 +185,23 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
     """Fills the buffers from nothing but the identity program, with the untrained model and no weight update."""
     for task in SEED_TASKS.values():
         s.buffers.add(task, 0)
-    target, told = min(SEED_TASKS_PER_MODE, 4 * s.config.prompts_per_mode), time.monotonic()
-    for turn in range(SEED_ROUNDS):
+    target, tried = min(SEED_TASKS_PER_MODE, 4 * s.config.prompts_per_mode), []
+    for turn in range(1, SEED_ROUNDS + 1):
         modes = tuple(mode for mode in MODES if s.buffers.size(mode) < target)
         if not modes:
             break
-        proposals = propose(s, f"seed-{turn}", modes)
+        proposals = propose(s, f"seed-{turn - 1}", modes)
         # at first there is no other program to refer to, and an induction proposal about this one would be trivial
         validate(s, proposals, exempt={SEED_PROGRAM})
         for sample in proposals:
             if sample.task and sample.parsed.well_formed and s.buffers.size(sample.mode) < target:
                 s.buffers.add(sample.task, 0)
-        if time.monotonic() - told > SILENCE:  # a model that proposes nothing valid needs every round
-            told = time.monotonic()
-            console.say(f"seed stage, round {turn + 1} of at most {SEED_ROUNDS}: {buffer_sizes(s)}, of {target} each")
-    sizes = buffer_sizes(s)
-    console.say(f"seed stage, from the identity program alone: {sizes} tasks")
-    if min(s.buffers.size(mode) for mode in MODES) < target:
+        tried += proposals
+        round_of = f"seed stage, round {turn} of at most {SEED_ROUNDS}"
+        prose(f"{round_of}: {buffer_sizes(s)}, of {target} each; {screen.refusals(proposals)}")
+        if turn == EARLY and (text := screen.keeps_no_form(tried)):
+            warn(f"seed stage: {text}")
+    if (sizes := buffer_sizes(s)) and min(s.buffers.size(mode) for mode in MODES) < target:
         warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these")
 
 
@@ -315,3 +315,4 @@ def conclude(s, watch) -> None:
     for line in watch.health.summary():
         prose(line)
     prose(f"run directory: {s.run.dir} (metrics.jsonl, samples.jsonl, checkpoints/, eval/, plots/)")
+    screen.what_next(s.config, s.run.dir)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 from rich.text import Text
 
 from azr.console import INDENT, console, duration, prose, say
 from azr.evals.held_out import EvalResult, difference, well_formed_difference
+from azr.models import base_description
 from azr.tasks import MODES, Sample
 from azr.train import rules
 from azr.train.metrics import mean
+
+if TYPE_CHECKING:
+    from azr.train.config import Config
 
 PROJECT_AFTER = 3  # steps of this process, then what the whole run takes
 TIMING_EVERY = 10  # steps between two lines of what the time and the memory go to
@@ -19,6 +28,7 @@ PHASES = {
     "update": ("update",),
     "held-out": ("evaluate",),
 }
+HARDLY_ANY = 0.05  # valid proposals of the first rounds: a model below does not keep the form
 INITIALS = "/".join(mode[0] for mode in MODES)
 
 
@@ -55,6 +65,49 @@ def header(config, why: str, policy, environment: dict) -> None:
     box = environment["sandbox"]
     layers = [name for name in ("seccomp", "landlock", "limits", "uid") if box.get(name)]
     prose(f"sandbox: {box['workers']} workers, a fresh process for every program, under {', '.join(layers)}")
+
+
+def refusals(proposals: list[Sample]) -> str:
+    """What became of the proposals of a round: the share that is valid, the commonest refusal with an example."""
+    reasons = Counter(sample.reason for sample in proposals if sample.task is None)
+    valid = f"{100 * (len(proposals) - reasons.total()) / max(1, len(proposals)):.0f} % of {len(proposals)} valid"
+    if not reasons:
+        return valid
+    reason, count = reasons.most_common(1)[0]
+    one = next(sample for sample in proposals if sample.task is None and sample.reason == reason)
+    shown = visible(" ".join(one.detail.split()) or " ".join(one.response.split()))
+    example = shown[:60] + "..." * (len(shown) > 60)
+    return f"{valid}; {count} of {reasons.total()} refused: {reason} ({example})"
+
+
+def keeps_no_form(proposals: list[Sample]) -> str:
+    """What to do about a model of whose first proposals hardly any is valid; "" where there is nothing to do."""
+    valid = sum(sample.task is not None for sample in proposals) / max(1, len(proposals))
+    if valid >= HARDLY_ANY:
+        return ""
+    return (
+        f"this model does not keep the form of proposals: {100 * valid:.0f} % of {len(proposals)} are valid after three "
+        "rounds. A warm start teaches it (--algorithm sft on files of `python -m azr.tasks make`, then --adapter): "
+        "docs/real_model.md"
+    )
+
+
+def what_next(config: Config, run: Path) -> None:
+    """The commands that look at a finished run, ready to paste, with its own paths."""
+    tiny = base_description(config.model) is not None
+    # enough to tell base from trained in minutes on the embedded model's own tasks; a real model has real ones
+    benchmark = "tiny --limit 300 --samples 8" if tiny else "humaneval+ --samples 32"
+    how, path = f"--benchmark {benchmark} --temperature 1,.6,0 --out", shlex.quote(str(run))
+    model, out = shlex.quote(config.model), Path(run) / "eval"
+    base, tuned = (shlex.quote(str(out / name)) for name in ("base-frontier", "tuned-frontier"))
+    for words in (
+        f"python analyze.py report {path}",
+        f"python eval_passk.py run --model {model} {how} {base}",
+        f"python eval_passk.py run --adapter {path} {how} {tuned}",
+        f"python eval_passk.py compare {base} {tuned}",
+        f"python train_azr.py export {path} --out {shlex.quote(str(run) + '-merged')}",
+    ):
+        say(f"next: {words}")
 
 
 class StepLines:

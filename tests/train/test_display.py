@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from azr import console
+from azr.tasks.task import Parsed, Sample, Task
 from azr.train import screen as display
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +171,16 @@ def test_averages_of_nothing_are_a_dash():
     rows = [{"a": None, "b": 1.0}, {"b": 2.0}]
     assert (display.average(rows, "a"), display.average(rows, "b")) == ("-", "1.50")
     assert display.numbers([math.nan, 1.0]) == "   - 1.00"
+
+
+def test_a_model_that_keeps_no_form_is_told_from_one_that_does():
+    def proposal(reason, task=None, detail=""):
+        parsed = Parsed(task is not None, None, reason)
+        return Sample("proposer", "deduction", "", [], None, "one\x1b[2J two", "", parsed, task, reason, detail)
+
+    good = proposal("ok", Task("deduction", "def f(x):\n    return x", "1", "1"))
+    bad = [proposal("no_format")] * 18 + [proposal("trivial", detail="constant")] * 2
+    assert display.refusals([good]) == "100 % of 1 valid"
+    assert display.refusals([good, *bad]) == "5 % of 21 valid; 18 of 20 refused: no_format (one\\x1b[2J two)"
+    assert display.keeps_no_form([good, *bad[:19]]) == ""
+    assert "5 % of 21" in display.keeps_no_form([good, *bad])

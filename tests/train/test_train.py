@@ -289,3 +289,4 @@ def test_a_real_architecture_with_the_real_tokenizer(tmp_path):
     rows = reproducible(tmp_path / "run")
     assert len(rows) == 2 and rows[0]["train/log_prob_gap"] < 1e-4
     assert "seed stage" in done.stderr  # random weights propose nothing valid: said loudly
+    assert "0 % of 6 valid; 6 of 6 refused: no_" in done.stdout and f"report {tmp_path / 'run'}" in done.stdout
