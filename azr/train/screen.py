@@ -86,8 +86,8 @@ def keeps_no_form(proposals: list[Sample]) -> str:
     if valid >= HARDLY_ANY:
         return ""
     return (
-        f"this model does not keep the form of proposals: {100 * valid:.0f} % of {len(proposals)} are valid after three "
-        "rounds. A warm start teaches it (--algorithm sft on files of `python -m azr.tasks make`, then --adapter): "
+        f"this model does not keep the form of proposals: {100 * valid:.0f} % of {len(proposals)} are valid after "
+        "three rounds. A warm start teaches it (--algorithm sft on files of python -m azr.tasks make, then --adapter): "
         "docs/real_model.md"
     )
 
