@@ -5,6 +5,7 @@ a machine that cannot compute it. Weights that are stored in bitsandbytes' NF4 a
 Left out: several GPUs, trained heads or embeddings, encoder-decoder, other stored quantizations.
 """
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -375,9 +376,10 @@ def _quantization_info(model) -> dict:
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
-def adapter_tensors(model) -> dict[str, torch.nn.Parameter]:
-    """The live LoRA matrices under the names that PEFT gives them in a file."""
-    return {name.replace(".default", ""): p for name, p in sorted(model.named_parameters()) if ".lora_" in name}
+def adapter_tensors(model, adapter: str = "default") -> dict[str, torch.nn.Parameter]:
+    """The live LoRA matrices of an adapter under the names that PEFT gives them in a file."""
+    own = (pair for pair in sorted(model.named_parameters()) if ".lora_" in pair[0] and f".{adapter}." in pair[0])
+    return {name.replace(f".{adapter}", ""): p for name, p in own}
 
 
 def _add_lora(model, config):
@@ -394,6 +396,17 @@ def _add_lora(model, config):
         p.data = p.data.float()
     fuse(model)
     return model
+
+
+def add_copy(model, adapter: str) -> None:
+    """A further adapter of this name on a model that has one: its settings and weights are those of the first now; the
+    first stays in use. Of an adapter that is there already the weights are set again."""
+    if adapter not in model.peft_config:
+        with torch.random.fork_rng(devices=[]):  # PEFT draws values that are overwritten below
+            model.add_adapter(adapter, copy.deepcopy(model.peft_config["default"]))
+        for p in adapter_tensors(model, adapter).values():
+            p.data = p.data.float()
+    fill_adapter(model, adapter_tensors(model), f"the adapter {adapter}", adapter)
 
 
 def _new_lora(model, settings: LoraSettings, name: str, seed: int):
@@ -453,9 +466,9 @@ def _load_adapter(model, directory: Path, base_name: str):
     return model, {"rank": config.r, "alpha": config.lora_alpha, "targets": "attention" if attention else "all-linear"}
 
 
-def fill_adapter(model, state: dict[str, torch.Tensor], origin: str) -> None:
+def fill_adapter(model, state: dict[str, torch.Tensor], origin: str, adapter: str = "default") -> None:
     """Copies values into the live LoRA matrices. ModelError, which names `origin`: other names or shapes."""
-    live = adapter_tensors(model)
+    live = adapter_tensors(model, adapter)
     ours, theirs = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (live, state))
     if differences := sorted(ours ^ theirs):
         name, shape = differences[0]

@@ -14,7 +14,7 @@ Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
 import json
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
 from azr.policy.decoder import Unsupported
 from azr.policy.engine import Engine
 from azr.policy.hf_generate import HFGenerate
-from azr.policy.load import LoraSettings, ModelError, adapter_tensors, fill_adapter, load_model
+from azr.policy.load import LoraSettings, ModelError, adapter_tensors, add_copy, fill_adapter, load_model
 from azr.policy.opening import Opening, check_base
 from azr.policy.residual import keep_in_fp32
 from azr.policy.sampling import Completion, Sampling
@@ -47,6 +47,7 @@ class Policy:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.base = base
         self.backbone, self.head = base.base_model, base.get_output_embeddings()
+        self.adapter = "default"  # the one in use, see `using`
         self.device = self.head.weight.device
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
@@ -289,27 +290,53 @@ class Policy:
         else:
             getattr(self.base, f"{name}_disable")()
 
-    # -- the adapter
+    # -- the adapters: "default", and those that `add_adapter` added
+
+    @property
+    def adapters(self) -> list[str]:
+        """Their names, "default" first."""
+        return list(self.model.peft_config) if self.info["lora"] else ["default"]
+
+    def add_adapter(self, name: str) -> list[torch.nn.Parameter]:
+        """Adds an adapter that begins as a copy of "default", which stays in use; returns its matrices."""
+        add_copy(self.model, name)
+        return list(adapter_tensors(self.model, name).values())
+
+    @contextmanager
+    def using(self, adapter: str):
+        """Context in which the policy samples, scores and is trained with the adapter of this name."""
+        before = self.adapter
+        self._use(adapter)
+        try:
+            yield
+        finally:
+            self._use(before)
+
+    def _use(self, adapter: str) -> None:
+        if adapter != self.adapter:
+            self.model.set_adapter(adapter)  # no copies: the engine and PEFT's layers look up which is in use
+            self.adapter = adapter
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """The LoRA matrices, fp32, in a fixed order; empty without LoRA."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        """The LoRA matrices of all adapters, fp32, in a fixed order; empty without LoRA."""
+        # also by name, since PEFT lets only the adapter in use require a gradient
+        return [p for name, p in self.model.named_parameters() if p.requires_grad or ".lora_" in name]
 
     def disable_adapter(self):
         """Context in which the policy is its base model."""
         return self.model.disable_adapter() if self.info["lora"] else nullcontext()
 
-    def adapter_state(self, device="cpu") -> dict[str, torch.Tensor]:
+    def adapter_state(self, device="cpu", adapter: str = "default") -> dict[str, torch.Tensor]:
         """Copies of the LoRA matrices under PEFT's names (what adapter_model.safetensors holds); device None: where
         they are."""
         if not self.info["lora"]:
             return {}
-        live = adapter_tensors(self.model).items()
+        live = adapter_tensors(self.model, adapter).items()
         return {name: p.detach().to(device or p.device, copy=True).contiguous() for name, p in live}
 
-    def load_adapter_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_adapter_state(self, state: dict[str, torch.Tensor], adapter: str = "default") -> None:
         """Write these values into the live LoRA matrices (optimizers keep their references). Raises ModelError."""
-        fill_adapter(self.model, state, "this state")
+        fill_adapter(self.model, state, "this state", adapter)
 
     def save_adapter(self, directory, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them.

@@ -9,7 +9,8 @@ from peft import get_peft_model_state_dict
 
 from azr.models import model_path
 from azr.policy import lora
-from azr.policy.policy import LoraSettings, Policy
+from azr.policy.load import adapter_tensors
+from azr.policy.policy import LoraSettings, Policy, Sampling
 from random_weights import with_values_in_B
 
 PROMPTS = [[1 + (i * 31 + j * 7) % 300 for j in range(9 + i)] for i in range(4)]
@@ -21,12 +22,12 @@ def load(quantization: str, dtype=torch.float32) -> Policy:
     return with_values_in_B(policy, 0.02)
 
 
-def gradient(policy) -> torch.Tensor:
+def gradient(policy, parameters=None) -> torch.Tensor:
     for p in policy.trainable_parameters():
         p.grad = None
     for scored in policy.score(PROMPTS, ANSWERS, with_grad=True):
         ((scored.log_prob + 0.1 * scored.entropy) * scored.mask).sum().backward()
-    return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    return torch.cat([p.grad.flatten() for p in parameters or policy.trainable_parameters()])
 
 
 def log_probs(policy) -> torch.Tensor:
@@ -96,3 +97,34 @@ def test_a_fused_model_is_no_circle_of_its_own():
     del policy, module
     gc.collect()
     assert not any(ref() for ref in layers)
+
+
+def test_of_two_adapters_the_one_in_use_samples_scores_and_gets_the_gradient():
+    policy, alone = load("none", torch.bfloat16), load("none", torch.bfloat16)  # sampling copies what it uses
+    matrices, first = policy.add_adapter("proposer"), policy.adapter_state()
+    assert all(torch.equal(first[name], tensor) for name, tensor in policy.adapter_state(adapter="proposer").items())
+    far = {name: -tensor if "lora_B" in name else tensor for name, tensor in first.items()}
+    policy.load_adapter_state(far, "proposer")
+    alone.load_adapter_state(far)
+
+    def sampled(of) -> tuple[list, list]:
+        rows = of.generate(PROMPTS, 1, Sampling(max_new_tokens=8), [[i] for i in range(4)])
+        return [row[0].ids for row in rows], [row[0].log_probs for row in rows]
+
+    before = sampled(policy)
+    with policy.using("proposer"):
+        ids, written = sampled(policy)
+        trainer, expected = torch.tensor(sum(policy.score_lists(PROMPTS, ids)[0], [])), gradient(policy, matrices)
+        with policy.disable_adapter():
+            base = log_probs(policy)
+    other, written = torch.tensor(sum(policy.score_lists(PROMPTS, ids)[0], [])), torch.tensor(sum(written, []))
+    assert (written - trainer).abs().mean() < 0.05 < (written - other).abs().mean()
+    assert (ids, before) == (sampled(alone)[0], sampled(policy)) and before[0] != ids
+    named = adapter_tensors(alone.model).values()
+    assert torch.equal(expected, gradient(alone, named)) and expected.norm() > 0
+    assert sum(p.grad is not None for p in policy.trainable_parameters()) == len(matrices) == len(first)
+    with alone.disable_adapter():
+        assert torch.equal(base, log_probs(alone))
+    with pytest.raises(KeyError), policy.using("proposer"):
+        raise KeyError
+    assert policy.adapter == "default" and sampled(policy) == before
