@@ -308,7 +308,9 @@ def optimizer_step(s: State, samples: list[Sample]) -> dict[str, float]:
 
 def apply_gradient(s: State, loss: float) -> float:
     """Clips the gradient's norm and steps AdamW, unless loss or norm is not finite. Returns the norm."""
-    norm = torch.nn.utils.clip_grad_norm_(s.policy.trainable_parameters(), GRAD_CLIP).item()
+    # a group is an adapter, one unless an arm adds some: clipped alone, so that none shortens the step of another
+    groups = [group["params"] for group in s.optimizer.param_groups]
+    norm = math.hypot(*(torch.nn.utils.clip_grad_norm_(group, GRAD_CLIP).item() for group in groups))
     if math.isfinite(loss) and math.isfinite(norm):
         s.optimizer.step()
     s.optimizer.zero_grad(set_to_none=True)

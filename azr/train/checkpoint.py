@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from azr.console import warn
+from azr.jsonl import write_json_atomic
 from azr.policy.backoff import Sizes, once_more, rollout_sizes, set_rollout_sizes
 from azr.runs import RunError
 from azr.tasks.prompts import template_hash
@@ -54,7 +55,6 @@ def due(s, step: int) -> bool:
 def save(s, keep: bool) -> Path:
     """Writes the last complete step, from its snapshot: the live tensors may be those of a step in progress."""
     tensors, non_finite, sizes, arms, loss_scale = s.snapshot
-    adapter = {name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")}
     state = {
         "buffers": s.buffers.state_dict(),
         "non_finite": non_finite,
@@ -67,10 +67,20 @@ def save(s, keep: bool) -> Path:
     info = {**s.policy.info, "template": s.template, "template_hash": template_hash(s.template)}
     # step 0 is always kept: its azr.json tells whoever reads the run what the base was
     keep = keep or not s.completed
-    write = partial(s.policy.save_adapter, state=adapter)
-    path = s.run.save_checkpoint(s.completed, write, tensors, state, info, keep)
+    path = s.run.save_checkpoint(
+        s.completed, partial(write_adapters, s.policy, tensors, info), tensors, state, info, keep
+    )
     s.saved = time.monotonic()
     return path
+
+
+def write_adapters(policy, tensors: dict, info: dict, directory: Path) -> None:
+    """The adapters of a snapshot: "default" is the checkpoint itself, each further one a folder of its name, with its
+    azr.json, so that whatever takes a checkpoint takes the folder."""
+    policy.save_adapter(directory, update.of_adapter(tensors, "default"))
+    for adapter in policy.adapters[1:]:
+        policy.save_adapter(directory / adapter, update.of_adapter(tensors, adapter))
+        write_json_atomic(directory / adapter / "azr.json", info)
 
 
 def load(s) -> None:

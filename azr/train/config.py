@@ -103,8 +103,9 @@ class Config:
     proposer: str = setting(
         "joint",
         "joint trains both roles; no-update gives proposals no gradient; frozen-base also takes them from the base, "
-        "adapter off; no-update-matched has solver rows of buffer tasks in place of the proposals' tokens.",
-        ("joint", "no-update", "frozen-base", "no-update-matched"),
+        "adapter off; no-update-matched has solver rows of buffer tasks in place of the proposals' tokens; separate "
+        "trains an adapter of its own for each role.",
+        ("joint", "no-update", "frozen-base", "no-update-matched", "separate"),
         group="the arms of the comparison",
     )
     proposer_reward: str = setting(
@@ -210,6 +211,11 @@ class Config:
         if self.learning_rate is not None and not 0 < self.learning_rate < 1:
             raise ValueError(f"--learning-rate must be between 0 and 1, not {self.learning_rate}")
         rules.control_of(self.entropy_control)
+
+    @property
+    def adapters(self) -> int:
+        """How many adapters are trained."""
+        return 2 if self.proposer == "separate" else 1
 
     @property
     def control(self) -> str:

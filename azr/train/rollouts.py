@@ -15,7 +15,8 @@ def generate(s, role: str, modes: list[str], prompts: list[str], n: int, key: st
     """n responses to each prompt as Samples, in order; `key` and the place of the prompt make their seeds and group."""
     ids = [s.policy.encode(prompt) for prompt in prompts]
     seeds = [[sample_seed(s.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
-    completions = s.policy.generate(ids, n, s.sampling, seeds)
+    with s.policy.using(s.arms.adapter(role, "default")):
+        completions = s.policy.generate(ids, n, s.sampling, seeds)
     return [
         Sample(role, modes[i], prompts[i], ids[i], completion, s.policy.decode(completion.ids), f"{key}/{i}")
         for i, row in enumerate(completions)

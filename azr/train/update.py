@@ -101,9 +101,16 @@ def has_ratio(sample: Sample) -> bool:
 
 
 def score(s, samples: list[Sample], with_grad: bool):
-    """Micro-batches of (indices, log_prob, entropy, mask) over the responses of the samples."""
-    prompts, responses = [x.prompt_ids for x in samples], [x.completion.ids for x in samples]
-    return s.policy.score(prompts, responses, s.config.temperature, s.sizes.token_budget, with_grad, s.sizes.chunk)
+    """Micro-batches of (indices, log_prob, entropy, mask) over the responses of the samples, each of one adapter."""
+    adapters = [s.arms.adapter(sample.role, "default") for sample in samples]
+    for adapter in dict.fromkeys(adapters):
+        part = [i for i, name in enumerate(adapters) if name == adapter]
+        prompts, responses = [samples[i].prompt_ids for i in part], [samples[i].completion.ids for i in part]
+        sizes = s.config.temperature, s.sizes.token_budget, with_grad, s.sizes.chunk
+        # around the `yield` too: the backward pass, which recomputes activations, must run with the same adapter
+        with s.policy.using(adapter):
+            for scored in s.policy.score(prompts, responses, *sizes):
+                yield scored._replace(indices=[part[i] for i in scored.indices])
 
 
 # --------------------------------------------------------------------------------------------------------- the gradient
@@ -226,19 +233,33 @@ def longest(samples: list[Sample]) -> int:
 
 
 def state_tensors(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of all that an update changes: adapter and Adam moments."""
-    tensors = {f"adapter/{name}": tensor for name, tensor in policy.adapter_state().items()}
+    """Copies on the CPU of all that an update changes: adapters and Adam moments."""
+    tensors = {
+        f"{place(adapter)}/{name}": tensor
+        for adapter in policy.adapters
+        for name, tensor in policy.adapter_state(adapter=adapter).items()
+    }
     for i, moments in optimizer.state_dict()["state"].items():
         for name, value in moments.items():
             tensors[f"adam/{i}/{name}"] = value.detach().to("cpu", copy=True)
     return tensors
 
 
+def place(adapter: str) -> str:
+    """What the names of an adapter's matrices begin with in `state_tensors`."""
+    return "adapter" if adapter == "default" else adapter
+
+
+def of_adapter(tensors: dict[str, torch.Tensor], adapter: str) -> dict[str, torch.Tensor]:
+    """The matrices of one adapter among what `state_tensors` gave, under PEFT's names."""
+    prefix = f"{place(adapter)}/"
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
 def restore_tensors(policy: Policy, optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Puts back what `state_tensors` gave."""
-    policy.load_adapter_state(
-        {name.removeprefix("adapter/"): t for name, t in tensors.items() if name.startswith("adapter/")}
-    )
+    for adapter in policy.adapters:
+        policy.load_adapter_state(of_adapter(tensors, adapter), adapter)
     moments: dict[int, dict] = {}
     for name, value in tensors.items():
         if name.startswith("adam/"):

@@ -45,17 +45,22 @@ class World:
 
     def __init__(self, directory) -> None:
         self.directory, self.found = directory, {}
-        self.policy = Policy.load(model_path("tiny"), "none", LoraSettings(8, 64.0, "attention"), max_batch=256)
+        self.policy = self.load()
         self.start = self.policy.adapter_state()
         self.sandbox = Sandbox(2)
         self.sandbox.__enter__()
         self.buffers = None
+
+    def load(self) -> Policy:
+        return Policy.load(model_path("tiny"), "none", LoraSettings(8, 64.0, "attention"), max_batch=256)
 
     def state(self, run: Run, stop: StopRequest, grader=None, **settings):
         """The State of a run before its first step, its buffers those of the one seed stage."""
         import train_azr
 
         config = resolve(Config(**{**SMALL, **settings}))[0]
+        if len(self.policy.adapters) > 1:  # what an arm has added stays on its policy
+            self.policy = self.load()
         self.policy.load_adapter_state(self.start)
         s = loop.make_state(train_azr.State, config, self.policy, self.sandbox, run.dir, Arms.of(config), grader)
         s.run, s.stop = run, stop
@@ -68,7 +73,7 @@ class World:
 
     def run(self, steps: int = STEPS, **settings) -> SimpleNamespace:
         """rows: metrics without times; samples: what was logged; trained: the samples of each update; adapters: after
-        each step; state: as it ended."""
+        each step; proposers: the adapter of the proposer after each step; state: as it ended."""
         import train_azr
 
         key = json.dumps([steps, settings], sort_keys=True)
@@ -79,7 +84,7 @@ class World:
                 out = Path(tempfile.mkdtemp(prefix="run-", dir=self.directory))
                 run = stack.enter_context(Run.open(out, {"steps": 0}, "none"))
                 s = self.state(run, stop, grader, **settings)
-                trained, adapters, honest = [], [], s.arms.prepare
+                trained, adapters, proposers, honest = [], [], [], s.arms.prepare
 
                 def watched(s, step, samples):  # what the update sees: after the arms have prepared it
                     metrics = honest(s, step, samples)
@@ -90,15 +95,16 @@ class World:
                 for step in range(1, steps + 1):
                     train_azr.train_step(s, step)
                     adapters.append(self.policy.adapter_state())
+                    proposers.append(self.policy.adapter_state(adapter=s.arms.adapter("proposer", "default")))
             rows = reproducible(out)
             samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
             self.found[key] = SimpleNamespace(
-                rows=rows, samples=samples, trained=trained, adapters=adapters, state=s, out=out
+                rows=rows, samples=samples, trained=trained, adapters=adapters, proposers=proposers, state=s, out=out
             )
         return self.found[key]
 
-    def run_in_two(self, first: int, steps: int, **settings) -> list[dict]:
-        """The metrics of `steps` steps whose process ended after the first ones and a checkpoint."""
+    def run_in_two(self, first: int, steps: int, **settings) -> tuple[list[dict], Path]:
+        """The metrics of `steps` steps whose process ended after the first ones and a checkpoint; the last one."""
         import train_azr
 
         out = Path(tempfile.mkdtemp(prefix="halves-", dir=self.directory))
@@ -110,8 +116,8 @@ class World:
                         checkpoint.load(s)
                     for step in range(begin, end + 1):
                         train_azr.train_step(s, step)
-                    checkpoint.save(s, keep=True)
-        return reproducible(out)
+                    saved = checkpoint.save(s, keep=True)
+        return reproducible(out), saved
 
     def close(self) -> None:
         self.sandbox.__exit__(None, None, None)

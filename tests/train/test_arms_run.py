@@ -1,5 +1,6 @@
 """The arms on the embedded model, most for two steps, against `none` from the same state: what changes, what not."""
 
+import copy
 import dataclasses
 import itertools
 import json
@@ -15,6 +16,9 @@ from arms_world import STEPS, World, reproducible
 
 import train_azr
 from azr.evals.held_out import load_tasks
+from azr.policy.load import adapter_tensors
+from azr.policy.opening import agree
+from azr.policy.policy import Policy
 from azr.tasks import MODES
 from azr.train import arms, loop, make_data, rewards, rules, update
 from azr.train.arms import Arms, entropy_control, off_policy
@@ -123,6 +127,86 @@ def test_the_joint_gradient_is_the_solvers_of_no_update_plus_the_proposers(world
     solver = gradient(lambda s: {"update": s.role == "solver", "advantage": s.advantage * (s.role == "solver")})
     proposer = gradient(lambda s: {"advantage": s.advantage * (s.role == "proposer")})
     assert (joint - solver - proposer).norm() < 1e-5 * joint.norm() and proposer.norm() > 0 < solver.norm()
+
+
+# -------------------------------------------------------------------------------------------------------- two adapters
+
+
+def flat(tensors: dict) -> torch.Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+
+
+@pytest.fixture(scope="module")
+def apart(world):
+    """The same state with a policy of its own, which may have a second adapter."""
+    world.run()  # the seed stage
+    made = copy.copy(world)
+    made.policy, made.found = world.load(), {}
+    return made
+
+
+def test_each_role_moves_its_own_adapter_and_nothing_else(world, apart):
+    joint, alone, arm = world.run(), world.run(proposer="no-update", steps=3), apart.run(proposer="separate")
+    assert rollouts(arm) == rollouts(joint) and arm.rows[0]["train/tokens"] == joint.rows[0]["train/tokens"]
+    # the solver's: bit for bit as if the proposer had learned nothing
+    assert torch.equal(flat(arm.adapters[0]), flat(alone.adapters[0]))
+    assert moved(arm, joint)
+    # the proposer's, by hand: minus the advantage times the log-prob, each group with 1/6, clipped to norm 1; the first
+    # step of Adam is the learning rate in the direction of the gradient
+    proposals = [s for s in arm.trained[0] if s.role == "proposer"]
+    tokens = {mode: tokens_of([s for s in proposals if s.mode == mode]) for mode in MODES}
+    world.policy.load_adapter_state(world.start)
+    world.policy.model.zero_grad(set_to_none=True)
+    prompts, responses = [s.prompt_ids for s in proposals], [s.completion.ids for s in proposals]
+    for indices, log_prob, _, mask in world.policy.score(prompts, responses, with_grad=True):
+        weight = torch.tensor([-proposals[i].advantage / 6 / tokens[proposals[i].mode] for i in indices])
+        (log_prob * mask * weight[:, None]).sum().backward()
+    gradients = {name: p.grad for name, p in adapter_tensors(world.policy.model).items()}
+    gradient, start, end = (flat(x) for x in (gradients, world.start, arm.proposers[0]))
+    gradient /= max(1.0, gradient.norm())
+    by_hand = start - arm.state.config.learning_rate * gradient / (gradient.abs() + 1e-8)
+    assert (end - by_hand).abs().max() < 1e-6 and (end != start).sum() > 1000
+
+
+def test_a_role_samples_and_is_measured_with_its_own_adapter(world, apart):
+    arm = apart.run(proposer="separate")
+    for role, own, other in (
+        ("proposer", arm.proposers[0], arm.adapters[0]),
+        ("solver", arm.adapters[0], arm.proposers[0]),
+    ):
+        mine = [s for s in arm.trained[1] if s.role == role]
+        wrote = torch.tensor(recorded(mine))
+        assert (torch.tensor(log_probs(world, own, mine)) - wrote).abs().max() < 1e-4
+        assert (torch.tensor(log_probs(world, other, mine)) - wrote).abs().max() > 1e-2
+        world.policy.load_adapter_state(own)
+        _, entropies = world.policy.score_lists([s.prompt_ids for s in mine], [s.completion.ids for s in mine])
+        entropy = sum(map(sum, entropies)) / tokens_of(mine)
+        assert arm.rows[1][f"{role}/all/entropy"] == pytest.approx(entropy, rel=1e-4)
+    assert all(row["train/log_prob_gap"] < 1e-4 for row in arm.rows)
+
+
+def test_micro_batches_of_two_adapters_give_one_gradient(apart):
+    arm = apart.run(proposer="separate")
+    state, found = arm.state, []
+    samples = [dataclasses.replace(s, advantage=math.sin(i + 1)) for i, s in enumerate(arm.trained[1])]
+    for budget in (4000, 200):
+        state.sizes.token_budget = budget
+        update.gradient(state, samples, train_azr.token_weights(samples), lambda part: train_azr.ppo_loss(state, part))
+        groups = [group["params"] for group in state.optimizer.param_groups]
+        found.append([torch.cat([p.grad.flatten() for p in group]) for group in groups])
+    for one, other in zip(*found):
+        assert len(found[0]) == 2 and (one - other).norm() < 1e-5 * one.norm() and one.norm() > 0
+
+
+def test_two_adapters_resume_bit_for_bit_beside_the_arms_that_switch_them_off(apart):
+    settings = {**BASE, "proposer": "separate", "minibatches": 2, "entropy_control": "top-entropy"}
+    whole = apart.run(steps=2, **settings)
+    parts, saved = apart.run_in_two(1, 2, **settings)
+    assert parts == whole.rows and max(row["train/kl_to_base"] for row in whole.rows) > 0
+    for folder, expected in ((saved, whole.adapters[-1]), (saved / "proposer", whole.proposers[-1])):
+        opened = Policy.open(agree(None, folder))
+        assert all(torch.equal(expected[name], tensor) for name, tensor in opened.adapter_state().items())
+    assert moved(whole, SimpleNamespace(adapters=whole.proposers))
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards
@@ -357,7 +441,7 @@ def test_an_arm_is_one_file_and_one_line(few_held_out, tmp_path, monkeypatch):
 def test_what_a_controller_knows_survives_a_resume(world, monkeypatch):
     monkeypatch.setattr(entropy_control, "TARGET", 2.0)
     settings = {"entropy_control": "adaptive", "proposer": "frozen-base", "solver_tasks": "fresh"}
-    whole, parts = world.run(steps=3, **settings), world.run_in_two(2, 3, **settings)
+    whole, (parts, _) = world.run(steps=3, **settings), world.run_in_two(2, 3, **settings)
     assert parts == whole.rows
 
 

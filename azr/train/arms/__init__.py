@@ -38,6 +38,7 @@ REGISTRY: list[tuple[Callable[[Config], bool], str | type[Arm]]] = [
     (lambda c: c.proposer == "no-update", "untrained_proposer.NoUpdate"),
     (lambda c: c.proposer == "frozen-base", "untrained_proposer.FrozenBase"),
     (lambda c: c.proposer == "no-update-matched", "untrained_proposer.Matched"),
+    (lambda c: c.proposer == "separate", "separate.Separate"),
     (lambda c: c.off_policy_gamma > 0, "off_policy.OffPolicy"),
 ]
 
@@ -64,6 +65,10 @@ class Arm:
 
     def start(self, s, judge) -> None:
         """Once the model is loaded. judge(s, samples) -> the samples with their verdicts. May raise ValueError."""
+
+    def adapter(self, role: str, name: str) -> str:
+        """The adapter that a role samples with and is trained in; `name` is the policy's own, "default"."""
+        return name
 
     def proposing(self, s) -> AbstractContextManager:
         """What proposals are sampled in."""
@@ -151,6 +156,7 @@ class Arms(Arm):
     samples, given = joined("samples"), joined("given")
     prepare, metrics, after = united("prepare"), united("metrics"), united("after")
     reward, weights, token_loss = handed_on("reward"), handed_on("weights"), handed_on("token_loss")
+    adapter = handed_on("adapter")
 
     @property
     def proposes(self) -> bool:
