@@ -194,7 +194,8 @@ def update_time(shape: Shape, preset: Preset, card: Card, sampled: int, trained:
 
 def disk(plan: Plan, model: str, steps: int, eval_every: int) -> dict[str, float]:
     """Bytes of the run directory by part, and of the model's files in the hub's cache."""
-    adapter = 4 * plan.shape.lora_parameters(plan.preset.lora_rank, plan.preset.lora_targets)
+    preset = plan.preset
+    adapter = 4 * preset.adapters * plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
     count = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
     tokens = step_time(plan, CARDS["h100"], PACES[0]).trained * steps
     hub = not Path(model_path(model)).is_dir()

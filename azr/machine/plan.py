@@ -166,6 +166,7 @@ class Preset:
     references: int = 6
     lora_rank: int = 32
     lora_targets: str = "all-linear"
+    adapters: int = 1  # 2 with --proposer separate
     quantization: str = "nf4"
     rollout_weights: str = "auto"  # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
     dtype: str = "auto"  # of computation: fp32 takes 4 bytes on a GPU too
@@ -316,7 +317,7 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     """
     on_gpu = device == "cuda"
     value = value_bytes(preset, device)
-    adapter = shape.lora_parameters(preset.lora_rank, preset.lora_targets)
+    adapter = preset.adapters * shape.lora_parameters(preset.lora_rank, preset.lora_targets)
     weights = weight_bytes(shape, preset.quantization, value)
     largest = max(rows * columns for rows, columns in shape.linears.values())
     unpacked = {"unpacked matrix": value * largest} if preset.quantization == "nf4" else {}
@@ -470,7 +471,8 @@ def render(plan: Plan, model: str = "") -> str:
     lines = [
         f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "
         f"{plan.shape.parameters:,} parameters, {base}",
-        f"adapter      LoRA rank {preset.lora_rank}, {preset.lora_targets}: {lora:,} parameters in fp32",
+        f"adapter      {'' if preset.adapters == 1 else f'{preset.adapters} x '}LoRA rank {preset.lora_rank}, "
+        f"{preset.lora_targets}: {preset.adapters * lora:,} parameters in fp32",
         f"a step       {3 * preset.prompts_per_mode} proposals, up to {in_flight(preset)} answers of up to "
         f"{preset.max_new_tokens} tokens",
         f"sizes        {preset.max_batch} slots, {preset.token_budget} tokens a micro-batch, prompts of up to "

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from azr.machine import plan
+from azr.machine import cost, plan
 from azr.machine.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
 from azr.models import model_path
+from azr.train.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -86,6 +87,19 @@ def test_fp32_takes_twice_the_bytes_on_a_gpu_and_fp16_those_of_bf16():
     assert more == pytest.approx(2 * shape.other_parameters)  # the matrices stay in 4 bits
     assert plan.memory(shape, wide, "cpu") == plan.memory(shape, auto, "cpu")
     assert "nf4 + fp32" in plan.render(plan.plan_memory(shape, wide, 24e9))
+
+
+def test_two_adapters_take_twice_the_memory_of_one():
+    shape, one = QWEN25["3B"], PRESETS["24gb"]
+    two, lora = dataclasses.replace(one, adapters=2), shape.lora_parameters(32)
+    more = {"cuda": {"load": 4, "rollout": 12, "training": 16}, "cpu": {"load": 4, "rollout": 24, "training": 28}}
+    for device, phases in more.items():
+        single, double = (plan_memory(shape, preset, None, device).totals for preset in (one, two))
+        assert {phase: double[phase] - single[phase] for phase in phases} == {k: v * lora for k, v in phases.items()}
+    single, double = (cost.disk(plan_memory(shape, preset, 24e9), "tiny", 500, 25) for preset in (one, two))
+    assert double == single | {name: 2 * single[name] for name in ("adapters", "states")}
+    assert f"2 x LoRA rank 32, all-linear: {2 * lora:,} parameters" in plan.render(plan_memory(shape, two, 24e9))
+    assert Config(proposer="separate").adapters == 2 and Config().adapters == 1
 
 
 def test_what_is_unknown_is_said(tmp_path):
