@@ -196,6 +196,12 @@ def training_summary(run: RunData) -> dict:
     return {name: {"first": mean_row(pair[0]), "last": mean_row(pair[1])} for name, pair in pairs.items() if pair}
 
 
+def adapter_of(checkpoint: Path, role: str) -> Path:
+    """Where the adapter of a role lies: --proposer separate has the proposer's in a folder of the checkpoint."""
+    own = checkpoint / role
+    return own if own.is_dir() else checkpoint
+
+
 def probe_curve(run: RunData, args) -> dict:
     """{step: groups} of the frozen probe under every checkpoint; {} with a warning if there is no probe."""
     from azr.analysis.divergence import open_run, use
@@ -206,9 +212,12 @@ def probe_curve(run: RunData, args) -> dict:
         return {}
     rows, policy, result = read_rows(path, args.limit), open_run(run), {}
     for step, checkpoint in checkpoints:
-        use(policy, checkpoint)
-        entropy, log_prob = score_rows(policy, rows, args.temperature)
-        result[str(step)] = by_group(rows, entropy, log_prob)
+        adapters, measured = [adapter_of(checkpoint, row.role) for row in rows], {}
+        for adapter in dict.fromkeys(adapters):
+            use(policy, adapter)
+            part = [i for i, own in enumerate(adapters) if own == adapter]
+            measured |= zip(part, zip(*score_rows(policy, [rows[i] for i in part], args.temperature)))
+        result[str(step)] = by_group(rows, *zip(*(measured[i] for i in range(len(rows)))))
     (run.path / "eval").mkdir(exist_ok=True)
     write_json_atomic(run.path / "eval" / "probe_entropy.json", {"temperature": args.temperature, "probe": result})
     return result
