@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import analyze
-from azr.analysis import entropy
+from azr.analysis import divergence, entropy
 from azr.analysis.divergence import divergences, open_policy, token_divergences
 from azr.fits import difference_of_means, linear_fit, ratio_of_sums
 from azr.policy.opening import agree
@@ -89,6 +89,22 @@ def test_chunks_and_micro_batches_do_not_change_it(policy, tokens):
     for budget, chunk in ((64, 128), (8192, 1)):
         other, _ = token_divergences(policy, prompts, responses, 1.0, budget, chunk)
         assert all(np.abs(a - b).max() < 1e-5 for a, b in zip(one, other))
+
+
+def test_the_probe_of_a_role_is_measured_with_its_own_adapter(policy, tmp_path, monkeypatch):
+    checkpoint, state = tmp_path / "step_1", policy.adapter_state()
+    weaker = {name: tensor / 2 for name, tensor in state.items()}
+    policy.save_adapter(checkpoint)
+    policy.save_adapter(checkpoint / "proposer", weaker)
+    rows = [entropy.Row(role, "deduction", *text) for role, text in zip(("proposer", "solver", "proposer"), TEXTS)]
+    (tmp_path / "probe.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+    monkeypatch.setattr(divergence, "open_run", lambda run: policy)
+    run = SimpleNamespace(path=tmp_path, checkpoints=lambda: [(1, checkpoint)])
+    groups = entropy.probe_curve(run, SimpleNamespace(limit=None, temperature=1.0))["1"]
+    for role, adapter in (("proposer", weaker), ("solver", state)):
+        policy.load_adapter_state(adapter)
+        own, _ = entropy.score_rows(policy, [row for row in rows if row.role == role], 1.0)
+        assert groups[f"{role}/all"]["token_mean"]["mean"] == pytest.approx(np.concatenate(own).mean(), rel=1e-5)
 
 
 def test_kl_of_known_distributions_and_of_a_model_to_itself(policy, tokens):
