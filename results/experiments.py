@@ -46,12 +46,14 @@ MODES = ("deduction", "abduction", "induction")
 
 @dataclass(frozen=True)
 class Arm:
-    """Flags of train_azr.py ({runs} is the --runs directory), training seeds, answers a held-out task."""
+    """Flags of train_azr.py ({runs} is the --runs directory), training seeds, answers a held-out task; `script`: what
+    takes the flags instead, a script that gives train_azr.py one more arm."""
 
     flags: str
     seeds: int = 3
     samples: int = NARROW
     model: str = "tiny"
+    script: str = "train_azr.py"
 
     def wanted(self, seed: int) -> int:
         """Answers a held-out task of one seed."""
@@ -97,6 +99,7 @@ ARMS = {
     "frozen-base": Arm("--proposer frozen-base", 5, WIDE),
     "no-update": Arm("--proposer no-update", 5),
     "no-update-matched": Arm("--proposer no-update-matched", 5),
+    "separate": Arm("--proposer separate", 5),
     "rlvr": Arm(f"--algorithm rlvr --data {{runs}}/tasks.jsonl --step-tokens {STEP_TOKENS}", 5, WIDE),
     "sft": Arm(f"--algorithm sft --data {{runs}}/gold.jsonl --step-tokens {STEP_TOKENS}", 5, WIDE),
     "half-peak": Arm("--proposer-reward half-peak", 5),
@@ -123,6 +126,7 @@ ARMS = {
     "temperature": Arm("--temperature 1.2"),
     "nf4": Arm("", model="{runs}/tiny-nf4"),
     "fresh": Arm("--solver-tasks fresh"),
+    "seed-references": Arm("--solver-tasks fresh", script="results/seed_references.py"),
     "answers-4": Arm("--answers 4"),
     "answers-16": Arm("--answers 16"),
 }  # answers-8 and backfill are joint; learnability is its reward
@@ -198,7 +202,7 @@ def train(arm: str, seed: int, runs: Path) -> Path:
     if not (run / "checkpoints" / f"step_{STEPS}").exists():
         model = ["--model", ARMS[arm].model.format(runs=runs), "--seed", seed]
         again = ["--resume", "auto"] if any((run / "checkpoints").glob("step_*")) else []
-        call(runs / f"{arm}-{seed}.log", "train_azr.py", *model, *COMMON, *flags, "--out", run, *again)
+        call(runs / f"{arm}-{seed}.log", ARMS[arm].script, *model, *COMMON, *flags, "--out", run, *again)
     return run
 
 

@@ -330,7 +330,7 @@ def read_arms() -> tuple[dict[str, tuple], Callable]:
     place.loader.exec_module(experiments)
     arms = {name: ("tiny", (flags,) if isinstance(flags, str) else flags) for name, flags in TRAINED.items()}
     for name, arm in experiments.ARMS.items():
-        if not arm.model.endswith("half"):  # a base that has to be trained first
+        if arm.script == "train_azr.py" and not arm.model.endswith("half"):  # a base that has to be trained first
             flags = re.sub(r"(--step-tokens) \d+", rf"\1 {STEP_TOKENS}", arm.flags.replace("{runs}/", ""))
             arms[name] = arm.model.replace("{runs}", "."), (flags,)
     return arms, experiments.round_to_nf4

@@ -1,6 +1,7 @@
 """The experiments: every arm is a valid command, the page's tables are those of the files beside it."""
 
 import json
+import random
 import sys
 from pathlib import Path
 
@@ -11,9 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
 
 import experiments
+import seed_references
 import tables
 from azr.passk import Interval
-from azr.train.config import parse, resolve
+from azr.tasks import Buffers, Task
+from azr.train.config import Config, parse, resolve
 
 
 @pytest.mark.parametrize("arm", experiments.ARMS)
@@ -25,6 +28,27 @@ def test_every_arm_is_a_command(arm, tmp_path):
     flags = ["--model", settings.model.format(runs=tmp_path), *experiments.COMMON]
     config, _ = resolve(parse(flags + settings.flags.format(runs=tmp_path).split(), ""))
     assert config.steps == experiments.STEPS and config.steps % config.eval_every == 0
+
+
+def test_references_of_the_seed_stage_alone():
+    usual, seed = Buffers(), seed_references.SeedBuffers()
+    made = [Task("deduction", f"def f(x):\n    return x + {i}", "1", str(1 + i)) for i in range(1, 13)]
+    for task in made[:6]:
+        assert usual.add(task, 0) and seed.add(task, 0)
+
+    def draws(buffers):
+        rng = random.Random(0)
+        return [(buffers.sample("deduction", 4, rng), buffers.sample_program(rng)) for _ in range(20)]
+
+    before = draws(usual)
+    assert draws(seed) == before  # until something newer comes the two are the same
+    for task in made[6:]:
+        assert usual.add(task, 1) and seed.add(task, 1)
+    seed.load_state_dict(seed.state_dict())  # as a resume does
+    assert draws(seed) == before != draws(usual) and seed.size("deduction") == 12 and not seed.add(made[7], 2)
+    assert experiments.ARMS["seed-references"].flags == experiments.ARMS["fresh"].flags
+    settings = (Config(), Config(solver_tasks="fresh"), Config(solver_tasks="fresh", algorithm="rlvr"))
+    assert [seed_references.SeedReferences.refuses(c)[0][0] for c in settings] == [True, False, True]
 
 
 def test_the_order_has_every_run_and_ends_with_what_each_needs():
