@@ -109,14 +109,28 @@ class Interval:
         return {name: float(value) if math.isfinite(value) else None for name, value in pairs}
 
 
-def bootstrap_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """Mean over problems with its interval. values: (problems,) or (problems, columns), resampled as whole rows."""
+def bootstrap_interval(
+    values: np.ndarray, draws: int = DRAWS, seed: int = 0, ends: tuple[float, float] | None = None
+) -> Interval:
+    """Mean over problems with its interval. values: (problems,) or (problems, columns), resampled as whole rows.
+
+    ends: the least and the greatest value that a problem can have. With them, columns in which all problems are equal,
+    whose resamples are all equal too, get an interval of their own: with 97.5 % confidence at most a share
+    s = 1 - 0.025^(1/problems) of other problems differs (Clopper and Pearson 1934, about 3.7 / problems: the "rule of
+    three"), and these may all lie at one end. ValueError: no problems.
+    """
     values = np.asarray(values, dtype=np.float64)
     if not len(values):
         raise ValueError("no problems, so there is nothing to average")
     sums = _resampled_sums(values.reshape(len(values), -1), draws, seed)
     means = values.mean(axis=0)
-    return _interval(means, sums.reshape(draws, *means.shape) / len(values), len(values))
+    result = _interval(means, sums.reshape(draws, *means.shape) / len(values), len(values))
+    if ends is None or len(values) < 2:
+        return result
+    share, equal = 1 - ((1 - CONFIDENCE) / 2) ** (1 / len(values)), np.ptp(values, axis=0) == 0
+    low = np.where(equal, means - share * (means - ends[0]), result.low)
+    high = np.where(equal, means + share * (ends[1] - means), result.high)
+    return Interval(means, low, high) if means.ndim else Interval(float(means), float(low), float(high))
 
 
 def share_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
@@ -128,9 +142,10 @@ def share_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Int
     values 0 or 1 as would vary by as much. A handful of small values does not tell the variance, so it is drawn towards
     that of values 0 or 1, with a weight of 0.8 of all problems when nothing is solved, fading as more is. The weight
     was chosen by simulation. At 30 problems and k = n coverage cannot be even: the mean has only 31 possible values.
+    Values that are all equal and neither 0 nor 1 have the interval of `bootstrap_interval` with ends.
     """
     values = np.asarray(values, dtype=np.float64)
-    result, n, mean = bootstrap_interval(values, draws, seed), len(values), values.mean(axis=0)
+    result, n, mean = bootstrap_interval(values, draws, seed, (0, 1)), len(values), values.mean(axis=0)
     z2, binary = NormalDist().inv_cdf((1 - CONFIDENCE) / 2) ** 2, mean * (1 - mean)
     events, squares = n * np.minimum(mean, 1 - mean), ((values - mean) ** 2).sum(axis=0)
     prior = 0.4 * n / (0.5 + events)
@@ -139,6 +154,7 @@ def share_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Int
     half = np.sqrt(z2 / size * (binary + z2 / (4 * size)))
     wilson = [np.clip((mean + z2 / (2 * size) + sign * half) / (1 + z2 / size), 0, 1) for sign in (-1, 1)]
     coarse = (events < FEW) | (squares > NEARLY_BINARY * n * binary)
+    coarse &= (np.ptp(values, axis=0) > 0) | (binary == 0) | (n < 2)
     # Rounding must not put the mean outside.
     low = np.minimum(mean, np.where(coarse, wilson[0], result.low))
     high = np.maximum(mean, np.where(coarse, wilson[1], result.high))
@@ -152,9 +168,10 @@ def difference_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -
     large k most problems do not change at all), resampling them claims too much; none changed would give [0, 0]. There
     the interval is a Wald interval with pseudo-problems as in Agresti and Min 2005 (Statistics in Medicine 24:729):
     w problems of +1 and of -1 and 2w more of 0, with w from 1/2 when nothing changed towards 0 when more did.
+    Differences that are all equal, and not few, have the interval of `bootstrap_interval` with ends.
     """
     values = np.asarray(values, dtype=np.float64)
-    result, n, mean = bootstrap_interval(values, draws, seed), len(values), values.mean(axis=0)
+    result, n, mean = bootstrap_interval(values, draws, seed, (-1, 1)), len(values), values.mean(axis=0)
     squares, fourth = (values**2).sum(axis=0), (values**4).sum(axis=0)
     changed = np.where(fourth > 0, squares**2 / np.where(fourth > 0, fourth, 1), 0)
     pseudo = 1 / (1 + changed / 4)

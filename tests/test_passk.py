@@ -147,6 +147,20 @@ def test_certainty_is_not_claimed_from_few_problems():
             empty()
 
 
+def test_values_that_are_all_equal_are_no_certainty_either():
+    rest = 1 - 0.025 ** (1 / 100)  # of other problems, at 97.5 %
+    share, difference = passk.share_interval(np.full(100, 0.25)), passk.difference_interval(np.full(100, -0.25))
+    assert (share.low, share.high) == pytest.approx((0.25 - rest * 0.25, 0.25 + rest * 0.75))
+    assert (difference.low, difference.high) == pytest.approx((-0.25 - rest * 0.75, -0.25 + rest * 1.25))
+    mixed = np.stack([np.full(100, 0.25), np.linspace(0, 1, 100)], axis=1)
+    for interval in (passk.share_interval, passk.difference_interval):
+        for i, whole in enumerate(interval(mixed)[i] for i in (0, 1)):
+            alone = interval(mixed[:, i])
+            assert (whole.low, whole.high) == pytest.approx((alone.low, alone.high))
+    plain = passk.bootstrap_interval(np.full(100, 0.25))
+    assert plain.low == plain.high == 0.25  # without ends nothing says how far another problem could be
+
+
 def test_ratio_difference_equals_the_plain_one_for_equal_denominators():
     rng = np.random.default_rng(4)
     a, b, n = rng.integers(0, 9, 40), rng.integers(0, 9, 40), np.full(40, 8)
