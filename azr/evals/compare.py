@@ -6,13 +6,16 @@ BASE and TUNED are result directories (`result.json`, `graded.jsonl`) with the s
 base quantization; anything else is refused. Writes compare.json, compare.md and compare.png. Intervals and tests are
 over problems (see azr/passk.py): they say nothing about other training runs.
 
-What the sentence means. Let K be the largest k compared (n/2 unless --k says otherwise). A difference at some k is
-ESTABLISHED if its 95 % interval excludes 0 and its sign-flip p, corrected over all k by Holm, is below 0.05.
-  "sharpening without capacity gain": tuned is established ahead at k = 1; at k = K the interval's upper end is below
-      the margin, so a gain of that size is excluded; and the base leaves room at K for twice the margin.
-  "capacity gain": tuned is established ahead at k = K.
-  "not established": everything else, also when nothing differs. It is no claim that there is no effect.
-A crossing point is given only if one model is established ahead at some k and the other at some larger k.
+What the sentence means. A difference at some k is ESTABLISHED if its 95 % interval excludes 0 and its sign-flip p,
+corrected over all k by Holm, is below 0.05. The sentence says at which k tuned is established ahead or behind ("cannot
+tell" at the others), or where the lead changes: if one is established ahead at some k and the other at some larger k.
+About capacity it speaks only at k of CAPACITY_K or more with n >= 2k; let K be the largest such k.
+  "capacity gain": tuned is established ahead at K.
+  "sharpening without capacity gain": tuned is established ahead at k = 1; at K the interval's upper end is below the
+      margin, so a gain of that size is excluded; and the base leaves room at K for twice the margin.
+  "no capacity gain": likewise at K, but not established ahead at k = 1.
+"Cannot tell" is no claim that there is no effect. All of it is about these two decodings: more than the base can do is
+claimed against the base at its best temperature (azr/evals/frontier.py).
 Left out: effects of training seeds, which need several trained runs.
 """
 
@@ -22,6 +25,7 @@ import argparse
 import math
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +35,7 @@ from azr.console import warn
 from azr.jsonl import read_object, replacing, strict_lines, write_json_atomic
 
 LEVEL = 0.05
+CAPACITY_K = 16  # below it, more problems solved within k tries may just be surer answers
 GRID = 64  # points of the curve on which a crossing is looked for
 FIGURES = ("SRR", "NDR")
 SETS = ("both", "base_only", "tuned_only", "neither")
@@ -173,7 +178,8 @@ def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) ->
     if len(base.ids) < 2:
         raise ValueError("one problem only: there is nothing to pair over")
     rows = curve_rows(base.c, tuned.c, n, ks)
-    name, sentence = verdict(rows, margin)
+    point = crossing(base.c, tuned.c, n, ks, rows)
+    name, sentence = verdict(rows, point, n, margin)
     return {
         "verdict": name,
         "sentence": sentence,
@@ -184,7 +190,7 @@ def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) ->
         "samples_per_problem": n,
         "margin": margin,
         "pass@k": rows,
-        "crossing": crossing(base.c, tuned.c, n, ks, rows),
+        "crossing": point,
         "solved_in_n": solved_in_n(base, tuned),
         "sets": set_figures(base, tuned),
         "answers": answer_figures(base, tuned),
@@ -196,9 +202,10 @@ def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) ->
 def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], draws: int = passk.DRAWS) -> list[dict]:
     """A row a k: both pass@k, their paired difference, its sign-flip p, plain and corrected, and who is ahead."""
     values = [passk.pass_at_k(n, c, ks) for c in (c_base, c_tuned)]
+    gain = values[1] - values[0]
     own = [passk.share_interval(v, draws=draws) for v in values]
-    difference = passk.difference_interval(values[1] - values[0], draws=draws)
-    p = passk.sign_flip_test(values[1] - values[0])
+    difference = passk.difference_interval(gain, draws=draws)
+    p = passk.sign_flip_test(gain)
     corrected = passk.holm(p)
     rows = []
     for i, k in enumerate(ks):
@@ -207,9 +214,9 @@ def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], d
         rows.append(
             {
                 "k": k,
-                "base": own[0][i].to_json(),
-                "tuned": own[1][i].to_json(),
-                "difference": difference[i].to_json(),
+                "base": figure(own[0][i], values[0][:, i]),
+                "tuned": figure(own[1][i], values[1][:, i]),
+                "difference": figure(difference[i], gain[:, i]),
                 "p": float(p[i]),
                 "p_holm": float(corrected[i]),
                 "ahead": ahead,
@@ -218,29 +225,70 @@ def curve_rows(c_base: np.ndarray, c_tuned: np.ndarray, n: int, ks: list[int], d
     return rows
 
 
-def verdict(rows: list[dict], margin: float) -> tuple[str, str]:
-    """Returns (name, sentence) as the module's docstring defines them."""
-    first, last = rows[0], rows[-1]
-    low, top, k = first["difference"], last["difference"], last["k"]
-    span = f"{top['mean']:+.3f} [{top['low']:+.3f}, {top['high']:+.3f}]"
-    if last["ahead"] == "tuned":
-        return "capacity gain", f"Capacity gain: at k = {k} tuned solves more, {span}."
-    if first["k"] != 1 or k == 1 or first["ahead"] != "tuned":
-        return "not established", (
-            f"Not established: at k = {first['k']} the difference is {low['mean']:+.3f} "
-            f"[{low['low']:+.3f}, {low['high']:+.3f}], at k = {k} {span}."
+def figure(interval: passk.Interval, values: np.ndarray) -> dict:
+    """{"mean", "low", "high"} of (problems,) values, with "all_equal" where they leave a bootstrap nothing to resample:
+    then the interval is Wilson's (of 0 or 1), Agresti and Min's (of no difference) or the rule of three's."""
+    return interval.to_json() | ({"all_equal": True} if np.ptp(values) == 0 else {})
+
+
+def verdict(rows: list[dict], point: dict | None, n: int, margin: float) -> tuple[str, str]:
+    """Returns (name, sentence) as the module's docstring defines them. rows: of `curve_rows`; point: of `crossing`."""
+    wide = [row for row in rows if row["k"] >= CAPACITY_K and 2 * row["k"] <= n]
+    name, lead = who_leads(rows, point)
+    capacity, claim = about_capacity(rows, wide[-1], margin) if wide else (None, no_claim(rows[-1]["k"], n))
+    shown = {row["k"]: row["difference"] for row in (rows[0], (wide or rows)[-1])}  # one, if there is only one k
+    numbers = ", ".join(
+        "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) + ("" if len(rows) == 1 else f" at k = {k}")
+        for k, difference in shown.items()
+    )
+    return capacity or name, f"{lead}: {numbers}. {claim}"
+
+
+def who_leads(rows: list[dict], point: dict | None) -> tuple[str, str]:
+    """Returns (name, words) for the established leads over the k of `rows`."""
+    if point:
+        low, high, ks = point["k"]["low"], point["k"]["high"], [row["k"] for row in rows]
+        left, right = ("<= " if low <= ks[0] * 1.001 else ""), (">= " if high >= ks[-1] * 0.999 else "")
+        first, then = ("ahead", "behind") if point["first"] == "tuned" else ("behind", "ahead")
+        return "crosses", (
+            f"Crosses at k = {point['k']['mean']:.1f} [{left}{low:.1f}, {right}{high:.1f}], tuned is {first} below and "
+            f"{then} above"
         )
-    gain = f"tuned is ahead at k = 1 by {low['mean']:+.3f}"
-    if last["base"]["mean"] > 1 - 2 * margin:
-        why = f"the base solves all but {100 * (1 - last['base']['mean']):.1f} % at k = {k}: no room to tell"
-    elif top["high"] < margin:
-        behind = "the base is ahead" if last["ahead"] == "base" else f"a gain of {margin:g} or more is excluded"
-        return "sharpening without capacity gain", (
-            f"Sharpening without capacity gain: {gain}; at k = {k} {behind}, {span}."
-        )
+    words = {"tuned": "ahead", "base": "behind", None: "cannot tell"}
+    places = {word: [row["k"] for row in rows if row["ahead"] == side] for side, word in words.items()}
+    if len(rows) == 1:
+        places = {word: f"k = {rows[0]['k']}, the only k measured" for word, there in places.items() if there}
+    elif len(rows) == max(map(len, places.values())):
+        places = {word: "every k measured" for word, there in places.items() if there}
     else:
-        why = f"at k = {k} the difference {span} leaves a gain of {margin:g} open"
-    return "not established", f"Not established: {gain}, but {why}."
+        places = {word: f"k = {', '.join(map(str, there))}" for word, there in places.items() if there}
+    text = "; ".join(f"{word} at {where}" for word, where in places.items())
+    sides = [word for word in places if word != "cannot tell"]
+    name = "cannot tell" if not sides else " and ".join(sides) + (" at some k" if len(places) > 1 else " at every k")
+    return name, text[0].upper() + text[1:]
+
+
+def about_capacity(rows: list[dict], last: dict, margin: float) -> tuple[str | None, str]:
+    """Returns (name or None, sentence) for the largest k at which something may be said of capacity."""
+    k, missed = last["k"], 1 - last["base"]["mean"]
+    if last["ahead"] == "tuned":
+        return "capacity gain", f"Capacity gain at k = {k}."
+    if missed < 2 * margin:
+        return None, f"No room for a capacity gain: the base solves all but {100 * missed:.1f} % at k = {k}."
+    if last["difference"]["high"] >= margin:
+        return None, f"Capacity: cannot tell, a gain of {margin:g} or more at k = {k} is not excluded."
+    sharper = rows[0]["k"] == 1 and rows[0]["ahead"] == "tuned"
+    name = "sharpening without capacity gain" if sharper else "no capacity gain"
+    why = "the base is ahead" if last["ahead"] == "base" else f"a gain of {margin:g} or more is excluded"
+    return name, f"{name.capitalize()}: at k = {k} {why}."
+
+
+def no_claim(k: int, n: int) -> str:
+    """The sentence where k or n is too small for one about capacity."""
+    return (
+        f"No claim about capacity: that takes k = {CAPACITY_K} or more and n >= 2k samples, here k is up to {k} and "
+        f"n = {n}."
+    )
 
 
 def crossing(c_base, c_tuned, n: int, ks: list[int], rows: list[dict]) -> dict | None:
@@ -344,10 +392,12 @@ def _figures(sums: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- summaries
 
 
-def pair(a: np.ndarray, b: np.ndarray, share: bool = True) -> dict:
-    """{"base", "tuned", "difference"} of two (problems,) columns; share: of values in [0, 1]."""
-    own, paired = (passk.share_interval, passk.difference_interval) if share else (passk.bootstrap_interval,) * 2
-    return {"base": own(a).to_json(), "tuned": own(b).to_json(), "difference": paired(b - a).to_json()}
+def pair(a: np.ndarray, b: np.ndarray, most: float | None = None) -> dict:
+    """{"base", "tuned", "difference"} of two (problems,) columns of shares, or of values from 0 to `most`."""
+    own, paired = passk.share_interval, passk.difference_interval
+    if most is not None:
+        own, paired = (partial(passk.bootstrap_interval, ends=ends) for ends in ((0, most), (-most, most)))
+    return {"base": figure(own(a), a), "tuned": figure(own(b), b), "difference": figure(paired(b - a), b - a)}
 
 
 def answer_figures(base: Graded, tuned: Graded) -> dict:
@@ -366,8 +416,8 @@ def answer_figures(base: Graded, tuned: Graded) -> dict:
     entropy = np.array([[passk.answer_entropy(row) for row in each.answers] for each in (base, tuned)])
     finite = np.isfinite(entropy).all(axis=0)
     return result | {
-        "distinct_correct": pair(*distinct, share=False),
-        "entropy": pair(*entropy[:, finite], share=False) if finite.any() else None,
+        "distinct_correct": pair(*distinct, most=base.n),
+        "entropy": pair(*entropy[:, finite], most=math.log(base.n)) if finite.any() else None,
         "entropy_problems": int(finite.sum()),
     }
 

@@ -1,6 +1,7 @@
 """compare on made-up results whose truth is known: sharpened, better, or a second sample of the base."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,19 +97,20 @@ def test_sharpening_is_found_with_the_crossing_at_its_true_place(results, tmp_pa
     assert [row["ahead"] for row in result["pass@k"]][::5] == ["tuned", "base"]
     assert result["sets"]["SRR"]["difference"]["high"] < 0
     printed = capsys.readouterr().out
-    assert printed.startswith("Sharpening without capacity gain: tuned is ahead at k = 1")
+    assert printed.startswith(f"Crosses at k = {k['mean']:.1f} [{k['low']:.1f}, {k['high']:.1f}], tuned is ahead below")
+    assert "Sharpening without capacity gain: at k = 32 the base is ahead." in printed.splitlines()[0]
     assert max(len(line) for line in printed.splitlines() if line.startswith("|")) <= 118
 
 
 def test_a_second_sample_of_the_base_establishes_nothing(results, tmp_path, capsys):
     assert command(results["base"], results["again"], "--out", tmp_path) == 0
     result = json.loads((tmp_path / "compare.json").read_text())
-    assert result["verdict"] == "not established" and result["crossing"] is None
+    assert result["verdict"] == "cannot tell" and result["crossing"] is None
     assert not any(row["ahead"] for row in result["pass@k"])
     for name in (*compare.SETS, *compare.FIGURES):
         assert result["sets"][name]["difference"]["low"] <= 0 <= result["sets"][name]["difference"]["high"]
     assert 0.5 < result["sets"]["SRR"]["tuned"] < 1 and result["sets"]["NDR"]["tuned"] > 0
-    assert "Crossing point: none established." in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("Cannot tell at every k measured: ")
 
 
 def test_more_solved_is_a_capacity_gain(results, tmp_path):
@@ -126,26 +128,91 @@ def test_more_solved_is_a_capacity_gain(results, tmp_path):
     assert len(counts["problems"]["tuned_only"]) == counts["tuned_only"]
 
 
-def row(k, base, mean, low, high, ahead):
-    return {"k": k, "base": {"mean": base}, "difference": {"mean": mean, "low": low, "high": high}, "ahead": ahead}
+def row(k, ahead, high=None, base=0.5):
+    mean = {"tuned": 0.1, "base": -0.1, None: 0.0}[ahead]
+    difference = {"mean": mean, "low": mean - 0.05, "high": mean + 0.05 if high is None else high}
+    return {"k": k, "base": {"mean": base}, "difference": difference, "ahead": ahead}
+
+
+SAME = (1, 2, 4, 8, 16, 32)
+UP, DOWN = "tuned", "base"
 
 
 @pytest.mark.parametrize(
-    "first, last, name",
+    "ks, leads, last, name, lead, claim",
     [
-        (row(1, 0.3, 0.1, 0.05, 0.15, "tuned"), row(64, 0.8, -0.05, -0.08, -0.02, "base"), "sharpening without"),
-        (row(1, 0.3, 0.1, 0.05, 0.15, "tuned"), row(64, 0.8, 0.0, -0.01, 0.015, None), "sharpening without"),
-        (row(1, 0.3, 0.1, 0.05, 0.15, "tuned"), row(64, 0.8, 0.0, -0.04, 0.04, None), "not established"),
-        (row(1, 0.3, 0.1, 0.05, 0.15, "tuned"), row(64, 0.99, 0.0, -0.01, 0.01, None), "not established"),  # no room
-        (row(1, 0.3, 0.1, 0.05, 0.15, "tuned"), row(64, 0.8, 0.05, 0.01, 0.09, "tuned"), "capacity gain"),
-        (row(1, 0.3, 0.02, -0.02, 0.06, None), row(64, 0.8, -0.05, -0.08, -0.02, "base"), "not established"),
-        (row(1, 0.3, 0.02, -0.02, 0.06, None), row(64, 0.8, 0.05, 0.01, 0.09, "tuned"), "capacity gain"),
-        (row(2, 0.3, 0.1, 0.05, 0.15, "tuned"), row(64, 0.8, 0.0, -0.01, 0.01, None), "not established"),  # no k = 1
+        (SAME, [UP] * 6, {}, "capacity gain", "Ahead at every k measured: ", "Capacity gain at k = 32."),
+        (SAME, [DOWN] * 6, {}, "no capacity gain", "Behind at every k measured: ", "the base is ahead."),
+        (SAME, [None] * 6, {}, "cannot tell", "Cannot tell at every k measured: ", "Capacity: cannot tell, a gain of"),
+        (SAME, [UP, UP, None, None, DOWN, DOWN], {}, "sharpening", "Crosses at k = 3.0 [2.0, 4.0], tuned is a", ""),
+        (
+            SAME,
+            [DOWN, DOWN, None, None, UP, UP],
+            {},
+            "capacity gain",
+            "Crosses at k = 3.0 [2.0, 4.0], tuned is behi",
+            "",
+        ),
+        (
+            SAME,
+            [UP, UP] + [None] * 4,
+            {"high": 0.01},
+            "sharpening",
+            "Ahead at k = 1, 2; cannot tell at k = 4",
+            "0.02 or",
+        ),
+        (
+            SAME,
+            [UP, UP] + [None] * 4,
+            {"high": 0.02},
+            "ahead at some k",
+            "Ahead at k = 1, 2; cannot tell",
+            "cannot tell",
+        ),
+        (SAME, [UP] + [None] * 5, {"high": 0.01, "base": 0.97}, "ahead at some k", "Ahead at k = 1; ", "No room for a"),
+        (SAME, [None] * 6, {"high": 0.01}, "no capacity gain", "Cannot tell at every", "0.02 or more is excluded."),
+        (SAME, [UP, DOWN, None, None, None, UP], {}, "capacity gain", "Ahead at k = 1, 32; behind at k = 2; can", ""),
+        ((1,), [UP], {}, "ahead at every k", "Ahead at k = 1, the only k measured: +0.100 [+0.050, +0.150]. No cl", ""),
+        ((1,), [DOWN], {}, "behind at every k", "Behind at k = 1, the only k measured: -0.100 [", "No claim about"),
+        ((1,), [None], {}, "cannot tell", "Cannot tell at k = 1, the only k measured: ", "No claim about capacity"),
+        ((1, 2, 4, 8), [UP] * 4, {}, "ahead at every k", "Ahead at every k", "here k is up to 8 and n = 64."),
+        ((2, 16), [UP, None], {"high": 0.01}, "no capacity gain", "Ahead at k = 2; cannot tell at k = 16", ""),
+        (
+            (1, 64),
+            [UP, UP],
+            {},
+            "ahead at every k",
+            "Ahead at every k",
+            "here k is up to 64 and n = 64.",
+        ),  # one draw each
     ],
 )
-def test_verdict_says_no_more_than_its_definition(first, last, name):
-    got, sentence = compare.verdict([first, last], margin=0.02)
-    assert got.startswith(name) and sentence.lower().startswith(name)
+def test_the_sentence_says_no_more_than_its_definition(ks, leads, last, name, lead, claim):
+    rows = [row(k, ahead) for k, ahead in zip(ks, leads)]
+    rows[-1] = row(ks[-1], leads[-1], **last)
+    sure = [ahead for ahead in leads if ahead]
+    crosses = sure and sure[0] != sure[-1]
+    point = {"first": sure[0], "then": sure[-1], "k": {"mean": 3, "low": 2, "high": 4}} if crosses else None
+    got, sentence = compare.verdict(rows, point, 64, margin=0.02)
+    assert got.startswith(name) and sentence.startswith(lead) and claim in sentence
+    numbers = re.findall(r"[+-]\d\.\d+ \[.*?\](?: at k = \d+)?", sentence)
+    assert len(numbers) == len(set(numbers)) == min(len(ks), 2)
+
+
+def test_equal_counts_have_an_interval_of_their_own_and_the_page_says_which(tmp_path):
+    a, b = (write(tmp_path / name, [0.0] * 30, 8, 1) for name in "ab")
+    for where, right in ((a, 2), (b, 4)):
+        lines = [json.loads(line) for line in (where / "graded.jsonl").read_text().splitlines()]
+        for line in lines:
+            line |= {"correct": line["sample"] < right, "answer": "7"}
+        (where / "graded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert command(a, b) == 0
+    result = json.loads((b / "compare.json").read_text())
+    for one in (*result["pass@k"], result["answers"]["distinct_correct"], result["answers"]["entropy"]):
+        for side in ("base", "tuned", "difference"):
+            assert one[side]["all_equal"] and one[side]["low"] < one[side]["high"], (one, side)
+    assert result["sentence"].startswith("Ahead at every k measured: +0.250 [")
+    assert "the rule of three" in (b / "compare.md").read_text()
 
 
 def test_false_positives_are_rare():
@@ -196,7 +263,7 @@ def test_nothing_solved_and_one_sample_are_reported_without_failing(tmp_path):
         a, b = (write(tmp_path / name / side, p, n, seed) for seed, side in enumerate("ab"))
         assert command(a, b) == 0
         result = json.loads((b / "compare.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-        assert result["verdict"] == "not established"
+        assert result["verdict"] == "cannot tell"
         assert (b / "compare.png").read_bytes().startswith(b"\x89PNG")
         assert result["sentence"] in (b / "compare.md").read_text()
 
@@ -313,7 +380,7 @@ def test_markdown_has_every_part(results):
     page = compare_view.markdown(result)
     assert not result["notes"] and page.count("| ") > 80 and "nan" not in page.lower()
     for part in (
-        "Crossing point: tuned is ahead below",
+        "Crosses at k = ",
         "SRR: kept",
         "NDR: new",
         "McNemar",
