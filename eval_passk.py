@@ -3,10 +3,12 @@
     python eval_passk.py run --model tiny --benchmark tiny --samples 64 --k 1,2,4,8,16,32 --out runs/base
     python eval_passk.py run --model tiny --adapter runs/tiny-0 --benchmark tiny --samples 64 --out runs/tuned
     python eval_passk.py compare runs/base runs/tuned
+    python eval_passk.py run --model tiny --benchmark tiny --samples 64 --temperature 1,.8,.6,.4,.2,0 --out runs/base-t
     python eval_passk.py score samples.jsonl --benchmark humaneval+=HumanEvalPlus.jsonl.gz --k 1,10
 
-run samples and grades, and --samples can be raised later. score grades the JSON lines of human-eval, evalplus or `run`,
-without torch. Killed, the same command goes on. Ctrl-C stops, keeps what is finished and exits 0.
+run samples and grades, and --samples can be raised later; several temperatures get a directory each, and above them a
+frontier, pass@1 against pass@k. compare takes two results of either kind. score grades the JSON lines of human-eval,
+evalplus or `run`, without torch. Killed, the same command goes on. Ctrl-C stops, keeps what is finished and exits 0.
 Exit codes: 0 done or stopped on request, 2 bad input, nothing lost.
 """
 
@@ -19,11 +21,11 @@ import warnings
 from pathlib import Path
 
 from azr.command import Parser
-from azr.evals import compare
 from azr.evals.benchmarks import BENCHMARKS, NAMES, load
 from azr.evals.math_answers import MathError
 from sandbox import SandboxError
 
+COLDEST, HOTTEST = 0.001, 100.0  # beyond them log-probs are no longer numbers, or an answer is noise
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as train_azr.py calls them, and torch
 
 
@@ -37,7 +39,13 @@ def build_parser() -> Parser:
     run.add_argument(
         "--samples", type=int, default=16, metavar="N", help="answers a problem (16); more can be added later"
     )
-    run.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0.6; 0 is greedy")
+    run.add_argument(
+        "--temperature",
+        type=parse_temperatures,
+        default=[0.6],
+        metavar="T[,T...]",
+        help="0.6; 0 is greedy; several, such as 1,.8,.6,.4,.2,0: a directory each and their frontier",
+    )
     run.add_argument("--top-p", type=float, default=0.95, metavar="P", help="0.95")
     run.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (4096; tiny 192)")
     run.add_argument("--template", choices=NAMES, help="default: the adapter's, else the model's own, else azr")
@@ -60,18 +68,47 @@ def build_parser() -> Parser:
     score.add_argument("samples", metavar="SAMPLES.jsonl")
     for command in (run, score):
         command.add_argument("--benchmark", required=True, metavar="NAME|NAME=FILE", help=", ".join(BENCHMARKS))
-        command.add_argument("--k", type=compare.parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2")
+        command.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2")
         command.add_argument("--out", metavar="DIR", help="result directory; run: the same one goes on")
-    compare.add_arguments(
-        commands.add_parser("compare", help="two result directories: paired, with intervals and a plot")
-    )
+    compare = commands.add_parser("compare", help="two result directories: paired, with intervals and a plot")
+    compare.add_argument("base", metavar="A", help="result directory of the base, at one temperature or at several")
+    compare.add_argument("tuned", metavar="B", help="result directory of the tuned model")
+    compare.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to n/2")
+    compare.add_argument("--margin", type=float, default=0.02, help="smallest gain in pass@k that matters (0.02)")
+    compare.add_argument("--out", metavar="DIR", help="where compare.json, .md and .png go (default: B)")
     return parser
+
+
+def parse_ks(text: str) -> list[int]:
+    """ "1,2,4" -> [1, 2, 4]: sorted, without repeats. argparse's error for anything else."""
+    try:
+        ks = sorted({int(part) for part in text.split(",")})
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,4, not {text!r}") from error
+    if ks[0] < 1:
+        raise argparse.ArgumentTypeError(f"k starts at 1, not {ks[0]}")
+    return ks
+
+
+def parse_temperatures(text: str) -> list[float]:
+    """ "1,.8,0" -> [1.0, 0.8, 0.0], in the given order. argparse's error for anything else, and for one given twice."""
+    try:
+        values = [abs(float(part)) if float(part) == 0 else float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a number, or some such as 1,.8,0, not {text!r}") from error
+    for value in values:
+        if value and not COLDEST <= value <= HOTTEST:
+            raise argparse.ArgumentTypeError(f"a temperature is 0 or from {COLDEST:g} to {HOTTEST:g}, not {value:g}")
+    names = [f"{value:g}" for value in values]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise argparse.ArgumentTypeError(f"temperature {min(twice)} is there twice")
+    return values
 
 
 def sample_and_grade(args: argparse.Namespace) -> int:
     """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input."""
     from azr.console import say
-    from azr.evals import run
+    from azr.evals import frontier, run
     from azr.evals.score import check_ks, conclude
     from azr.stop import StopNow, StopRequest
 
@@ -79,26 +116,34 @@ def sample_and_grade(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     check_ks(args.k, args.samples)
+    temperatures, args.temperature = args.temperature, args.temperature[0]
+    several = len(temperatures) > 1
+    if several and args.match_entropy:
+        raise ValueError("--match-entropy takes one --temperature, the base's")
     with StopRequest():
         out = None
         try:
             benchmark = load(args.benchmark)
             benchmark = dataclasses.replace(benchmark, items=benchmark.items[: args.limit])
             settings, lines = run.settings_of(args, benchmark)
-            out = Path(args.out) if args.out else run.default_out(settings, benchmark)
+            out = Path(args.out) if args.out else run.default_out(settings, benchmark, several)
+            parts = run.parts_of(settings, temperatures, out)
             say(
                 f"{benchmark.name}: {len(benchmark.items)} problems of {benchmark.path}, "
                 f"{settings.samples} samples each, into {out}"
             )
             for line in lines:
                 say(f"  {line}")
-            rows, info = run.run(settings, benchmark, out)
-            if matched := info.get("matched"):
-                say(
-                    "temperature {temperature} gives the tuned model {entropy:.3f} nats a token; the base has "
-                    "{base_entropy:.3f} at {base_temperature}".format(**matched)
-                )
-            conclude(benchmark, rows, out, args.k, {**info, "made_by": "run"})
+            for (rows, info), (each, place) in zip(run.run_each(parts, benchmark), parts):
+                if matched := info.get("matched"):
+                    say(
+                        "temperature {temperature} gives the tuned model {entropy:.3f} nats a token; the base has "
+                        "{base_entropy:.3f} at {base_temperature}".format(**matched)
+                    )
+                ks = [1] if several and not each.temperature else args.k
+                conclude(benchmark, rows, place, ks, {**info, "made_by": "run"})
+            if several:
+                frontier.conclude(out, args.k)
         except StopNow:
             say(
                 f"stopped; finished samples are in {out}, the same command goes on"
@@ -122,13 +167,33 @@ def grade(args: argparse.Namespace) -> int:
     return 0
 
 
+def compare(args: argparse.Namespace) -> int:
+    """Compares, writes and prints; 0, whatever the answer. ValueError, one line, before anything is written."""
+    from azr.console import warn
+    from azr.evals import compare_view, frontier
+    from azr.jsonl import replacing, write_json_atomic
+
+    result = frontier.run(args.base, args.tuned, args.k, args.margin)
+    page, plot = compare_view.page_and_plot(result)
+    out = Path(args.out or args.tuned)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(out / "compare.json", result)
+    for name, data in (("md", page.encode("utf-8", "backslashreplace")), ("png", plot)):
+        with replacing(out / f"compare.{name}") as file:
+            file.write(data)
+    for note in result["notes"]:
+        warn(note)
+    compare_view.show(page, out, result["needs"])
+    return 0
+
+
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     args = build_parser().parse_args(arguments)
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
-        return {"run": sample_and_grade, "score": grade, "compare": compare.main}[args.command](args)
+        return {"run": sample_and_grade, "score": grade, "compare": compare}[args.command](args)
     except (ValueError, OSError, SandboxError, MathError) as error:
         print(f"eval_passk.py: {error}", file=sys.stderr)
         return 2

@@ -29,6 +29,7 @@ RESULTS = Path(__file__).resolve().parent
 ROOT = RESULTS.parent
 sys.path[:0] = [str(ROOT), str(RESULTS)]
 
+from azr.evals.compare_view import COLORS, frontier_line
 from azr.evals.held_out import load_tasks
 from azr.models import model_path
 from azr.passk import Interval, difference_interval, pass_at_k
@@ -349,22 +350,19 @@ def plot(f: Figures, path: Path) -> None:
     figure = Figure(figsize=(6.5, 4.6), layout="constrained")
     axes = figure.subplots()
     hot = [t for t in TEMPERATURES if t]
-    for color, names in (("C0", ["base"]), ("C3", f.seeds)):
-        text = "base" if names == ["base"] else "after self-play" + (", a line a seed" if len(names) > 1 else "")
+    for side, names in (("base", ["base"]), ("tuned", f.seeds)):
+        text = "base" if side == "base" else "after self-play" + (", a line a seed" if len(names) > 1 else "")
         for i, name in enumerate(names):
-            x, y = ([f.solved(name, t, k).mean() for t in hot] for k in (1, f.n))
-            axes.plot(x, y, marker="o", markersize=4, color=color, label=None if i else text)
-            for t, *at in zip(hot, x, y):
-                axes.annotate(f"{t:g}", at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=color)
-            axes.axvline(f.solved(name, 0).mean(), ymax=0.06, color=color, linewidth=2)
+            points = {f"{t:g}": [{"mean": f.solved(name, t, k).mean()} for k in (1, f.n)] for t in hot}
+            frontier_line(axes, points, f.solved(name, 0).mean(), side, None if i else text)
     axes.plot(
         *(f.solved(FORCED, 1, k).mean() for k in (1, f.n)),
         marker="^",
-        color="C0",
+        color=COLORS["base"],
         linestyle="",
         label="base made to think, temperature 1",
     )
-    axes.axvline(f.solved(FORCED, 0).mean(), ymax=0.06, color="C0", linewidth=2, linestyle=":")
+    axes.axvline(f.solved(FORCED, 0).mean(), ymax=0.06, color=COLORS["base"], linewidth=2, linestyle=":")
     axes.plot([], [], color="gray", linewidth=2, label="greedy, on the axis (dotted: base made to think)")
     axes.set(xlabel="pass@1", ylabel=f"pass@{f.n}", title=f"{len(f.modes)} held-out tasks; small numbers: temperature")
     axes.grid(alpha=0.3)

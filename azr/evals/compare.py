@@ -21,7 +21,6 @@ Left out: effects of training seeds, which need several trained runs.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ import numpy as np
 
 from azr import passk
 from azr.console import warn
-from azr.jsonl import read_object, replacing, strict_lines, write_json_atomic
+from azr.jsonl import read_object, strict_lines
 
 LEVEL = 0.05
 CAPACITY_K = 16  # below it, more problems solved within k tries may just be surer answers
 GRID = 64  # points of the curve on which a crossing is looked for
+INTERVALS = "95 %, over problems: about other problems like these, not about other training runs"
 FIGURES = ("SRR", "NDR")
 SETS = ("both", "base_only", "tuned_only", "neither")
 
@@ -115,11 +115,11 @@ def _read_rows(path: Path) -> dict[str, dict[int, tuple]]:
 # ---------------------------------------------------------------- like with like
 
 
-def check(base: Graded, tuned: Graded) -> list[str]:
+def check(base: Graded, tuned: Graded, any_temperature: bool = False) -> list[str]:
     """ValueError unless problems, template, decoding and base quantization are the same; notes on what is not known.
 
-    Of the decoding every setting but the seed. A temperature that was raised to match the base's entropy is said, not
-    refused.
+    Of the decoding every setting but the seed, and with `any_temperature` but the temperature. A temperature that was
+    raised to match the base's entropy is said, not refused.
     """
     if base.ids != tuned.ids:
         odd = sorted(set(base.ids) ^ set(tuned.ids))
@@ -134,8 +134,8 @@ def check(base: Graded, tuned: Graded) -> list[str]:
     pairs = {key: (base.info.get(key), tuned.info.get(key)) for key in keys}
     a, b = (result.info.get("decoding") for result in (base, tuned))
     if isinstance(a, dict) and isinstance(b, dict):
-        names = sorted({*a, *b} - {"seed", "match_entropy"})
-        if b.get("match_entropy") and a.get("temperature") != b.get("temperature"):
+        names = sorted({*a, *b} - {"seed", "match_entropy"} - ({"temperature"} if any_temperature else set()))
+        if "temperature" in names and b.get("match_entropy") and a.get("temperature") != b.get("temperature"):
             names.remove("temperature")
             notes.append(
                 f"the tuned model's temperature {b.get('temperature')} was matched to the base's entropy at "
@@ -195,7 +195,7 @@ def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) ->
         "sets": set_figures(base, tuned),
         "answers": answer_figures(base, tuned),
         "histogram": histogram(base.c, tuned.c, n),
-        "intervals": "95 %, over problems: about other problems like these, not about other training runs",
+        "intervals": INTERVALS,
     }
 
 
@@ -432,52 +432,8 @@ def histogram(c_base: np.ndarray, c_tuned: np.ndarray, n: int) -> dict:
     return bins
 
 
-# ---------------------------------------------------------------- the command
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `eval_passk.py compare` to its parser."""
-    parser.add_argument("base", metavar="A", help="result directory of the base")
-    parser.add_argument("tuned", metavar="B", help="result directory of the tuned model")
-    parser.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to n/2")
-    parser.add_argument("--margin", type=float, default=0.02, help="smallest gain in pass@k that matters (0.02)")
-    parser.add_argument("--out", metavar="DIR", help="where compare.json, .md and .png go (default: B)")
-
-
-def parse_ks(text: str) -> list[int]:
-    """ "1,2,4" -> [1, 2, 4]: sorted, without repeats. argparse's error for anything else."""
-    try:
-        ks = sorted({int(part) for part in text.split(",")})
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,4, not {text!r}") from error
-    if ks[0] < 1:
-        raise argparse.ArgumentTypeError(f"k starts at 1, not {ks[0]}")
-    return ks
-
-
-def main(args: argparse.Namespace) -> int:
-    """Compares, writes and prints. 0: done, whatever the answer. ValueError, one line, before anything is written."""
-    from azr.evals import compare_view
-
-    result = run(args.base, args.tuned, args.k, args.margin)
-    out = Path(args.out or args.tuned)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(out / "compare.json", result)
-    page = compare_view.markdown(result)
-    for name, data in (("md", page.encode("utf-8", "backslashreplace")), ("png", compare_view.plot(result))):
-        with replacing(out / f"compare.{name}") as file:
-            file.write(data)
-    for note in result["notes"]:
-        warn(note)
-    compare_view.show(page, out)
-    return 0
-
-
-def run(a: str | Path, b: str | Path, ks: list[int] | None = None, margin: float = 0.02) -> dict:
-    """What compare.json holds, of two directories; ValueError, one line, if they cannot be compared."""
-    if not (math.isfinite(margin) and 0 < margin < 0.5):
-        raise ValueError(f"--margin must lie between 0 and 0.5, not {margin}")
-    base, tuned = read(a), read(b)
+def run(base: Graded, tuned: Graded, ks: list[int] | None = None, margin: float = 0.02) -> dict:
+    """What compare.json holds of two results at one temperature each; ValueError if they cannot be compared."""
     notes = check(base, tuned)
     result = compare(base, tuned, ks, margin)
     n, k = result["samples_per_problem"], result["pass@k"][-1]["k"]

@@ -14,7 +14,7 @@ from azr.console import prose, say
 
 # Of Okabe and Ito's palette, which colour-blind readers tell apart.
 COLORS = {"base": "#0072B2", "tuned": "#D55E00", "difference": "#009E73", "crossing": "#E69F00"}
-MARKERS = {"base": "o", "tuned": "s", "difference": "."}
+MARKERS = {"base": "o", "tuned": "s"}
 STAR = (
     "*: all problems have the same value, so nothing can be resampled. The interval is Wilson's at 0 and 1, Agresti "
     "and Min's for no difference, else the rule of three's (of as many other problems, at most about 3.7 differ)."
@@ -121,10 +121,68 @@ def markdown(result: dict) -> str:
         set_table(result),
         tables[1],
         STAR if "*" in "".join(tables) else "",
-        "![pass@k](compare.png)",
-        *(f"Note: {note}." for note in result["notes"]),
+        *_end(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _end(result: dict) -> list[str]:
+    """The last parts of both pages: what a claim needs, the plot, the notes."""
+    return [result.get("needs") or "", "![pass@k](compare.png)", *(f"Note: {note}." for note in result["notes"])]
+
+
+def page_and_plot(result: dict) -> tuple[str, bytes]:
+    """The page and the plot of a comparison at one temperature or at several."""
+    if "temperatures" not in result:
+        return markdown(result), plot(result)
+    sides = {
+        side: {t: {name: (row[name] or {}).get(side) for name in ("pass@1", "pass@k")} for t, row in rows.items()}
+        for rows in [result["temperatures"]]
+        for side in ("base", "tuned")
+    }
+    return frontier_page(result), frontier_plot(sides, result["k"], result["problems"])
+
+
+def frontier_page(result: dict) -> str:
+    """The comparison of two models over temperatures, the sentence first."""
+    k, best, rows = result["k"], result["best"], []
+    for t, at in result["temperatures"].items():
+        cells = []
+        for name in ("pass@1", "pass@k") if k else ("pass@1",):
+            row = at[name] or {}
+            for side in ("base", "tuned"):
+                mark = " best" if row and best[name] and best[name][f"{side}_temperature"] == float(t) else ""
+                cells.append(f"{row[side]['mean']:.3f}{mark}" if row.get(side) else "-")
+            cells.append(span(row.get("difference"), sign=True))
+        rows.append([t if float(t) else "greedy", *cells])
+    head = [text for name in (1, k) if name for text in (f"base pass@{name}", "tuned", "tuned - base")]
+    table = _table(["T", *head], rows)
+    parts = [
+        result["sentence"],
+        f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems. Intervals: "
+        f"{result['intervals']}. base: `{result['base']}`, tuned: `{result['tuned']}`.",
+        table,
+        STAR if "*" in table else "",
+        "Curves, sets and answers at one temperature: compare its two directories, such as A/T1 and B/T1.",
+        *_end(result),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def frontier_table(frontier: dict) -> str:
+    """A row a temperature of one model."""
+    k = frontier["k"]
+    rows = [
+        [
+            t if float(t) else "greedy",
+            str(row["samples_per_problem"]),
+            span(row["pass@1"]),
+            *([span(row["pass@k"])] if k else []),
+            span(row["greedy_share"]),
+        ]
+        for t, row in frontier["temperatures"].items()
+    ]
+    return _table(["T", "answers", "pass@1", *([f"pass@{k}"] if k else []), "answers that are the greedy one"], rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -134,11 +192,12 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)
 
 
-def show(page: str, out: Path) -> None:
-    """The page on the screen, its notes aside: tables as they are, the rest broken between words."""
+def show(page: str, out: Path, needs: str | None = None) -> None:
+    """The page on the screen, its notes aside: tables and `needs` as they are, the rest broken between words."""
     for line in page.splitlines():
         if not line.startswith(("![", "Note: ")):
-            (say if line.startswith("|") else prose)(line)
+            # a table and a command line are not broken: one could not be read, the other not be pasted
+            (say if line.startswith("|") or line == needs else prose)(line)
     say(f"tables and plot: {out / 'compare.md'}, compare.json, compare.png")
 
 
@@ -177,15 +236,54 @@ def plot(result: dict) -> bytes:
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=8)
+    return _png(figure)
+
+
+def _png(figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 
+def frontier_plot(sides: dict[str, dict[str, dict]], k: int | None, problems: int) -> bytes:
+    """PNG of pass@1 against pass@k. sides: "base" or "tuned" -> temperature -> {"pass@1", "pass@k"}, or None there."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in sides.items():
+        hot = {t: (row["pass@1"], row["pass@k"]) for t, row in rows.items() if row["pass@1"] and row["pass@k"]}
+        greedy = next((row["pass@1"]["mean"] for t, row in rows.items() if not float(t) and row["pass@1"]), None)
+        frontier_line(axes, hot, greedy, name, name)
+    axes.plot([], [], color="gray", linewidth=2, label="greedy, on the axis")
+    axes.set(xlabel="pass@1", ylabel=f"pass@{k}" if k else "(too few samples for pass@k)")
+    axes.set_title(f"{problems} problems; small numbers: temperature; bars: 95 %", fontsize=9.5, loc="left")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
+    return _png(figure)
+
+
+def frontier_line(
+    axes, points: dict[str, tuple[dict, dict]], greedy: float | None, side: str, label: str | None
+) -> None:
+    """One model: (pass@1, pass@k) at each temperature above 0, named by it, with 95 % bars where there are intervals;
+    greedy accuracy as a stroke on the axis, for it has no pass@k. side: "base" or "tuned", for colour and marker."""
+    color, marker = COLORS[side], MARKERS[side]
+    pairs = [[one["mean"] for one in pair] for pair in points.values()]
+    axes.plot(*(zip(*pairs) if pairs else ([], [])), color=color, marker=marker, markersize=4, label=label)
+    for (t, pair), at in zip(points.items(), pairs):
+        axes.annotate(f"{float(t):g}", at, xytext=(3, 3), textcoords="offset points", fontsize=7, color=color)
+        if all("low" in one and one["low"] is not None for one in pair):
+            bars = [[[one["mean"] - one["low"]], [one["high"] - one["mean"]]] for one in pair]
+            axes.errorbar(*at, xerr=bars[0], yerr=bars[1], color=color, alpha=0.35, linewidth=0.8)
+    if greedy is not None:
+        axes.axvline(greedy, ymax=0.06, color=color, linewidth=2)
+
+
 def _band(axes, ks: list[int], values: list[dict], color: str, name: str | None) -> None:
     low, mean, high = (np.array([value[key] for value in values], dtype=float) for key in ("low", "mean", "high"))
     axes.fill_between(ks, low, high, color=color, alpha=0.18, linewidth=0)
-    axes.plot(ks, mean, color=color, marker=".", label=name)
+    axes.plot(ks, mean, color=color, marker=MARKERS.get(name, "."), markersize=4, label=name)
 
 
 def _bars(axes, histogram: dict) -> None:

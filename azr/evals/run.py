@@ -7,7 +7,8 @@ Files: config.json (what decides the answers), samples.jsonl (a line a sample), 
 by azr/evals/score.py. A sample's seed follows from (seed, problem, sample) alone, so --samples can be raised later and
 only the missing ones are made. Answers are made in cells of SAMPLES_PER_CELL samples of some problems, always the same
 cells in the same order, and written as they end: an interrupted run makes the cell it was in again and writes what is
-missing of it. The finished file is in order, so it comes out as without the interruption. Left out: several GPUs.
+missing of it. The finished file is in order, so it comes out as without the interruption. Several temperatures have a
+directory each, OUT/T0.8 and so on, and the model is loaded once for all. Left out: several GPUs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from azr.console import bar, warn
+from azr.console import bar, say, warn
 from azr.evals import benchmarks
 from azr.evals.benchmarks import Benchmark
+from azr.evals.frontier import temperatures_in
 from azr.evals.held_out import sample_seed
 from azr.evals.score import Row, read_samples
 from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
@@ -100,10 +102,14 @@ def slots(opening: Opening, longest: int, lines: list[str]) -> int | None:
     return size
 
 
-def default_out(settings: Settings, benchmark: Benchmark) -> Path:
-    """RUN/eval/CHECKPOINT-BENCHMARK-TEMPLATE for an adapter of a run, else runs/eval-MODEL[-ADAPTER]-BENCHMARK-..."""
+def default_out(settings: Settings, benchmark: Benchmark, several: bool) -> Path:
+    """RUN/eval/CHECKPOINT-BENCHMARK-TEMPLATE for an adapter of a run, else runs/eval-MODEL[-ADAPTER]-BENCHMARK-...
+
+    several: of several temperatures, which have a directory of their own.
+    """
     tail = f"{benchmark.name}-{settings.template}" + ("-matched" if settings.match_entropy else "")
     tail += f"-seed{settings.seed}" if settings.seed else ""
+    tail += "-temperatures" if several else ""
     if settings.opening.adapter:
         adapter = settings.opening.adapter.absolute()
         if adapter.parent.name == "checkpoints":
@@ -112,6 +118,21 @@ def default_out(settings: Settings, benchmark: Benchmark) -> Path:
     model = settings.opening.model
     name = re.sub(r"[^\w.-]+", "-", Path(model).name if Path(model).is_dir() else model)
     return Path("runs") / f"eval-{name}-{tail}"
+
+
+def parts_of(settings: Settings, temperatures: list[float], out: Path) -> list[tuple[Settings, Path]]:
+    """(settings, directory) of each temperature: `out` itself for one, else OUT/T0.8 and so on, where greedy takes one
+    answer a problem. ValueError if `out` holds the other kind."""
+    if len(temperatures) == 1:
+        if there := temperatures_in(out):
+            raise ValueError(f"{out}: holds the results of {len(there)} temperatures; give another --out")
+        return [(settings, out)]
+    if (out / "samples.jsonl").exists():
+        raise ValueError(f"{out}: holds the samples of one temperature; give another --out")
+    return [
+        (dataclasses.replace(settings, temperature=t, samples=settings.samples if t else 1), out / f"T{t:g}")
+        for t in temperatures
+    ]
 
 
 def describe(settings: Settings, policy, benchmark: Benchmark) -> dict:
@@ -148,29 +169,47 @@ def describe(settings: Settings, policy, benchmark: Benchmark) -> dict:
 
 def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row], dict]:
     """Makes what is missing; returns (samples, what describes them). ValueError, before sampling, for what can't be."""
+    ((rows, info),) = run_each([(settings, out)], benchmark)
+    return rows, info
+
+
+def run_each(parts: list[tuple[Settings, Path]], benchmark: Benchmark) -> Iterator[tuple[list[Row], dict]]:
+    """Yields what `run` returns for each (settings, directory); they differ in temperature and number of samples only.
+
+    The model is loaded once, and all directories are checked before the first answer is sampled.
+    """
     from azr.policy.policy import Policy, Sampling
 
-    with locked(out):
-        slots = {"max_batch": settings.max_batch} if settings.max_batch else {}
-        policy = Policy.open(settings.opening, **slots)
+    with contextlib.ExitStack() as locks:
+        for _, out in parts:
+            locks.enter_context(locked(out))
+        first = parts[0][0]
+        slots = {"max_batch": first.max_batch} if first.max_batch else {}
+        policy = Policy.open(first.opening, **slots)
         policy.model.eval()
-        prompts = encoded(policy, benchmark, settings)
-        sampling = Sampling(
-            settings.temperature,
-            settings.top_p,
-            0,
-            settings.max_new_tokens,
-            benchmarks.stop_strings(benchmark, settings.template),
-        )
-        info = describe(settings, policy, benchmark)
-        stored = check_same(info, out)
-        if settings.match_entropy:
-            matched = stored.get("matched") or match_entropy(policy, prompts, sampling, settings.seed)
-            info["decoding"]["temperature"] = matched["temperature"]
-            info["matched"] = matched
-            sampling = dataclasses.replace(sampling, temperature=matched["temperature"])
-        write_json_atomic(out / "config.json", info)
-        return sample(policy, prompts, sampling, settings, benchmark, out), info
+        prompts = encoded(policy, benchmark, first)
+        described = [describe(settings, policy, benchmark) for settings, _ in parts]
+        stored = [check_same(info, out) for info, (_, out) in zip(described, parts)]
+        if len(parts) > 1:
+            for t, place in temperatures_in(parts[0][1].parent).items():
+                check_same(describe(dataclasses.replace(first, temperature=t), policy, benchmark), place)
+        for (settings, out), info, old in zip(parts, described, stored):
+            if len(parts) > 1:
+                say(f"temperature {settings.temperature:g}, samples a problem: {settings.samples}")
+            sampling = Sampling(
+                settings.temperature,
+                settings.top_p,
+                0,
+                settings.max_new_tokens,
+                benchmarks.stop_strings(benchmark, settings.template),
+            )
+            if settings.match_entropy:
+                matched = old.get("matched") or match_entropy(policy, prompts, sampling, settings.seed)
+                info["decoding"]["temperature"] = matched["temperature"]
+                info["matched"] = matched
+                sampling = dataclasses.replace(sampling, temperature=matched["temperature"])
+            write_json_atomic(out / "config.json", info)
+            yield sample(policy, prompts, sampling, settings, benchmark, out), info
 
 
 def encoded(policy, benchmark: Benchmark, settings: Settings) -> dict[str, list[int]]:

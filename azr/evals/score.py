@@ -198,7 +198,8 @@ def summarise(
     """What result.json holds."""
     names = list(dict.fromkeys(row.task_id for row in rows))
     n, c = _counts(rows, [grade.correct for grade in grades], names)
-    if coarse := [k for k in ks if 2 * k > n.min()]:
+    greedy = (info.get("decoding") or {}).get("temperature") == 0  # each answer is the same: one tells all
+    if coarse := [k for k in ks if 2 * k > n.min() and not greedy]:
         warn(
             f"n = {n.min()} samples are fewer than 2k at k = {', '.join(map(str, coarse))}: each problem's pass@k is "
             "then close to a single draw; take n >= 2k"

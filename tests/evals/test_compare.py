@@ -11,7 +11,7 @@ import pytest
 
 import eval_passk
 from azr import passk
-from azr.evals import compare, compare_view
+from azr.evals import compare, compare_view, frontier
 
 ROOT = Path(__file__).resolve().parents[2]
 INFO = {
@@ -370,13 +370,13 @@ def test_the_crossing_is_interpolated_and_censored_at_the_ends():
 
 
 def test_no_torch_and_no_matplotlib_until_it_is_needed():
-    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.evals.compare, azr.evals.compare_view
+    code = f"""import sys; sys.path.insert(0, {str(ROOT)!r}); import azr.evals.frontier, azr.evals.compare_view
 print([name for name in ("torch", "matplotlib") if name in sys.modules])"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_markdown_has_every_part(results):
-    result = compare.run(results["base"], results["sharp"])
+    result = frontier.run(results["base"], results["sharp"])
     page = compare_view.markdown(result)
     assert not result["notes"] and page.count("| ") > 80 and "nan" not in page.lower()
     for part in (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import eval_passk
 from azr.evals import run, score
 from azr.evals.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
 from azr.evals.grade import Answer, Grader, program_text, task_answer
@@ -370,6 +371,33 @@ def test_a_stop_in_the_middle_of_a_cell_costs_no_finished_answer(whole, tmp_path
     assert (tmp_path / "samples.jsonl").read_bytes() == whole[1]
 
 
+def test_several_temperatures_are_each_what_one_writes(whole, tmp_path, capsys):
+    def main(temperatures, out, *more):
+        words = ["run", "--model", "tiny", "--benchmark", "tiny", "--limit", "5", "--samples", "6", *more]
+        code = eval_passk.main([*words, "--max-new-tokens", "40", "--temperature", temperatures, "--out", str(out)])
+        return code, capsys.readouterr()
+
+    out = tmp_path / "out"
+    code, printed = main("1,0", out)
+    assert code == 0 and "| greedy | 1 " in printed.out and "fewer than 2k" not in printed.err
+    assert (out / "T1" / "samples.jsonl").read_bytes() == whole[1]
+    for name in ("config.json", "result.json"):
+        assert json.loads((out / "T1" / name).read_text()).items() >= whole[3].items(), name
+    assert len((out / "T0" / "samples.jsonl").read_text().splitlines()) == 5
+    result = json.loads((out / "frontier.json").read_text())
+    assert list(result["temperatures"]) == ["1", "0"] and result["k"] == 2 and result["model"] == "tiny"
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    for words, why in (
+        (("1", out), "holds the results of 2 temperatures"),
+        (("1,0", whole[0]), "holds the samples of one temperature"),
+        (("1,0", tmp_path / "new", "--match-entropy"), "--match-entropy takes one --temperature"),
+        (("0.9,0.3", out, "--top-p", "0.5"), "made in another way (top_p 0.95 -> 0.5)"),  # than T1 beside them
+    ):
+        code, printed = main(*words)
+        assert code == 2 and why in printed.err.splitlines()[-1]
+    assert not (tmp_path / "new").exists() and len(list(out.rglob("samples.jsonl"))) == 2
+
+
 def test_other_settings_are_refused(whole):
     out, data, _, _ = whole
     with pytest.raises(ValueError, match="temperature 1.0 -> 0.5"):
@@ -406,9 +434,7 @@ def test_an_adapter_is_measured_as_it_was_trained(adapter):
     for name, value in (("quantization", "nf4"), ("template", "plain"), ("dtype", "bfloat16")):
         with pytest.raises(ValueError, match=f"--{name} {value} contradicts"):
             settings(adapter=str(adapter), **{name: value})
-    from eval_passk import build_parser
-
-    asked = build_parser().parse_args(["run", "--benchmark", "tiny", "--dtype", "fp32"]).dtype
+    asked = eval_passk.build_parser().parse_args(["run", "--benchmark", "tiny", "--dtype", "fp32"]).dtype
     assert settings(adapter=str(adapter), dtype=asked).opening.dtype == "float32"  # by the name that train_azr.py takes
 
 
