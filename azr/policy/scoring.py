@@ -3,8 +3,8 @@
     log_prob, entropy = ChunkedLogProb.apply(hidden, head_weight, target, temperature)     # each (N,), fp32
 
 Logits exist one block at a time, at most ROWS rows by BLOCK words of the vocabulary, whatever the length: softmax and
-gradient are summed up over the blocks as they pass, so that each block is computed once, as often as without chunks.
-Left out: a gradient for the head, which is frozen.
+gradient are summed up over the blocks as they pass, so that each block is computed once, as often as without chunks; a
+head that is trained itself (--train full) computes them a second time in the backward pass.
 """
 
 from typing import NamedTuple
@@ -42,17 +42,19 @@ class ChunkedLogProb(torch.autograd.Function):
         d log p(y) / d hidden = ((1 - p_y) W_y - sum over j != y of p_j W_j) / T
         d H / dz_j = -p_j (log p_j + H)
     A row's loss enters the first by a factor only, so it is computed with the log-prob and scaled in the backward pass.
-    The second, needed with an entropy bonus alone, computes the logits again. W is frozen: it gets no gradient.
+    The second, needed with an entropy bonus alone, computes the logits again, and so does a W that is trained:
+        d loss / d W = (d loss / d z)^T hidden / T, from d log p(y) / dz_j = [j = y] - p_j and the line above.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, target, temperature=1.0, chunk=None):
         """(log-probs, entropies); where a gradient will be asked for, d log p(y) / d hidden is computed on the way."""
-        count, needed = hidden.shape[0], ctx.needs_input_grad[0]
+        count, (needed, trained) = hidden.shape[0], ctx.needs_input_grad[:2]
         log_prob, entropy, log_z = (torch.empty(count, device=hidden.device) for _ in range(3))
-        slope = torch.empty(hidden.shape, device=hidden.device) if needed else None  # d log p(y) / d hidden, fp32
+        # d log p(y) / d hidden, fp32; a trained head needs the logits again anyway, and takes both gradients then
+        slope = torch.empty(hidden.shape, device=hidden.device) if needed and not trained else None
         for rows in _row_chunks(count, weight, chunk):
-            into = slope[rows] if needed else None
+            into = slope[rows] if slope is not None else None
             log_prob[rows], entropy[rows], log_z[rows] = _one_pass(
                 hidden[rows], weight, target[rows], temperature, into
             )
@@ -68,6 +70,9 @@ class ChunkedLogProb(torch.autograd.Function):
         hidden, weight, target, log_z, entropy, slope = ctx.saved_tensors
         if grad_log_prob is None and grad_entropy is None:
             return None, None, None, None, None
+        if ctx.needs_input_grad[1]:
+            of_hidden, of_weight = _with_head(ctx, grad_log_prob, grad_entropy)
+            return of_hidden.to(hidden.dtype), of_weight.to(weight.dtype), None, None, None
         # in place: a second backward pass over it would be wrong, and autograd refuses one
         grad_hidden = slope.mul_(grad_log_prob[:, None]) if grad_log_prob is not None else slope.zero_()
         if grad_entropy is not None:
@@ -80,6 +85,29 @@ class ChunkedLogProb(torch.autograd.Function):
                     _add_product(sums, dz, w)
                 grad_hidden[rows] += sums.div_(ctx.temperature)
         return grad_hidden.to(hidden.dtype), None, None, None, None
+
+
+def _with_head(ctx, grad_log_prob, grad_entropy) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d loss / d hidden (N, H), d loss / d W (V, H)), both fp32, where the head is trained: block by block."""
+    hidden, weight, target, log_z, entropy, _ = ctx.saved_tensors
+    of_hidden, of_weight = (torch.zeros(t.shape, device=t.device) for t in (hidden, weight))
+    for rows in _row_chunks(hidden.shape[0], weight, ctx.chunk):
+        inputs, start = hidden[rows] if hidden.is_cuda else hidden[rows].float(), 0
+        for w, at, inside, z in _blocks(hidden[rows], weight, target[rows], ctx.temperature):
+            log_p = z.sub_(log_z[rows, None])
+            p, log_p_y = log_p.exp(), log_p.gather(1, at)
+            dz = torch.zeros_like(p)
+            if grad_log_prob is not None:
+                g = grad_log_prob[rows, None]
+                dz.addcmul_(p, g, value=-1)
+                # 1 - p_y as -expm1(log p_y): a difference of nearly equal numbers for confident words otherwise
+                dz.scatter_(1, at, torch.where(inside, -g * log_p_y.expm1(), dz.gather(1, at)))
+            if grad_entropy is not None:
+                dz.sub_(log_p.add_(entropy[rows, None]).mul_(p).mul_(grad_entropy[rows, None]))
+            _add_product(of_hidden[rows], dz.clone(), w)  # a copy: it may be overwritten
+            _add_product(of_weight[start : start + len(w)], dz.t(), inputs)
+            start += len(w)
+    return of_hidden.div_(ctx.temperature), of_weight.div_(ctx.temperature)
 
 
 def _row_chunks(count: int, weight: torch.Tensor, chunk: int | None) -> list[slice]:

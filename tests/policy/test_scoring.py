@@ -34,16 +34,25 @@ def test_every_cut_gives_the_naive_values_and_gradients(monkeypatch, block, chun
     monkeypatch.setitem(scoring.BLOCK, "cpu", block)
     hidden, weight, target, (g_y, g_h) = case(rows=60)
     expected = naive(hidden.double(), weight.double(), target, temperature)
-    for use_y, use_h in ((1, 0), (0, 1), (1, 1)):
+    for use_y, use_h, trained in (
+        (1, 0, False),
+        (0, 1, False),
+        (1, 1, False),
+        (1, 0, True),
+        (0, 1, True),
+        (1, 1, True),
+    ):
         a, b = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
-        ours = ChunkedLogProb.apply(a, weight, target, temperature, chunk)
+        head, theirs_head = weight.clone().requires_grad_(trained), weight.double().requires_grad_(trained)
+        ours = ChunkedLogProb.apply(a, head, target, temperature, chunk)
         for x, y in zip(ours, expected):
             assert torch.allclose(x.double(), y, atol=1e-5)
-        theirs = naive(b, weight.double(), target, temperature)
+        theirs = naive(b, theirs_head, target, temperature)
         for (log_prob, entropy), hidden_ in ((ours, a), (theirs, b)):
             parts = [(log_prob * g_y).sum()] * use_y + [(entropy * g_h).sum()] * use_h
             sum(parts).backward()
         assert relative(a.grad, b.grad) < 1e-5
+        assert not trained or relative(head.grad, theirs_head.grad) < 1e-5
 
 
 def test_a_confident_row_keeps_its_small_gradient():
