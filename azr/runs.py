@@ -48,6 +48,7 @@ KEEP_STATES = 2  # the newest checkpoints that keep what a resume needs
 SCRIPT = "train_azr.py"  # what the commands say that go on with a run
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 LOGS = ("metrics.jsonl", "samples.jsonl")
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors")  # of a checkpoint: an adapter's, or a whole model's
 UNDER_WAY = re.compile(r"lock|config\.json\.tmp-\d+")  # all that a start killed in its first instants leaves
 STEP_DIRECTORY = re.compile(r"step_(\d+)")
 LINE_STEP = re.compile(rb'\{"step": (\d+)[,}]')  # log lines start with their step: a cut need not parse gigabytes
@@ -95,6 +96,11 @@ def step_directories(run_dir: Path) -> list[tuple[int, Path]]:
     parent = Path(run_dir) / "checkpoints"
     matches = [(STEP_DIRECTORY.fullmatch(path.name), path) for path in parent.iterdir()] if parent.is_dir() else []
     return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def weights_of(checkpoint: Path) -> Path | None:
+    """The file with the trained weights of a checkpoint, an adapter's or a whole model's; None if it has none."""
+    return next((file for name in WEIGHTS if (file := checkpoint / name).is_file()), None)
 
 
 def fault(checkpoint: Path) -> str | None:

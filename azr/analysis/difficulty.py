@@ -27,6 +27,7 @@ from azr.console import note, warn
 from azr.fits import as_json, difference_of_means, linear_fit
 from azr.jsonl import write_json_atomic
 from azr.passk import share_interval
+from azr.runs import weights_of
 
 STAGES, ANSWERS = 4, 8
 QUESTIONS, QUESTIONS_EMBEDDED = 800, 480
@@ -192,7 +193,7 @@ def measure(run: RunData, args) -> dict:
         "template": run.base()["template"],
     }
     solvers, tasks = fixed_solvers(run), [c["task"] for c in chosen]
-    adapters = [path / "adapter_model.safetensors" for path in solvers.values() if path]
+    adapters = [weights_of(path) for path in solvers.values() if path]
     key = [settings, [task.hash for task in tasks], *adapters]
     where = run.path / "eval" / "difficulty.json"
     done = remembered(where, key, args.fresh, lambda: solve(run, tasks, solvers, settings))

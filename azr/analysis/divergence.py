@@ -19,6 +19,7 @@ import numpy as np
 from azr.analysis.reader import RunData
 from azr.models import model_path
 from azr.policy.opening import Opening, agree, check_template
+from azr.runs import weights_of
 from azr.tasks.prompts import template_hash
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def open_run(run: RunData) -> Policy:
 
 
 def use(policy: Policy, checkpoint: Path) -> None:
-    """Puts the adapter of a checkpoint into the loaded base."""
+    """Puts the adapter of a checkpoint, or all its weights, into the loaded base."""
     from safetensors.torch import load_file
 
-    policy.load_adapter_state(load_file(checkpoint / "adapter_model.safetensors"))
+    policy.load_adapter_state(load_file(weights_of(checkpoint)))
 
 
 def divergences(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.models import model_path
 from azr.passk import difference_interval, share_interval
 from azr.policy.opening import ModelError
+from azr.runs import weights_of
 
 PROBE_ROWS, HELD_OUT, CHECKPOINTS, TEXTS = 96, 300, 6, 200
 TEXT_TOKENS = 512  # of a text of --text
@@ -178,7 +179,7 @@ def chosen_checkpoints(run: RunData, count: int) -> dict[int, Path]:
 def measure(run: RunData, args) -> dict:
     """{"base": scores, "checkpoints": {step: row}}, from RUN/eval/forgetting.json if it was measured before."""
     checkpoints = chosen_checkpoints(run, args.checkpoints)
-    adapters = [path / "adapter_model.safetensors" for path in checkpoints.values()]
+    adapters = [weights_of(path) for path in checkpoints.values()]
     key = [args.probe, args.held_out, args.text and Path(args.text), *checkpoints, *adapters]
     where = run.path / "eval" / "forgetting.json"
     return by_step(remembered(where, key, args.fresh, lambda: _measure(run, args, checkpoints)))

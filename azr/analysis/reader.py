@@ -24,7 +24,7 @@ from azr.console import note, warn
 from azr.fits import as_json
 from azr.jsonl import read_object, tolerant_lines, write_json_atomic
 from azr.passk import bootstrap_interval
-from azr.runs import RunError, step_directories
+from azr.runs import RunError, step_directories, weights_of
 from azr.tasks.task import MODES
 
 ROLES = ("proposer", "solver")
@@ -65,9 +65,9 @@ class RunData:
         return values
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """(step, directory) of every checkpoint with an adapter and its azr.json."""
-        files = ("adapter_model.safetensors", "adapter_config.json", "azr.json")
-        return [(s, path) for s, path in step_directories(self.path) if all((path / f).is_file() for f in files)]
+        """(step, directory) of every checkpoint with its adapter or model and its azr.json."""
+        steps = step_directories(self.path)
+        return [(step, path) for step, path in steps if weights_of(path) and (path / "azr.json").is_file()]
 
     def trained(self) -> list[tuple[int, Path]]:
         """`checkpoints` after step 0; RunError if there is none."""

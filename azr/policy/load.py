@@ -468,12 +468,17 @@ def _load_adapter(model, directory: Path, base_name: str):
 
 def fill_adapter(model, state: dict[str, torch.Tensor], origin: str, adapter: str = "default") -> None:
     """Copies values into the live LoRA matrices. ModelError, which names `origin`: other names or shapes."""
-    live = adapter_tensors(model, adapter)
+    otherwise = "an adapter of another model, rank or targets"
+    fill(adapter_tensors(model, adapter), state, origin, otherwise)
+
+
+def fill(live: dict[str, torch.Tensor], state: dict[str, torch.Tensor], origin: str, otherwise: str) -> None:
+    """Copies values into live tensors of the same names. ModelError: other names or shapes, which is `otherwise`."""
     ours, theirs = ({(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (live, state))
     if differences := sorted(ours ^ theirs):
         name, shape = differences[0]
         verb = "lacks" if differences[0] in ours else "has, and this model lacks,"
-        raise ModelError(f"{origin} {verb} {name} of shape {shape}: an adapter of another model, rank or targets")
+        raise ModelError(f"{origin} {verb} {name} of shape {shape}: {otherwise}")
     with torch.no_grad():
         for name, p in live.items():
             p.copy_(state[name])

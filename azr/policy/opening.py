@@ -6,7 +6,8 @@
 
 A tuned model is measured as it was trained: on its own base, held in the same quantization, asked with the same
 prompts. eval_passk.py, analyze.py and export all come through here, so that each refuses the same contradictions in
-the same words: a flag against azr.json, another base, matrices of other names or shapes, NaN in them. Left out: the
+the same words: a flag against azr.json, another base, matrices of other names or shapes, NaN in them. A checkpoint of
+--train full is a whole model and is opened like an adapter, over the base that it was trained from. Left out: the
 loading itself. No torch is imported here.
 """
 
@@ -66,9 +67,15 @@ def agree(
     """Flags and azr.json put together; None is a flag that was left out.
 
     Without an adapter the base is in NF4, but for one that describes itself in base.json (the embedded one): none.
+    A checkpoint of --train full may be given as the model too: its base is the one that azr.json names.
     ModelError: a flag contradicts azr.json; nothing says how the adapter's base was quantized, or which base it is.
     """
     notes, doubts, record, where = [], [], {}, None
+    if adapter is None and model is not None:
+        if is_full(Path(model)):
+            model, adapter = None, model
+        elif (Path(model) / "checkpoints").is_dir():
+            raise ModelError(f"{model} is a run, not a model: give it with --adapter")
     if adapter is not None:
         adapter = newest_checkpoint(Path(adapter), notes)
         where = adapter / "azr.json"
@@ -115,16 +122,22 @@ def origin(asked: str | None, stored: str | None) -> str:
 
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
-    """step -> checkpoint with an adapter, ascending; {} if `run` is no run directory."""
-    from azr.runs import step_directories
+    """step -> checkpoint with an adapter or a whole model, ascending; {} if `run` is no run directory."""
+    from azr.runs import step_directories, weights_of
 
-    return {step: path for step, path in step_directories(run) if (path / "adapter_model.safetensors").is_file()}
+    return {step: path for step, path in step_directories(run) if weights_of(path)}
+
+
+def is_full(directory: Path) -> bool:
+    """Whether a directory is a checkpoint of --train full; not if it was exported, which makes it an ordinary model."""
+    record = read_record(directory) if (directory / "config.json").is_file() else {}
+    return record.get("train") == "full" and not record.get("merged")
 
 
 def newest_checkpoint(path: Path, notes: list[str] | None = None) -> Path:
     """`path` itself if it is an adapter, else the newest checkpoint of a run directory, which `notes` then say.
     ModelError: it is neither."""
-    if (path / "adapter_config.json").is_file():
+    if (path / "adapter_config.json").is_file() or is_full(path):
         return path
     if steps := checkpoints_of(path):
         newest = steps[max(steps)]

@@ -1,4 +1,5 @@
 """The policy: a frozen base in 4 bits (or not), live fp32 LoRA on top, and the two things self-play asks of it.
+With `full` there is no adapter: every weight of the base is trained (full.py).
 
     policy = Policy.load("Qwen/Qwen2.5-Coder-3B", quantization="nf4", lora=LoraSettings(rank=32))
     completions = policy.generate([policy.encode(prompt)], 8, Sampling(max_new_tokens=512), seeds=[range(8)])
@@ -8,7 +9,7 @@ Sampling (engine.py) and scoring use the same modules: nothing is merged or sync
 one call. Full logits are never held: log-probs and entropies come from chunks of response positions and are recomputed
 in the backward pass.
 
-Left out: several GPUs, trained heads or embeddings, encoder-decoder models.
+Left out: several GPUs, encoder-decoder models, and of training a part of the weights all but LoRA.
 """
 
 import json
@@ -25,9 +26,10 @@ from azr.policy.attention import AttentionError
 from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
 from azr.policy.decoder import Unsupported
 from azr.policy.engine import Engine
+from azr.policy.full import FullWeights
 from azr.policy.hf_generate import HFGenerate
 from azr.policy.load import LoraSettings, ModelError, adapter_tensors, add_copy, fill_adapter, load_model
-from azr.policy.opening import Opening, check_base
+from azr.policy.opening import Opening, check_base, is_full
 from azr.policy.residual import keep_in_fp32
 from azr.policy.sampling import Completion, Sampling
 from azr.policy.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
@@ -40,7 +42,7 @@ SHARED_ROW = {"cpu": 512, "cuda": 4096}
 
 
 class Policy:
-    """A causal language model with LoRA; make one with `Policy.load`."""
+    """A causal language model with LoRA, or trained as a whole; make one with `Policy.load`."""
 
     def __init__(self, model, tokenizer, info: dict, eos_ids: set[int], **engine_options):
         self.model, self.tokenizer, self.info = model, tokenizer, info
@@ -51,6 +53,7 @@ class Policy:
         self.device = self.head.weight.device
         self.eos_ids = frozenset(eos_ids)
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
+        self.full: FullWeights | None = None  # of a model without an adapter that is, or was, trained as a whole
         self._checkpointing = False  # are activations recomputed?
         # Answers to one prompt are scored in one row of at most so many tokens, the prompt once: half the tokens of a
         # step. 0: every sample alone.
@@ -70,9 +73,13 @@ class Policy:
         seed: int = 0,
         revision: str | None = None,
         need_gpu: bool = False,
+        full: bool = False,
         **engine_options,
     ) -> "Policy":
         """Load a hub id or a directory; put new LoRA (`lora`) or a saved adapter (`adapter`) on it, or neither.
+
+        full: every weight is to be trained. A checkpoint of such a run counts as an adapter: its weights are put in the
+        place of the base's, to be measured.
 
         quantization: "nf4" (double quantization, blocks of 64; embeddings and head stay as they are) or "none".
         dtype: of computation and of what is not quantized, a torch.dtype, bf16, fp16, fp32 or auto (None): bf16 on a
@@ -81,9 +88,15 @@ class Policy:
         ...: see `Engine`. need_gpu: without one refuse, instead of a warning if the model is large. Weights stored as
         bitsandbytes' NF4 are taken as they are. Raises ModelError, also for want of memory.
         """
+        whole = adapter is not None and is_full(Path(adapter))
+        matrices = None if whole else adapter
         try:
-            loaded = load_model(str(model), quantization, lora, adapter, dtype, device, seed, revision, need_gpu)
-            return cls(*loaded, **engine_options)
+            loaded = load_model(str(model), quantization, lora, matrices, dtype, device, seed, revision, need_gpu)
+            policy = cls(*loaded, **engine_options)
+            if full or whole:  # after the engine, which gives the parameters their final addresses
+                policy.full = FullWeights(policy.model, True) if full else FullWeights.over_base(policy.model, adapter)
+                policy.info["train"] = "full"
+            return policy
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -138,7 +151,7 @@ class Policy:
         ids = torch.arange(4, device=self.device)[None] % self.head.weight.shape[0]
         training = self.model.training
         self.model.eval()
-        with self.disable_adapter():
+        with self.disable_adapter():  # nothing is trained yet
             logits = self.base(input_ids=ids, use_cache=False).logits[0].float()
             expected = head_logits(self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0], self.head.weight)
         self.model.train(training)
@@ -290,7 +303,7 @@ class Policy:
         else:
             getattr(self.base, f"{name}_disable")()
 
-    # -- the adapters: "default", and those that `add_adapter` added
+    # -- what is trained: adapters ("default", and those that `add_adapter` added), or with `full` every weight
 
     @property
     def adapters(self) -> list[str]:
@@ -318,33 +331,44 @@ class Policy:
             self.adapter = adapter
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """The LoRA matrices of all adapters, fp32, in a fixed order; empty without LoRA."""
+        """The LoRA matrices of all adapters, or the masters of all weights, fp32, in a fixed order; empty without."""
+        if self.full:
+            return [p for p in self.full.masters.values() if p.requires_grad]
         # also by name, since PEFT lets only the adapter in use require a gradient
         return [p for name, p in self.model.named_parameters() if p.requires_grad or ".lora_" in name]
 
     def disable_adapter(self):
         """Context in which the policy is its base model."""
+        if self.full:
+            return self.full.base()
         return self.model.disable_adapter() if self.info["lora"] else nullcontext()
 
     def adapter_state(self, device="cpu", adapter: str = "default") -> dict[str, torch.Tensor]:
         """Copies of the LoRA matrices under PEFT's names (what adapter_model.safetensors holds); device None: where
-        they are."""
+        they are. With `full`: of all masters."""
+        if self.full:
+            return self.full.state(device)
         if not self.info["lora"]:
             return {}
         live = adapter_tensors(self.model, adapter).items()
         return {name: p.detach().to(device or p.device, copy=True).contiguous() for name, p in live}
 
     def load_adapter_state(self, state: dict[str, torch.Tensor], adapter: str = "default") -> None:
-        """Write these values into the live LoRA matrices (optimizers keep their references). Raises ModelError."""
+        """Write these values into the live LoRA matrices (optimizers keep their references), or with `full` into all
+        weights. Raises ModelError."""
+        if self.full:
+            return self.full.load(state)
         fill_adapter(self.model, state, "this state", adapter)
 
     def save_adapter(self, directory, state: dict[str, torch.Tensor] | None = None) -> None:
         """Write adapter_config.json and adapter_model.safetensors, as `PeftModel.from_pretrained` reads them.
 
-        state: what `adapter_state` gave at some time, instead of the live matrices.
+        state: what `adapter_state` gave at some time, instead of the live matrices. With `full` it is a whole model.
         """
         from safetensors.torch import save_file
 
+        if self.full:
+            return self.full.save(Path(directory), self.model, self.tokenizer, state)
         if not self.info["lora"]:
             raise ModelError("this policy has no adapter to save; load it with LoRA settings")
         directory = Path(directory)

@@ -8,6 +8,7 @@
 while a step is half done, and after an error of the GPU.
 
 Left out: writing in the background; a checkpoint of a 3B adapter with its Adam state is 0.7 GB, seconds of writing.
+With --train full the snapshot is 12 bytes a weight, of a 3B 37 GB in the CPU's memory after every step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from azr.console import warn
 from azr.jsonl import write_json_atomic
 from azr.policy.backoff import Sizes, once_more, rollout_sizes, set_rollout_sizes
+from azr.policy.full import read_weights
 from azr.runs import RunError
 from azr.tasks.prompts import template_hash
 from azr.train import update
@@ -64,6 +66,8 @@ def save(s, keep: bool) -> Path:
         "loss_scale": loss_scale,
         "files": digests(s),
     }
+    if s.policy.full and not s.policy.full.rounds:  # the model itself is the state: once is enough
+        tensors = {name: t for name, t in tensors.items() if not name.startswith("adapter/")}
     info = {**s.policy.info, "template": s.template, "template_hash": template_hash(s.template)}
     # step 0 is always kept: its azr.json tells whoever reads the run what the base was
     keep = keep or not s.completed
@@ -85,7 +89,9 @@ def write_adapters(policy, tensors: dict, info: dict, directory: Path) -> None:
 
 def load(s) -> None:
     """Takes the checkpoint that the run goes on from. RunError: a file that it draws from has changed."""
-    tensors, state, _ = s.run.load_checkpoint()
+    tensors, state, directory = s.run.load_checkpoint()
+    if s.policy.full and not s.policy.full.rounds:
+        tensors |= {f"adapter/{name}": t for name, t in read_weights(directory).items()}
     if state.get("files", {}) != digests(s):
         raise RunError(f"{s.run.dir}: cannot resume, {' or '.join(digests(s))} is no longer what it was")
     # the moments come on top of the loaded base: what is cached may have to be freed for them

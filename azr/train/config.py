@@ -20,6 +20,8 @@ TRACKERS = ("none", "trackio", "wandb", "tensorboard")  # here: settings are rea
 MAY_BE_0 = ("seed", "references", "eval_every", "eval_samples")  # of the whole numbers
 # --preset smoke: the smallest sizes, lowered until a run of any model is over in a minute or two. It learns nothing.
 SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}
+# --train full: as published for Qwen2.5-Coder; the embedded model (True) learns in 80 steps what it learns with LoRA.
+FULL_LEARNING_RATE = {False: 1e-6, True: 1e-4}
 # Settings that earlier versions had: a config.json may still hold them.
 GONE = frozenset(
     "loss_weighting off_policy_schedule off_policy_baseline off_policy_samples eval_temperature save_minutes "
@@ -46,6 +48,12 @@ class Config:
         group="the run",
     )
     adapter: str | None = setting(None, "Training starts from this PEFT adapter of the same base (a warm start).")
+    train: str = setting(
+        "lora",
+        "lora trains an adapter on a frozen base; full trains every weight of an unquantized model, where it fits (in "
+        "bf16 they follow fp32 masters, as in the paper's runs).",
+        ("lora", "full"),
+    )
     out: str | None = setting(None, "The run directory; it is runs/MODEL-SEED unless given.")
     steps: int | None = setting(None, "The number of training steps (500; tiny: what fits 15 CPU minutes).")
     seed: int = setting(0, "Every random draw of the run follows from this number.")
@@ -80,7 +88,9 @@ class Config:
         "lean trains on the answers that measure the solve rate; azr is the method as published.",
         ("lean", "azr"),
     )
-    learning_rate: float | None = setting(None, "The constant learning rate of AdamW (tiny 1e-3, else 2e-5).")
+    learning_rate: float | None = setting(
+        None, "The constant learning rate of AdamW (tiny 1e-3, else 2e-5; --train full: tiny 1e-4, else 1e-6)."
+    )
     prompts_per_mode: int | None = setting(
         None, "How many proposals a step has per mode; lower it if it takes too long."
     )
@@ -347,6 +357,9 @@ def resolve(config: Config) -> tuple[Config, str]:
     values |= rules.of_recipe(config)
     values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
     values |= _lora_of(config.adapter) if config.adapter else {}
+    if config.train == "full":
+        values |= {"learning_rate": FULL_LEARNING_RATE[tiny], "quantization": "none"}
+        values |= {"lora_rank": None, "lora_alpha": None}  # there is no adapter
     if config.dtype in (None, "auto"):
         config = dataclasses.replace(config, dtype=_auto_dtype(config, preset, card))
         why += "; computing in fp16: this GPU has no bf16 in hardware" if config.dtype == "fp16" else ""

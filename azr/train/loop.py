@@ -117,13 +117,13 @@ def refuse(config: Config) -> Arms:
 
 
 def load_policy(config: Config) -> Policy:
-    """The base with new LoRA on it, or with the adapter that --adapter names. ModelError, in one line, for what cannot
-    be loaded; ValueError for an adapter of another base or of other settings."""
+    """The base with new LoRA on it, with the adapter that --adapter names, or to be trained as a whole. ModelError, in
+    one line, for what cannot be loaded; ValueError for an adapter of another base or of other settings."""
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
     policy = Policy.load(
         model_path(config.model),
         config.quantization,
-        lora=None if config.adapter else lora,
+        lora=None if config.adapter or config.train == "full" else lora,
         adapter=config.adapter,
         seed=config.seed,
         max_batch=config.max_batch,
@@ -131,6 +131,7 @@ def load_policy(config: Config) -> Policy:
         attn=config.attn,
         rollout_weights=config.rollout_weights,
         need_gpu=not config.allow_cpu and base_description(config.model) is None,
+        full=config.train == "full",
     )
     if config.adapter:
         check_warm_start(config.adapter, policy.info, dataclasses.asdict(lora))

@@ -79,6 +79,7 @@ def refuse(config: Config) -> None:
 def _rules(c: Config) -> list[tuple[bool, str]]:
     """Those that belong to no arm that the settings ask for."""
     selfplay, gamma = c.algorithm == "selfplay", c.off_policy_gamma
+    full = c.train == "full"
     others = (c.off_policy_source, c.off_policy_weight, c.off_policy_control) != (None, "truncated", "none")
     return [
         (selfplay and bool(c.data), "--data is for --algorithm rlvr or sft: selfplay makes its own tasks"),
@@ -91,6 +92,17 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             c.control in NEED_RATIO and c.minibatches == 1,
             f"--entropy-control {c.control} does nothing with one update a step, where every ratio is 1: give "
             "--minibatches 4, and compare with --entropy-control none --minibatches 4",
+        ),
+        (full and c.quantization == "nf4", "--train full trains the weights themselves: --quantization none, not nf4"),
+        (
+            full and (c.lora_rank, c.lora_alpha, c.lora_targets) != (None, None, "all-linear"),
+            "--lora-... flags contradict --train full, which has no adapter",
+        ),
+        (full and bool(c.adapter), "--adapter is a warm start of --train lora; give a whole model with --model"),
+        (
+            full and (c.proposer in ("frozen-base", "separate") or c.off_policy_source == "base"),
+            "--train full keeps no base beside the policy: --proposer frozen-base and separate and --off-policy-source "
+            "base need --train lora",
         ),
         (not 0 <= gamma < 1, f"--off-policy-gamma must be at least 0 and below 1, not {gamma}"),
         (gamma == 0 and others, "--off-policy-... flags do nothing without --off-policy-gamma above 0"),

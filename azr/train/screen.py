@@ -46,8 +46,10 @@ def header(config, why: str, policy, environment: dict) -> None:
     """What will be trained, on what, and what protects this machine from what it runs."""
     trained, info = sum(p.numel() for p in policy.trainable_parameters()), policy.info
     base = f"4-bit nf4 and {info['dtype']}" if info["quantization"] == "nf4" else info["dtype"]
+    lora = f"base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} weights)"
+    masters = ", stepped as fp32 masters" if policy.full and policy.full.rounds else ""
     prose(
-        f"{config.model}: base in {base}, LoRA rank {config.lora_rank} on {config.lora_targets} ({trained:,} weights)"
+        f"{config.model}: {f'all {trained:,} weights, in {base}{masters}' if policy.full else lora}"
         f", on {environment['gpu'] or 'the CPU'}; {why}"
     )
     count = 3 * config.prompts_per_mode

@@ -57,11 +57,14 @@ class Columns:
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW on the adapter alone, at a constant learning rate."""
+    """AdamW on the adapter, or on all weights, at a constant learning rate."""
     parameters, settings = policy.trainable_parameters(), {"betas": BETAS, "weight_decay": WEIGHT_DECAY}
     # one matrix after the other: a GPU's default takes all at once, with copies of all that could run out of memory in
     # the middle of a step
-    return torch.optim.AdamW(parameters, lr=learning_rate, foreach=False, **settings)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, foreach=False, **settings)
+    if policy.full:  # the steps are those of fp32 masters, which the model computes with rounded
+        optimizer.register_step_post_hook(lambda *_: policy.full.round())
+    return optimizer
 
 
 def moments_to_come(policy: Policy, optimizer) -> int:
@@ -233,7 +236,7 @@ def longest(samples: list[Sample]) -> int:
 
 
 def state_tensors(policy: Policy, optimizer) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of all that an update changes: adapters and Adam moments."""
+    """Copies on the CPU of all that an update changes: adapters (or masters of all weights) and Adam moments."""
     tensors = {
         f"{place(adapter)}/{name}": tensor
         for adapter in policy.adapters
