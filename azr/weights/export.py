@@ -2,7 +2,7 @@
 
     python train_azr.py export runs/qwen-3b-0 --out models/azr-3b                     the last checkpoint, verified
     python train_azr.py export runs/qwen-3b-0 --checkpoint best --out models/azr-3b   best by held-out accuracy
-    python train_azr.py export runs/a/checkpoints/step_50 --out models/a-50
+    python train_azr.py export runs/a/checkpoints/step_50 --out models/a-50           of --train full: as it is
     hf upload NAME models/a-50 --private                                              and onto the hub, if you like
 
 Merge: the base's weights as the forward pass of the training used them (a 4-bit base dequantised, also where it has no
@@ -30,10 +30,10 @@ from safetensors.torch import save_file
 from azr.command import Parser
 from azr.console import bar, say, warn
 from azr.jsonl import sync, write_json_atomic
-from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of
-from azr.runs import RunError, fault
+from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of, is_full, read_record
+from azr.runs import RunError, fault, weights_of
 from azr.weights import model_card, nf4
-from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, read_json, revision_of
+from azr.weights.files import Adapter, Checkpoint, WeightsError, find_directory, is_matrix, read_json, revision_of
 from azr.weights.reference import Reference, reference_of
 from azr.weights.sizes import Additive
 from azr.weights.sparsity import describe
@@ -66,7 +66,7 @@ class Source:
 def find_source(path: Path, asked: str | None) -> Source:
     """`path`: a run directory or one of its checkpoints; asked: step_N, best, last (None: last). ExportError."""
     path = Path(path)
-    if (path / "adapter_config.json").is_file():
+    if weights_of(path):
         if asked is not None:
             raise ExportError(f"{path} is a checkpoint already; give the run directory with --checkpoint {asked}")
         number, run = path.name.removeprefix("step_"), path.absolute().parent.parent
@@ -273,12 +273,41 @@ def free_place(out: Path, need: int) -> Path:
     return aside
 
 
+def copy_whole(source: Source, out: Path) -> int:
+    """A checkpoint of --train full without its state/: it is a plain model as it is. Returns the exit code."""
+    info, unlike = read_record(source.checkpoint), ("azr.json", "keep")
+    files = [file for file in source.checkpoint.iterdir() if file.is_file() and file.name not in unlike]
+    need = sum(file.stat().st_size for file in files)
+    try:
+        base = find_directory(info["base_model"], info["revision"])
+    except WeightsError as error:
+        warn(f"the licence of the base is not known: {error}")
+        base = source.checkpoint
+    aside = free_place(out, int(1.02 * need) + 20_000_000)
+    try:
+        for file in [*files, *base.glob("LICENSE*")]:
+            shutil.copyfile(file, aside / file.name)
+            sync(aside / file.name)
+        dtype = info["dtype"]
+        words = f"every weight\ntrained in {dtype}", f"These are the trained weights themselves, in {dtype}."
+        (aside / "README.md").write_text(model_card.text(source, info, base, *words, dtype), encoding="utf-8")
+        (aside / "azr.json").write_text(json.dumps({**info, "merged": True}, indent=2) + "\n")
+        write_json_atomic(aside / "export.json", {"checkpoint": str(source.checkpoint), "step": source.step})
+        os.rename(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    say(f"{out}: {need / 1e6:.1f} MB, the weights of {source.checkpoint} as they are, in {dtype}")
+    return 0
+
+
 # ---------------------------------------------------------------- the command
 
 
 def export(args) -> int:
     """Everything after the command line; returns the exit code."""
     out, source = Path(args.out).absolute(), find_source(Path(args.run), args.checkpoint)
+    if is_full(source.checkpoint):
+        return copy_whole(source, out)
     merge = open_merge(source, args.base)
     need = 2 * merge.base.parameters
     aside = free_place(out, int(1.02 * need) + 20_000_000)

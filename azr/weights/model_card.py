@@ -16,15 +16,14 @@ BODY = """{header}
 
 # {title}
 
-Made by `train_azr.py` (Absolute Zero, arXiv 2505.03335; studied in arXiv 2510.27072){settings}, LoRA rank {rank} on
-{matrices} matrices of a base held as {quantization}. Base: `{base}`, revision `{revision}`, licence {terms} as its
-card says: it holds for this model too. The update is merged into the base and rounded to bf16, {verified};
-`export.json` has the figures.
+Made by `train_azr.py` (Absolute Zero, arXiv 2505.03335; studied in arXiv 2510.27072){settings}, \
+{update}. Base: `{base}`, revision `{revision}`, licence {terms} as its
+card says: it holds for this model too. {result}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("DIR", dtype="bfloat16")
+model = AutoModelForCausalLM.from_pretrained("DIR", dtype="{dtype}")
 tokenizer = AutoTokenizer.from_pretrained("DIR")
 prompt = {prompt!r}
 ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
@@ -41,23 +40,33 @@ SETTINGS = ("algorithm", "seed", "learning_rate")  # of the run, where it is the
 
 def card(source, merge, verified: bool | None) -> str:
     """README.md; source, merge: as in export.py; verified: None if nobody compared the model with the policy."""
-    base, info = base_name(merge), merge.adapter.info
+    compared = {None: "NOT compared with the policy that was trained", True: "verified", False: "NOT verified"}[
+        verified
+    ]
+    update = (
+        f"LoRA rank {merge.adapter.config.get('r')} on\n{len(merge.adapter.targets)} matrices of a base held as "
+        f"{merge.reference.quantization}"
+    )
+    result = f"The update is merged into the base and rounded to bf16, {compared};\n`export.json` has the figures."
+    return text(source, merge.adapter.info, merge.base.directory, update, result, "bfloat16")
+
+
+def text(source, info: dict, directory: Path, update: str, result: str, dtype: str) -> str:
+    """README.md; info: azr.json; directory: of the base, with its own card; update, result: in words."""
+    base = base_name(info, directory)
     config = read_json(source.run / "config.json") if source.run else {}
-    terms, template = licence(base, merge.base.directory), info.get("template", "azr")
+    terms, template = licence(base, directory), info.get("template", "azr")
     task = Task(mode="deduction", program="def f(a, b):\n    return a * b + 1", input="2, 3", output="7")
     return BODY.format(
         header=header(base, terms),
         title=f"{base.split('/')[-1]}-azr, step {source.step}",
         settings="".join(f", {name.replace('_', ' ')} {config[name]}" for name in SETTINGS if name in config),
-        rank=merge.adapter.config.get("r"),
-        matrices=len(merge.adapter.targets),
-        quantization=merge.reference.quantization,
+        update=update,
         base=base,
         revision=info.get("revision"),
         terms=terms.get("license_name") or terms["license"],
-        verified={None: "NOT compared with the policy that was trained", True: "verified", False: "NOT verified"}[
-            verified
-        ],
+        result=result,
+        dtype=dtype,
         prompt=solve_prompt(task, template),
         tokens=config.get("max_new_tokens") or 512,
         stop=STOP,
@@ -66,9 +75,9 @@ def card(source, merge, verified: bool | None) -> str:
     )
 
 
-def base_name(merge) -> str:
+def base_name(info: dict, directory: Path) -> str:
     """The hub id of the base, "tiny" for the embedded model, else the directory's name."""
-    name = merge.adapter.info.get("base_model") or str(merge.base.directory)
+    name = info.get("base_model") or str(directory)
     if (Path(name).parent.name, Path(name).name) == ("azr", "tiny"):
         return "tiny"
     is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).is_dir()

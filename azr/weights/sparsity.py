@@ -3,6 +3,7 @@
     python analyze.py sparsity --base tiny --adapter runs/tiny-0          a run: its last checkpoint
     python analyze.py sparsity --base qwen-3b --adapter runs/qwen-3b-0/checkpoints/step_500 --json s.json --out plots
     python analyze.py sparsity --base BASE --tuned MERGED_OR_FINE_TUNED   any two safetensors checkpoints
+    python analyze.py sparsity --base tiny --tuned runs/full              a run of --train full: its last checkpoint
 
 The reference is what the forward pass of the training used: with a 4-bit base its dequantised weights. Against the
 original checkpoint an adapter of any size would seem to change 97 % of the weights, by the error of the quantization.
@@ -20,6 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ import torch
 from azr import console
 from azr.jsonl import write_json_atomic
 from azr.models import model_path
-from azr.policy.opening import agree, check_base, read_record, settle
+from azr.policy.opening import agree, check_base, is_full, read_record, settle
 from azr.weights import sizes, spectra
 from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
 from azr.weights.reference import (
@@ -247,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `analyze.py sparsity` to its parser."""
     parser.add_argument("--base", required=True, metavar="M", help="tiny, qwen-3b, a hub id, or a directory")
     which = parser.add_mutually_exclusive_group(required=True)
-    what = "a LoRA, rsLoRA or DoRA adapter, or a run: its last checkpoint"
+    what = "a LoRA, rsLoRA or DoRA adapter, or a run (of --train full too): its last checkpoint"
     which.add_argument("--adapter", type=Path, metavar="DIR", help=what)
     which.add_argument("--tuned", metavar="M", help="a merged or fully fine-tuned checkpoint in safetensors")
     what = "singular vectors: intruders, rotation, principal energy, and the null (S5) of full-rank updates; minutes"
@@ -312,7 +314,8 @@ def analyse(args: argparse.Namespace) -> dict:
 
 def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, list[str]]:
     """Opens what is compared with the base: (update, lines to say). ModelError if it does not belong to the base."""
-    if args.tuned:
+    of_run = args.tuned and (is_full(Path(args.tuned)) or (Path(args.tuned) / "checkpoints").is_dir())
+    if args.tuned and not of_run:
         tuned = Checkpoint.open(args.tuned)
         notes = open_pair(base, tuned)
         record, where = read_record(tuned.directory), tuned.directory / "azr.json"
@@ -325,11 +328,14 @@ def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, lis
                 "add --quantization nf4, or the error of the quantization is measured, not the update"
             )
         return update, notes + more
-    opening = agree(args.base, args.adapter, args.quantization)
-    adapter = Adapter.open(opening.adapter, base)
+    opening = agree(args.base, args.adapter or args.tuned, args.quantization)
+    whole = is_full(opening.adapter)
+    change = (Checkpoint.open if whole else partial(Adapter.open, base=base))(opening.adapter)
     doubts = [*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})]
     reference, notes = reference_of(opening.quantization, opening.record, opening.adapter / "azr.json", True)
-    return AdapterUpdate(base, adapter, reference), doubts + notes
+    if whole:
+        notes += open_pair(base, change)
+    return (PairUpdate if whole else AdapterUpdate)(base, change, reference), doubts + notes
 
 
 def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:
@@ -361,7 +367,7 @@ def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> di
         kind = "dora" if adapter.dora else "rslora" if adapter.config.get("use_rslora") else "lora"
     return {
         "base": args.base,
-        "update": str(args.tuned or adapter.directory),
+        "update": str(adapter.directory) if adapter is not None else update.tuned.name,
         "kind": kind,
         "quantization": update.reference.quantization,
         "reference": describe(update.reference),
