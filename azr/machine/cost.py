@@ -7,10 +7,10 @@
 Decoding is bound by memory and by launching: a step of the engine reads the weights once and every sequence's keys and
 values, or takes the products' time, whichever is longer, and each layer costs a fixed time that no bandwidth shortens.
 Prefill and update are bound by the products (6 FLOPs a weight and trained token: forward, recomputed forward, gradient
-of the inputs). Peaks are those of the data sheets; what is reached of them, and how long a response is, is a guess in
-three paces, stated with the result. The middle one and the time of a layer follow what an H200 measured with a 3B
-(docs/gpu.md); no other card has been measured. A run measures its own steps and corrects this after the third. Left
-out: CPUs, evaluations, loading, several GPUs. No torch is imported.
+of the inputs; 8 where the weights get one). Peaks are those of the data sheets; what is reached of them, and how long a
+response is, is a guess in three paces, stated with the result. The middle one and the time of a layer follow what an
+H200 measured with a 3B (docs/gpu.md); no other card has been measured. A run measures its own steps and corrects this
+after the third. Left out: CPUs, evaluations, loading, several GPUs. No torch is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from azr.machine.plan import CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, Preset, Shape
+from azr.machine.plan import COPIES, CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, Preset, Shape, value_bytes
 from azr.models import model_path
 from azr.runs import KEEP_STATES
 
@@ -89,6 +89,7 @@ PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, 
 # s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
 # on an H200 (3B: 4.5 ms a step at 1 and at 16 rows; 9.4 to 11.7 ms at 16 to 128 rows)
 LAUNCH, LAUNCH_STORED = 1.1e-4, 2.2e-4
+TO_HOST = 1e10  # bytes/s of a copy into the CPU's memory, a guess: after each step all that training changes
 SHARED_ROW = 4096  # rollout.py: tokens of a row of the update that holds several answers to one prompt
 RUNS_A_SECOND = 500  # programs of proposals and answers in the sandbox, with their checks, on two cores
 # Bytes a weight of a decode step in 4 bits, up to so many rows (worked out for a 4090 from bitsandbytes' dispatch).
@@ -182,11 +183,14 @@ def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
 
 
 def update_time(shape: Shape, preset: Preset, card: Card, sampled: int, trained: int) -> float:
-    """Seconds at the card's rates; the head counts for the sampled tokens alone, with the gradient in two halves."""
-    flops = 6 * shape.linear_parameters * trained + 6 * shape.vocabulary * shape.hidden * sampled
+    """Seconds at the card's rates; the head counts for the sampled tokens alone, with the gradient in two halves. With
+    every weight trained also the copy of all of them, which for an adapter takes no time to speak of."""
+    full = preset.train == "full"
+    flops = (8 if full else 6) * (shape.linear_parameters * trained + shape.vocabulary * shape.hidden * sampled)
     passes = 3 * (trained / preset.token_budget + 1) if preset.quantization == "nf4" else 0
     unpack = passes * 4.5 * shape.linear_parameters
-    return flops / (card.tflops * 1e12) + unpack / (card.bandwidth * 1e9)
+    copied = COPIES * shape.parameters / TO_HOST if full else 0
+    return flops / (card.tflops * 1e12) + unpack / (card.bandwidth * 1e9) + copied
 
 
 # ---------------------------------------------------------------- disk
@@ -195,13 +199,18 @@ def update_time(shape: Shape, preset: Preset, card: Card, sampled: int, trained:
 def disk(plan: Plan, model: str, steps: int, eval_every: int) -> dict[str, float]:
     """Bytes of the run directory by part, and of the model's files in the hub's cache."""
     preset = plan.preset
-    adapter = 4 * preset.adapters * plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
+    stays = 4 * preset.adapters * plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
+    state = 3 * stays
+    if preset.train == "full":
+        value = value_bytes(preset, plan.device)
+        stays = value * plan.shape.parameters
+        state = stays + (12 if value == 2 else 8) * plan.shape.parameters  # masters, where there are some, and moments
     count = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
     tokens = step_time(plan, CARDS["h100"], PACES[0]).trained * steps
     hub = not Path(model_path(model)).is_dir()
     return {
-        "adapters": count * adapter,
-        "states": (KEEP_STATES + 1) * 3 * adapter,
+        "adapters": count * stays,
+        "states": (KEEP_STATES + 1) * state,
         "samples": ROW_BYTES * TOKEN_CHARACTERS * tokens,
         "download": 2 * plan.shape.parameters + TOKENIZER_BYTES if hub else 0,
     }
@@ -224,8 +233,9 @@ def render(plan: Plan, config, card: Card | None, why: str) -> str:
     lines = [f"card         {why}", *time, ""]
     parts = disk(plan, config.model, config.steps, config.eval_every)
     gb = {name: f"{size / GB:.2f} GB" for name, size in parts.items()}
+    stay = "models that stay" if plan.preset.train == "full" else "adapters that stay"
     lines += [
-        f"disk         {gb['adapters']} adapters that stay, {gb['states']} states to resume from,",
+        f"disk         {gb['adapters']} {stay}, {gb['states']} states to resume from,",
         f"             {gb['samples']} samples.jsonl, {gb['download']} model files to load:",
         f"             {sum(parts.values()) / GB:.2f} GB ({free_disk(config.out) / GB:.0f} GB are free here)",
     ]

@@ -155,7 +155,7 @@ def version_of(name: str) -> str:
 def examine(config) -> Iterator[Findings]:
     """One check after the other, each as soon as it is known; `config` has the settings of a run."""
     tiny = base_description(config.model) is not None
-    four_bit = (config.quantization or ("none" if tiny else "nf4")) == "nf4"
+    four_bit = (config.quantization or ("none" if tiny or config.train == "full" else "nf4")) == "nf4"
     yield finding(system)
     yield finding(memory)
     yield finding(disk, config.out or "runs", vital=True)

@@ -28,7 +28,7 @@ GIB = 2**30
 CUDA_CONTEXT = 0.9e9  # of the driver and the libraries' work spaces, before the first tensor
 NF4_BYTES = 0.516  # a weight: 4 bits, and block scales that are quantized themselves
 ADAPTER_STATE = 16  # bytes a LoRA parameter: weight, gradient and two Adam moments in fp32
-COPIES = 12  # bytes a LoRA parameter: a CPU holds what a stopped step goes back to in the same memory
+COPIES = 12  # bytes a trained parameter: a CPU holds what a stopped step goes back to in the same memory
 BACKWARD_FACTOR = 4 / 3  # memory of a recomputed layer's backward pass over what its forward pass saves
 SAMPLING_BYTES = 16  # a logit: raw, tempered and normalised in fp32, one of them twice
 PREFILL_TOKENS = 8192  # engine.py: tokens of one prefill, and bytes that it leaves free for what is not planned
@@ -170,6 +170,7 @@ class Preset:
     quantization: str = "nf4"
     rollout_weights: str = "auto"  # "bf16": sampling holds a copy of the 4-bit layers in the dtype of computation
     dtype: str = "auto"  # of computation: fp32 takes 4 bytes on a GPU too
+    train: str = "lora"  # "full": every weight
     learning_rate: float = 2e-5
     steps: int = 500
     eval_samples: int = 0  # answers a held-out task before and after, for pass@k
@@ -317,19 +318,19 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     """
     on_gpu = device == "cuda"
     value = value_bytes(preset, device)
-    adapter = preset.adapters * shape.lora_parameters(preset.lora_rank, preset.lora_targets)
     weights = weight_bytes(shape, preset.quantization, value)
+    loading, kept, updating = trained_bytes(shape, preset, value)
     largest = max(rows * columns for rows, columns in shape.linears.values())
     unpacked = {"unpacked matrix": value * largest} if preset.quantization == "nf4" else {}
-    copies = {} if on_gpu else {"copies": COPIES * adapter}
-    # Nothing is trained yet, so the adapter has neither gradients nor moments. A CPU has the whole bf16 file in memory
+    copies = {} if on_gpu else {"copies": COPIES * trained_parameters(shape, preset)}
+    # Nothing is trained yet, so there are neither gradients nor moments. A CPU has the whole bf16 file in memory
     # beside the model, a GPU only the matrices that are being read.
-    load = {"weights": weights, "LoRA + Adam": 4 * adapter, "checkpoint": 2 * shape.parameters}
+    load = {"weights": weights, **loading, "checkpoint": 2 * shape.parameters}
     if on_gpu:
         load["checkpoint"] = LOADERS * value * largest
     rollout = {
         "weights": weights,
-        "LoRA + Adam": adapter * (ADAPTER_STATE - 4),
+        **kept,
         **copies,
         **unpacked,
         **sampling(shape, preset, device),
@@ -338,7 +339,7 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
         rollout["overhead"] = HOST_OVERHEAD
     training = {
         "weights": weights,
-        "LoRA + Adam": adapter * ADAPTER_STATE,
+        **updating,
         **copies,
         **unpacked,
         **scoring(shape, preset, device),
@@ -352,6 +353,25 @@ def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | Non
     if room is not None:
         cache = max(min(cache, room - sum(rollout.values()) - SPARE), 0)
     return {"load": load, "rollout": {**rollout, "KV cache": cache}, "training": training}
+
+
+def trained_parameters(shape: Shape, preset: Preset) -> int:
+    """How many numbers training changes: those of the adapters, or all."""
+    if preset.train == "full":
+        return shape.parameters
+    return preset.adapters * shape.lora_parameters(preset.lora_rank, preset.lora_targets)
+
+
+def trained_bytes(shape: Shape, preset: Preset, value: int) -> tuple[dict, dict, dict]:
+    """What training adds to the weights in numbers of `value` bytes: while loading, while sampling, in an update."""
+    count = trained_parameters(shape, preset)
+    if preset.train != "full":
+        return tuple({"LoRA + Adam": size * count} for size in (4, ADAPTER_STATE - 4, ADAPTER_STATE))
+    masters = {"fp32 masters": 4 * count} if value == 2 else {}
+    # The head's gradient is made in fp32 and, in half precision, rounded before its master takes it over.
+    head = shape.vocabulary * shape.hidden * (6 if value == 2 else 4)
+    moments = {**masters, "Adam": 8 * count}
+    return masters, moments, {**moments, "gradients": 4 * count + head}
 
 
 def in_flight(preset: Preset) -> int:
@@ -380,15 +400,13 @@ def scoring(shape: Shape, preset: Preset, device: str) -> dict[str, float]:
     # scoring.py: a small vocabulary takes more rows for the same number of logits.
     if shape.vocabulary < columns:
         rows, columns = rows * columns // shape.vocabulary, shape.vocabulary
-    block = min(rows, tokens) * columns * each
+    block, rank = min(rows, tokens) * columns * each, preset.lora_rank if preset.train == "lora" else 0
     if device == "cuda":
         value = value_bytes(preset, device)
-        one = layer_bytes(shape) if value == 2 else fp32_layer_bytes(shape, preset.lora_rank)
+        one = layer_bytes(shape) if value == 2 else fp32_layer_bytes(shape, rank)
         per_token = 4 * shape.hidden * shape.layers + one * BACKWARD_FACTOR  # the residual stream is fp32 always
         return {"activations": tokens * per_token, "logits": block + tokens * 8 * shape.hidden}
-    per_token = fp32_layer_bytes(shape, preset.lora_rank) * shape.layers + 4 * (
-        3 * shape.intermediate + 2 * shape.hidden
-    )
+    per_token = fp32_layer_bytes(shape, rank) * shape.layers + 4 * (3 * shape.intermediate + 2 * shape.hidden)
     return {"activations": tokens * per_token, "logits": block + tokens * 12 * shape.hidden}
 
 
@@ -423,15 +441,19 @@ def plan_memory(shape: Shape, preset: Preset, room: float | None, device: str = 
 def advice(plan: Plan) -> tuple[str, Plan] | None:
     """Returns a change of flags that makes a plan fit, and the plan with it; None if none of them does.
 
-    4 bits first, then shorter texts before a smaller adapter, one flag before several.
+    4 bits first, then shorter texts before a smaller adapter, one flag before several; an adapter instead of all
+    weights last.
     """
-    preset = plan.preset
-    lower = {"max_new_tokens": (2048, 1024, 512), "prompt_tokens": (1536, 1024), "lora_rank": (16, 8)}
+    preset, full = plan.preset, plan.preset.train == "full"
+    lower = {"max_new_tokens": (2048, 1024, 512), "prompt_tokens": (1536, 1024), "lora_rank": () if full else (16, 8)}
     changes = [{name: value} for name, values in lower.items() for value in values]
     changes += [{"max_new_tokens": 512, "prompt_tokens": 1024}]
-    changes += [{"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}]
+    least = {"max_new_tokens": 256, "prompt_tokens": 768, "lora_rank": 8, "max_batch": LEAST_SLOTS}
+    changes += [{name: size for name, size in least.items() if name != "lora_rank" or not full}]
     changes = [{name: v for name, v in change.items() if v < getattr(preset, name)} for change in changes]
-    if preset.quantization == "none":
+    if full:
+        changes += [{"train": "lora", "quantization": "nf4"}]
+    elif preset.quantization == "none":
         bits = {"quantization": "nf4"}
         changes = [bits, *changes, *(change | bits for change in changes)]
     for change in filter(None, changes):
@@ -453,7 +475,8 @@ def elsewhere(plan: Plan) -> list[str]:
             name = f"Qwen/Qwen2.5-Coder-{size}"
             options.append(f"--model {next((alias for alias, path in ALIASES.items() if path == name), name)}")
             break
-    for preset in PRESETS.values():
+    full = {"train": "full", "quantization": "none"} if plan.preset.train == "full" else {}
+    for preset in (dataclasses.replace(preset, **full) for preset in PRESETS.values()):
         if preset.gib * GIB > (plan.capacity or 0) and plan_memory(plan.shape, preset, capacity(preset)).fits:
             options.append(f"a card of {preset.gib} GB with --preset {preset.name}")
             break
@@ -463,16 +486,20 @@ def elsewhere(plan: Plan) -> list[str]:
 def render(plan: Plan, model: str = "") -> str:
     """The plan as plain text, 80 columns: a row a part, a column a phase, in GB."""
     preset, phases = plan.preset, plan.phases
-    lora = plan.shape.lora_parameters(preset.lora_rank, preset.lora_targets)
+    count = trained_parameters(plan.shape, preset)
     dtype = preset.dtype if preset.dtype != "auto" else "bf16" if plan.device == "cuda" else "fp32"
     base = {"nf4": f"nf4 + {dtype}", "none": dtype}[preset.quantization]
+    times = "" if preset.adapters == 1 else f"{preset.adapters} x "
+    trained = [f"adapter      {times}LoRA rank {preset.lora_rank}, {preset.lora_targets}: {count:,} parameters in fp32"]
+    if preset.train == "full":
+        trained = [f"trained      every weight, in {dtype}" + (" from fp32 masters" if dtype != "fp32" else "")]
+        trained += [f"             and {COPIES * count / GB:.2f} GB of a CPU's memory, to go back to after a stop"]
     unit, name = (GB, "GB") if plan.peak > GB else (1e6, "MB")
     digits = 2 if unit == GB else 1
     lines = [
         f"model        {model_path(model) if model not in ('', 'tiny') else model or 'given by its shape'}: "
         f"{plan.shape.parameters:,} parameters, {base}",
-        f"adapter      {'' if preset.adapters == 1 else f'{preset.adapters} x '}LoRA rank {preset.lora_rank}, "
-        f"{preset.lora_targets}: {preset.adapters * lora:,} parameters in fp32",
+        *trained,
         f"a step       {3 * preset.prompts_per_mode} proposals, up to {in_flight(preset)} answers of up to "
         f"{preset.max_new_tokens} tokens",
         f"sizes        {preset.max_batch} slots, {preset.token_budget} tokens a micro-batch, prompts of up to "

@@ -13,6 +13,7 @@ from azr.models import model_path
 from azr.train.config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
+FULL = {"train": "full", "quantization": "none"}
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,24 @@ def test_a_plan_that_does_not_fit_names_a_flag_that_does():
     assert not tight.fits and again.fits and again == made and flag in plan.verdict(tight)
     bits = plan_memory(QWEN25["7B"], dataclasses.replace(PRESETS["16gb"], quantization="none"), 16e9)
     assert not bits.fits and plan.advice(bits)[0] == "--quantization nf4"
+
+
+def test_every_weight_takes_masters_gradients_and_moments():
+    """A 3B in bf16: 2 + 4 + 8 bytes a weight while sampling, 4 of gradients more in an update; fp32 has no masters."""
+    shape, count = QWEN25["3B"], QWEN25["3B"].parameters
+    full = dataclasses.replace(PRESETS["80gb"], **FULL)
+    half, single = (plan.memory(shape, dataclasses.replace(full, dtype=dtype)) for dtype in ("bf16", "fp32"))
+    names = ("weights", "fp32 masters", "Adam", "gradients")
+    for parts, expected in ((half, (2, 4, 8, 4)), (single, (4, 0, 8, 4))):
+        for name, size in zip(names[:3], expected):
+            assert parts["rollout"].get(name, 0) == parts["training"].get(name, 0) == size * count
+        assert 4 * count < parts["training"]["gradients"] < 4.8 * count and "gradients" not in parts["rollout"]
+    assert plan_memory(shape, full, plan.capacity(full)).fits
+    tight = plan_memory(shape, dataclasses.replace(PRESETS["48gb"], **FULL), plan.capacity(PRESETS["48gb"]))
+    assert not tight.fits and plan.advice(tight)[0] == "--train lora --quantization nf4"
+    huge = plan_memory(QWEN25["7B"], full, plan.capacity(full))
+    assert not huge.fits and "every weight, in bf16 from fp32 masters" in plan.render(huge)
+    assert all(len(line) <= 80 for line in plan.render(huge).splitlines())
 
 
 def test_where_no_flag_helps_a_smaller_model_and_a_larger_card_are_named():

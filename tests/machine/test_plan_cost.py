@@ -87,6 +87,10 @@ def test_disk_counts_adapters_that_stay_and_states_that_are_pruned():
     assert parts["adapters"] == 21 * adapter and parts["states"] == 9 * adapter  # steps 0, 25, ... 500; one is written
     assert parts["download"] > 2 * QWEN25["3B"].parameters
     assert cost.disk(plan_, str(ROOT / "azr" / "tiny"), 500, 0)["download"] == 0
+    whole = plan_memory(QWEN25["3B"], dataclasses.replace(PRESETS["80gb"], train="full", quantization="none"), 8e10)
+    parts = cost.disk(whole, "qwen-3b", 500, 25)  # bf16 models; masters and two moments in fp32 beside them
+    assert parts["adapters"] == 21 * 2 * QWEN25["3B"].parameters
+    assert parts["states"] == 3 * 14 * QWEN25["3B"].parameters
 
 
 # ---------------------------------------------------------------- as typed
