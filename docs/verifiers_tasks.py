@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import cache
 
 import verifiers.v1 as vf
-from trl_judge import JudgeReward, rows_of
 
 from sandbox import Sandbox
+from trl_judge import JudgeReward, rows_of
 
 
 @cache

@@ -66,14 +66,13 @@ def save(s, keep: bool) -> Path:
         "loss_scale": loss_scale,
         "files": digests(s),
     }
+    info = {**s.policy.info, "template": s.template, "template_hash": template_hash(s.template)}
+    write = partial(write_adapters, s.policy, tensors, info)
     if s.policy.full and not s.policy.full.rounds:  # the model itself is the state: once is enough
         tensors = {name: t for name, t in tensors.items() if not name.startswith("adapter/")}
-    info = {**s.policy.info, "template": s.template, "template_hash": template_hash(s.template)}
     # step 0 is always kept: its azr.json tells whoever reads the run what the base was
     keep = keep or not s.completed
-    path = s.run.save_checkpoint(
-        s.completed, partial(write_adapters, s.policy, tensors, info), tensors, state, info, keep
-    )
+    path = s.run.save_checkpoint(s.completed, write, tensors, state, info, keep)
     s.saved = time.monotonic()
     return path
 
