@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from azr.machine.plan import COPIES, CUDA_CONTEXT, GB, GIB, LEAST_SLOTS, Plan, Preset, Shape, value_bytes
+from azr.machine.plan import verdict as memory_verdict
 from azr.models import model_path
 from azr.runs import KEEP_STATES
 
@@ -97,6 +98,7 @@ NF4_READ = ((16, 0.65), (64, 1.5), (128, 2.5), (math.inf, 4.25))
 ROW_BYTES = 1.5  # of samples.jsonl to a character of prompts and responses: the task, JSON, escapes
 TOKEN_CHARACTERS = 3.5
 TOKENIZER_BYTES = 12e6
+LIBRARIES = 1e9  # of a process on a CPU: Python, torch and what else is imported
 
 
 # ---------------------------------------------------------------- which card
@@ -224,7 +226,31 @@ def free_disk(out: str) -> float:
     return shutil.disk_usage(path).free
 
 
+def free_memory() -> float:
+    """Bytes of ordinary memory that a process may still take; infinite where the system does not say."""
+    try:
+        words = Path("/proc/meminfo").read_text().split()
+        return 1024 * float(words[words.index("MemAvailable:") + 1])
+    except (OSError, ValueError):
+        return math.inf
+
+
 # ---------------------------------------------------------------- as text
+
+
+def verdict(plan: Plan, config) -> tuple[bool, str]:
+    """(whether the run fits, one line that says so or a line for each thing that it does not fit)."""
+    needed, free = sum(disk(plan, config.model, config.steps, config.eval_every).values()), free_disk(config.out)
+    room = f"{needed / GB:.2f} GB of disk, {free / GB:.0f} GB are free at {config.out}"
+    wants = [] if plan.fits else [memory_verdict(plan)]
+    if plan.capacity is None and plan.peak + LIBRARIES > (memory := free_memory()):
+        wants = [f"{memory_verdict(plan)}, which take {LIBRARIES / GB:g} GB;\n             {memory / GB:.1f} are free"]
+    if needed > free:
+        fewer = "" if config.eval_every == 0 else "; --eval-every 0 keeps two checkpoints only"
+        wants += [f"{room}{fewer}"]
+    if wants:
+        return False, "\n".join(f"DOES NOT FIT {want}" for want in wants)
+    return True, f"fits         {memory_verdict(plan)};\n             {room}"
 
 
 def render(plan: Plan, config, card: Card | None, why: str) -> str:

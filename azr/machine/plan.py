@@ -525,16 +525,14 @@ def render(plan: Plan, model: str = "") -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """Says whether the plan fits; if not, what would: a plan was made of each suggestion to see that it does."""
+    """Says whether the memory suffices; if not, what would: a plan was made of each suggestion to see that it does."""
     if plan.capacity is None:
-        return (
-            f"fits         in ordinary memory: {plan.peak / GB:.2f} GB in use besides Python and its libraries;\n"
-            "             glibc keeps what is freed, so that the process may show two to three times that"
-        )
-    if plan.fits:
-        return f"fits         {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB"
+        return f"{plan.peak / GB:.2f} GB of ordinary memory in use besides Python and its libraries"
     phase = max(plan.totals, key=plan.totals.get)
-    text = f"DOES NOT FIT {phase} takes {plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB\n             "
+    text = f"{plan.peak / GB:.1f} of {plan.capacity / GB:.1f} GB of GPU memory"
+    if plan.fits:
+        return text
+    text = f"{phase} takes {text};\n             "
     if suggestion := advice(plan):
         flag, smaller = suggestion
         return f"{text}it fits with {flag} ({smaller.peak / GB:.1f} GB)"

@@ -198,8 +198,8 @@ class Config:
     tracker: str = setting("none", "Each step's numbers are sent there too; its package is yours to install.", TRACKERS)
     dry_run: bool = setting(
         False,
-        "The resolved settings and the memory plan are printed and nothing is trained; the exit code is 1 if it does "
-        "not fit.",
+        "Whether it fits, with the memory of each phase, time, dollars and disk, is printed and nothing is trained; the "
+        "exit code is 1 if it does not fit.",
         group="instead of training",
     )
     print_config: bool = setting(False, "The resolved settings are printed as JSON and nothing is trained.")
@@ -407,7 +407,9 @@ def preset_of(config: Config) -> tuple[plan.Preset, str, cost.Card | None]:
     card = cost.CARDS.get(name)
     free = card.free if card else plan.free_gpu_bytes()
     preset, why = plan.choose_preset("auto" if card else name, model, free)
-    return preset, f"preset {preset.name}, for a {card.name}" if card and preset.gib else why, card
+    if card and preset.gib:
+        why = f"preset {preset.name}, for a {card.name}: {card.free / cost.GIB:.1f} of its {card.gib} GiB are free"
+    return preset, why, card
 
 
 def _config_to_resume(config: Config) -> Path | None:
@@ -469,7 +471,7 @@ def as_json(config: Config) -> str:
 
 
 def dry_run(config: Config, why: str) -> int:
-    """Prints settings, memory plan, time and cost; 1 if it does not fit. Needs no GPU and no network."""
+    """Prints whether it fits, then the memory plan, time, cost and disk; 1 if it does not. Needs no GPU, no network."""
     preset, _, card = preset_of(config)
     here = None if card else plan.free_gpu_bytes()
     given = {f.name: getattr(config, f.name, None) for f in dataclasses.fields(preset) if f.name != "name"}
@@ -479,6 +481,6 @@ def dry_run(config: Config, why: str) -> int:
     which = f"{card.name}, as asked" if card else ""
     if not card:
         card, which = cost.card_for(preset)
-    print(as_json(config), why, plan.render(made, config.model), "", sep="\n")
-    print(cost.render(made, config, card, which), "", plan.verdict(made), sep="\n")
-    return 0 if made.fits else 1
+    fits, said = cost.verdict(made, config)
+    print(said, "", why, plan.render(made, config.model), "", cost.render(made, config, card, which), sep="\n")
+    return 0 if fits else 1

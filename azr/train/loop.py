@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import sys
 import time
@@ -149,6 +150,9 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return work() or 0
     except StopNow:
         return 0  # before the run began: nothing to save
+    except BrokenPipeError:  # `| head` has read enough; what is still in the buffer has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (checkpoint.GaveUp, DoesNotFit, DiskError) as error:
         code, text = 1, str(error)
     except (ModelError, RunError, SandboxError, ValueError) as error:

@@ -224,7 +224,7 @@ def test_rendering_is_plain_and_narrow():
         text = plan.render(made, model)
         assert all(len(line) <= 80 for line in text.splitlines()) and text.isascii(), text
         assert "KV cache" in text and model_path(model) in text and f"{made.peak / GB:.2f}" in text
-        assert plan.verdict(made).startswith("fits" if made.fits else "DOES NOT FIT")
+        assert plan.verdict(made).endswith("GB of GPU memory") == made.fits
 
 
 def test_no_torch_is_imported_and_aliases_stay_next_to_the_file():

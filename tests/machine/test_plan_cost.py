@@ -98,9 +98,7 @@ def test_disk_counts_adapters_that_stay_and_states_that_are_pruned():
 
 def test_dry_run_of_a_large_model_needs_no_gpu_and_no_network():
     code, out, err = typed("--model", "qwen-3b", "--preset", "24gb", "--dry-run", "--price-per-hour", "0.44")
-    config, end = json.JSONDecoder().raw_decode(out)
-    assert (code, err) == (0, "") and config["max_new_tokens"] == 2048 and config["quantization"] == "nf4"
-    rest = out[end:]
+    assert (code, err) == (0, "") and out.startswith("fits ") and "GB of GPU memory" in out.splitlines()[0]
     for word in (
         "weights",
         "LoRA + Adam",
@@ -118,9 +116,9 @@ def test_dry_run_of_a_large_model_needs_no_gpu_and_no_network():
         "samples.jsonl",
         "model files",
     ):
-        assert word in rest, word
-    assert "computed, not measured on this card" in rest and "assumed" in rest
-    assert all(len(line) <= 80 for line in rest.splitlines()), max(rest.splitlines(), key=len)
+        assert word in out, word
+    assert "computed, not measured on this card" in out and "assumed" in out
+    assert all(len(line) <= 80 for line in out.splitlines()), max(out.splitlines(), key=len)
     code, out, _ = typed("--model", "qwen-7b", "--preset", "h200", "--dry-run")
     assert code == 0 and "preset 80gb" in out and "h200, as asked" in out
 
@@ -128,9 +126,13 @@ def test_dry_run_of_a_large_model_needs_no_gpu_and_no_network():
 def test_dry_run_that_does_not_fit_exits_1_and_its_advice_exits_0():
     flags = ["--model", "qwen-7b", "--preset", "16gb", "--quantization", "none", "--dry-run"]
     code, out, _ = typed(*flags)
-    assert code == 1 and "DOES NOT FIT" in out
+    assert code == 1 and out.startswith("DOES NOT FIT ")
     advice = out.split("it fits with ")[1].split(" (")[0].split()
     assert typed(*flags, *advice)[0] == 0
+    code, out, _ = typed(
+        "--model", "qwen-3b", "--preset", "24gb", "--eval-every", "1", "--steps", "500000", "--dry-run"
+    )
+    assert code == 1 and out.startswith("DOES NOT FIT ") and "GB of disk" in out.splitlines()[0]  # 120 TB of adapters
 
 
 def test_dry_run_of_the_embedded_model_plans_for_the_cpu():
@@ -140,11 +142,11 @@ def test_dry_run_of_the_embedded_model_plans_for_the_cpu():
 
 def test_a_saved_config_comes_back_and_a_wrong_one_is_refused(tmp_path):
     file = tmp_path / "config.json"
-    _, out, _ = typed("--model", "qwen-3b", "--preset", "16gb", "--answers", "4", "--dry-run")
+    _, out, _ = typed("--model", "qwen-3b", "--preset", "16gb", "--answers", "4", "--print-config")
     first = json.JSONDecoder().raw_decode(out)[0]
     file.write_text(json.dumps(first))
-    assert json.JSONDecoder().raw_decode(typed("--config", str(file), "--dry-run")[1])[0] == first
-    changed = json.JSONDecoder().raw_decode(typed("--config", str(file), "--answers", "6", "--dry-run")[1])[0]
+    assert json.JSONDecoder().raw_decode(typed("--config", str(file), "--print-config")[1])[0] == first
+    changed = json.JSONDecoder().raw_decode(typed("--config", str(file), "--answers", "6", "--print-config")[1])[0]
     assert changed == {**first, "answers": 6}
     for wrong in ({"steps": "abc"}, {"lora_rank": 1.5}, {"model": 3}, {"seed": None}, {"answers": True}):
         file.write_text(json.dumps(wrong))
