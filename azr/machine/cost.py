@@ -244,7 +244,7 @@ def verdict(plan: Plan, config) -> tuple[bool, str]:
     room = f"{needed / GB:.2f} GB of disk, {free / GB:.0f} GB are free at {config.out}"
     wants = [] if plan.fits else [memory_verdict(plan)]
     if plan.capacity is None and plan.peak + LIBRARIES > (memory := free_memory()):
-        wants = [f"{memory_verdict(plan)}, which take {LIBRARIES / GB:g} GB;\n             {memory / GB:.1f} are free"]
+        wants = [f"{memory_verdict(plan)}, {LIBRARIES / GB:g} GB;\n             {memory / GB:.1f} are free"]
     if needed > free:
         fewer = "" if config.eval_every == 0 else "; --eval-every 0 keeps two checkpoints only"
         wants += [f"{room}{fewer}"]
