@@ -198,8 +198,8 @@ class Config:
     tracker: str = setting("none", "Each step's numbers are sent there too; its package is yours to install.", TRACKERS)
     dry_run: bool = setting(
         False,
-        "Whether it fits, with the memory of each phase, time, dollars and disk, is printed and nothing is trained; the "
-        "exit code is 1 if it does not fit.",
+        "Whether it fits, with the memory of each phase, time, dollars and disk, is printed, and nothing is trained; "
+        "the exit code is 1 if it does not fit.",
         group="instead of training",
     )
     print_config: bool = setting(False, "The resolved settings are printed as JSON and nothing is trained.")
