@@ -400,12 +400,11 @@ def _add_lora(model, config):
 
 def add_copy(model, adapter: str) -> None:
     """A further adapter of this name on a model that has one: its settings and weights are those of the first now; the
-    first stays in use. Of an adapter that is there already the weights are set again."""
-    if adapter not in model.peft_config:
-        with torch.random.fork_rng(devices=[]):  # PEFT draws values that are overwritten below
-            model.add_adapter(adapter, copy.deepcopy(model.peft_config["default"]))
-        for p in adapter_tensors(model, adapter).values():
-            p.data = p.data.float()
+    first stays in use."""
+    with torch.random.fork_rng(devices=[]):  # PEFT draws values that are overwritten below
+        model.add_adapter(adapter, copy.deepcopy(model.peft_config["default"]))
+    for p in adapter_tensors(model, adapter).values():
+        p.data = p.data.float()
     fill_adapter(model, adapter_tensors(model), f"the adapter {adapter}", adapter)
 
 
