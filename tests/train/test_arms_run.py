@@ -208,7 +208,7 @@ def test_micro_batches_of_two_adapters_give_one_gradient(apart):
 
 
 def test_two_adapters_beside_arms_that_switch_them_off_or_mark_tokens(world, apart):
-    arm = apart.run(**BASE, proposer="separate", minibatches=2, entropy_control="top-entropy")
+    arm = apart.run(**BASE, proposer="separate", entropy_control="top-entropy")
     mixed = [sample for samples in arm.trained for sample in foreign(samples)]
     assert (torch.tensor(log_probs(world, world.start, mixed)) - torch.tensor(recorded(mixed))).abs().max() < 1e-4
     assert abs(arm.rows[0]["train/kl_to_base"]) < 1e-6 < arm.rows[1]["train/kl_to_base"]
