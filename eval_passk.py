@@ -176,7 +176,10 @@ def compare(args: argparse.Namespace) -> int:
     result = frontier.run(args.base, args.tuned, args.k, args.margin)
     page, plot = compare_view.page_and_plot(result)
     out = Path(args.out or args.tuned)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be made ({error.strerror}); name a place with --out") from error
     write_json_atomic(out / "compare.json", result)
     for name, data in (("md", page.encode("utf-8", "backslashreplace")), ("png", plot)):
         with replacing(out / f"compare.{name}") as file:

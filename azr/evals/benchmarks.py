@@ -163,7 +163,8 @@ def load(name: str) -> Benchmark:
     source = BENCHMARKS[name]
     path = Path(file).expanduser() if file else _fetch(name, source)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the public file of {name}")
+        fault = "a directory" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {fault}; expected the public file of {name}")
     items = _code_items(path, name) if source.kind == "code" else _items(path, source)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return Benchmark(name, source.kind, tuple(items), str(path), digest, source.strict)

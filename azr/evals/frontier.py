@@ -48,10 +48,13 @@ def temperatures_in(where: Path) -> dict[float, Path]:
 def read(where: str | Path) -> Points:
     """The results at one temperature (WHERE/result.json) or several. ValueError, one line: none, unfinished, unlike."""
     where = Path(where)
-    places = {} if (where / "result.json").is_file() else temperatures_in(where)
-    if absent := [path for path in places.values() if not (path / "result.json").is_file()]:
+    alone = any((where / name).is_file() for name in ("result.json", "config.json"))  # the latter of a run's too
+    places = [where] if alone else list(temperatures_in(where).values())
+    if not places or (where / "metrics.jsonl").exists():
+        raise ValueError(f"{where}: no result directory of `eval_passk.py run` or `score`: it has no result.json")
+    if absent := [path for path in places if not (path / "result.json").is_file()]:
         raise ValueError(f"{absent[0]}: is not finished; repeat the command that made it")
-    points = {temperature(result): result for result in map(compare.read, places.values() or [where])}
+    points = {temperature(result): result for result in map(compare.read, places)}
     first, *others = points.values()
     for other in others:
         compare.check(first, other, any_temperature=True)

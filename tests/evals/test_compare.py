@@ -301,7 +301,7 @@ def test_other_problems_too_large_k_and_bad_margins_are_refused(tmp_path, capsys
         ((a, a, "--k", "1,9"), "beyond the 8 samples"),
         ((a, a, "--margin", "0"), "--margin"),
         ((lone, lone), "one problem only"),
-        ((a, tmp_path), "result.json: cannot be read"),
+        ((a, tmp_path), "it has no result.json"),
     ):
         assert command(*words) == 2
         assert why in capsys.readouterr().err

@@ -149,7 +149,7 @@ def test_unlike_or_unfinished_results_are_refused_in_one_line(tmp_path, capsys):
     for words, why in (
         ((base, half), "T0.5: is not finished; repeat the command that made it"),
         ((base, mixed), "results of different adapters"),
-        ((base, empty), "result.json: cannot be read"),
+        ((base, empty), "it has no result.json"),
         ((base, silent), "does not say at which temperature"),
         ((base, other), "template differs"),
         ((base, base, "--margin", "nan"), "--margin must lie"),
