@@ -313,8 +313,12 @@ def _text(policy, completion, sampling, settings: Settings) -> str:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Lets one process at a time into a directory: two would make the same samples. ValueError if another is there."""
+    """Lets one process at a time into a directory: two would make the same samples. ValueError if another is there.
+
+    A directory in which nothing was made, since the model or the settings were refused, goes again.
+    """
     try:
+        new = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock = open(out / "lock", "a+")
     except OSError as error:
@@ -326,7 +330,14 @@ def locked(out: Path) -> Iterator[None]:
             raise ValueError(
                 f"{out}: another process is writing there; stop it first, or give another --out"
             ) from error
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == ["lock"]:
+                (out / "lock").unlink()
+                for path in new:
+                    with contextlib.suppress(OSError):  # another one is in it
+                        path.rmdir()
 
 
 def repair(path: Path) -> None:

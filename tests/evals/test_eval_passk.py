@@ -390,12 +390,13 @@ def test_several_temperatures_are_each_what_one_writes(whole, tmp_path, capsys):
     for words, why in (
         (("1", out), "holds the results of 2 temperatures"),
         (("1,0", whole[0]), "holds the samples of one temperature"),
-        (("1,0", tmp_path / "new", "--match-entropy"), "--match-entropy takes one --temperature"),
+        (("1,0", tmp_path / "new" / "deep", "--match-entropy"), "--match-entropy takes one --temperature"),
+        (("1,0", tmp_path / "new" / "deep", "--model", "none"), "no model 'none'"),
         (("0.9,0.3", out, "--top-p", "0.5"), "made in another way (top_p 0.95 -> 0.5)"),  # than T1 beside them
     ):
         code, printed = main(*words)
         assert code == 2 and why in printed.err.splitlines()[-1]
-    assert not (tmp_path / "new").exists() and len(list(out.rglob("samples.jsonl"))) == 2
+    assert not (tmp_path / "new").exists() and sorted(path.name for path in out.glob("T*")) == ["T0", "T1"]
 
 
 def test_other_settings_are_refused(whole):
