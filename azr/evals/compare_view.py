@@ -146,6 +146,7 @@ def page_and_plot(result: dict) -> tuple[str, bytes]:
 def frontier_page(result: dict) -> str:
     """The comparison of two models over temperatures, the sentence first."""
     k, best, rows = result["k"], result["best"], []
+    several = sum(at["pass@1"]["difference"] is not None for at in result["temperatures"].values()) > 1
     for t, at in result["temperatures"].items():
         cells = []
         for name in ("pass@1", "pass@k") if k else ("pass@1",):
@@ -163,7 +164,7 @@ def frontier_page(result: dict) -> str:
         f"{result['intervals']}. base: `{result['base']}`, tuned: `{result['tuned']}`.",
         table,
         STAR if "*" in table else "",
-        "Curves, sets and answers at one temperature: compare its two directories, such as A/T1 and B/T1.",
+        "Curves, sets and answers at one temperature: compare its two directories, such as A/T1 and B/T1." * several,
         *_end(result),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
