@@ -181,7 +181,7 @@ def log_probs(shape: Shape, backward: bool = True, entropy: bool = False) -> Ker
         weight = torch.empty(shape.vocabulary, shape.hidden, dtype=torch.bfloat16, device="cuda")
         target = torch.zeros(tokens, dtype=torch.int64, device="cuda")
         # autograd's engine has no thread for a pretended device: its two halves are called by hand
-        ctx = types.SimpleNamespace(needs_input_grad=(backward,), set_materialize_grads=lambda value: None)
+        ctx = types.SimpleNamespace(needs_input_grad=(backward, False), set_materialize_grads=lambda value: None)
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
         with count, torch.no_grad():
             out = ChunkedLogProb.forward(ctx, hidden, weight, target)

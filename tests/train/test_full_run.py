@@ -93,7 +93,7 @@ def test_what_needs_an_adapter_or_its_base_is_refused(settings, reason):
 
 def test_defaults():
     tiny, qwen = (resolve(Config(train="full", model=model, dtype="bf16"))[0] for model in ("tiny", "qwen-3b"))
-    assert (tiny.learning_rate, qwen.learning_rate) == (1e-4, 1e-6)
+    assert (tiny.learning_rate, qwen.learning_rate) == (3e-4, 1e-6)
     assert tiny.quantization == qwen.quantization == "none" and tiny.lora_rank is None is qwen.lora_alpha
     again, _ = resolve(Config(**dataclasses.asdict(qwen)))  # config.json of a run
     assert again == qwen
