@@ -17,6 +17,7 @@ import sys
 from sandbox import BENCHMARK, PROPOSAL, Job, Sandbox, SandboxError
 
 LINE_BYTES = 16_000_000
+MAX_WORKERS = 1024
 _CHUNK = 256  # lines in work at the same time; fewer when fewer are there
 
 
@@ -139,9 +140,24 @@ def doctor(arguments) -> int:
     return 0 if fine else 1
 
 
+class Parser(argparse.ArgumentParser):
+    """Errors in one line; azr/command.py has more, but this folder needs nothing of azr/."""
+
+    def error(self, message):
+        """Prints the line and ends the process with exit code 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def workers(text: str) -> int:
+    """The number of --workers. argparse's error for what is none."""
+    if not (text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= MAX_WORKERS):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_WORKERS:,}, not {text!r}")
+    return int(text)
+
+
 def main() -> int:
     """Exit code 2: the sandbox cannot work here, or bad arguments."""
-    parser = argparse.ArgumentParser(prog="python -m sandbox", description="Runs untrusted Python programs.")
+    parser = Parser(prog="python -m sandbox", description="Runs untrusted Python programs.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action, text in (
         ("run", run, "jobs in, outcomes out, one JSON object a line"),
@@ -149,13 +165,11 @@ def main() -> int:
     ):
         command = commands.add_parser(name, help=text)
         command.set_defaults(action=action)
-        command.add_argument("--workers", type=int, help="jobs at a time (default: one a core)")
+        command.add_argument("--workers", type=workers, help="jobs at a time (default: one a core)")
         command.add_argument("--allow-weak", action="store_true", help="go on without seccomp, with limits alone")
         if name == "run":
             command.add_argument("--profile", choices=("proposal", "benchmark"), default="proposal")
     arguments = parser.parse_args()
-    if arguments.workers is not None and arguments.workers < 1:
-        parser.error("--workers must be at least 1")
     try:
         return arguments.action(arguments)
     except SandboxError as error:

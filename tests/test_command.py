@@ -35,7 +35,7 @@ def make_tiny(arguments):
         (
             eval_passk.main,
             ["run", "--benchmark", "tiny", "--sample", "x"],
-            "argument --samples: invalid int value: 'x'",
+            "argument --samples: must be a whole number",
         ),
         (eval_passk.main, ["compare", "a"], "eval_passk.py compare: the following arguments are required"),
         (export.main, ["runs/x", "--uot", "y"], "train_azr.py export: the following arguments are required: --out"),

@@ -23,6 +23,7 @@ import numpy as np
 from azr.analysis import figures
 from azr.analysis.figures import shown
 from azr.analysis.reader import MODES, RunData, mean_row, read_runs, read_samples, remembered, stages
+from azr.command import Number
 from azr.console import note, warn
 from azr.fits import as_json, difference_of_means, linear_fit
 from azr.jsonl import write_json_atomic
@@ -262,9 +263,10 @@ def draw(run_name: str, result: dict):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `analyze.py difficulty` to its parser."""
     parser.add_argument("run", nargs="+", metavar="RUN", help="run directories of one model")
-    parser.add_argument("--stages", type=int, default=STAGES, help=f"equal parts of the run (default {STAGES})")
-    parser.add_argument("--questions", type=int, help=f"in all (default {QUESTIONS}; tiny {QUESTIONS_EMBEDDED})")
-    parser.add_argument("--answers", type=int, default=ANSWERS, help=f"of each solver to a task (default {ANSWERS})")
+    stages, some = Number(int, 2, 1000), Number(int, 1, 10**6)
+    parser.add_argument("--stages", type=stages, default=STAGES, help=f"equal parts of the run (default {STAGES})")
+    parser.add_argument("--questions", type=some, help=f"in all (default {QUESTIONS}; tiny {QUESTIONS_EMBEDDED})")
+    parser.add_argument("--answers", type=some, default=ANSWERS, help=f"of each solver to a task (default {ANSWERS})")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="only these modes (default all)")
     parser.add_argument("--fresh", action="store_true", help="sample again instead of using RUN/eval/difficulty.json")
     figures.add_output_arguments(parser)
@@ -272,8 +274,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
-    if args.stages < 2 or args.answers < 1 or (args.questions or 1) < 1:
-        raise ValueError("--stages must be at least 2, --answers and --questions at least 1")
     runs = read_runs(args.run)
     for run in runs:
         fixed_solvers(run)  # refused before anything is sampled

@@ -21,6 +21,7 @@ import numpy as np
 from azr.analysis import figures
 from azr.analysis.figures import CYCLE, print_change, shown
 from azr.analysis.reader import MODES, ROLES, Digest, RunData, ends, mean_row, read_run, read_samples, stages
+from azr.command import Number
 from azr.console import warn
 from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
 from azr.passk import share_interval
@@ -314,14 +315,13 @@ def plots(run: RunData, result: dict) -> dict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `analyze.py dynamics` to its parser."""
     parser.add_argument("run", metavar="RUN", help="a run directory")
-    parser.add_argument("--windows", type=int, default=WINDOWS, help=f"parts of the run (default {WINDOWS})")
+    what = f"parts of the run (default {WINDOWS})"
+    parser.add_argument("--windows", type=Number(int, 1, 10**4), default=WINDOWS, help=what)
     figures.add_output_arguments(parser)
 
 
 def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
-    if args.windows < 1:
-        raise ValueError(f"--windows must be at least 1, not {args.windows}")
     run = read_run(args.run)
     result = dynamics(run, read_samples(run), args.windows)
     for note in result["notes"]:

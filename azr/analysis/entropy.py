@@ -25,6 +25,7 @@ import numpy as np
 from azr.analysis import figures
 from azr.analysis.figures import print_change, shown
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, ends, mean_row, read_runs
+from azr.command import Number
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
@@ -319,15 +320,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", nargs="+", metavar="RUN", help="curves and fit of one or more runs of one model")
     parser.add_argument("--no-probe", action="store_true", help="with --run: no model is loaded, logged values only")
     parser.add_argument("--quantization", choices=("nf4", "none"), help="of the base (default: as the adapter's)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides the logits (default 1.0)")
-    parser.add_argument("--limit", type=int, help="only the first so many responses")
+    above_0 = Number(float, 0.01, 100)  # at 0 there is no distribution
+    parser.add_argument("--temperature", type=above_0, default=1.0, help="divides the logits (default 1.0)")
+    parser.add_argument("--limit", type=Number(int, 1, 10**9), help="only the first so many responses")
     figures.add_output_arguments(parser)
 
 
 def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
-    if not args.temperature > 0:
-        raise ValueError(f"--temperature must be above 0, not {args.temperature}: at 0 there is no distribution")
     if bool(args.run) == bool(args.data):
         raise ValueError("give either --data FILE (with --model) or --run RUN")
     return curves(args) if args.run else measure(args)

@@ -23,6 +23,7 @@ import numpy as np
 from azr.analysis import figures
 from azr.analysis.figures import shown
 from azr.analysis.reader import ROLES, RunData, read_runs, remembered
+from azr.command import Number
 from azr.console import note, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.models import model_path
@@ -318,17 +319,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="FILE", help="plain text never trained on, with blank lines between paragraphs"
     )
-    parser.add_argument("--probe", type=int, default=PROBE_ROWS, help=f"prompts a role (default {PROBE_ROWS})")
-    parser.add_argument("--held-out", type=int, default=HELD_OUT, help=f"held-out tasks (default {HELD_OUT}; 0: none)")
-    parser.add_argument("--checkpoints", type=int, default=CHECKPOINTS, help=f"of each run (default {CHECKPOINTS})")
+    some, any_number = Number(int, 1, 10**6), Number(int, 0, 10**6)
+    parser.add_argument("--probe", type=some, default=PROBE_ROWS, help=f"prompts a role (default {PROBE_ROWS})")
+    what = f"held-out tasks (default {HELD_OUT}; 0: none)"
+    parser.add_argument("--held-out", type=any_number, default=HELD_OUT, help=what)
+    parser.add_argument("--checkpoints", type=some, default=CHECKPOINTS, help=f"of each run (default {CHECKPOINTS})")
     parser.add_argument("--fresh", action="store_true", help="measure again instead of using RUN/eval/forgetting.json")
     figures.add_output_arguments(parser)
 
 
 def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
-    if args.probe < 1 or args.checkpoints < 1 or args.held_out < 0:
-        raise ValueError("--probe and --checkpoints must be at least 1, --held-out at least 0")
     if args.text and not Path(args.text).is_file():
         raise ValueError(f"--text {args.text}: no such file")
     runs = read_runs(args.run)

@@ -9,20 +9,20 @@ from __future__ import annotations
 import argparse
 
 from azr.analysis import figures
+from azr.command import Number
 from azr.train.rewards import SHAPES, curves, expected_reward
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `analyze.py rewards`."""
-    parser.add_argument("--answers", type=int, default=8, help="answers that measure a solve rate (default 8)")
-    parser.add_argument("--ends-penalty", type=float, default=0.0, help="as in train_azr.py (default 0)")
+    answers, penalty = Number(int, 1, 1000), Number(float, 0, 100)
+    parser.add_argument("--answers", type=answers, default=8, help="answers that measure a solve rate (default 8)")
+    parser.add_argument("--ends-penalty", type=penalty, default=0.0, help="as in train_azr.py (default 0)")
     figures.add_output_arguments(parser)
 
 
 def main(args) -> int:
     """Prints where each shape is highest and plots them all; returns the exit code. ValueError for bad input."""
-    if args.answers < 1:
-        raise ValueError(f"--answers must be at least 1, not {args.answers}")
     rewards = curves(args.answers, args.ends_penalty)
     print(f"Expected proposer reward of a valid task, solve rate measured on {args.answers} answers:")
     drawn, (axes,) = figures.figure(1, 1, 5.6, 3.6)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from azr.command import Parser
+from azr.command import MAX_WORKERS, Number, Parser
 from azr.jsonl import stream
 from azr.tasks.judging import judge
 from azr.tasks.task import FIELDS, Proposal, Task, Verdict, mode_field, text_field
@@ -70,11 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         return make(arguments[1:])
     parser = Parser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")
     parser.add_argument("command", choices=["validate", "judge", "make"])
-    parser.add_argument("--workers", type=int, default=None, help="processes of the sandbox (default: cores)")
-    parser.add_argument("--max-output-chars", type=int, default=MAX_OUTPUT, help="validate: refuse longer outputs")
+    workers, characters = Number(int, 1, MAX_WORKERS), Number(int, 1, 10**8)
+    parser.add_argument("--workers", type=workers, help="processes of the sandbox (default: cores)")
+    parser.add_argument(
+        "--max-output-chars", type=characters, default=MAX_OUTPUT, help="validate: refuse longer outputs"
+    )
     options = parser.parse_args(arguments)
-    if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers {options.workers}: at least one process is needed")
     try:
         with Sandbox(workers=options.workers) as sandbox:
             if options.command == "validate":

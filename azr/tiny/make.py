@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional as F
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from azr.command import Parser
+from azr.command import MOST, Number, Parser
 from azr.tasks.prompts import solve_prompt, template_hash
 from azr.tiny import documents as recipe
 from azr.tiny import split
@@ -338,14 +338,20 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="model directory to write")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny-base"), help="work files, for going on later")
-    parser.add_argument("--tokens", type=float, default=80e6, help="training tokens, prompts included")
-    parser.add_argument("--seed", type=int, default=0, help="of the documents")
+    parser.add_argument("--tokens", type=Number(float, 1, 1e12), default=80e6, help="training tokens, prompts included")
+    parser.add_argument("--seed", type=Number(int, 0, MOST), default=0, help="of the documents")
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, of AdamW")
-    parser.add_argument("--hidden", type=int, default=128, help="width; the MLP is three times as wide")
-    parser.add_argument("--layers", type=int, default=Shape.layers)
+    parser.add_argument(
+        "--learning-rate", type=Number(float, 0, 1, above=True, below=True), default=3e-3, help="peak, of AdamW"
+    )
+    parser.add_argument(
+        "--hidden", type=Number(int, 32, 2**13), default=128, help="width; the MLP is three times as wide"
+    )
+    parser.add_argument("--layers", type=Number(int, 1, 200), default=Shape.layers)
     parser.add_argument("--workers", type=int, choices=(1, 2), default=2, help="processes (a GPU: always 1)")
     args = parser.parse_args()
+    if args.hidden % (2 * Shape.heads):  # a head's numbers are rotated in pairs
+        parser.error(f"argument --hidden: must be a multiple of {2 * Shape.heads}, not {args.hidden}")
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     (args.work / "meeting").unlink(missing_ok=True)

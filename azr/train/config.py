@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from azr.command import Parser
+from azr.command import MOST, Number, Parser
 from azr.jsonl import read_object
 from azr.machine import cost, plan
 from azr.models import base_description, model_path
@@ -17,7 +17,6 @@ from azr.train import rules
 from azr.train.rewards import SHAPES
 
 TRACKERS = ("none", "trackio", "wandb", "tensorboard")  # here: settings are read before rich, which trackers.py needs
-MAY_BE_0 = ("seed", "references", "eval_every", "eval_samples")  # of the whole numbers
 # --preset smoke: the smallest sizes, lowered until a run of any model is over in a minute or two. It learns nothing.
 SMOKE = {"steps": 2, "prompts_per_mode": 2, "max_new_tokens": 64, "references": 1, "eval_samples": 0}
 # --train full: as published for Qwen2.5-Coder; of the rates tried on the embedded model (True) the middle one
@@ -31,12 +30,22 @@ GONE = frozenset(
 METAVARS = {"resume": "auto|none|DIR", "entropy_control": "NAME[=VALUE]", "off_policy_source": "base|FILE"}
 
 
-def setting(default, text: str, choices: tuple = (), group: str = ""):
+def setting(default, text: str, choices: tuple = (), group: str = "", number: Number | None = None):
     """A field with its help text; a default of None is filled in by the model or the preset.
 
-    group: the title of --help that this field and those after it stand under.
+    group: the title of --help that this field and those after it stand under. number: what a number may be.
     """
-    return field(default=default, metadata={"help": text, "choices": choices, "group": group})
+    return field(default=default, metadata={"help": text, "choices": choices, "group": group, "number": number})
+
+
+def whole(low: int, high: int, default: int | None, text: str, group: str = ""):
+    """A setting that is a whole number from low to high, the highest being what no machine of today gets through."""
+    return setting(default, text, group=group, number=Number(int, low, high))
+
+
+def real(low: float, high: float, default: float | None, text: str, above: bool = True, below: bool = False):
+    """A setting that is a number; above, below: the ends are no part of what it may be."""
+    return setting(default, text, number=Number(float, low, high, above, below))
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,8 @@ class Config:
         ("lora", "full"),
     )
     out: str | None = setting(None, "The run directory; it is runs/MODEL-SEED unless given.")
-    steps: int | None = setting(None, "The number of training steps (500; tiny: what fits 15 CPU minutes).")
-    seed: int = setting(0, "Every random draw of the run follows from this number.")
+    steps: int | None = whole(1, 10**8, None, "The number of training steps (500; tiny: what fits 15 CPU minutes).")
+    seed: int = whole(0, MOST, 0, "Every random draw of the run follows from this number.")
     resume: str = setting(
         "none",
         "With auto the run in --out goes on from its last checkpoint, with DIR the run in that directory; with none "
@@ -69,8 +78,8 @@ class Config:
         f"whether everything works; {', '.join(plan.PRESETS)} are for that much memory; a card's name, such as 4090, "
         "is for that card, whatever is in this machine.",
     )
-    max_hours: float | None = setting(None, "The run stops with a checkpoint once so many hours are over.")
-    price_per_hour: float | None = setting(None, "The machine's price in dollars: the cost is printed.")
+    max_hours: float | None = real(0, 1e6, None, "The run stops with a checkpoint once so many hours are over.")
+    price_per_hour: float | None = real(0, 1e6, None, "The machine's price in dollars: the cost is printed.")
     algorithm: str = setting(
         "selfplay",
         "In selfplay the model makes its own tasks; rlvr answers the fixed tasks of --data; sft is cross-entropy on "
@@ -81,26 +90,34 @@ class Config:
     data: str | None = setting(
         None, "The tasks of rlvr, or of sft with responses (python -m azr.tasks make writes both)."
     )
-    step_tokens: int | None = setting(
-        None, "The response tokens of a step of rlvr or sft; selfplay logs its own as train/tokens."
+    step_tokens: int | None = whole(
+        1, 10**9, None, "The response tokens of a step of rlvr or sft; selfplay logs its own as train/tokens."
     )
     recipe: str = setting(
         "lean",
         "lean trains on the answers that measure the solve rate; azr is the method as published.",
         ("lean", "azr"),
     )
-    learning_rate: float | None = setting(
-        None, "The constant learning rate of AdamW (tiny 1e-3, else 2e-5; --train full: tiny 3e-4, else 1e-6)."
+    learning_rate: float | None = real(
+        0,
+        1,
+        None,
+        "The constant learning rate of AdamW (tiny 1e-3, else 2e-5; --train full: tiny 3e-4, else 1e-6).",
+        below=True,
     )
-    prompts_per_mode: int | None = setting(
-        None, "How many proposals a step has per mode; lower it if it takes too long."
+    prompts_per_mode: int | None = whole(
+        1, 10**5, None, "How many proposals a step has per mode; lower it if it takes too long."
     )
-    answers: int = setting(8, "How many answers measure a task's solve rate; more give finer rewards.")
-    references: int | None = setting(None, "How many earlier tasks the proposer is shown (6; tiny 2).")
-    max_new_tokens: int | None = setting(None, "The longest response in tokens; raise it if many are cut off.")
-    prompt_tokens: int | None = setting(None, "The longest prompt in tokens; the proposer sees fewer references.")
-    temperature: float = setting(1.0, "The temperature of sampling and of the log-probs that are trained.")
-    minibatches: int = setting(1, "How many optimizer steps a training step has; PPO's clip acts above 1.")
+    answers: int = whole(1, 10**4, 8, "How many answers measure a task's solve rate; more give finer rewards.")
+    references: int | None = whole(0, 1000, None, "How many earlier tasks the proposer is shown (6; tiny 2).")
+    max_new_tokens: int | None = whole(1, 10**6, None, "The longest response in tokens; raise it if many are cut off.")
+    prompt_tokens: int | None = whole(
+        1, 10**6, None, "The longest prompt in tokens; the proposer sees fewer references."
+    )
+    temperature: float = real(
+        0.01, 100, 1.0, "The temperature of sampling and of the log-probs that are trained.", above=False
+    )
+    minibatches: int = whole(1, 10**5, 1, "How many optimizer steps a training step has; PPO's clip acts above 1.")
     solver_tasks: str = setting(
         "backfill",
         "fresh solves this step's tasks only; backfill adds some of the buffer when few proposals are valid.",
@@ -125,8 +142,12 @@ class Config:
         "plots them).",
         tuple(SHAPES),
     )
-    ends_penalty: float | None = setting(
-        None, "This is taken off a valid task's reward where its solve rate is 0 or 1 (0; recipe azr 0.5, as its code)."
+    ends_penalty: float | None = real(
+        0,
+        100,
+        None,
+        "This is taken off a valid task's reward where its solve rate is 0 or 1 (0; recipe azr 0.5, as its code).",
+        above=False,
     )
     entropy_control: str | None = setting(
         None,
@@ -135,8 +156,13 @@ class Config:
         "the share of tokens of clip-cov (2e-4), kl-cov (2e-3; tiny 2e-2 for both), top-entropy and "
         "high-advantage-clip (0.2). The default is none (recipe azr: bonus=0.001, as its paper branch).",
     )
-    off_policy_gamma: float = setting(
-        0.0, "Solutions that the policy did not sample have this share of the weight of each solver group."
+    off_policy_gamma: float = real(
+        0,
+        1,
+        0.0,
+        "Solutions that the policy did not sample have this share of the weight of each solver group.",
+        above=False,
+        below=True,
     )
     off_policy_source: str | None = setting(
         None,
@@ -167,8 +193,8 @@ class Config:
         "loss on an older one (T4, V100), fp32 on a CPU. fp16 keeps sampler and trainer ten times closer than bf16.",
         ("auto", "bf16", "fp16", "fp32"),
     )
-    lora_rank: int | None = setting(None, "The rank of the adapter (32; tiny 16).")
-    lora_alpha: float | None = setting(None, "The adapter adds alpha / rank x B A (alpha is 2 x rank; tiny 4 x).")
+    lora_rank: int | None = whole(1, 2**13, None, "The rank of the adapter (32; tiny 16).")
+    lora_alpha: float | None = real(0, 1e6, None, "The adapter adds alpha / rank x B A (alpha is 2 x rank; tiny 4 x).")
     lora_targets: str = setting("all-linear", "Which matrices get an adapter.", ("all-linear", "attention"))
     attn: str = setting(
         "auto",
@@ -182,20 +208,26 @@ class Config:
         "fits beside the copy.",
         ("auto", "stored", "bf16"),
     )
-    token_budget: int | None = setting(None, "The tokens of a micro-batch; the gradient does not depend on it.")
-    max_batch: int | None = setting(None, "The sequences decoded at once; what is learned does not depend on it.")
+    token_budget: int | None = whole(1, 10**8, None, "The tokens of a micro-batch; the gradient does not depend on it.")
+    max_batch: int | None = whole(
+        1, 2**16, None, "The sequences decoded at once; what is learned does not depend on it."
+    )
     allow_cpu: bool = setting(False, "Any model is trained on the CPU if no GPU can be used: days for 3B.")
-    eval_every: int = setting(
+    eval_every: int = whole(
+        0,
+        10**8,
         25,
         "Steps between held-out evaluations; 0 evaluates only before and after training.",
         group="measuring and saving",
     )
-    eval_samples: int | None = setting(None, "The answers per held-out task before and after, for pass@k (tiny 64).")
+    eval_samples: int | None = whole(
+        0, 10**5, None, "The answers per held-out task before and after, for pass@k (tiny 64)."
+    )
     eval_data: str | None = setting(
         None,
         "The held-out tasks, a file (200 each of CRUXEval-O and -I and 64 of the seed stage; tiny: its own).",
     )
-    save_every: int = setting(10, "Steps between checkpoints; one is also written every ten minutes.")
+    save_every: int = whole(1, 10**8, 10, "Steps between checkpoints; one is also written every ten minutes.")
     tracker: str = setting("none", "Each step's numbers are sent there too; its package is yours to install.", TRACKERS)
     dry_run: bool = setting(
         False,
@@ -212,15 +244,11 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            choices, value, flag = f.metadata["choices"], getattr(self, f.name), f"--{f.name.replace('_', '-')}"
-            if value is not None and "int" in str(f.type) and value < 1 and f.name not in MAY_BE_0:
-                raise ValueError(f"{flag} must be at least 1, not {value}")
+            choices, number, value = f.metadata["choices"], f.metadata["number"], getattr(self, f.name)
             if value is not None and choices and value not in choices:
-                raise ValueError(f"{flag} must be one of {', '.join(choices)}, not {value!r}")
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature must be above 0 to train, not {self.temperature}")
-        if self.learning_rate is not None and not 0 < self.learning_rate < 1:
-            raise ValueError(f"--learning-rate must be between 0 and 1, not {self.learning_rate}")
+                raise ValueError(f"{flag(f.name)} must be one of {', '.join(choices)}, not {value!r}")
+            if value is not None and number and not number.holds(value):
+                raise ValueError(f"{flag(f.name)} must be {number}, not {value}")
         rules.control_of(self.entropy_control)
 
     @property
@@ -239,8 +267,9 @@ class Config:
         return rules.control_of(self.entropy_control)[1]
 
 
-def _type(f: dataclasses.Field):
-    return {"int": int, "float": float}.get(str(f.type).removesuffix(" | None"), str)
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def make_parser(description: str) -> Parser:
@@ -261,13 +290,13 @@ def make_parser(description: str) -> Parser:
                 metavar="FILE",
                 help="The settings of an earlier run (its config.json) are taken where none is typed.",
             )
-        name, text = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        name, text = flag(f.name), f.metadata["help"]
         if f.default is False:
             titled.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         titled.add_argument(
             name,
-            type=_type(f),
+            type=f.metadata["number"],
             choices=f.metadata["choices"] or None,
             default=argparse.SUPPRESS,
             metavar=METAVARS.get(f.name),

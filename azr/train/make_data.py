@@ -25,7 +25,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from azr.command import Parser
+from azr.command import MOST, Number, Parser
 from azr.jsonl import write_jsonl_atomic
 from azr.runs import newest_intact, read_metrics, read_samples
 from azr.tasks import MODES, SEED_PROGRAM, Task
@@ -109,8 +109,6 @@ def benchmark_tasks(name: str) -> list[Task]:
 def collect(options: argparse.Namespace) -> tuple[list[Task], str]:
     """(the tasks that the command asks for, what to add to the line about them: for a run how many tokens a step of its
     own trained on, so that another algorithm can be given as many). ValueError or OSError where they cannot be had."""
-    if getattr(options, "count", 1) < 1 or getattr(options, "per_task", 1) < 1:
-        raise ValueError("--count and --per-task must be at least 1")
     if options.command == "tiny":
         return tiny_tasks(options), ""
     if options.command == "benchmark":
@@ -128,14 +126,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     tiny = commands.add_parser("tiny", help="tasks of the embedded model's generator")
-    tiny.add_argument("--count", type=int, default=1000, help="tasks a mode (default 1000)")
+    tiny.add_argument("--count", type=Number(int, 1, 10**7), default=1000, help="tasks a mode (default 1000)")
     tiny.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}; math sorts digits")
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny.add_argument("--seed", type=Number(int, 0, MOST), default=0)
     tiny.add_argument("--statements", metavar="N[,N...]", help="of the programs; default: as in training")
     tiny.add_argument("--style", choices=STYLES, help="of the thoughts; default ladder: as in training")
     run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")
     run.add_argument("run", type=Path, metavar="RUN")
-    run.add_argument("--per-task", type=int, default=4, help="different answers a task (default 4)")
+    run.add_argument("--per-task", type=Number(int, 1, 10**6), default=4, help="different answers a task (default 4)")
     for command in (tiny, run):
         command.add_argument("--solutions", action="store_true", help="with responses, for sft and off-policy")
     benchmark = commands.add_parser("benchmark", help="problems of a public benchmark's file")

@@ -104,7 +104,6 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             "--train full keeps no base beside the policy: --proposer frozen-base and separate and --off-policy-source "
             "base need --train lora",
         ),
-        (not 0 <= gamma < 1, f"--off-policy-gamma must be at least 0 and below 1, not {gamma}"),
         (gamma == 0 and others, "--off-policy-... flags do nothing without --off-policy-gamma above 0"),
     ]
 

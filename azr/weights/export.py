@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from azr.command import Parser
+from azr.command import Number, Parser
 from azr.console import bar, say, warn
 from azr.jsonl import sync, write_json_atomic
 from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of, is_full, read_record
@@ -364,12 +364,10 @@ def parse(arguments: list[str]):
     parser.add_argument("--out", metavar="DIR", required=True, help="must be absent or empty")
     parser.add_argument("--checkpoint", metavar="WHICH", help="step_N, best (by held-out accuracy) or last (default)")
     parser.add_argument("--base", help="where the base lies now, if not where azr.json says")
-    parser.add_argument("--verify-samples", type=int, default=4, help="of each role and mode (default %(default)s)")
+    what = "of each role and mode (default %(default)s)"
+    parser.add_argument("--verify-samples", type=Number(int, 1, 10**5), default=4, help=what)
     parser.add_argument("--no-verify", action="store_true", help="when memory is too short to load the two models")
-    args = parser.parse_args(arguments)
-    if args.verify_samples < 1:
-        parser.error("--verify-samples must be at least 1")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from azr import console
+from azr.command import MAX_WORKERS, Number
 from azr.jsonl import write_json_atomic
 from azr.models import model_path
 from azr.policy.opening import agree, check_base, is_full, read_record, settle
@@ -259,7 +260,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write modules.png and sparsity.json here")
     most = min(2, len(os.sched_getaffinity(0)))
     what = f"matrices at a time (default {most}; each adds up to 600 MB for a 3B model)"
-    parser.add_argument("--workers", type=int, default=most, help=what)
+    parser.add_argument("--workers", type=Number(int, 1, MAX_WORKERS), default=most, help=what)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -282,8 +283,6 @@ def main(args: argparse.Namespace) -> int:
 
 def analyse(args: argparse.Namespace) -> dict:
     """The whole report. WeightsError: what cannot be measured, before anything is written."""
-    if args.workers < 1:
-        raise WeightsError("--workers must be at least 1")
     for folder in filter(None, (args.out, args.json and args.json.parent)):
         folder.mkdir(parents=True, exist_ok=True)  # before measuring, as it may be refused
     base = Checkpoint.open(model_path(args.base))

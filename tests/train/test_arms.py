@@ -89,8 +89,6 @@ def test_the_plot_of_expected_rewards(tmp_path, capsys):
     assert rewards_plot.main(options) == 0
     assert "learnability  highest at p = 0.257" in capsys.readouterr().out
     assert (tmp_path / "proposer_rewards.png").read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="--answers must be at least 1, not 0"):
-        rewards_plot.main(SimpleNamespace(answers=0, ends_penalty=0.0, json=None, out=None))
 
 
 # --------------------------------------------------------------------------------------------------- entropy controls
