@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,8 @@ import train_azr
 from azr.command import Number
 from azr.tasks.__main__ import main as tasks
 from azr.tiny.make import main as make_tiny
-from azr.train.config import Config, flag
+from azr.train.config import Config, flag, resolve
+from azr.train.data import check_context
 from in_process import run_here
 from sandbox.__main__ import main as sandbox
 
@@ -107,3 +109,23 @@ def test_a_file_of_settings_is_refused_like_the_command_line():
             if value or flag(field.name) not in ZERO["train_azr.py"].split():
                 with pytest.raises(ValueError, match=f"^{flag(field.name)} must be a .*, not "):
                     Config(**{field.name: value})
+
+
+def test_lengths_that_the_context_cannot_hold_and_minibatches_without_samples():
+    for settings, words in (
+        ({"max_new_tokens": 100_000}, "--max-new-tokens 100000 leaves 0 of the 1024 tokens"),
+        ({"max_new_tokens": 512, "prompt_tokens": 513}, "leaves 512 of the 1024"),
+        ({"prompts_per_mode": 2, "answers": 2, "minibatches": 19}, "more than the 18 samples"),
+        ({"prompts_per_mode": 2, "recipe": "azr", "minibatches": 13}, "more than the 12 samples"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resolve(Config(**settings))
+    config, why = resolve(Config(max_new_tokens=900))
+    assert config.prompt_tokens == 124 and "context of 1024 tokens leaves --prompt-tokens 124" in why
+    encode = lambda text: range(len(text))  # noqa: E731
+    base = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4000))
+    s = SimpleNamespace(config=config, template="azr", policy=SimpleNamespace(encode=encode, base=base))
+    check_context(s)  # of a model whose context was not known before it was loaded
+    base.config.max_position_embeddings = 2000
+    with pytest.raises(ValueError, match="--max-new-tokens 900: the model's context of 2000 tokens leaves 117"):
+        check_context(s)

@@ -377,7 +377,6 @@ def resolve(config: Config) -> tuple[Config, str]:
     Raises PlanError (a ValueError) for what is unknown or does nothing.
     """
     config = _carried_over(config)
-    rules.refuse(config)
     tiny = base_description(config.model) is not None
     preset, why, card = preset_of(config)
     values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)} | {
@@ -390,6 +389,7 @@ def resolve(config: Config) -> tuple[Config, str]:
     if config.train == "full":
         values |= {"learning_rate": FULL_LEARNING_RATE[tiny], "quantization": "none"}
         values |= {"lora_rank": None, "lora_alpha": None}  # there is no adapter
+    why += _fit_context(config, values)
     if config.dtype in (None, "auto"):
         config = dataclasses.replace(config, dtype=_auto_dtype(config, preset, card))
         why += "; computing in fp16: this GPU has no bf16 in hardware" if config.dtype == "fp16" else ""
@@ -403,11 +403,28 @@ def resolve(config: Config) -> tuple[Config, str]:
     }
     config = dataclasses.replace(config, **filled)
     config = dataclasses.replace(config, entropy_control=rules.with_strength(config.entropy_control, tiny))
-    if config.rollout_weights == "bf16" and config.quantization == "none":
-        raise plan.PlanError(
-            "--rollout-weights bf16 copies a 4-bit base; with --quantization none there is none to copy"
-        )
+    rules.refuse(config)
     return config, why
+
+
+def _fit_context(config: Config, values: dict) -> str:
+    """Lowers the longest prompt and response of `values` until the model's context holds both; returns what to tell.
+    PlanError where it cannot hold those that are typed. A context that is not known offline counts as endless; the
+    loaded model's is looked at in azr/train/data.py."""
+    file = Path(model_path(config.model)) / "config.json"
+    context = (read_object(file).get("max_position_embeddings") if file.is_file() else None) or MOST
+    response = config.max_new_tokens or min(values["max_new_tokens"], context // 2)
+    prompt = config.prompt_tokens or min(values["prompt_tokens"], context - response)
+    # the rules and the program of a prompt alone take about so much
+    if prompt < (config.prompt_tokens or values["prompt_tokens"] // 4) or prompt + response > context:
+        raise plan.PlanError(
+            f"--max-new-tokens {response} leaves {max(0, context - response)} of the {context} tokens of the model's "
+            f"context for the prompt, which may have {config.prompt_tokens or values['prompt_tokens']}: give less"
+        )
+    fitting = {"max_new_tokens": response, "prompt_tokens": prompt}
+    lower = [f"{flag(name)} {fitting[name]}" for name in fitting if fitting[name] < values[name]]
+    values |= fitting
+    return f"; the model's context of {context} tokens leaves {', '.join(lower)}" if lower and context < MOST else ""
 
 
 def _lora_of(adapter: str) -> dict[str, float]:

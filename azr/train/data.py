@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from azr.console import warn
-from azr.tasks import MODES, Task
-from azr.tasks.prompts import solve_prompt
+from azr.tasks import MODES, SEED_TASKS, Task
+from azr.tasks.prompts import propose_prompt, solve_prompt
 
 if TYPE_CHECKING:
     from azr.tasks import Buffers, Sample
@@ -57,11 +57,27 @@ def from_buffers(buffers: Buffers, seed: int, step: int, wave: int, count: int) 
     return rng.sample(drawn, len(drawn))
 
 
+def context_of(s) -> float:
+    """The longest prompt with its response that the model of a State `s` was made for, in tokens."""
+    return getattr(s.policy.base.config, "max_position_embeddings", None) or math.inf
+
+
+def check_context(s) -> None:
+    """ValueError unless the longest response fits the model's context beside the shortest prompts there are: those
+    about the identity program, without references."""
+    prompts = [propose_prompt(mode, [task][mode != "induction" :], s.template) for mode, task in SEED_TASKS.items()]
+    room = context_of(s) - max(len(s.policy.encode(prompt)) for prompt in prompts)
+    if s.config.max_new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens {s.config.max_new_tokens}: the model's context of {context_of(s)} tokens leaves {room} "
+            "beside the shortest prompts; give less"
+        )
+
+
 def fits(s, task: Task) -> bool:
     """Whether a solver's prompt and its longest (or given) response fit the context of the model of a State `s`."""
-    context = getattr(s.policy.base.config, "max_position_embeddings", None) or math.inf
     longest = max(s.config.max_new_tokens, len(s.policy.encode(task.response or "")))
-    return len(s.policy.encode(solve_prompt(task, s.template))) + longest <= context
+    return len(s.policy.encode(solve_prompt(task, s.template))) + longest <= context_of(s)
 
 
 def fitting(s, data: list[Task]) -> list[Task]:

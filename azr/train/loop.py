@@ -40,6 +40,7 @@ from azr.tasks.prompts import STOP
 from azr.train import checkpoint, screen, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, completed, template_of
+from azr.train.data import check_context
 from azr.train.evaluation import Evaluation
 from azr.train.loss_scale import LossScale
 from azr.train.metrics import memory, sample_row
@@ -100,6 +101,7 @@ def make_state(state_class, config: Config, policy: Policy, sandbox: Sandbox, ru
         sampling=sampling,
         evaluation=Evaluation(config, policy, sandbox, template, held_out, run_dir),
     )
+    check_context(s)
     arms.start(s, judged)
     return s
 

@@ -80,6 +80,9 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     """Those that belong to no arm that the settings ask for."""
     selfplay, gamma = c.algorithm == "selfplay", c.off_policy_gamma
     full = c.train == "full"
+    # of each mode: the proposals, and the answers to them
+    samples = {"selfplay": 2 if c.recipe == "azr" else 1 + c.answers}.get(c.algorithm, c.answers)
+    most = math.inf if c.step_tokens else 3 * c.prompts_per_mode * samples
     others = (c.off_policy_source, c.off_policy_weight, c.off_policy_control) != (None, "truncated", "none")
     return [
         (selfplay and bool(c.data), "--data is for --algorithm rlvr or sft: selfplay makes its own tasks"),
@@ -103,6 +106,14 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
             full and (c.proposer in ("frozen-base", "separate") or c.off_policy_source == "base"),
             "--train full keeps no base beside the policy: --proposer frozen-base and separate and --off-policy-source "
             "base need --train lora",
+        ),
+        (
+            c.minibatches > most,
+            f"--minibatches {c.minibatches} is more than the {most} samples that a step can have: give fewer",
+        ),
+        (
+            c.rollout_weights == "bf16" and c.quantization == "none",
+            "--rollout-weights bf16 copies a 4-bit base; with --quantization none there is none to copy",
         ),
         (gamma == 0 and others, "--off-policy-... flags do nothing without --off-policy-gamma above 0"),
     ]
