@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from azr.console import warn
-from azr.tasks import MODES, SEED_TASKS, Task
+from azr.tasks import MODES, SEED_TASKS, Task, judge
 from azr.tasks.prompts import propose_prompt, solve_prompt
 
 if TYPE_CHECKING:
@@ -81,13 +83,34 @@ def fits(s, task: Task) -> bool:
 
 
 def fitting(s, data: list[Task]) -> list[Task]:
-    """The tasks that fit the model's context. Warns of those that do not; ValueError if none does."""
+    """The tasks that are true and fit the model's context. Warns of those that do not; ValueError if none is left."""
+    data = true_tasks(s, data)
     short_enough = [task for task in data if fits(s, task)]
     if len(short_enough) < len(data):
         if not short_enough:
             raise ValueError("no task of the file fits the model's context with this --max-new-tokens; lower it")
         warn(f"{len(data) - len(short_enough)} of {len(data)} tasks of a file do not fit the model's context: left out")
     return short_enough
+
+
+def true_tasks(s, data: list[Task]) -> list[Task]:
+    """The tasks whose program gives what the file says: each runs once in the sandbox, as an answer to itself. Warns of
+    the others, which would teach what is wrong; ValueError if none is true, or where an output is no literal.
+
+    Mathematics has no program to ask, and a task that no verdict could be had for (infra) counts as true.
+    """
+    code = [task for task in data if task.mode != "math"]
+    # deduction and abduction are one question here: what the program gives for the input
+    pairs = [(x, x.program) if x.mode == "induction" else (replace(x, mode="abduction"), x.input) for x in code]
+    reasons = {x.hash: v.reason for x, v in zip(code, judge(pairs, s.sandbox)) if not v.ok and v.reason != "infra"}
+    if reasons:
+        count = sum(task.hash in reasons for task in data)
+        what = ", ".join(f"{name} {n}" for name, n in Counter(reasons.values()).most_common())
+        text = f"{count} of {len(data)} tasks of a file are not what their programs give ({what})"
+        if count == len(data):
+            raise ValueError(f"{text}; python -m azr.tasks make writes right ones")
+        warn(f"{text}: left out")
+    return [task for task in data if task.hash not in reasons]
 
 
 def tokens(samples: list[Sample]) -> int:
