@@ -27,12 +27,15 @@ from __future__ import annotations
 import importlib
 import math
 import random
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 
 from azr.machine import doctor
 
+if __name__ == "__main__":  # Ctrl-C while torch loads ends the process without a traceback; later a StopRequest has it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 if __name__ == "__main__" and "--doctor" in sys.argv:  # it runs before the packages that it looks at are imported
     sys.exit(doctor.main(sys.argv[1:], lambda words: importlib.import_module("azr.train.config").parse(words, "")))
 if __name__ == "__main__" and sys.argv[1:2] != ["export"]:  # --help and a wrong flag need not wait for torch

@@ -15,6 +15,11 @@ ALIASES = {
 }
 
 
+def portable(path: str) -> str:
+    """What to write of where a model lies: "tiny" for the embedded one, which moves with the checkout."""
+    return "tiny" if path == ALIASES["tiny"] else path
+
+
 def model_path(model: str) -> str:
     """The hub id or directory behind an alias; anything else as it is."""
     return ALIASES.get(model, model)

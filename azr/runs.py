@@ -39,10 +39,11 @@ from azr.jsonl import plain, read_object, sync, tolerant_lines, write_json_atomi
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Settings that cannot change what a step computes, but for roundings, so a resume may be given other values.
+# Settings that cannot change what a step computes, but for roundings, so a resume may be given other values. The last
+# three say where something lies; whether it is the same is seen by its content.
 RESUME_MAY_CHANGE = frozenset(
     "steps max_hours price_per_hour save_every eval_every eval_samples out resume dry_run tracker allow_cpu "
-    "rollout_weights".split()
+    "rollout_weights model data off_policy_source".split()
 )
 KEEP_STATES = 2  # the newest checkpoints that keep what a resume needs
 SCRIPT = "train_azr.py"  # what the commands say that go on with a run
@@ -189,8 +190,9 @@ class Run:
         """Starts or continues a run.
 
         resume "none": `out` must be absent or empty. "auto": continues the newest intact checkpoint of `out`; without
-        any it starts afresh, and says so. Else a run directory to continue (instead of `out`). complete: the stored
-        settings with those that did not exist when the run began.
+        any it starts afresh, and says so. Else a run directory to continue (instead of `out`): it must hold a run,
+        which starts afresh if it was stopped before its first checkpoint. complete: the stored settings with those
+        that did not exist when the run began.
         RunError, and nothing is changed: `out` holds something else, is held by another process, was started with
         other settings (RESUME_MAY_CHANGE may differ), or has only broken checkpoints.
         """
@@ -201,7 +203,7 @@ class Run:
             out.mkdir(parents=True, exist_ok=True)
             run._take_lock()
             if holds:
-                run._continue(resume != "auto", complete)
+                run._continue(complete)
             elif resume == "auto":
                 say(f"resume: {out} holds no run yet, starting from step 0")
             write_json_atomic(out / "config.json", run.config)
@@ -253,11 +255,11 @@ class Run:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
 
-    def _continue(self, must: bool, complete: Callable[[dict], dict]) -> None:
+    def _continue(self, complete: Callable[[dict], dict]) -> None:
         """Finds the checkpoint to resume from and takes the logs back to it."""
         checkpoint, faults = newest_intact(self.dir)
         if checkpoint is None:
-            if faults or step_directories(self.dir) or must:
+            if faults or step_directories(self.dir):
                 reason = "; ".join(faults) or "no checkpoint with a state"
                 raise RunError(f"{self.dir}: nothing to resume from ({reason}); start a new run with --out")
             say(f"resume: {self.dir} has no checkpoint yet, starting again from step 0")
@@ -291,8 +293,12 @@ class Run:
 
     def command(self) -> str:
         """What to type to go on with this run."""
-        config, directory = shlex.quote(str(self.dir / "config.json")), shlex.quote(str(self.dir))
-        return f"python {SCRIPT} --config {config} --resume {directory}"
+        # as it was started: there may be no `python`, and the script need not lie where the command was typed
+        words, script = sys.orig_argv, sys.argv[0]
+        typed = Path(script).name == SCRIPT and script in words
+        return shlex.join(
+            [*(words[: words.index(script) + 1] if typed else ["python", SCRIPT]), "--resume", str(self.dir)]
+        )
 
     def close(self) -> None:
         """Frees the files and the lock; the run can be opened again."""

@@ -7,6 +7,7 @@ third step is taken away. Kills of whole processes are drilled by bench_faults.p
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -174,32 +175,49 @@ def test_sigterm_in_the_middle_of_a_phase_saves_at_once(owner, name, whole, few_
         stopper.thread.join()
     said = capfd.readouterr()
     assert seconds < 5 and "SIGTERM: stopping" in said.err
-    assert f"saved {out}/checkpoints/step_2; go on with: python train_azr.py --config {out}/config.json" in said.out
+    assert f"saved {out}/checkpoints/step_2; go on with: python train_azr.py --resume {out}\n" in said.out
     assert newest_intact(out)[0].name == "step_2" and metrics(out) == metrics(whole[0])[:2]
     if name == "ppo_loss":  # stopped with half a gradient
         assert train(out, few_held_out, "--steps", 3, "--resume", out) == 0
         assert_same(out, whole)
 
 
-def test_sigterm_in_the_seed_stage_and_in_a_checkpoint(whole, few_held_out, tmp_path, monkeypatch, capfd):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stopper = Stopper(patch, Policy, "generate")
-        assert train(out, few_held_out, "--steps", 3) == 0
-        assert time.process_time() - stopper.at < 5
-        stopper.thread.join()
-    assert "stopped before the first checkpoint; start again with: python" in capfd.readouterr().out
-    honest, sent = runs._write_state, []
+STOPS = [  # in the order of a run; what is stopped at its beginning, and at which of its calls
+    ("seed stage", train_azr, "validate_all", 2),
+    ("checkpoint 0", runs, "_write_state", 1),
+    ("probe", loop, "freeze_probe", 1),
+    ("base measurement", Evaluation, "pass_at_k_samples", 1),
+    ("propose", train_azr, "propose", 1),
+    ("solve", train_azr, "solve", 1),
+    ("update", train_azr, "apply_gradient", 1),
+    ("record", train_azr, "step_metrics", 1),  # the first that counts: what follows begins with step 2
+    ("evaluation", Evaluation, "greedy", 1),
+    ("last checkpoint", runs, "_write_state", 2),
+    ("end", loop, "conclude", 1),
+]
 
-    def stopped(*arguments):
-        if not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
-        return honest(*arguments)
 
-    for _ in range(2):  # in the checkpoint of step 0: it is written anew; at the next start in nothing
-        monkeypatch.setattr(runs, "_write_state", stopped)
-        assert train(out, few_held_out, "--steps", 3, "--resume", "auto") == 0
-    assert capfd.readouterr().out.count(f"saved {out}/checkpoints/step_0; go on") == 1
+def test_the_line_that_a_stop_prints_goes_on_whatever_was_stopped(whole, few_held_out, tmp_path, monkeypatch, capfd):
+    out, flags = tmp_path / "run", ["--out", str(tmp_path / "run"), "--eval-data", str(few_held_out), *SMALL]
+    flags += ["--steps", "3"]
+    for i, (phase, owner, name, call) in enumerate(STOPS):
+        with monkeypatch.context() as patch:
+            honest, calls = getattr(owner, name), []
+
+            def stopped(*arguments, **options):
+                calls.append(1)
+                if len(calls) == call:
+                    os.kill(os.getpid(), (signal.SIGINT, signal.SIGTERM)[i % 2])
+                return honest(*arguments, **options)
+
+            patch.setattr(owner, name, stopped)
+            assert train_azr.main(flags) == 0
+        said = capfd.readouterr()
+        [line] = lines_of(said.out, "train_azr.py --resume")
+        command = ["python", "train_azr.py", "--resume", str(out)]
+        assert shlex.split(line.split(" with: ")[1]) == command and ": stopping" in said.err, phase
+        flags = command[2:]
+    assert train_azr.main(flags) == 0
     assert_same(out, whole)
 
 

@@ -165,6 +165,8 @@ def find_base(asked: str | None, record: dict, adapter: Path | None) -> str:
             raise ModelError("--model is missing: tiny, qwen-3b, qwen-7b, a hub id or a directory")
         raise ModelError(f"{adapter} has no azr.json that names its base: give it with --model (export: --base)")
     path = model_path(str(name))
+    if not asked and not Path(path).is_dir() and Path(path).parts[-2:] == ("azr", "tiny"):
+        path = model_path("tiny")  # the embedded model of a checkout that has moved
     if not asked and not Path(path).is_dir() and path.startswith(("/", ".", "~")):
         raise ModelError(
             f"{adapter} was trained on {path}, which is not here: give the base's place with --model (export: --base)"
@@ -200,11 +202,16 @@ def check_base(opening: Opening, facts: dict) -> list[str]:
 
 def check_warm_start(directory: str, info: dict, lora: dict) -> None:
     """ValueError unless an adapter that training starts from was trained on the base of `info` (Policy.info; where its
-    azr.json says so) and has the settings `lora`."""
-    base = info["base_model"]
-    trained_on = read_record(Path(directory)).get("base_model", base)
-    if trained_on != base:
-        raise ValueError(f"--adapter {directory} was trained on {trained_on}, not on {base}; give --model {trained_on}")
+    azr.json says so: by its fingerprint, since directories move, else by its name) and has the settings `lora`."""
+    record = read_record(Path(directory))
+    facts = ("revision", "tokenizer_hash") if record.get("revision") and info["revision"] else ("base_model",)
+    for name in facts:
+        recorded = model_path(str(record.get(name)))
+        if record.get(name) and recorded != info[name]:
+            raise ValueError(
+                f"--adapter {directory} was trained on another base than {info['base_model']} ({name} {recorded}, here "
+                f"{info[name]}); give --model {record.get('base_model')}"
+            )
     if info["lora"] != lora:
         has = ", ".join(f"{name} {value}" for name, value in info["lora"].items())
         raise ValueError(f"--adapter {directory} has {has}; leave the --lora flags out, or give them these values")

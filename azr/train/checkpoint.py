@@ -20,10 +20,12 @@ from functools import partial
 from pathlib import Path
 
 from azr.console import warn
-from azr.jsonl import write_json_atomic
+from azr.jsonl import read_object, write_json_atomic
+from azr.models import portable
 from azr.policy.backoff import Sizes, once_more, rollout_sizes, set_rollout_sizes
 from azr.policy.full import read_weights
-from azr.runs import RunError
+from azr.policy.opening import Opening, check_base, read_record
+from azr.runs import RunError, step_directories
 from azr.tasks.prompts import template_hash
 from azr.train import update
 from azr.train.loss_scale import LossScale
@@ -66,7 +68,8 @@ def save(s, keep: bool) -> Path:
         "loss_scale": loss_scale,
         "files": digests(s),
     }
-    info = {**s.policy.info, "template": s.template, "template_hash": template_hash(s.template)}
+    base = portable(s.policy.info["base_model"])
+    info = {**s.policy.info, "base_model": base, "template": s.template, "template_hash": template_hash(s.template)}
     write = partial(write_adapters, s.policy, tensors, info)
     if s.policy.full and not s.policy.full.rounds:  # the model itself is the state: once is enough
         tensors = {name: t for name, t in tensors.items() if not name.startswith("adapter/")}
@@ -87,12 +90,10 @@ def write_adapters(policy, tensors: dict, info: dict, directory: Path) -> None:
 
 
 def load(s) -> None:
-    """Takes the checkpoint that the run goes on from. RunError: a file that it draws from has changed."""
+    """Takes the checkpoint that the run goes on from."""
     tensors, state, directory = s.run.load_checkpoint()
     if s.policy.full and not s.policy.full.rounds:
         tensors |= {f"adapter/{name}": t for name, t in read_weights(directory).items()}
-    if state.get("files", {}) != digests(s):
-        raise RunError(f"{s.run.dir}: cannot resume, {' or '.join(digests(s))} is no longer what it was")
     # the moments come on top of the loaded base: what is cached may have to be freed for them
     once_more(lambda: update.restore_tensors(s.policy, s.optimizer, tensors), "loading the checkpoint")
     s.non_finite, s.arms.state = state["non_finite"], state.get("adaptive", {})
@@ -104,6 +105,23 @@ def load(s) -> None:
     s.elapsed, s.completed, s.saved = state["elapsed"], s.run.step, time.monotonic()
     # the lines of later steps are gone from metrics.jsonl, and one of them may have been the best
     s.evaluation.mark_best()
+
+
+def check_base_and_files(s, directory: Path) -> None:
+    """ModelError, RunError: the base of a run that goes on is another one, or a file that it draws from has changed.
+    Where they lie may differ. Before the run is opened: a refusal must leave its config.json as it was."""
+    if s.config.resume == "none" or not (steps := step_directories(directory)):
+        return
+    newest = steps[-1][1]
+    opening = Opening(s.config.model, newest, read_record(newest), s.config.quantization, None, s.template)
+    for doubt in check_base(opening, s.policy.info):
+        warn(doubt)
+    try:
+        files = read_object(newest / "state" / "state.json").get("files", {})
+    except ValueError:
+        return  # a broken checkpoint: whoever opens the run says so, and goes on from the one before
+    if list(files.values()) != list(digests(s).values()):
+        raise RunError(f"{directory}: cannot resume, {' or '.join(digests(s))} is no longer what it was")
 
 
 def digests(s) -> dict[str, str]:

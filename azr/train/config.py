@@ -69,8 +69,8 @@ class Config:
     seed: int = whole(0, MOST, 0, "Every random draw of the run follows from this number.")
     resume: str = setting(
         "none",
-        "With auto the run in --out goes on from its last checkpoint, with DIR the run in that directory; with none "
-        "a new run begins.",
+        "With auto the run in --out goes on from its last checkpoint, with DIR the run in that directory, both with "
+        "its own settings under those that are typed; with none a new run begins.",
     )
     preset: str = setting(
         "auto",
@@ -257,6 +257,12 @@ class Config:
         return 2 if self.proposer == "separate" else 1
 
     @property
+    def held_out_file(self) -> str | None:
+        """--eval-data, else the model's own held-out tasks, whose place is no setting: it moves with the model."""
+        own = Path(model_path(self.model)) / "held_out.jsonl"
+        return self.eval_data or (str(own) if own.is_file() else None)
+
+    @property
     def control(self) -> str:
         """The name of the entropy control."""
         return rules.control_of(self.entropy_control)[0]
@@ -306,27 +312,31 @@ def make_parser(description: str) -> Parser:
 
 
 def parse(arguments: list[str], description: str) -> Config:
-    """The settings of a command line; those of --config FILE lie under those that are typed. Exits 2 on a bad flag."""
+    """The settings of a command line; under those that are typed lie those of --config FILE, and under these the own
+    ones of the run that --resume names. Exits 2 on a bad flag or file."""
     parser = make_parser(description)
     typed = vars(parser.parse_args(arguments))
     path = typed.pop("config", None)
     try:
-        config = Config(**{**(read_config(path) if path else {}), **typed})
+        given = {**(read_config(path) if path else {}), **typed}
+        config = Config(**given)
+        if resumed := _config_to_resume(config):
+            config = Config(**{**read_config(resumed), **given, "out": str(resumed.parent)})
     except ValueError as error:
         parser.error(str(error))
-    for file in dict.fromkeys(Path(name).resolve() for name in (path, _config_to_resume(config)) if name):
+    for file in dict.fromkeys(Path(name).resolve() for name in (path, resumed) if name):
         _tell_what_is_gone(file)
     return config
 
 
-def read_config(path: str) -> dict:
+def read_config(path: str | Path) -> dict:
     """Settings of a config.json, but for what is asked of one command. ValueError, in one line, if it is none."""
     stored, kinds = modern(read_object(path)), {f.name: str(f.type) for f in dataclasses.fields(Config)}
     if unknown := sorted(stored.keys() - kinds.keys()):
-        raise ValueError(f"--config {path}: unknown settings {', '.join(unknown)}")
+        raise ValueError(f"{path}: unknown settings {', '.join(unknown[:5])}: no config.json of a run of this script")
     for name, value in stored.items():
         if not _is_a(value, kinds[name]):
-            raise ValueError(f"--config {path}: {name} must be {kinds[name]}, not {json.dumps(value)}")
+            raise ValueError(f"{path}: {name} must be {kinds[name]}, not {json.dumps(value)[:60]}")
     return {key: value for key, value in stored.items() if key not in ("resume", "dry_run", "print_config", "doctor")}
 
 
@@ -338,6 +348,9 @@ def modern(stored: dict) -> dict:
     strength = stored.get("control_fraction") or stored.get("entropy_coefficient")
     if isinstance(control, str) and "=" not in control and control != "none" and strength:
         settings["entropy_control"] = f"{control}={strength}"
+    file = settings.get("eval_data")  # the embedded model's own was named, by its place at that time
+    if settings.get("model") == "tiny" and isinstance(file, str) and file.endswith("azr/tiny/held_out.jsonl"):
+        settings["eval_data"] = None
     return settings
 
 
@@ -372,20 +385,18 @@ def _is_a(value, kind: str) -> bool:
 
 
 def resolve(config: Config) -> tuple[Config, str]:
-    """Every None filled in, and one line that says how: a run that goes on keeps its own; else the model's preset.
+    """Every None filled in from the model's preset, and one line that says how.
 
     Raises PlanError (a ValueError) for what is unknown or does nothing.
     """
-    config = _carried_over(config)
     tiny = base_description(config.model) is not None
     preset, why, card = preset_of(config)
     values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)} | {
         "out": _default_out(config),
-        "eval_data": None,
     }
     values |= rules.of_recipe(config)
     values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
-    values |= _lora_of(config.adapter) if config.adapter else {}
+    values |= _lora_of(config.adapter) if config.adapter and not config.lora_alpha else {}
     if config.train == "full":
         values |= {"learning_rate": FULL_LEARNING_RATE[tiny], "quantization": "none"}
         values |= {"lora_rank": None, "lora_alpha": None}  # there is no adapter
@@ -393,9 +404,6 @@ def resolve(config: Config) -> tuple[Config, str]:
     if config.dtype in (None, "auto"):
         config = dataclasses.replace(config, dtype=_auto_dtype(config, preset, card))
         why += "; computing in fp16: this GPU has no bf16 in hardware" if config.dtype == "fp16" else ""
-    held_out = Path(model_path(config.model)) / "held_out.jsonl"
-    if held_out.is_file():
-        values["eval_data"] = str(held_out)
     filled = {
         f.name: values[f.name]
         for f in dataclasses.fields(Config)
@@ -422,7 +430,11 @@ def _fit_context(config: Config, values: dict) -> str:
             f"context for the prompt, which may have {config.prompt_tokens or values['prompt_tokens']}: give less"
         )
     fitting = {"max_new_tokens": response, "prompt_tokens": prompt}
-    lower = [f"{flag(name)} {fitting[name]}" for name in fitting if fitting[name] < values[name]]
+    lower = [
+        f"{flag(name)} {value}"
+        for name, value in fitting.items()
+        if getattr(config, name) is None and value < values[name]
+    ]
     values |= fitting
     return f"; the model's context of {context} tokens leaves {', '.join(lower)}" if lower and context < MOST else ""
 
@@ -464,21 +476,6 @@ def _config_to_resume(config: Config) -> Path | None:
     out = config.resume if config.resume not in ("auto", "none") else config.out or _default_out(config)
     path = Path(out) / "config.json"
     return path if config.resume != "none" and path.is_file() else None
-
-
-def _carried_over(config: Config) -> Config:
-    """What was not given, from the run that is resumed: free memory, which decides the preset, may differ now."""
-    path = _config_to_resume(config)
-    if path is None:
-        return config
-    try:
-        stored = modern(read_object(path))
-    except ValueError:
-        return config  # opening the run will say what is wrong
-    names = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None} & set(stored)
-    return dataclasses.replace(
-        config, **{name: stored[name] for name in names - {"out", "max_hours", "price_per_hour"}}
-    )
 
 
 def _auto_dtype(config: Config, preset: plan.Preset, card: cost.Card | None) -> str:

@@ -25,7 +25,7 @@ from azr import console
 from azr.evals.benchmarks import cruxeval_tasks
 from azr.evals.held_out import EvalResult, evaluate, load_tasks
 from azr.jsonl import write_json_atomic, write_jsonl_atomic
-from azr.models import base_description, model_path
+from azr.models import base_description
 from azr.runs import read_metrics
 from azr.tasks import MODES, Buffers, Task
 from azr.tasks.program import skeleton
@@ -80,7 +80,7 @@ class Evaluation:
         if self.path.exists():
             return
         tasks = evenly(self._given, GREEDY) if self.own else self._given
-        if not self.config.eval_data:  # tasks of all modes only if there is nothing else
+        if not self.config.held_out_file:  # tasks of all modes only if there is nothing else
             rng, modes = random.Random(f"{self.config.seed}/held-out"), ("induction",) if self._given else MODES
             tasks = tasks + [task for mode in modes for task in buffers.sample(mode, 64, rng)]
         self.path.parent.mkdir(exist_ok=True)
@@ -93,8 +93,8 @@ class Evaluation:
     @cached_property
     def own(self) -> bool:
         """Whether it is the embedded model's own file that the run is evaluated on."""
-        held_out = Path(model_path(self.config.model)) / "held_out.jsonl"
-        return base_description(self.config.model) is not None and self.config.eval_data == str(held_out)
+        own = not self.config.eval_data and bool(self.config.held_out_file)
+        return own and base_description(self.config.model) is not None
 
     @cached_property
     def refused(self) -> frozenset[str]:
@@ -148,8 +148,8 @@ class Evaluation:
     @cached_property
     def _given(self) -> list[Task]:
         """--eval-data, else CRUXEval's; [] where it cannot be had."""
-        if self.config.eval_data:
-            return load_tasks(self.config.eval_data)
+        if self.config.held_out_file:
+            return load_tasks(self.config.held_out_file)
         try:
             return cruxeval_tasks(200)
         except ValueError as error:

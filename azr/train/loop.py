@@ -33,7 +33,7 @@ from azr.passk import powers_of_two
 from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
 from azr.policy.opening import check_warm_start
 from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
-from azr.runs import DiskError, Run, RunError, read_metrics
+from azr.runs import DiskError, Run, RunError, newest_intact, read_metrics
 from azr.stop import StopNow, StopRequest
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
 from azr.tasks.prompts import STOP
@@ -65,9 +65,10 @@ def run(config: Config, why: str, stop: StopRequest, state_class: type, train: C
     policy = load_policy(config)
     maths = any(task.mode == "math" for arm in arms.arms for task in arm.judged)
     grader = math_answers.MathGrader() if maths else nullcontext()
-    run_dir = Path(config.out if config.resume in ("auto", "none") else config.resume)
+    run_dir = _directory(config)
     with Sandbox() as sandbox, grader as grader:
         s = make_state(state_class, config, policy, sandbox, run_dir, arms, grader)
+        checkpoint.check_base_and_files(s, run_dir)
         with Run.open(Path(config.out), dataclasses.asdict(config), config.resume, completed) as s.run:
             screen.header(config, why, policy, s.run.environment(sandbox=sandbox.state))
             s.stop, s.tracker = stop, trackers.open_tracker(config.tracker, s.run)
@@ -81,6 +82,10 @@ def run(config: Config, why: str, stop: StopRequest, state_class: type, train: C
                     checkpoint.failed(s, error)
             finally:
                 s.tracker.close()
+
+
+def _directory(config: Config) -> Path:
+    return Path(config.out if config.resume in ("auto", "none") else config.resume)
 
 
 def make_state(state_class, config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, arms: Arms, grader=None):
@@ -114,7 +119,8 @@ def refuse(config: Config) -> Arms:
     Run.check(Path(config.out), config.resume)
     template_of(config)
     trackers.check(config.tracker)
-    if config.eval_data and any(task.mode == "math" for task in load_tasks(config.eval_data)):
+    frozen = config.resume != "none" and (_directory(config) / "eval" / "held_out.jsonl").is_file()
+    if config.eval_data and not frozen and any(task.mode == "math" for task in load_tasks(config.eval_data)):
         raise ValueError(f"{config.eval_data}: has math tasks; measure them with eval_passk.py, before and after")
     return Arms.of(config)
 
@@ -123,11 +129,13 @@ def load_policy(config: Config) -> Policy:
     """The base with new LoRA on it, with the adapter that --adapter names, or to be trained as a whole. ModelError, in
     one line, for what cannot be loaded; ValueError for an adapter of another base or of other settings."""
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
+    own = newest_intact(_directory(config))[0] if config.adapter and config.resume != "none" else None
+    adapter = own or config.adapter  # a run that goes on needs what it began with no more
     policy = Policy.load(
         model_path(config.model),
         config.quantization,
-        lora=None if config.adapter or config.train == "full" else lora,
-        adapter=config.adapter,
+        lora=None if adapter or config.train == "full" else lora,
+        adapter=adapter,
         seed=config.seed,
         max_batch=config.max_batch,
         dtype=config.dtype,
@@ -136,7 +144,7 @@ def load_policy(config: Config) -> Policy:
         need_gpu=not config.allow_cpu and base_description(config.model) is None,
         full=config.train == "full",
     )
-    if config.adapter:
+    if adapter and not own:
         check_warm_start(config.adapter, policy.info, dataclasses.asdict(lora))
         console.say(f"warm start from the adapter in {config.adapter}")
     if policy.device.type == "cuda":
@@ -146,12 +154,15 @@ def load_policy(config: Config) -> Policy:
 
 def exit_code(work: Callable[[], int | None]) -> int:
     """What work() returns, or 0 for None; 1 or 2 and one line on stderr for an error that a user can act on."""
+    # peft: that the base of an adapter lies elsewhere now; azr/policy/opening.py looks whether it is the same
+    warnings.filterwarnings("ignore", message="The PEFT config's `base_model_name_or_path`")
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
         return work() or 0
     except StopNow:
-        return 0  # before the run began: nothing to save
+        console.say("stopped before the run was open: nothing is changed, the same command starts it")
+        return 0
     except BrokenPipeError:  # `| head` has read enough; what is still in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -26,7 +26,7 @@ from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
 from azr.tasks.prompts import solve_prompt
 from azr.train import loop, update
-from azr.train.config import Config, completed, resolve
+from azr.train.config import Config, completed, parse, resolve
 
 TOO_MUCH = 1 << 50  # elements
 GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]
@@ -296,9 +296,10 @@ def test_a_run_that_runs_out_of_memory_learns_the_same_and_remembers(few_held_ou
 def test_a_resumed_run_keeps_what_free_memory_would_decide_anew(tmp_path):
     run = resolve(Config(out=str(tmp_path), token_budget=777, price_per_hour=2.0))[0]
     (tmp_path / "config.json").write_text(json.dumps({**run.__dict__, "max_batch": 99}))
-    again = resolve(Config(out=str(tmp_path), resume="auto"))[0]
-    assert (again.token_budget, again.max_batch, again.price_per_hour) == (777, 99, None)
-    assert resolve(Config(resume=str(tmp_path), token_budget=5))[0].token_budget == 5
+    again = resolve(parse(["--out", str(tmp_path), "--resume", "auto"], ""))[0]
+    assert (again.token_budget, again.max_batch, again.price_per_hour) == (777, 99, 2.0)
+    again = resolve(parse(["--resume", str(tmp_path), "--token-budget", "5"], ""))[0]
+    assert again.token_budget == 5 and again.out == str(tmp_path)
     assert resolve(Config(out=str(tmp_path)))[0].token_budget != 777
     with pytest.raises(ValueError, match="none to copy"):
         resolve(Config(rollout_weights="bf16"))
@@ -314,6 +315,6 @@ def test_the_dtype_is_resolved_and_kept(tmp_path):
     assert old_card.dtype == "fp16" and "no bf16 in hardware" in why
     run = resolve(Config(out=str(tmp_path), dtype="fp16"))[0]
     (tmp_path / "config.json").write_text(json.dumps(run.__dict__))
-    assert resolve(Config(out=str(tmp_path), resume="auto"))[0].dtype == "fp16"
+    assert resolve(parse(["--resume", str(tmp_path)], ""))[0].dtype == "fp16"
     before = {name: value for name, value in resolve(Config())[0].__dict__.items() if name != "dtype"}
     assert completed(before)["dtype"] == "fp32"  # a run from before the setting goes on as it was
