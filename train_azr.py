@@ -2,6 +2,7 @@
 
     python train_azr.py                          the embedded tiny model, on any laptop: about 7 minutes, no GPU
     python train_azr.py --model qwen-3b          4-bit base + LoRA on one GPU
+    torchrun --nproc-per-node 4 train_azr.py --model qwen-3b      the same run on four (docs/several-gpus.md)
     python train_azr.py --out runs/a --resume auto     go on after a stop, a crash or a kill
     python train_azr.py --model qwen-3b --dry-run      what it would use; nothing is trained
     python train_azr.py --doctor                 what works on this machine and what does not, to paste into an issue
@@ -55,6 +56,7 @@ from azr.tasks import MODES, Buffers, Sample, Task, parse_answer, parse_proposal
 from azr.train import data, loop, ppo, rollouts, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, as_json, dry_run, parse, resolve
+from azr.train.distributed import Ranks, together
 from azr.train.evaluation import Evaluation
 from azr.train.loss_scale import LossScale
 from azr.train.metrics import Clock, sample_row, step_metrics
@@ -80,6 +82,7 @@ class State:
     sampling: Sampling | None = None
     evaluation: Evaluation | None = None  # the held-out tasks
     grader: MathGrader | None = None  # where a file has mathematics
+    ranks: Ranks = field(default_factory=Ranks)  # the processes that share the work of this run; one by default
     run: Run | None = None  # the run directory
     stop: StopRequest | None = None
     tracker: trackers.Tracker = trackers.NONE
@@ -389,10 +392,10 @@ def main(arguments: list[str]) -> int:
         from azr.weights.export import main as export  # imports what training does not need
 
         return export(arguments[1:])
-    return loop.exit_code(lambda: run(arguments))
+    return together(lambda ranks: loop.exit_code(lambda: run(arguments, ranks)))
 
 
-def run(arguments: list[str]) -> int | None:
+def run(arguments: list[str], ranks: Ranks) -> int | None:
     """Trains, or prints what was asked for instead; the exit code, None for 0."""
     config, why = resolve(parse(arguments, __doc__))
     if config.print_config:
@@ -400,7 +403,7 @@ def run(arguments: list[str]) -> int | None:
     if config.dry_run:
         return dry_run(config, why)
     with StopRequest() as stop:
-        loop.run(config, why, stop, State, train)
+        loop.run(config, why, stop, ranks, State, train)
 
 
 if __name__ == "__main__":

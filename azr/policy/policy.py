@@ -9,12 +9,13 @@ Sampling (engine.py) and scoring use the same modules: nothing is merged or sync
 one call. Full logits are never held: log-probs and entropies come from chunks of response positions and are recomputed
 in the backward pass.
 
-Left out: several GPUs, encoder-decoder models, and of training a part of the weights all but LoRA.
+Left out: a model that is spread over several GPUs, encoder-decoder models, and of training a part of the weights all
+but LoRA.
 """
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -233,14 +234,20 @@ class Policy:
         rows = share_prompts(prompts, responses, longest)
         lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
         self.model.train(with_grad)
-        for batch in micro_batches(lengths, token_budget):
-            indices = [i for number in batch for i in rows[number]]
+
+        def one(indices: list[int]) -> Scored:
             # no `yield` inside: the caller's grad mode must not change between micro-batches
             with torch.set_grad_enabled(with_grad):
-                scored = self._score_batch(
+                return self._score_batch(
                     indices, [prompts[i] for i in indices], [responses[i] for i in indices], temperature, chunk, longest
                 )
-            yield scored
+
+        batches = micro_batches(lengths, token_budget)
+        yield from self.each(one, [[i for number in batch for i in rows[number]] for batch in batches], with_grad)
+
+    def each(self, score: Callable[[list[int]], Scored], batches: list[list[int]], with_grad: bool) -> Iterator[Scored]:
+        """score(indices) of every micro-batch, in order. Where several processes share them, this is overridden."""
+        return map(score, batches)
 
     def _score_batch(self, indices, prompts, responses, temperature, chunk, longest=0) -> Scored:
         rows = share_prompts(prompts, responses, longest)

@@ -40,6 +40,8 @@ class GaveUp(RuntimeError):
 
 def changing(s) -> tuple:
     """Copies of all that phase 4 changes: what a stopped step goes back to."""
+    if not s.ranks.leads:
+        return ()  # rank 0 saves
     # on the CPU: after an error of the GPU nothing can be read from it any more
     tensors = update.state_tensors(s.policy, s.optimizer)
     return tensors, s.non_finite, computed_at_once(s), s.arms.state, dataclasses.asdict(s.loss_scale)
@@ -58,6 +60,8 @@ def due(s, step: int) -> bool:
 
 def save(s, keep: bool) -> Path:
     """Writes the last complete step, from its snapshot: the live tensors may be those of a step in progress."""
+    if not s.ranks.leads:
+        return s.run.dir
     tensors, non_finite, sizes, arms, loss_scale = s.snapshot
     state = {
         "buffers": s.buffers.state_dict(),

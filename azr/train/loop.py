@@ -1,6 +1,6 @@
 """Around the steps of train_azr.py: what is refused, the open run, seed stage and probe, checkpoints, the conclusion.
 
-    code = exit_code(lambda: run(config, why, stop, State, train))     # one line on stderr for what ends a run
+    code = exit_code(lambda: run(config, why, stop, ranks, State, train))     # one line on stderr for what ends a run
     begin(s, propose, validate, solve)                       # what comes before the first step, or a checkpoint
     watcher = Watcher(s, watch)
     for step in range(s.completed + 1, s.config.steps + 1):
@@ -41,6 +41,7 @@ from azr.train import checkpoint, screen, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, completed, template_of
 from azr.train.data import check_context
+from azr.train.distributed import Lost, Ranks, SharedPolicy, SharedSandbox, open_run
 from azr.train.evaluation import Evaluation
 from azr.train.loss_scale import LossScale
 from azr.train.metrics import memory, sample_row
@@ -59,19 +60,23 @@ NAMES = {"selfplay": "self-play", "rlvr": "RLVR", "sft": "SFT"}
 # --------------------------------------------------------------------------------------------------- opening a run
 
 
-def run(config: Config, why: str, stop: StopRequest, state_class: type, train: Callable) -> None:
+def run(config: Config, why: str, stop: StopRequest, ranks: Ranks, state_class: type, train: Callable) -> None:
     """Loads the model, opens the run directory, trains: `train` gets the State that `make_state` makes of all that."""
-    arms = refuse(config)
-    policy = load_policy(config)
+    # of cards that differ, the smallest decides the sizes
+    config = min(ranks.exchange(config), key=lambda c: (c.token_budget, c.max_batch))
+    arms = refuse(config, ranks)
+    policy = load_policy(config, ranks)
     maths = any(task.mode == "math" for arm in arms.arms for task in arm.judged)
-    grader = math_answers.MathGrader() if maths else nullcontext()
+    grader = math_answers.MathGrader(ranks.workers) if maths else nullcontext()
     run_dir = _directory(config)
-    with Sandbox() as sandbox, grader as grader:
-        s = make_state(state_class, config, policy, sandbox, run_dir, arms, grader)
-        checkpoint.check_base_and_files(s, run_dir)
-        with Run.open(Path(config.out), dataclasses.asdict(config), config.resume, completed) as s.run:
+    with Sandbox() if ranks.world == 1 else SharedSandbox(ranks) as sandbox, grader as grader:
+        s = make_state(state_class, config, policy, sandbox, run_dir, arms, grader, ranks)
+        if ranks.leads:
+            checkpoint.check_base_and_files(s, run_dir)
+        with open_run(ranks, config, completed) as s.run:
+            s.evaluation.run_dir = s.run.dir
             screen.header(config, why, policy, s.run.environment(sandbox=sandbox.state))
-            s.stop, s.tracker = stop, trackers.open_tracker(config.tracker, s.run)
+            s.stop, s.tracker = stop, trackers.open_tracker(config.tracker if ranks.leads else "none", s.run)
             try:
                 train(s)
             except StopNow:
@@ -88,7 +93,9 @@ def _directory(config: Config) -> Path:
     return Path(config.out if config.resume in ("auto", "none") else config.resume)
 
 
-def make_state(state_class, config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, arms: Arms, grader=None):
+def make_state(
+    state_class, config: Config, policy: Policy, sandbox: Sandbox, run_dir: Path, arms: Arms, grader=None, ranks=None
+):
     """The State of a run before its first step; the arms look at their files. ValueError: one of these is of no use."""
     sampling = Sampling(temperature=config.temperature, max_new_tokens=config.max_new_tokens, stop=(STOP,))
     held_out = dataclasses.replace(sampling, temperature=1.0)  # whatever the training has: runs stay comparable
@@ -100,6 +107,7 @@ def make_state(state_class, config: Config, policy: Policy, sandbox: Sandbox, ru
         sandbox,
         arms=arms,
         grader=grader,
+        ranks=ranks or Ranks(),
         sizes=Sizes(config.token_budget),
         loss_scale=LossScale.of(policy.info["dtype"]),
         template=template,
@@ -111,12 +119,13 @@ def make_state(state_class, config: Config, policy: Policy, sandbox: Sandbox, ru
     return s
 
 
-def refuse(config: Config) -> Arms:
+def refuse(config: Config, ranks: Ranks) -> Arms:
     """The arms of a run, once everything is checked that can be before the model is loaded and a directory made.
 
     RunError, ValueError: the run directory holds something else, a file of tasks or a tracker cannot be used.
     """
-    Run.check(Path(config.out), config.resume)
+    if ranks.leads:  # the others may come here when it has begun to write
+        Run.check(Path(config.out), config.resume)
     template_of(config)
     trackers.check(config.tracker)
     frozen = config.resume != "none" and (_directory(config) / "eval" / "held_out.jsonl").is_file()
@@ -125,13 +134,13 @@ def refuse(config: Config) -> Arms:
     return Arms.of(config)
 
 
-def load_policy(config: Config) -> Policy:
+def load_policy(config: Config, ranks: Ranks) -> Policy:
     """The base with new LoRA on it, with the adapter that --adapter names, or to be trained as a whole. ModelError, in
     one line, for what cannot be loaded; ValueError for an adapter of another base or of other settings."""
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_targets)
     own = newest_intact(_directory(config))[0] if config.adapter and config.resume != "none" else None
     adapter = own or config.adapter  # a run that goes on needs what it began with no more
-    policy = Policy.load(
+    policy = (Policy if ranks.world == 1 else SharedPolicy).load(
         model_path(config.model),
         config.quantization,
         lora=None if adapter or config.train == "full" else lora,
@@ -147,6 +156,8 @@ def load_policy(config: Config) -> Policy:
     if adapter and not own:
         check_warm_start(config.adapter, policy.info, dataclasses.asdict(lora))
         console.say(f"warm start from the adapter in {config.adapter}")
+    if ranks.world > 1:
+        policy.ranks = ranks
     if policy.device.type == "cuda":
         policy.checkpoint_activations()
     return policy
@@ -166,7 +177,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # `| head` has read enough; what is still in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (checkpoint.GaveUp, DoesNotFit, DiskError) as error:
+    except (checkpoint.GaveUp, DoesNotFit, DiskError, Lost) as error:
         code, text = 1, str(error)
     except (ModelError, RunError, SandboxError, ValueError) as error:
         code, text = 2, str(error)
@@ -308,7 +319,8 @@ class Watcher:
         self.watch.add(metrics)
         if proposals and (step % TABLE_EVERY == 1 or step == config.steps):
             screen.sample_table(step, proposals, answers)
-        if config.max_hours and time.monotonic() - self.start > 3600 * config.max_hours and step < config.steps:
+        over = bool(config.max_hours) and time.monotonic() - self.start > 3600 * config.max_hours
+        if self.s.ranks.ends_step(self.s.policy.trainable_parameters(), over) and step < config.steps:
             console.say(f"--max-hours {config.max_hours} reached; {checkpoint.stopped(self.s)}")
             return False
         return True

@@ -49,7 +49,7 @@ def judged(s, samples: list[Sample]) -> list[Sample]:
     for sample, verdict in zip(code, verdicts):
         sample.detail = verdict.detail
     pairs = [(sample.task.answer, math_answers.extract(sample.response)) for sample in maths]
-    verdicts = [*verdicts, *(s.grader.grade(pairs) if pairs else [])]
+    verdicts = [*verdicts, *(s.ranks.shared(s.grader.grade, pairs) if pairs else [])]
     for sample, verdict in zip(code + maths, verdicts):
         sample.correct = verdict.ok
         sample.reason = verdict.reason if sample.parsed.value is not None else sample.parsed.reason

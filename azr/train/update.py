@@ -3,9 +3,8 @@
     optimizer = make_optimizer(policy, config.learning_rate)
     loss, columns = gradient(s, samples, weights, loss_of)     # loss_of(batch) -> the part of the loss of a Batch
 
-`s` is the State of train_azr.py: its policy, config, sizes, loss_scale and arms are used. Memory that runs out costs a
-repetition with smaller micro-batches (backoff.py), never a sample. Left out: a schedule of the learning rate, several
-GPUs.
+`s` is the State of train_azr.py: its policy, config, sizes, loss_scale, arms and ranks are used. Memory that runs out
+costs a repetition with smaller micro-batches (backoff.py), never a sample. Left out: a schedule of the learning rate.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def old_log_probs(s, samples: list[Sample]) -> None:
                 samples[i].entropy = uncertain[: len(samples[i].completion.ids)]
 
     if samples:
-        retry(work, lambda: s.sizes.halve(longest(samples)), "scoring")
+        retry(lambda: s.ranks.agreed(work), lambda: s.sizes.halve(longest(samples)), "scoring")
 
 
 def scored(s, samples: list[Sample], base: bool = False) -> list[Sample]:
@@ -129,7 +128,7 @@ def gradient(s, samples: list[Sample], weights: list[float], loss_of: Callable[[
         s.optimizer.zero_grad(set_to_none=True)  # what a failed attempt has added must not count twice
         return accumulate(s, samples, weights, loss_of)
 
-    loss, parts = retry(work, lambda: s.sizes.halve(longest(samples)), "the update")
+    loss, parts = retry(lambda: s.ranks.agreed(work), lambda: s.sizes.halve(longest(samples)), "the update")
     s.loss_scale.unscale(s.policy.trainable_parameters())
     # the tensors of a micro-batch are gone with it: only these flat columns are kept for the metrics
     own = [x for part, _ in parts for x in part]
@@ -159,7 +158,8 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
             batch = make_batch([samples[i] for i in chosen], [weights[i] for i in chosen], log_prob, entropy, mask)
             loss = loss_of(batch)
             if with_grad:
-                s.loss_scale.backward(loss)
+                if log_prob.requires_grad:  # else another process has the gradient of this micro-batch
+                    s.loss_scale.backward(loss)
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
             # also without gradient: the metrics of the gap and the clip are about all sampled tokens
             parts.append(columns_of(batch))
