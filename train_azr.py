@@ -402,7 +402,7 @@ def run(arguments: list[str], ranks: Ranks) -> int | None:
         return print(as_json(config))
     if config.dry_run:
         return dry_run(config, why)
-    with StopRequest() as stop:
+    with StopRequest(ranks.duplicate_seconds) as stop:
         loop.run(config, why, stop, ranks, State, train)
 
 

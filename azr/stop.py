@@ -41,7 +41,8 @@ class StopRequest:
     back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, duplicate_seconds: float = DUPLICATE_SECONDS) -> None:
+        self.duplicate_seconds = duplicate_seconds
         self.requested: str | None = None  # name of the signal
         self.save_requested = False
         self._shields, self._deferred, self._when, self._old = 0, False, 0.0, {}
@@ -70,7 +71,7 @@ class StopRequest:
         if number == signal.SIGHUP:
             self._leave_terminal()
         if self.requested is not None:
-            if number == signal.SIGHUP or time.monotonic() - self._when < DUPLICATE_SECONDS:
+            if number == signal.SIGHUP or time.monotonic() - self._when < self.duplicate_seconds:
                 return
             if self.requested != "SIGHUP":
                 self._tell(f"{name}: second request, quitting at once without saving")

@@ -7,7 +7,7 @@ number of processes.
 A case is a set of flags: it is run by 1, 2 and 3 processes, and compared are samples (byte for byte), metrics (but
 time/ and memory/), the gradient of the first step (from Adam's first moment) and the last adapter. `moves` begins with
 2 processes, goes on with 1 and ends with 3. A disturbance is a signal to a process that torchrun has started; then
-another number of processes goes on. Exit code 1: samples differ, the gradient by more than 1e-6, or a process did not
+another number of processes goes on. Exit code 1: samples differ, the gradient by more than 1e-5, or a process did not
 end as it should.
 
 Left out: GPUs, several machines. Times are CPU seconds, which say what a rank has to do and not how long it waits.
@@ -55,9 +55,9 @@ DISTURBANCES = {  # name -> signal, rank (None: torchrun itself), processes that
     "term-1": (signal.SIGTERM, 1, 3),
     "term-0": (signal.SIGTERM, 0, 1),
     "term": (signal.SIGTERM, None, 2),
-    "interrupt": (signal.SIGINT, None, 1),
+    "interrupt": (signal.SIGINT, None, 1),  # to all at once, as a terminal does
 }
-MOST = 1e-6  # of the gradient's norm
+MOST = 1e-5  # of the gradient's norm
 
 
 def small_start() -> None:
@@ -78,6 +78,7 @@ def processes(count: int, flags: list[str], log: Path) -> tuple[list[int], list[
             os.environ.update({name: str(value) for name, value in names.items()} if count > 1 else {})
             descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+            sys.stdout = sys.stderr = os.fdopen(descriptor, "w", 1)  # pytest has others in their place
             code = 3
             try:
                 code = train_azr.main(flags)
@@ -110,7 +111,7 @@ def compared(one: Path, other: Path) -> dict:
     unequal = {key: abs(a - b) / max(abs(a), abs(b), 1e-3) for key, (a, b) in values.items() if a != b}
     adapters = [load_file(out / "checkpoints" / f"step_{len(pairs)}/adapter_model.safetensors") for out in (one, other)]
     exact, close = gradient(one), gradient(other)
-    texts = ("samples.jsonl", "probe.jsonl", "eval/base.json", f"eval/step_{len(pairs)}.json")
+    texts = ["samples.jsonl", "probe.jsonl", *(f"eval/{path.name}" for path in (one / "eval").iterdir())]
     return {
         "samples": all((one / name).read_bytes() == (other / name).read_bytes() for name in texts),
         "metrics": len(values),
@@ -189,12 +190,14 @@ class Bench:
         log = out.with_suffix(".log")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, "--child"]
         with open(log, "w") as file:
-            launcher = subprocess.Popen([*command, *self.flags(out, steps, "")], stdout=file, stderr=file)
+            launcher = subprocess.Popen(
+                [*command, *self.flags(out, steps, "")], stdout=file, stderr=file, start_new_session=True
+            )
         while (done := lines_of(out / "metrics.jsonl")) < 3 and launcher.poll() is None:
             time.sleep(0.02)
         target = launcher.pid if rank is None else int(out.with_suffix(f".{rank}").read_text())
         sent = time.monotonic()
-        os.kill(target, number)
+        os.kill(target, number) if number != signal.SIGINT else os.killpg(target, number)
         code = launcher.wait()
         row = {"signal": number.name, "rank": rank, "steps_done": done, "exit_code": code}
         row |= {"seconds_to_end": round(time.monotonic() - sent, 2), "saved": runs.newest_intact(out)[0].name}

@@ -39,7 +39,7 @@ from azr.console import note
 from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory, rollout_sizes, set_rollout_sizes
 from azr.policy.policy import Policy, Scored
 from azr.runs import Run, RunError
-from azr.stop import StopNow
+from azr.stop import DUPLICATE_SECONDS, StopNow
 from sandbox import Sandbox
 
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
@@ -64,6 +64,8 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1, local_world: int = 1, store=None) -> None:
         self.rank, self.world, self.store = rank, world, store
+        # torchrun hands Ctrl-C on to processes that had it from the terminal, when it gets to it
+        self.duplicate_seconds = DUPLICATE_SECONDS if world == 1 else 2.0
         # of the cores that this process may use, for the lanes of its sandbox; None: what a lone process takes
         self.workers = max(1, len(os.sched_getaffinity(0)) // local_world) if world > 1 else None
 
@@ -301,7 +303,7 @@ def silence() -> io.TextIOBase:
     shown, nowhere = os.fdopen(os.dup(2), "w"), os.open(os.devnull, os.O_WRONLY)
     for descriptor in (1, 2):  # libraries write there too
         os.dup2(nowhere, descriptor)
-    sys.stderr = io.StringIO()
+    sys.stdout, sys.stderr = open(os.devnull, "w"), io.StringIO()
     return shown
 
 

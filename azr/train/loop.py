@@ -333,7 +333,7 @@ def conclude(s, watch) -> None:
     count = min(10, max(1, len(rows) // 2))
     screen.training_table(rows[:count], rows[-count:])
     base, trained = (s.evaluation.pass_at_k_samples(name) for name in ("base", f"step_{s.completed}"))
-    if base and trained:
+    if base and trained and s.ranks.leads:
         ks = powers_of_two(s.config.eval_samples)
         screen.before_after(base, trained, ks)
         plot = s.run.dir / "plots" / "pass_at_k.png"

@@ -1,0 +1,65 @@
+"""Two processes are the run of one: same samples and gradient, although memory runs out on one of them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_azr
+from azr.policy.policy import Policy
+from azr.train import loop
+from azr.train.distributed import Ranks
+from azr.train.loss_scale import LossScale
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench_ranks import compared, processes
+
+SMALL = (
+    "--steps 1 --prompts-per-mode 2 --answers 2 --max-new-tokens 24 --token-budget 160 --eval-every 1 --eval-samples 0"
+)
+
+
+def no_memory_on_rank_1(patch) -> None:
+    """Its first backward pass fails, then its next micro-batch: the first costs a repetition, the second half the
+    budget."""
+    failures = []
+
+    def failing(honest, count):
+        def work(*arguments, **options):
+            if os.environ.get("RANK") == "1" and len(failures) == count and torch.is_grad_enabled():
+                failures.append(honest)
+                raise torch.OutOfMemoryError("CUDA out of memory (not really)")
+            return honest(*arguments, **options)
+
+        return work
+
+    patch.setattr(LossScale, "backward", failing(LossScale.backward, 0))
+    patch.setattr(Policy, "_score_batch", failing(Policy._score_batch, 1))
+
+
+def test_two_processes_are_the_run_of_one(tmp_path, few_held_out, monkeypatch):
+    for owner, name, value in ((loop, "PROBE", 1), (loop, "SEED_ROUNDS", 2)):
+        monkeypatch.setattr(owner, name, value)
+    flags, one, two = [*SMALL.split(), "--eval-data", str(few_held_out), "--out"], tmp_path / "one", tmp_path / "two"
+    assert train_azr.main([*flags, str(one)]) == 0
+    no_memory_on_rank_1(monkeypatch)
+    codes, _ = processes(2, [*flags, str(two)], tmp_path / "log")
+    log = (tmp_path / "log").read_text()
+    assert codes == [0, 0], log
+    row = compared(one, two)
+    # smaller micro-batches round otherwise; one that is missing would be a tenth of the gradient
+    assert row["samples"] and row["gradient_relative"] < 1e-5 and row["metrics_relative"] < 1e-2, (row, log)
+    assert json.loads((two / "metrics.jsonl").read_text())["memory/token_budget"] < 160
+    assert log.count("out of memory") == 2, log
+
+
+def test_one_process_alone_sends_nothing():
+    ranks = Ranks()
+    assert ranks.leads and ranks.exchange("x") == ["x"] and ranks.shared(sorted, [2, 1]) == [1, 2]
+    assert ranks.ends_step([], True) and ranks.workers is None
+    with pytest.raises(MemoryError):
+        ranks.agreed(lambda: (_ for _ in ()).throw(MemoryError()))
