@@ -20,7 +20,9 @@ CODE = re.compile(r"^```.*?^```$|^    \S.*?$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"python3? ((?:-m )?(?:[\w/]+\.py|azr[\w.]*|sandbox)\b)([^\n`|]*)")
 FILE = re.compile(r"`((?:azr|sandbox|tests|results|docs)/[\w./-]*\w\.(?:py|md|json|jsonl|txt|png))`")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
-OTHERS = {"--dist", "--gpus", "--index-url", "--no-deps", "--no-build-isolation"}  # of pytest, docker and pip
+# of pytest, docker, pip, torchrun, accelerate and vLLM
+OTHERS = {"--dist", "--gpus", "--index-url", "--no-deps", "--no-build-isolation", "--nproc-per-node", "--nnodes"}
+OTHERS |= {"--num-processes", "--config-file", "--tensor-parallel-size"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -21,6 +21,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -315,6 +316,7 @@ def leave(ranks: Ranks, code: int, shown: io.TextIOBase) -> NoReturn:
         elif ranks.leads:
             ranks.store.set("told", "")
     if code and not ranks.leads:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left, but not before this line
         try:
             ranks.store.wait(["told"], TOLD)  # most errors are those of all ranks: one line is enough
         except RuntimeError:
