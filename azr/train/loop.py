@@ -76,6 +76,8 @@ def run(config: Config, why: str, stop: StopRequest, ranks: Ranks, state_class: 
         with open_run(ranks, config, completed) as s.run:
             s.evaluation.run_dir = s.run.dir
             screen.header(config, why, policy, s.run.environment(sandbox=sandbox.state))
+            if ranks.world > 1:
+                console.say(f"{ranks.world} processes share the work of each step; this is rank {ranks.rank}")
             s.stop, s.tracker = stop, trackers.open_tracker(config.tracker if ranks.leads else "none", s.run)
             try:
                 train(s)
