@@ -47,6 +47,8 @@ CASES = {  # name -> steps, flags
     "nf4": (3, "--quantization nf4"),
     "minibatches": (4, "--minibatches 2 --entropy-control kl-cov"),
     "frozen": (3, "--proposer frozen-base --entropy-control bonus"),
+    "separate": (3, "--proposer separate"),
+    "full": (3, "--train full --dtype bf16 --learning-rate 3e-5"),
     "off-policy": (3, "--off-policy-gamma 0.3 --off-policy-source base"),
 }
 DISTURBANCES = {  # name -> signal, rank (None: torchrun itself), processes that go on

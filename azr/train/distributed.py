@@ -161,8 +161,12 @@ class SharedPolicy(Policy):
 
     def each(self, score, batches, with_grad):
         """Every micro-batch in order: one of N has a graph here, the others come as numbers. When the last has been
-        taken, the parameters hold the gradient of all."""
+        taken, the gradient of all has been added to that of the parameters."""
         rank, world, total = self.ranks.rank, self.ranks.world, None
+        parameters = self.trainable_parameters() if with_grad else []
+        before, touched = [p.grad for p in parameters], set()  # of another adapter's micro-batches
+        for p in parameters:
+            p.grad = None
         for first in range(0, len(batches), world):
             turn = batches[first : first + world]
             mine = score(turn[rank]) if rank < len(turn) else None
@@ -174,19 +178,22 @@ class SharedPolicy(Policy):
                     yield Scored(numbers[0], *(torch.from_numpy(x).to(self.device) for x in numbers[1:]))
             mine = None
             if with_grad:
-                total = self._add(total)
-        if total is not None:
-            self._spread(total)
+                total = self._add(parameters, total, touched)
+        whole = self._spread(parameters, total) if touched else before
+        for i, (p, one, other) in enumerate(zip(parameters, before, whole)):
+            p.grad = one if i not in touched else other if one is None else one + other
 
-    def _add(self, total: torch.Tensor | None) -> torch.Tensor:
+    def _add(self, parameters: list, total: torch.Tensor | None, touched: set[int]) -> torch.Tensor:
         """total (weights / N,) plus this rank's slice of the gradient of each rank, in their order: a reduce-scatter
-        whose order is that of one process. Leaves the parameters without a gradient."""
-        parameters, world = self.trainable_parameters(), self.ranks.world
+        whose order is that of one process. Leaves the parameters without a gradient; `touched` gets the places of those
+        that had one on some rank, since Adam moves one with a gradient of zeros and leaves one without."""
+        world = self.ranks.world
         flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % world))
         parts = torch.empty_like(flat)
         total = flat.new_zeros(len(flat) // world) if total is None else total
-        self.ranks.exchange(None)  # memory may have run out on some rank until here; nothing that follows takes more
+        # memory may have run out on some rank until here; nothing that follows takes more
+        touched.update(*self.ranks.exchange([i for i, p in enumerate(parameters) if p.grad is not None]))
         self.ranks.wait(dist.all_to_all_single(parts, flat, async_op=True))
         for part in parts.view(world, -1):
             total += part
@@ -194,14 +201,12 @@ class SharedPolicy(Policy):
             p.grad = None
         return total
 
-    def _spread(self, total: torch.Tensor) -> None:
-        """Gives every rank the slices of all, as the gradients of the parameters."""
-        parameters = self.trainable_parameters()
+    def _spread(self, parameters: list, total: torch.Tensor) -> list[torch.Tensor]:
+        """The slices of all ranks put together, in the shapes of the parameters."""
         whole = total.new_empty(len(total) * self.ranks.world)
         self.ranks.wait(dist.all_gather(list(whole.chunk(self.ranks.world)), total, async_op=True))
         pieces = whole[: sum(p.numel() for p in parameters)].split([p.numel() for p in parameters])
-        for p, piece in zip(parameters, pieces):
-            p.grad = piece.view_as(p)
+        return [piece.view_as(p) for p, piece in zip(parameters, pieces)]
 
 
 class SharedSandbox(Sandbox):
