@@ -118,7 +118,8 @@ def compared(one: Path, other: Path) -> dict:
     keys = {(step, key) for step, pair in enumerate(pairs) for key in pair[0] | pair[1]}
     values = {key: [row.get(key[1]) for row in pairs[key[0]]] for key in keys}
     unequal = {key: abs(a - b) / max(abs(a), abs(b), 1e-3) for key, (a, b) in values.items() if a != b}
-    adapters = [load_file(out / "checkpoints" / f"step_{len(pairs)}/adapter_model.safetensors") for out in (one, other)]
+    last = f"checkpoints/step_{len(pairs)}"
+    adapters = [load_file(next((out / last).glob("*model.safetensors"))) for out in (one, other)]
     exact, close = gradient(one), gradient(other)
     return {
         "steps": len(pairs),
@@ -127,7 +128,7 @@ def compared(one: Path, other: Path) -> dict:
         "metrics_unequal": len(unequal),
         "metrics_relative": max(unequal.values(), default=0.0),
         "gradient_relative": ((exact - close).norm() / exact.norm()).item(),
-        "adapter_most": max((a - adapters[1][name]).abs().max().item() for name, a in adapters[0].items()),
+        "adapter_most": max((a - adapters[1][name]).abs().max().item() for name, a in adapters[0].items() if a.numel()),
     }
 
 
