@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import socket
@@ -48,7 +49,7 @@ CASES = {  # name -> steps, flags
     "minibatches": (4, "--minibatches 2 --entropy-control kl-cov"),
     "frozen": (3, "--proposer frozen-base --entropy-control bonus"),
     "separate": (3, "--proposer separate"),
-    "full": (3, "--train full --dtype bf16 --learning-rate 3e-5"),
+    "full": (3, "--train full --learning-rate 3e-5"),
     "off-policy": (3, "--off-policy-gamma 0.3 --off-policy-source base"),
 }
 DISTURBANCES = {  # name -> signal, rank (None: torchrun itself), processes that go on
@@ -117,7 +118,12 @@ def compared(one: Path, other: Path) -> dict:
     pairs = list(zip(metrics(one), metrics(other)))
     keys = {(step, key) for step, pair in enumerate(pairs) for key in pair[0] | pair[1]}
     values = {key: [row.get(key[1]) for row in pairs[key[0]]] for key in keys}
-    unequal = {key: abs(a - b) / max(abs(a), abs(b), 1e-3) for key, (a, b) in values.items() if a != b}
+    # a metric that only one of them has is as far away as can be
+    unequal = {
+        key: math.inf if None in (a, b) else abs(a - b) / max(abs(a), abs(b), 1e-3)
+        for key, (a, b) in values.items()
+        if a != b
+    }
     last = f"checkpoints/step_{len(pairs)}"
     adapters = [load_file(next((out / last).glob("*model.safetensors"))) for out in (one, other)]
     exact, close = gradient(one), gradient(other)
