@@ -98,7 +98,7 @@ def parse_temperatures(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected a number, or some such as 1,.8,0, not {text!r}") from error
     for value in values:
         if value and not COLDEST <= value <= HOTTEST:
-            raise argparse.ArgumentTypeError(f"a temperature is 0 or from {COLDEST:g} to {HOTTEST:g}, not {value:g}")
+            raise argparse.ArgumentTypeError(f"a temperature must be 0 or from {COLDEST:g} to {HOTTEST:g}, not {value:g}")
     names = [f"{value:g}" for value in values]
     if twice := {name for name in names if names.count(name) > 1}:
         raise argparse.ArgumentTypeError(f"temperature {min(twice)} is there twice")

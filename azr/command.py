@@ -61,6 +61,7 @@ def _text(text: str) -> str:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
+
 # What other trainers call it: the nearest spelling alone would suggest another flag, or none.
 SYNONYMS = {
     "--lr": "--learning-rate",

@@ -10,6 +10,7 @@ for the package verifiers.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -57,19 +58,17 @@ class JudgeReward:
 
 def main(arguments: list[str]) -> int:
     """GRPO of TRL on the embedded model with this judge, a few steps."""
-    import argparse
-
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
-
-    from azr.models import model_path
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--out", default="runs/trl")
     options = parser.parse_args(arguments)
+    from datasets import Dataset  # these take seconds to import: after a wrong flag was told
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    from azr.models import model_path
+
     where = model_path("tiny")
     config = GRPOConfig(
         options.out,

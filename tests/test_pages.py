@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from azr.train.arms import REGISTRY
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
@@ -22,6 +24,7 @@ FILE = re.compile(r"`((?:azr|sandbox|tests|results|docs)/[\w./-]*\w\.(?:py|md|js
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # of pytest, docker, pip, torchrun, accelerate and vLLM
 OTHERS = {"--dist", "--gpus", "--index-url", "--no-deps", "--no-build-isolation", "--nproc-per-node", "--nnodes"}
+OTHERS |= {"--env", "--flavor", "--mem", "--secrets", "--signal", "--timeout"}  # of job queues
 OTHERS |= {"--num-processes", "--config-file", "--tensor-parallel-size"}
 
 
@@ -37,7 +40,7 @@ def flags_of(script: str, *subcommand: str) -> frozenset[str]:
     """The flags in the --help of a script or of `-m MODULE`; none where it has no such subcommand."""
     printed, argv, path = io.StringIO(), sys.argv, list(sys.path)
     name = script.removeprefix("-m ")
-    sys.argv = [name, *subcommand, "--help"]
+    sys.argv, registry = [name, *subcommand, "--help"], list(REGISTRY)
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
             if script.startswith("-m "):
@@ -49,7 +52,7 @@ def flags_of(script: str, *subcommand: str) -> frozenset[str]:
         if stopped.code:
             return frozenset()
     finally:
-        sys.argv, sys.path[:] = argv, path
+        sys.argv, sys.path[:], REGISTRY[:] = argv, path, registry  # a script may add an arm of its own
     return frozenset(FLAG.findall(printed.getvalue()))
 
 

@@ -396,10 +396,11 @@ def resolve(config: Config) -> tuple[Config, str]:
     }
     values |= rules.of_recipe(config)
     values["lora_alpha"] = (4.0 if tiny else 2.0) * (config.lora_rank or preset.lora_rank)
-    values |= _lora_of(config.adapter) if config.adapter and not config.lora_alpha else {}
     if config.train == "full":
         values |= {"learning_rate": FULL_LEARNING_RATE[tiny], "quantization": "none"}
         values |= {"lora_rank": None, "lora_alpha": None}  # there is no adapter
+    elif config.adapter and not config.lora_alpha:
+        values |= _lora_of(config.adapter)
     why += _fit_context(config, values)
     if config.dtype in (None, "auto"):
         config = dataclasses.replace(config, dtype=_auto_dtype(config, preset, card))

@@ -55,7 +55,7 @@ def control_of(text: str | None) -> tuple[str, float | None]:
 def of_recipe(config: Config) -> dict[str, float | str]:
     """The settings that --recipe azr has unless they are typed, where they act: its code takes 0.5 off at both ends,
     its `paper` branch has an entropy bonus of 0.001."""
-    published = config.recipe == "azr"
+    published = config.recipe == "azr" and config.algorithm == "selfplay"
     rewarded = published and config.proposer in ("joint", "separate")  # else no proposal is trained
     return {"ends_penalty": 0.5 if rewarded else 0.0, "entropy_control": "bonus=0.001" if published else "none"}
 
