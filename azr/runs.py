@@ -84,8 +84,13 @@ def read_samples(run_dir: Path, name: str = "samples.jsonl") -> Iterator[dict]:
     if not path.is_file():
         raise RunError(f"{path}: no such file; {path.parent} is not a run directory or has not logged anything yet")
     notes: list[str] = []
-    yield from tolerant_lines(path, notes)
-    for note in notes:
+    others = 0
+    for row in tolerant_lines(path, notes):
+        if isinstance(row.get("step"), int):
+            yield row
+        else:
+            others += 1
+    for note in notes + [f"{name}: {others} line(s) have no step: left out"] * bool(others):
         say(f"warning: {path.parent}: {note}")
 
 
@@ -228,6 +233,9 @@ class Run:
         """Whether there is a run to continue; RunError for what is not one. Changes nothing."""
         if self.dir.exists() and not self.dir.is_dir():
             raise RunError(f"{self.dir}: is a file; --out names a directory")
+        place = next(path for path in (self.dir.absolute(), *self.dir.absolute().parents) if path.exists())
+        if not (place.is_dir() and os.access(place, os.W_OK)):
+            raise RunError(f"{self.dir}: cannot be a run directory ({place} is none that can be written to)")
         holds = self.dir.is_dir() and not all(UNDER_WAY.fullmatch(path.name) for path in self.dir.iterdir())
         if resume == "none":
             if holds:

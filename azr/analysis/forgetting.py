@@ -88,7 +88,7 @@ def questions(run: RunData, policy, args) -> dict:
 
 def texts(policy, path: Path) -> list[tuple[list[int], list[int]]]:
     """(first token, the next ones) of the paragraphs of a text file."""
-    parts = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
+    parts = path.read_text(encoding="utf-8").split("\n\n")
     ids = [policy.encode(part.strip())[:TEXT_TOKENS] for part in parts if part.strip()][:TEXTS]
     pairs = [(row[:1], row[1:]) for row in ids if len(row) > 1]
     if not pairs:
@@ -330,8 +330,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
-    if args.text and not Path(args.text).is_file():
-        raise ValueError(f"--text {args.text}: no such file")
+    if args.text:
+        try:
+            Path(args.text).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--text {args.text}: no text in UTF-8 that can be read ({error})") from error
     runs = read_runs(args.run)
     for run in runs:
         chosen_checkpoints(run, 1)  # refused before anything is measured

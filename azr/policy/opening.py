@@ -152,9 +152,13 @@ def newest_checkpoint(path: Path, notes: list[str] | None = None) -> Path:
 
 
 def read_record(directory: Path) -> dict:
-    """azr.json of a checkpoint, {} if it has none. ModelError: it is no JSON object."""
+    """azr.json of a checkpoint, {} if it has none. ModelError: it is no JSON object, or a name in it is no text."""
     file = directory / "azr.json"
-    return read_object(file, ModelError) if file.is_file() else {}
+    record = read_object(file, ModelError) if file.is_file() else {}
+    for name in ("base_model", "revision", "tokenizer_hash", "quantization", "dtype", "template", "template_hash"):
+        if not isinstance(record.get(name), str | None):
+            raise ModelError(f"{file}: {name} must be text, not {str(record[name])[:60]}")
+    return record
 
 
 def find_base(asked: str | None, record: dict, adapter: Path | None) -> str:
@@ -183,6 +187,10 @@ def check_base(opening: Opening, facts: dict) -> list[str]:
     Returns what could not be compared, in words. ModelError: it is another base.
     """
     doubts = []
+    name = opening.record.get("base_model")
+    only_name = name and not (opening.record.get("revision") and facts.get("revision"))  # nothing else can tell
+    if only_name and model_path(name) != model_path(opening.model):
+        raise ModelError(f"{opening.adapter} was trained on another base, {name}, than {opening.model}: give that one")
     for name in BASE_FACTS:
         recorded, here = opening.record.get(name), facts.get(name)
         if recorded is None or here is None or recorded == here:

@@ -352,8 +352,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.hidden % (2 * Shape.heads):  # a head's numbers are rotated in pairs
         parser.error(f"argument --hidden: must be a multiple of {2 * Shape.heads}, not {args.hidden}")
-    args.work.mkdir(parents=True, exist_ok=True)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        for directory in (args.out, args.work):
+            directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{directory}: cannot be written to ({error.strerror})")
     (args.work / "meeting").unlink(missing_ok=True)
     if not (args.work / "work.pt").exists() or not all(path.exists() for path in made_first(args.out)):
         write_held_out(args.out)
