@@ -157,6 +157,9 @@ def test_readers_of_logs_leave_out_what_is_damaged_and_say_so_once(tmp_path, cap
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 3}]
     err = capsys.readouterr().err
     assert "metrics.jsonl: 2 line(s) are no JSON objects, the first is line 2" in err and err.count("\n") == 1
+    path.write_text('{"step": 1}\n{"mode": "deduction"}\n')  # lines of another file
+    assert read_metrics(tmp_path) == [{"step": 1}]
+    assert "metrics.jsonl: 1 line(s) have no step" in capsys.readouterr().err
     with pytest.raises(RunError, match="samples.jsonl"):
         list(read_samples(tmp_path))
 
