@@ -20,12 +20,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from azr.command import Parser
+from azr.command import MOST, Number, Parser
 from azr.evals.benchmarks import BENCHMARKS, NAMES, load
 from azr.evals.math_answers import MathError
 from sandbox import SandboxError
 
 COLDEST, HOTTEST = 0.001, 100.0  # beyond them log-probs are no longer numbers, or an answer is noise
+MOST_SAMPLES = 10**6
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as train_azr.py calls them, and torch
 
 
@@ -36,9 +37,8 @@ def build_parser() -> Parser:
     run = commands.add_parser("run", help="sample a benchmark and grade the answers")
     run.add_argument("--model", help="tiny, qwen-3b, qwen-7b, a hub id or a directory (default: the adapter's base)")
     run.add_argument("--adapter", metavar="DIR", help="a checkpoint, or a run directory for its newest one; not merged")
-    run.add_argument(
-        "--samples", type=int, default=16, metavar="N", help="answers a problem (16); more can be added later"
-    )
+    count = Number(int, 1, MOST_SAMPLES)
+    run.add_argument("--samples", type=count, default=16, metavar="N", help="answers a problem (16), or more later")
     run.add_argument(
         "--temperature",
         type=parse_temperatures,
@@ -46,8 +46,8 @@ def build_parser() -> Parser:
         metavar="T[,T...]",
         help="0.6; 0 is greedy; several, such as 1,.8,.6,.4,.2,0: a directory each and their frontier",
     )
-    run.add_argument("--top-p", type=float, default=0.95, metavar="P", help="0.95")
-    run.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (4096; tiny 192)")
+    run.add_argument("--top-p", type=Number(float, 0, 1, above=True), default=0.95, metavar="P", help="0.95")
+    run.add_argument("--max-new-tokens", type=count, metavar="N", help="longest answer (4096; tiny 192)")
     run.add_argument("--template", choices=NAMES, help="default: the adapter's, else the model's own, else azr")
     run.add_argument(
         "--quantization", choices=("nf4", "none"), help="of the base; default: the adapter's, else nf4 (tiny none)"
@@ -62,8 +62,10 @@ def build_parser() -> Parser:
     run.add_argument(
         "--match-entropy", action="store_true", help="raise the tuned model's temperature to the base's entropy at T"
     )
-    run.add_argument("--seed", type=int, default=0, help="0; another one gives a second, independent sample")
-    run.add_argument("--limit", type=int, metavar="N", help="only the benchmark's first N problems")
+    run.add_argument(
+        "--seed", type=Number(int, 0, MOST), default=0, help="0; another one gives a second, independent sample"
+    )
+    run.add_argument("--limit", type=Number(int, 1, 10**9), metavar="N", help="only the benchmark's first N problems")
     score = commands.add_parser("score", help="grade samples made elsewhere; imports no torch")
     score.add_argument("samples", metavar="SAMPLES.jsonl")
     for command in (run, score):
@@ -74,7 +76,8 @@ def build_parser() -> Parser:
     compare.add_argument("base", metavar="A", help="result directory of the base, at one temperature or at several")
     compare.add_argument("tuned", metavar="B", help="result directory of the tuned model")
     compare.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to n/2")
-    compare.add_argument("--margin", type=float, default=0.02, help="smallest gain in pass@k that matters (0.02)")
+    margin = Number(float, 0, 0.5, above=True, below=True)
+    compare.add_argument("--margin", type=margin, default=0.02, help="smallest gain in pass@k that matters (0.02)")
     compare.add_argument("--out", metavar="DIR", help="where compare.json, .md and .png go (default: B)")
     return parser
 
@@ -85,8 +88,9 @@ def parse_ks(text: str) -> list[int]:
         ks = sorted({int(part) for part in text.split(",")})
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected numbers such as 1,2,4, not {text!r}") from error
-    if ks[0] < 1:
-        raise argparse.ArgumentTypeError(f"k starts at 1, not {ks[0]}")
+    if not 1 <= ks[0] <= ks[-1] <= MOST_SAMPLES:
+        wrong = ks[0] if ks[0] < 1 else ks[-1]
+        raise argparse.ArgumentTypeError(f"k must be a whole number from 1 to {MOST_SAMPLES:,}, not {wrong}")
     return ks
 
 
@@ -98,7 +102,9 @@ def parse_temperatures(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected a number, or some such as 1,.8,0, not {text!r}") from error
     for value in values:
         if value and not COLDEST <= value <= HOTTEST:
-            raise argparse.ArgumentTypeError(f"a temperature must be 0 or from {COLDEST:g} to {HOTTEST:g}, not {value:g}")
+            raise argparse.ArgumentTypeError(
+                f"a temperature must be 0 or from {COLDEST:g} to {HOTTEST:g}, not {value:g}"
+            )
     names = [f"{value:g}" for value in values]
     if twice := {name for name in names if names.count(name) > 1}:
         raise argparse.ArgumentTypeError(f"temperature {min(twice)} is there twice")
@@ -112,9 +118,6 @@ def sample_and_grade(args: argparse.Namespace) -> int:
     from azr.evals.score import check_ks, conclude
     from azr.stop import StopNow, StopRequest
 
-    for name in ("samples", "max_new_tokens", "limit"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     check_ks(args.k, args.samples)
     temperatures, args.temperature = args.temperature, args.temperature[0]
     several = len(temperatures) > 1

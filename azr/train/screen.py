@@ -98,8 +98,8 @@ def what_next(config: Config, run: Path) -> None:
     """The commands that look at a finished run, ready to paste, with its own paths."""
     tiny = base_description(config.model) is not None
     # enough to tell base from trained in minutes on the embedded model's own tasks; a real model has real ones
-    benchmark = "tiny --limit 300 --samples 8" if tiny else "humaneval+ --samples 32"
-    how, path = f"--benchmark {benchmark} --temperature 1,.6,0 --out", shlex.quote(str(run))
+    benchmark = "tiny --samples 8 --temperature 1,.4,0" if tiny else "humaneval+ --samples 32 --temperature 1,.6,0"
+    how, path = f"--benchmark {benchmark} --out", shlex.quote(str(run))
     model, out = shlex.quote(config.model), Path(run) / "eval"
     base, tuned = (shlex.quote(str(out / name)) for name in ("base-frontier", "tuned-frontier"))
     for words in (
