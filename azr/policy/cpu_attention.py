@@ -1,7 +1,8 @@
 """Attention of one new token a sequence over a paged KV cache, page by page: the CPU's way.
 
-    attend = ByPage(block_table, lengths, page_size)          # once a step
-    out = attend(q, k_pages, v_pages, head_dim**-0.5)         # once a layer; (rows, heads, dim)
+    if attend is None or not attend.advance(block_table, lengths):                      # once a step
+        attend = ByPage(block_table, lengths, page_size, heads, kv_heads, head_dim)
+    out = attend(q, keys, values, head_dim**-0.5)                                       # once a layer
 
 On a CPU the traffic of the cache decides. So the loop is turned round: not "for each sequence its pages" but "for each
 page the sequences that attend to it". No page is copied, a page that n samples of a prompt share is read once for all
@@ -12,6 +13,7 @@ those of SDPA do: what is rounded is the probabilities before their product with
 Imports nothing of the project and can be copied out alone. Left out: anything that a GPU could run well.
 """
 
+import numpy as np
 import torch
 
 # Rows that are multiplied with a shared page at a time. One batched product needs the same number for every page, so
@@ -22,87 +24,123 @@ SHARED_ROWS = 16
 class ByPage:
     """Which rows attend to which page, and to how many of its keys.
 
-    block_table (rows, max_pages) int: the pages of each row in order; lengths (rows,): keys to attend to, at least 1.
-    Only the last page of a row may be incomplete, and a page that several rows use must be complete.
+    block_table (rows, max_pages) int64: the pages of each row in order; lengths (rows,) int64: keys to attend to, at
+    least 1. Only the last page of a row may be incomplete, and a page that several rows use must be complete.
     """
 
-    def __init__(self, block_table: torch.Tensor, lengths: torch.Tensor, page_size: int):
+    def __init__(self, block_table, lengths, page_size: int, heads: int, kv_heads: int, head_dim: int):
+        # With numpy, whose calls on so little data cost a third of torch's.
+        self.table, self.lengths = table, lengths = block_table.numpy(), lengths.numpy()
         # One entry for each (row, page) that holds keys the row attends to.
-        start = torch.arange(block_table.shape[1]) * page_size
-        row, column = (start < lengths[:, None]).nonzero().unbind(1)
-        page = block_table[row, column].long()
-        used = (lengths[row] - start[column]).clamp_(max=page_size)
-        self.rows, self.page_size = len(lengths), page_size
+        row, column = np.nonzero(np.arange(table.shape[1]) * page_size < lengths[:, None])
+        page, used = table[row, column], lengths[row] - column * page_size
+        self.rows, self.page_size, self.heads = len(lengths), page_size, heads
         # Apart, as the two kinds are different products: one row's queries with a page, and those of many rows at once.
-        users = torch.bincount(page)
+        users = np.bincount(page)
         alone = users[page] == 1
-        self.parts = []
+        parts = []
         if alone.any():
-            self.parts.append(self._alone(page[alone], row[alone], used[alone], len(users)))
+            parts.append(self._alone(page[alone], row[alone], used[alone], len(users)))
         if not alone.all():
-            self.parts.append(self._shared(page[~alone], row[~alone]))
+            parts.append(self._shared(page[~alone], row[~alone]))
+        # Which of the (rows + 1) x heads queries each unit multiplies, for each KV head: (units, kv_heads, m, group).
+        head = np.arange(heads).reshape(kv_heads, 1, -1)
+        index = [(rows[:, None, :, None] * heads + head).ravel() for _, rows, _ in parts]
+        self.index = torch.from_numpy(np.concatenate(index))
+        self._buffers(parts, kv_heads, head_dim)
+
+    def advance(self, block_table: torch.Tensor, lengths: torch.Tensor) -> bool:
+        """Take the next step, if it differs from the last one by one more key of each row, in the page it writes to.
+        False: a page or a row came or went."""
+        table, lengths = block_table.numpy(), lengths.numpy()
+        if not (np.array_equal(table, self.table) and np.array_equal(lengths, self.lengths + 1)):
+            return False
+        self.lengths = lengths
+        self.bias.put(self.next, 0)
+        self.next += 1
+        return True
 
     def _alone(self, page, row, used, count):
         """Pages of one row each. Where most pages are, the whole range is taken as it lies, nothing is copied."""
         # A slice of the cache is a view, an index copies. Worth computing up to as many unused pages again.
         whole = 2 * len(page) >= count
-        index = page if whole else torch.arange(len(page))
-        size = count if whole else len(page)
-        rows = torch.full((size, 1), self.rows)  # pages that nobody attends to count for a row too many
-        rows[index, 0] = row
-        bias = torch.zeros(size, 1, self.page_size)
-        bias[index, 0] = torch.where(torch.arange(self.page_size) < used[:, None], 0.0, float("-inf"))
-        return slice(0, count) if whole else page, rows, bias
+        at, size = (page, count) if whole else (slice(None), len(page))
+        rows = np.full((size, 1), self.rows)  # pages that nobody attends to count for a row too many
+        rows[at, 0] = row
+        self.bias = np.zeros((size, self.page_size), np.float32)
+        self.bias[at] = np.where(np.arange(self.page_size) < used[:, None], np.float32(0), np.float32(-np.inf))
+        # Where the next key of each row counts: in its last page, the one that may be incomplete.
+        last = used <= self.page_size
+        self.next = np.arange(size)[at][last] * self.page_size + used[last]
+        return slice(0, count) if whole else page, rows, self.bias
 
     def _shared(self, page, row):
         """Pages of several rows, at most SHARED_ROWS at a time."""
         # Users of one page side by side, numbered from 0: every sixteenth begins a new unit of work.
-        order = page.argsort(stable=True)
+        order = page.argsort(kind="stable")
         page, row = page[order], row[order]
-        _, count = page.unique_consecutive(return_counts=True)
-        rank = torch.arange(len(page)) - (count.cumsum(0) - count).repeat_interleave(count)
+        _, start, count = np.unique(page, return_index=True, return_counts=True)
+        rank = np.arange(len(page)) - np.repeat(start, count)
         first = rank % SHARED_ROWS == 0
-        rows = torch.full((int(first.sum()), min(SHARED_ROWS, int(count.max()))), self.rows)
-        rows[first.cumsum(0) - 1, rank % SHARED_ROWS] = row
-        return page[first], rows, None
+        unit, size, pages = first.cumsum() - 1, first.sum(), page[first]
+        low, high = page[0], page[-1] + 1
+        if count.max() <= SHARED_ROWS and 2 * size >= high - low:  # as they lie, as above
+            unit, size, pages = page - low, high - low, slice(low, high)
+        rows = np.full((size, min(SHARED_ROWS, count.max())), self.rows)
+        rows[unit, rank % SHARED_ROWS] = row
+        return pages, rows, None
 
-    def __call__(self, q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, scale: float) -> torch.Tensor:
-        """softmax(scale q K^T) V: q (rows, heads, dim), k_pages and v_pages (pages, page_size, kv_heads, dim)."""
-        rows, heads, dim = q.shape
-        kv_heads = k_pages.shape[2]
-        group = heads // kv_heads
+    def _buffers(self, parts, kv_heads: int, dim: int) -> None:
+        """What every layer writes anew, and the views of it that are read and written."""
+        rows, heads, scored = self.rows, self.heads, len(self.index)
         # One row too many, of zeros: padding and unused pages count for it, and it is dropped at the end.
-        query = torch.cat((q.float() * scale, torch.zeros(1, heads, dim))).view(rows + 1, kv_heads, group, dim)
-        scores = [self._scores(query, k_pages, *part) for part in self.parts]
+        self.query = torch.zeros((rows + 1) * heads, dim)
+        self.picked, self.weighted = torch.empty(2, scored, dim)
+        self.scores, self.highest = torch.empty(scored, self.page_size), torch.empty(scored, 1)
+        self.top, self.out, self.total = (
+            torch.empty(len(self.query)),
+            torch.empty_like(self.query),
+            torch.empty(len(self.query)),
+        )
+        self.real = [t.view(rows + 1, heads, -1)[:rows] for t in (self.query, self.out, self.total)]
+        self.parts, start = [], 0
+        for pages, unit_rows, bias in parts:
+            units, many = len(unit_rows) * kv_heads, unit_rows.shape[1] * heads // kv_heads
+            # The cache's pages of one head are the units of a product, so each page stands for kv_heads of them.
+            if isinstance(pages, slice):
+                pages = slice(int(pages.start) * kv_heads, int(pages.stop) * kv_heads)
+            else:
+                pages = torch.from_numpy((pages[:, None] * kv_heads + np.arange(kv_heads)).ravel())
+            mine = (t[start : start + units * many] for t in (self.picked, self.scores, self.weighted))
+            q, s, w = (t.view(units, many, -1) for t in mine)
+            if bias is not None:
+                bias = torch.from_numpy(bias)[:, None], s.view(len(unit_rows), -1, self.page_size)
+            self.parts.append((pages, q, s, w, bias))
+            start += units * many
+
+    def __call__(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+        """softmax(scale q K^T) V: q (rows, heads, dim); keys, values (pages x kv_heads, page_size, dim), so that those
+        of one page and head lie together."""
+        dtype, highest, index = q.dtype, self.highest, self.index
+        if dtype != torch.float32:
+            q = q.float()
+        query, out, total = self.real
+        torch.mul(q, scale, out=query)
+        torch.index_select(self.query, 0, index, out=self.picked)
+        for pages, picked, scores, _, bias in self.parts:
+            torch.bmm(picked, keys[pages].float().transpose(1, 2), out=scores)
+            if bias is not None:
+                bias[1].add_(bias[0])
         # The largest score of each row over all of its pages, before anything is exponentiated: the sums of the pages
         # then have one scale and are simply added.
-        top = torch.full((rows + 1, kv_heads * group), float("-inf"))
-        for (_, index, _), s in zip(self.parts, scores):
-            highest = s.amax(-1).flatten(0, 1)
-            top.scatter_reduce_(0, index.flatten()[:, None].expand_as(highest), highest, "amax")
-        out = torch.zeros(rows + 1, kv_heads * group, dim)
-        total = torch.zeros(rows + 1, kv_heads * group)
-        for (pages, index, _), s in zip(self.parts, scores):
-            p = s.sub_(top[index].unsqueeze(-1)).exp_()
-            total.index_add_(0, index.flatten(), p.sum(-1).flatten(0, 1))
-            out.index_add_(0, index.flatten(), self._weighted(p, v_pages[pages], kv_heads).flatten(0, 1))
-        return (out[:rows] / total[:rows, :, None]).to(q.dtype)
-
-    def _scores(self, query, k_pages, pages, rows, bias) -> torch.Tensor:
-        """fp32 (units, m, heads, page_size): the m rows of each unit against the keys of its page."""
-        units, m = rows.shape
-        kv_heads, group, dim = query.shape[1:]
-        q = query[rows].transpose(1, 2).reshape(units * kv_heads, m * group, dim)
-        keys = k_pages[pages].transpose(1, 2).reshape(units * kv_heads, self.page_size, dim).float()
-        s = torch.bmm(q, keys.transpose(1, 2)).view(units, kv_heads, m * group, self.page_size)
-        if bias is not None:
-            s += bias[:, None]
-        return s.view(units, kv_heads, m, group, -1).transpose(1, 2).reshape(units, m, kv_heads * group, -1)
-
-    def _weighted(self, p, values, kv_heads) -> torch.Tensor:
-        """fp32 (units, m, heads, dim): probabilities times the values of each unit's page."""
-        units, m, heads, size = p.shape
-        p = p.view(units, m, kv_heads, -1, size).transpose(1, 2).reshape(units * kv_heads, -1, size).to(values.dtype)
-        values = values.transpose(1, 2).reshape(units * kv_heads, size, -1).float()
-        out = torch.bmm(p.float(), values).view(units, kv_heads, m, heads // kv_heads, -1)
-        return out.transpose(1, 2).reshape(units, m, heads, -1)
+        torch.amax(self.scores, 1, True, out=highest)
+        self.top.fill_(float("-inf")).scatter_reduce_(0, index, highest.view(-1), "amax")
+        torch.index_select(self.top, 0, index, out=highest.view(-1))
+        self.scores.sub_(highest).exp_()
+        self.total.zero_().index_add_(0, index, self.scores.sum(-1))
+        if dtype != torch.float32:
+            self.scores.copy_(self.scores.to(dtype))
+        for pages, _, p, weighted, _ in self.parts:
+            torch.bmm(p, values[pages].float(), out=weighted)
+        self.out.zero_().index_add_(0, index, self.weighted)
+        return (out / total).to(dtype)

@@ -28,6 +28,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467), rounded as transformers' Qwen2RMSNorm rounds.
     """
+    if x.dtype == weight.dtype == torch.float32:
+        return torch.rms_norm(x, weight.shape, weight, eps)  # the same operations, called from C++
     y = x.float()
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True).add_(eps))
     # First to the dtype of x, then scaled: transformers does it in this order, and the other one rounds elsewhere.
@@ -44,27 +46,37 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
-def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_store(q, k, v, cos, sin, cache, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary positions of q (tokens, heads, dim) and k (tokens, kv_heads, dim); k and v go into the cache; q and k.
 
     RoPE (Su et al. 2021, arXiv 2104.09864) in the half-split layout of Llama and Qwen, not the interleaved one.
-    cos, sin (tokens, 1, dim), the first half of sin with its sign changed; keys, values (pages, page_size, kv_heads,
-    dim) of one layer; page, offset (tokens,) int64: where each token lies. q and k may be overwritten.
+    cos, sin (tokens, 1, dim), the first half of sin with its sign changed; cache (2, pages, page_size, kv_heads, dim):
+    keys and values of one layer; page, offset (tokens,) int64: where each token lies. q and k may be overwritten.
     """
-    # Together, since both turn by the same angles: half the launches of small operations.
-    both = _rotate(torch.cat((q, k), 1), cos, sin)
-    q, k = both.split((q.shape[1], k.shape[1]), 1)
-    keys.index_put_((page, offset), k)
-    values.index_put_((page, offset), v)
-    return q, k
+    heads, kv_heads = q.shape[1], k.shape[1]
+    whole = _side_by_side(q, k, v)
+    # Together, since both turn by the same angles, and in place: half the launches of small operations.
+    turning = whole[:, : heads + kv_heads]
+    turned = turning.roll(turning.shape[-1] // 2, -1)  # the halves change places; the minus sign is in sin
+    if whole.dtype == torch.float32:
+        turning.mul_(cos).addcmul_(turned, sin)
+    else:
+        # Not addcmul_: it keeps the second product in fp32, where transformers rounds both products before it adds.
+        turning.mul_(cos).add_(turned.mul_(sin))
+    cache[:, page, offset] = whole[:, heads:].view(len(whole), 2, kv_heads, -1).transpose(0, 1)
+    return whole[:, :heads], whole[:, heads : heads + kv_heads]
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    turned = x.roll(x.shape[-1] // 2, -1)  # the halves change places; the minus sign is in sin
-    if x.dtype == torch.float32:
-        return (x * cos).addcmul_(turned, sin)
-    # Not addcmul_: it keeps the second product in fp32, where transformers rounds both products before it adds them.
-    return (x * cos).add_(turned.mul_(sin))
+def _side_by_side(*parts: torch.Tensor) -> torch.Tensor:
+    """The parts (tokens, n, dim) as one tensor (tokens, sum of n, dim): the very memory if they lie so, else a copy."""
+    first, heads = parts[0], sum(part.shape[1] for part in parts)
+    address = first.data_ptr()
+    # A row as wide as all parts: they are slices of one tensor, and not allocations that happen to touch.
+    beside = first.stride(0) >= heads * first.shape[2]
+    for part in parts:
+        beside = beside and part.data_ptr() == address and part.stride() == first.stride()
+        address += part.shape[1] * part.shape[2] * part.element_size()
+    return first.as_strided((first.shape[0], heads, first.shape[2]), first.stride()) if beside else torch.cat(parts, 1)
 
 
 def operations(device: torch.device, dtype: torch.dtype):
@@ -104,7 +116,7 @@ def largest_difference(one, other, device: torch.device, dtype: torch.dtype) -> 
         total, cache = x.clone(), torch.zeros(2, 3, 4, 2, 16, dtype=dtype, device=device)
         out = [ops.rms_norm(x, weight, 1e-6), ops.add_rms_norm(total, delta, weight, 1e-6), total]
         out += [ops.add_rms_norm(x.float().clone(), delta, weight, 1e-6)]  # fp32 residual
-        out += [ops.silu_mul(x, delta), *ops.rotate_store(q.clone(), k.clone(), v, cos, sin, *cache, page, offset)]
+        out += [ops.silu_mul(x, delta), *ops.rotate_store(q.clone(), k.clone(), v, cos, sin, cache, page, offset)]
         return [*out, cache]
 
     pairs = zip(results(one), results(other))

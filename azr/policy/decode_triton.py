@@ -141,9 +141,9 @@ def silu_mul(gate, up) -> torch.Tensor:
     return out
 
 
-def rotate_store(q, k, v, cos, sin, keys, values, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_store(q, k, v, cos, sin, cache, page, offset) -> tuple[torch.Tensor, torch.Tensor]:
     """See `decode_ops.rotate_store`; q and k are rotated in place."""
-    tokens, heads, dim = q.shape
+    (tokens, heads, dim), (keys, values) = q.shape, cache
     strides = (q.stride(0), k.stride(0), v.stride(0), *keys.stride()[:3])
     sizes = {"HEADS": heads, "DIM": dim, "BLOCK": triton.next_power_of_2(dim // 2)}
     _rotate_store_kernel[(tokens, heads + k.shape[1])](

@@ -29,6 +29,9 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # the length of the text, so keys that are cached would have to be rotated again.
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 ROLLOUT_WEIGHTS = ("auto", "stored", "bf16")
+# fp32 rows up to which a CPU's library sums a product in an order that depends on its length (MKL): zeros that are
+# added in would change the result's last bit.
+FEW = 3
 
 
 class Unsupported(ValueError):
@@ -111,43 +114,45 @@ class Projection:
             parts = [self.weight.new_zeros(n) if b is None else b.data for n, b in zip(self.sizes, biases)]
             self.bias = torch.cat(parts).to(self.weight.dtype)
         self._find_lora(modules, dtype)
+        if self.weight is not None:
+            self.weight = self.weight.t()  # (in, outputs): torch.mm takes it as it is, in one call less than F.linear
 
     def _find_lora(self, modules, dtype) -> None:
         """Collect the LoRA matrices that are switched on, those that can share a product side by side."""
         # Looked up at each call of `generate`: the frozen base is sampled from with the adapter switched off.
         names = [_active_adapter(m) for m in modules]
         live = [(i, m, name) for i, (m, name) in enumerate(zip(modules, names)) if name is not None]
-        self.lora = []  # (which layer, B (out, r), scaling, columns of A's product)
+        self.lora = []  # (which layer, B (r, out), scaling, columns of A's product)
         # One product with all A at once, since all read x. In fp32 `.to` copies nothing: the optimizer's own memory.
-        self.lora_A = stacked([m.lora_A[name].weight for _, m, name in live]).to(dtype) if live else None
+        self.lora_A = stacked([m.lora_A[name].weight for _, m, name in live]).to(dtype).t() if live else None
         self.lora_B = None  # of all layers at once, (columns of A's product, all outputs), where they have one scaling
         start = 0
         for i, m, name in live:
             end = start + m.lora_A[name].weight.shape[0]
-            self.lora.append((i, m.lora_B[name].weight.data.to(dtype), m.scaling[name], slice(start, end)))
+            self.lora.append((i, m.lora_B[name].weight.data.to(dtype).t(), m.scaling[name], slice(start, end)))
             start = end
-        # All B in one block matrix with zeros elsewhere: one launch instead of three, which on a GPU cost more than
-        # multiplying by the zeros. In fp32, on a CPU, it is the other way round.
-        if self.weight is not None and dtype != torch.float32 and len({scaling for _, _, scaling, _ in self.lora}) == 1:
+        # All B in one block matrix with zeros elsewhere: launching three products costs more than the zeros do.
+        if self.weight is not None and len({scaling for _, _, scaling, _ in self.lora}) == 1:
             self.lora_B = self.lora_A.new_zeros(start, sum(self.sizes))
             places = self.lora_B.split(self.sizes, 1)
             for i, B, _, columns in self.lora:
-                places[i][columns].copy_(B.t())
+                places[i][columns].copy_(B)
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """x (tokens, in) -> (tokens, out) of each layer; they may be slices of one tensor."""
         # LoRA is added into the base's result, rounded once, in the dtype of x: as LoraLinear does in training.
-        low = F.linear(x, self.lora_A) if self.lora_A is not None else None
+        low = torch.mm(x, self.lora_A) if self.lora_A is not None else None
+        together = self.lora_B is not None and (x.shape[0] > FEW or x.dtype != torch.float32)
         if self.weight is None:
             out = [base(x) for base in self.bases]
         else:
-            whole = F.linear(x, self.weight, self.bias)
+            whole = torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
             # In place and on views below: `out` are slices of `whole`, nothing is copied.
-            if self.lora_B is not None:
+            if together:
                 whole.addmm_(low, self.lora_B, alpha=self.lora[0][2])
-            out = whole.split(self.sizes, 1)
-        for i, B, scaling, columns in self.lora if self.lora_B is None else ():
-            out[i].addmm_(low[:, columns], B.t(), alpha=scaling)
+            out = torch.split_with_sizes(whole, self.sizes, 1) if len(self.sizes) > 1 else (whole,)
+        for i, B, scaling, columns in () if together else self.lora:
+            out[i].addmm_(low[:, columns], B, alpha=scaling)
         return out
 
 
@@ -235,7 +240,7 @@ class Decoder:
         x, ops = F.embedding(ids, self.backbone.embed_tokens.weight), self.ops
         # F.embedding made a tensor of our own, so the residual stream is added to in place.
         x = x.float() if getattr(self.backbone, "residual_in_fp32", False) else x  # residual.py
-        cos, sin = self.cos[position], self.sin[position]
+        cos, sin = self.cos.index_select(0, position), self.sin.index_select(0, position)
         # Each residual sum is followed by a norm, and the two are one kernel. So the loop is shifted by a norm: a layer
         # ends with the first norm of the next one, the last layer with the backbone's.
         norms = [layer.norm for layer in self.layers] + [self.backbone.norm]

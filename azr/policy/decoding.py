@@ -78,15 +78,20 @@ class Decoding:
     ):
         self.engine, self.sampling, self.results = engine, sampling, results
         self.decoder, self.device, self.page_size = engine.decoder, engine.decoder.device, engine.page_size
+        on_cpu = self.device.type == "cpu"
         self.stop, self.seeds = engine.stop_table(sampling.stop), seed_tensor(seeds, self.device)
         slots = min(engine.max_batch, len(sequences))
         self.width = pages_for(longest + engine.block, self.page_size)  # pages of the longest sequence
         # No more pages than all slots at full length can use, and one prompt that is held for samples that wait.
         self.cache = self._allocate(self._affordable(min(engine.pages, (slots + 1) * self.width)))
+        # Views of it, made once: (2, pages, page_size, kv_heads, head_dim) of each layer, and for `ByPage` keys and
+        # values with the pages of one head as its unit.
+        self.layers = self.cache.unbind(1)
+        self.by_head = [layer.transpose(2, 3).flatten(1, 2).unbind() for layer in self.layers] if on_cpu else None
+        self.by_page: ByPage | None = None  # of the last step
         pages = Pages(self.cache.shape[2] - 1)
         self.scheduler = Scheduler(sequences, slots, pages, self.page_size, engine.prefill_tokens)
-        on_gpu = self.device.type == "cuda"
-        self.graphs = Graphs(slots, self.width, self.device, engine.side_stream) if on_gpu else None
+        self.graphs = None if on_cpu else Graphs(slots, self.width, self.device, engine.side_stream)
 
     def run(self) -> None:
         """Until every sample has ended."""
@@ -131,7 +136,7 @@ class Decoding:
     def _rotate_store(self, layer: int, q, k, v, cos, sin, where: tuple) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k at their positions; k and v (tokens, kv_heads, head_dim) go into the cache. where: (page of each
         token, offset in it)."""
-        return self.decoder.ops.rotate_store(q, k, v, cos, sin, self.cache[0, layer], self.cache[1, layer], *where)
+        return self.decoder.ops.rotate_store(q, k, v, cos, sin, self.layers[layer], *where)
 
     # -- prefill
 
@@ -224,15 +229,19 @@ class Decoding:
         """
         page = table.gather(1, (position // self.page_size)[:, None]).squeeze(1)
         where = (page, position % self.page_size)
-        by_page = ByPage(table, position + 1, self.page_size) if self.engine.attention == "page" else None
-        table, lengths = table.int(), (position + 1).int()
+        d, by_page, lengths = self.decoder, None, position + 1
+        if self.engine.attention == "page":
+            if self.by_page is None or not self.by_page.advance(table, lengths):
+                self.by_page = ByPage(table, lengths, self.page_size, d.heads, d.kv_heads, d.head_dim)
+            by_page = self.by_page
+        else:
+            table, lengths = table.int(), lengths.int()
 
         def attend(layer, q, k, v, cos, sin, scale):
             q, _ = self._rotate_store(layer, q, k, v, cos, sin, where)
-            keys, values = self.cache[0, layer], self.cache[1, layer]
             if by_page is not None:
-                return by_page(q, keys, values, scale)
-            return paged_decode(self.engine.attention, q, keys, values, table, lengths, scale)
+                return by_page(q, *self.by_head[layer], scale)
+            return paged_decode(self.engine.attention, q, *self.layers[layer], table, lengths, scale)
 
         return self.decoder.forward(token, position, attend)
 

@@ -114,8 +114,10 @@ class Engine:
             longest = max(len(s.prompt) + s.limit for s in fitting)
             try:
                 self.decoder.prepare(self.rollout_weights, longest + self.block)
-                # Held by no name, so that its cache is gone before `empty_cache`.
-                Decoding(self, fitting, [s for row in seeds for s in row], longest, sampling, results).run()
+                # Held by no name, so that its cache is gone before `empty_cache`. Parameters must not move in
+                # inference mode, so it begins after `prepare`; a GPU, which runs behind the host, gains nothing by it.
+                with torch.inference_mode(self.decoder.device.type == "cpu"):
+                    Decoding(self, fitting, [s for row in seeds for s in row], longest, sampling, results).run()
             finally:
                 self.decoder.release()
                 if self.decoder.device.type == "cuda":

@@ -24,8 +24,8 @@ q, k, v = (product[:, a:b].view(5, -1, 24) for a, b in ((0, 72), (72, 120), (120
 cos, sin = torch.randn(2, 5, 1, 24)
 page, offset = torch.tensor([4, 1, 0, 2, 2]), torch.tensor([0, 2, 1, 1, 0])
 ours, theirs = torch.zeros(2, 2, 5, 3, 2, 24)
-expected = decode_ops.rotate_store(q.clone(), k.clone(), v, cos, sin, *theirs, page, offset)
-got = decode_triton.rotate_store(q, k, v, cos, sin, *ours, page, offset)
+expected = decode_ops.rotate_store(q.clone(), k.clone(), v, cos, sin, theirs, page, offset)
+got = decode_triton.rotate_store(q, k, v, cos, sin, ours, page, offset)
 assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip((*got, ours), (*expected, theirs)))
 gate, up = product[:, 168:268], product[:, 268:]
 assert torch.allclose(decode_triton.silu_mul(gate, up), decode_ops.silu_mul(gate, up), atol=1e-6)
@@ -62,7 +62,7 @@ def test_rotation_rounds_where_transformers_rounds():
     turned = torch.cat((-sin[:, :8], sin[:, 8:]), -1)[:, None]
     cache = torch.zeros(2, 2, 3, 2, 16, dtype=torch.bfloat16)
     where = torch.tensor([1, 0, 1, 0, 1]), torch.tensor([0, 0, 1, 1, 2])
-    got = decode_ops.rotate_store(q, k, k, cos[:, None], turned, *cache, *where)
+    got = decode_ops.rotate_store(q.clone(), k.clone(), k, cos[:, None], turned, cache, *where)
     assert all(torch.equal(a, b.transpose(1, 2)[0]) for a, b in zip(got, expected))
     assert torch.equal(cache[0][where], got[1]) and torch.equal(cache[1][where], k)
 

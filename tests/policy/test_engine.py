@@ -481,19 +481,24 @@ def test_attention_by_page_equals_the_softmax(users):
     """`users` rows share two pages; each has one to three of its own, the last one incomplete."""
     generator, size = random.Random(0), 8
     torch.manual_seed(0)
-    keys, values = torch.randn(2, 100, 2, size, 16).transpose(2, 3)
+    by_head = torch.randn(2, 100, 2, size, 16)
+    keys, values = by_head.transpose(2, 3)
     free = generator.sample(range(1, 100), 99)
     shared = [free.pop(), free.pop()]
     tables = [shared + [free.pop() for _ in range(generator.randint(1, 3))] for _ in range(users)]
     tables.append([free.pop()])  # and one shares nothing
-    lengths = [size * (len(t) - 1) + generator.randint(1, size) for t in tables]
+    lengths = [size * (len(t) - 1) + generator.randint(2, size) for t in tables]
     table = torch.tensor([t + [0] * (5 - len(t)) for t in tables])
     q = torch.randn(len(tables), 6, 16)
-    out = ByPage(table, torch.tensor(lengths), size)(q, keys, values, 0.3)
+    sizes = size, 6, 2, 16
+    out = ByPage(table, torch.tensor(lengths), *sizes)(q, *by_head.flatten(1, 2), 0.3)
     for row, (pages, length) in enumerate(zip(tables, lengths)):
         k, v = (t[pages].flatten(0, 1)[:length].repeat_interleave(3, dim=1) for t in (keys, values))
         weight = (0.3 * torch.einsum("hd,thd->ht", q[row], k)).softmax(-1)
         assert torch.allclose(out[row], torch.einsum("ht,thd->hd", weight, v), atol=1e-5)
+    stepped = ByPage(table, torch.tensor(lengths) - 1, *sizes)
+    assert stepped.advance(table, torch.tensor(lengths)) and not stepped.advance(table[:, :4], torch.tensor(lengths))
+    assert torch.equal(stepped(q, *by_head.flatten(1, 2), 0.3), out)
 
 
 # ------------------------------------------------------------------------------------------------------------- pages

@@ -33,7 +33,7 @@ def test_with_the_trainers_attention_the_sampler_computes_the_trainers_bits(dtyp
 
     def attend(layer, q, k, v, cos, sin, scale):
         where = torch.arange(rows).repeat_interleave(time), position.repeat(rows)
-        q, k = decoder.ops.rotate_store(q, k, v, cos, sin, *cache, *where)
+        q, k = decoder.ops.rotate_store(q, k, v, cos, sin, cache, *where)
         q, k, v = (t.reshape(rows, time, -1, decoder.head_dim).transpose(1, 2) for t in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
         return out.transpose(1, 2).flatten(0, 1)
@@ -59,7 +59,8 @@ def test_attention_by_page_rounds_where_sdpa_rounds(dtype):
     for part, values in zip(pages, (k, v)):
         part[1:].view(8, 64, 4, 32)[:, :41] = values.transpose(1, 2)
     table, lengths = torch.arange(1, 17).view(8, 2), torch.full((8,), 41)
-    got = ByPage(table, lengths, 32)(q[:, :, 0], *pages, 32**-0.5)
+    by_head = pages.transpose(2, 3).flatten(1, 2)
+    got = ByPage(table, lengths, 32, 4, 4, 32)(q[:, :, 0], *by_head, 32**-0.5)
     assert (got != expected).float().mean() < 0.2  # with scores rounded too: 0.6
 
 
