@@ -7,8 +7,8 @@
 
 4-bit layers are called as they are, plain weights are read where they lie. Matrices that read the same input (q, k, v;
 gate, up) are made row slices of one storage, each still its own parameter, so that one product serves them all. LoRA
-stays unmerged: in fp32 its matrices are read where the optimizer writes them; in half precision `prepare` copies them
-to that precision, once a call of `generate`, so that there is no copy that could be stale. Numerics are those of the
+stays unmerged: what `prepare` copies of it (the second matrices side by side; in half precision both) is copied once a
+call of `generate`, so that there is no copy that could be stale. Numerics are those of the
 trainer (lora.py, decode_ops.py): every rounding is at the same place.
 
 Knows Qwen2 / Qwen2.5, Qwen3 (dense) and Llama 3 with static rotary scalings. Left out: other activations, sliding
