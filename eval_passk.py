@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -196,6 +197,10 @@ def compare(args: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     args = build_parser().parse_args(arguments)
+    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1":
+        if os.environ["RANK"] == "0":
+            print("eval_passk.py: works in one process; start it without torchrun", file=sys.stderr)
+        return 2
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
     try:
