@@ -163,7 +163,7 @@ def test_a_model_other_than_tiny_needs_a_gpu(tmp_path):
 
 
 def test_a_wrong_name_is_said_before_the_machine():
-    with pytest.raises(ModelError, match="give tiny, qwen-3b"):
+    with pytest.raises(ModelError, match="give tiny, qwen-0.5b"):
         Policy.load("qwen3b", need_gpu=True)
 
 
