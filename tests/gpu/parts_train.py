@@ -202,7 +202,7 @@ def random_weights(bench: Bench):
         @classmethod
         def load(cls, name, quantization="nf4", lora=None, **more):
             kept = {key: more[key] for key in ("max_batch", "attn", "rollout_weights") if key in more}
-            return random_policy(
+            policy = random_policy(
                 bench.shape("3B"),
                 quantization,
                 bench.device,
@@ -210,6 +210,8 @@ def random_weights(bench: Bench):
                 tokenizer=bench.tokenizer(),
                 **kept,
             )
+            policy.info["base_model"] = name  # a resume looks whether it is the base that the run began with
+            return policy
 
     return RandomWeights
 
