@@ -299,15 +299,15 @@ def test_other_problems_too_large_k_and_bad_margins_are_refused(tmp_path, capsys
     for words, why in (
         ((a, b), "'t/4'"),
         ((a, a, "--k", "1,9"), "beyond the 8 samples"),
-        ((a, a, "--margin", "0"), "--margin"),
         ((lone, lone), "one problem only"),
         ((a, tmp_path), "it has no result.json"),
     ):
         assert command(*words) == 2
         assert why in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        command(a, a, "--k", "0,1")
-    assert stop.value.code == 2
+    for words in (("--k", "0,1"), ("--margin", "0")):
+        with pytest.raises(SystemExit) as stop:
+            command(a, a, *words)
+        assert stop.value.code == 2
 
 
 def test_what_is_not_recorded_is_said_and_a_matched_temperature_is_allowed(tmp_path, capsys):

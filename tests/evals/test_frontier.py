@@ -152,7 +152,6 @@ def test_unlike_or_unfinished_results_are_refused_in_one_line(tmp_path, capsys):
         ((base, empty), "it has no result.json"),
         ((base, silent), "does not say at which temperature"),
         ((base, other), "template differs"),
-        ((base, base, "--margin", "0.6"), "--margin must lie"),
     ):
         assert command(*words, "--out", tmp_path / "out") == 2, why
         error = capsys.readouterr().err

@@ -55,7 +55,8 @@ def both(held_out: str, folder: str) -> None:
 
 def test_two_processes_are_the_run_of_one(tmp_path, few_held_out):
     # a process of its own: torch forbids a backward pass in a fork of one that has seen a card, if only a pretended one
-    done = subprocess.run([sys.executable, __file__, few_held_out, tmp_path], capture_output=True, text=True)
+    command, alone = [sys.executable, __file__, few_held_out, tmp_path], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     log, two = (tmp_path / "log").read_text(), tmp_path / "two"
     *codes, row = json.loads(done.stdout.splitlines()[-1])
