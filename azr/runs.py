@@ -303,7 +303,8 @@ class Run:
         """What to type to go on with this run."""
         # as it was started: there may be no `python`, and the script need not lie where the command was typed
         words, script = sys.orig_argv, sys.argv[0]
-        typed = Path(script).name == SCRIPT and script in words
+        # also a script that gives train_azr.py an arm of its own: without it the run would silently go on as another
+        typed = script.endswith(".py") and script in words
         return shlex.join(
             [*(words[: words.index(script) + 1] if typed else ["python", SCRIPT]), "--resume", str(self.dir)]
         )

@@ -80,6 +80,8 @@ class Ranks:
         StopNow if one was stopped. All ranks must come equally often."""
         if self.world == 1:
             return [value]
+        # torch's all_gather_object, which pickles too, would wait where no signal comes through; the bytes are those of
+        # this run's own processes, whose group nobody else is in
         data = torch.frombuffer(bytearray(pickle.dumps((failed, value))), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         self.wait(dist.all_gather(sizes, torch.tensor([len(data)]), async_op=True))
