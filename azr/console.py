@@ -1,9 +1,10 @@
-"""Lines on the screen and in log files: say, prose, note, warn, and a bar that is lines where there is no terminal.
+"""Lines on the screen and in log files: say, prose, note, warn, a bar that is lines without a terminal, a pulse.
 
     say("step 3: ...")                      # stdout: what was asked for
     note("sampling 400 answers")            # stderr: what one may want to know
     warn("no GPU: computed on the CPU")     # stderr: every fallback gets one
     with bar("solving") as advance: advance(done, total)
+    advance = pulse("step 3, solve", 512, "answers"); advance(1)       # a line every half minute, none before
 
 Needs rich; imports nothing else of this project and can be lifted out.
 """
@@ -72,6 +73,21 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, refresh_per_second=4) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def pulse(title: str, total: int, unit: str) -> Callable[[int], None]:
+    """Gives advance(count): a line on stderr with the time left every LINE_SECONDS, so none where it takes less."""
+    start = last = time.perf_counter()
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done, last
+        done, now = min(total, done + count), time.perf_counter()
+        if now - last >= LINE_SECONDS:
+            note(f"{title}: {done} of {total} {unit}, {duration((now - start) / done * (total - done))} left")
+            last = now
+
+    return advance
 
 
 @contextlib.contextmanager

@@ -145,13 +145,14 @@ class SharedPolicy(Policy):
 
     ranks: Ranks  # set once it is loaded
 
-    def generate(self, prompt_ids, n, sampling, seeds, max_new_tokens=None):
-        """As Policy.generate. Sizes that memory lowers on one rank are lowered on all."""
+    def generate(self, prompt_ids, n, sampling, seeds, max_new_tokens=None, on_finish=None):
+        """As Policy.generate; on_finish is told of this rank's share. Sizes that memory lowers on one rank are lowered
+        on all."""
         limits = max_new_tokens or [sampling.max_new_tokens] * len(prompt_ids)
 
         def sample(part: list[tuple]) -> list:
             ids, seeds, limits = map(list, zip(*part))
-            return super(SharedPolicy, self).generate(ids, n, sampling, seeds, limits)
+            return super(SharedPolicy, self).generate(ids, n, sampling, seeds, limits, on_finish)
 
         rows = self.ranks.shared(sample, list(zip(prompt_ids, seeds, limits, strict=True)))
         every = self.ranks.exchange(rollout_sizes(self.engine))

@@ -6,6 +6,7 @@ samples = judged(s, samples)                                      # with their v
 
 from __future__ import annotations
 
+from azr.console import pulse
 from azr.evals import math_answers
 from azr.evals.held_out import sample_seed
 from azr.tasks import Parsed, Sample, Task, judge, propose_prompt
@@ -15,8 +16,10 @@ def generate(s, role: str, modes: list[str], prompts: list[str], n: int, key: st
     """n responses to each prompt as Samples, in order; `key` and the place of the prompt make their seeds and group."""
     ids = [s.policy.encode(prompt) for prompt in prompts]
     seeds = [[sample_seed(s.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
+    title = ", ".join(key.split("/"))  # a step's number and phase, or "seed", its round and phase
+    advance = pulse(f"step {title}" if title[0].isdigit() else title, n * len(ids) // s.ranks.world, "responses")
     with s.policy.using(s.arms.adapter(role, "default")):
-        completions = s.policy.generate(ids, n, s.sampling, seeds)
+        completions = s.policy.generate(ids, n, s.sampling, seeds, on_finish=lambda *_: advance(1))
     return [
         Sample(role, modes[i], prompts[i], ids[i], completion, s.policy.decode(completion.ids), f"{key}/{i}")
         for i, row in enumerate(completions)

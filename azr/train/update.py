@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from azr.console import pulse
 from azr.policy.backoff import retry
 from azr.tasks import Sample
 from azr.train import ppo
@@ -143,7 +144,7 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
     Samples without advantage have no gradient (unless an arm says so): for the metrics they are scored without one.
     Samples of the base, adapter off, are not the policy's to score.
     """
-    loss_sum, parts = 0.0, []
+    loss_sum, parts, advance = 0.0, [], pulse("update", len(samples), "responses")
     # two passes: a micro-batch is scored either with activations kept for a gradient or, far cheaper, without
     for with_grad in (True, False):
         part = [
@@ -163,6 +164,7 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
             # also without gradient: the metrics of the gap and the clip are about all sampled tokens
             parts.append(columns_of(batch))
+            advance(len(indices))
             for sample, row in zip(batch.samples, entropy.tolist()):
                 sample.entropy = row[: len(sample.completion.ids)]
     return loss_sum, parts

@@ -184,3 +184,14 @@ def test_a_model_that_keeps_no_form_is_told_from_one_that_does():
     assert display.refusals([good, *bad]) == "5 % of 21 valid; 18 of 20 refused: no_format (one\\x1b[2J two)"
     assert display.keeps_no_form([good, *bad[:19]]) == ""
     assert "5 % of 21" in display.keeps_no_form([good, *bad])
+
+
+def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, capsys):
+    clock = iter([0.0, 10.0, 31.0, 40.0, 62.0, 63.0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    advance = console.pulse("step 3, solve", 512, "answers")
+    for count in (1, 127, 64, 400, 9):
+        advance(count)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "step 3, solve: 128 of 512 answers, 1:33 min left"
+    assert len(lines) == 2 and lines[1].startswith("step 3, solve: 512 of 512")  # what is counted twice is no more
