@@ -11,10 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from azr.console import prose, say
+from azr.palette import COMPARISON, GRAY, MODELS, style
 
-# Of Okabe and Ito's palette, which colour-blind readers tell apart.
-COLORS = {"base": "#0072B2", "tuned": "#D55E00", "difference": "#009E73", "crossing": "#E69F00"}
-MARKERS = {"base": "o", "tuned": "s"}
+COLORS = {name: own.color for name, own in (MODELS | COMPARISON).items()}
 STAR = (
     "*: all problems have the same value, so nothing can be resampled. The interval is Wilson's at 0 and 1, Agresti "
     "and Min's for no difference, else the rule of three's (of as many other problems, at most about 3.7 differ)."
@@ -213,25 +212,26 @@ def plot(result: dict) -> bytes:
     curves, difference, histogram = figure.subplots(1, 3)
     ks = [row["k"] for row in result["pass@k"]]
     for name in ("base", "tuned"):
-        _band(curves, ks, [row[name] for row in result["pass@k"]], COLORS[name], name)
-    curves.set_ylabel("pass@k")
+        _band(curves, ks, [row[name] for row in result["pass@k"]], name)
+    curves.set_ylabel("pass@k, mean over problems")
     curves.set_title("each with its own 95 % band", loc="left", fontsize=9.5)
     curves.legend(frameon=False, fontsize=8)
-    _band(difference, ks, [row["difference"] for row in result["pass@k"]], COLORS["difference"], None)
+    _band(difference, ks, [row["difference"] for row in result["pass@k"]], "difference")
+    difference.set_ylabel("difference of pass@k")
     difference.axhline(0, color="black", linewidth=0.8)
     for row in result["pass@k"]:
         if row["ahead"]:
-            difference.plot(row["k"], row["difference"]["mean"], "o", color=COLORS["difference"], markersize=6)
+            difference.plot(row["k"], row["difference"]["mean"], "D", color=COLORS["difference"], markersize=7)
     if result["crossing"]:
         k = result["crossing"]["k"]
         difference.axvspan(k["low"], k["high"], color=COLORS["crossing"], alpha=0.2, label="crossing, 95 %")
         difference.legend(frameon=False, fontsize=8)
-    difference.set_title("tuned - base, paired; dots: established", loc="left", fontsize=9.5)
+    difference.set_title("tuned - base, paired; large: established", loc="left", fontsize=9.5)
     for axes in (curves, difference):
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
-        axes.set_xlabel("k")
+        axes.set_xlabel("k, answers per problem")
     _bars(histogram, result["histogram"])
     for axes in (curves, difference, histogram):
         axes.grid(alpha=0.25)
@@ -256,7 +256,7 @@ def frontier_plot(sides: dict[str, dict[str, dict]], k: int | None, problems: in
         hot = {t: (row["pass@1"], row["pass@k"]) for t, row in rows.items() if row["pass@1"] and row["pass@k"]}
         greedy = next((row["pass@1"]["mean"] for t, row in rows.items() if not float(t) and row["pass@1"]), None)
         frontier_line(axes, hot, greedy, name, name)
-    axes.plot([], [], color="gray", linewidth=2, label="greedy, on the axis")
+    axes.plot([], [], color=GRAY, linewidth=2, label="greedy, on the axis")
     axes.set(xlabel="pass@1", ylabel=f"pass@{k}" if k else "(too few samples for pass@k)")
     axes.set_title(f"{problems} problems; small numbers: temperature; bars: 95 %", fontsize=9.5, loc="left")
     axes.grid(alpha=0.3)
@@ -269,7 +269,7 @@ def frontier_line(
 ) -> None:
     """One model: (pass@1, pass@k) at each temperature above 0, named by it, with 95 % bars where there are intervals;
     greedy accuracy as a stroke on the axis, for it has no pass@k. side: "base" or "tuned", for colour and marker."""
-    color, marker = COLORS[side], MARKERS[side]
+    color, marker = style(side)
     pairs = [[one["mean"] for one in pair] for pair in points.values()]
     axes.plot(*(zip(*pairs) if pairs else ([], [])), color=color, marker=marker, markersize=4, label=label)
     for (t, pair), at in zip(points.items(), pairs):
@@ -281,10 +281,11 @@ def frontier_line(
         axes.axvline(greedy, ymax=0.06, color=color, linewidth=2)
 
 
-def _band(axes, ks: list[int], values: list[dict], color: str, name: str | None) -> None:
+def _band(axes, ks: list[int], values: list[dict], name: str) -> None:
+    color, marker = style(name)
     low, mean, high = (np.array([value[key] for value in values], dtype=float) for key in ("low", "mean", "high"))
     axes.fill_between(ks, low, high, color=color, alpha=0.18, linewidth=0)
-    axes.plot(ks, mean, color=color, marker=MARKERS.get(name, "."), markersize=4, label=name)
+    axes.plot(ks, mean, color=color, marker=marker, markersize=4, label=name)
 
 
 def _bars(axes, histogram: dict) -> None:
@@ -292,5 +293,6 @@ def _bars(axes, histogram: dict) -> None:
     for shift, name in ((-0.2, "base"), (0.2, "tuned")):
         axes.bar(place + shift, histogram[name], width=0.4, color=COLORS[name], label=name)
     axes.set_xticks(place, histogram["bins"], rotation=60)
-    axes.set_title("problems by share of right answers", loc="left", fontsize=9.5)
+    axes.set(xlabel="share of right answers", ylabel="problems")
+    axes.set_title("problems by their share of right answers", loc="left", fontsize=9.5)
     axes.legend(frameon=False, fontsize=8)

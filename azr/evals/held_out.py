@@ -25,6 +25,7 @@ import numpy as np
 
 from azr.console import warn
 from azr.jsonl import strict_lines
+from azr.palette import MODELS, series
 from azr.passk import Interval, bootstrap_interval, pass_at_k, powers_of_two, ratio_difference, share_interval
 
 if TYPE_CHECKING:
@@ -275,22 +276,25 @@ def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequenc
     base = next(iter(results.values()))
     for result in results.values():
         check_comparable(base, result)
-    ks = list(ks or powers_of_two(min(int(result.column("n").min()) for result in results.values())))
+    ks = sorted(ks or powers_of_two(min(int(result.column("n").min()) for result in results.values())))
     panels = [*base.modes, *([None] if len(base.modes) > 1 else [])]
-    figure = Figure(figsize=(3.3 * len(panels), 3.4), layout="constrained")
-    for axes, mode in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    figure = Figure(figsize=(3.0 * len(panels), 3.2), layout="constrained")
+    for axes, mode in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
         _draw_panel(axes, results, ks, mode)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(ks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xticklabels([str(k) for k in ks])
-        axes.set_title(f"{mode or 'all'} ({len(base.of(mode))} tasks)", fontsize=10)
-        axes.set_xlabel("k (answers a task)")
-        axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel("pass@k")
-    figure.axes[0].legend(loc="upper left", fontsize=8)
-    if len(results) > 1:
-        figure.supxlabel("band: 95 % interval of the paired difference from the first curve", fontsize=8)
+        axes.set_title(f"{mode or 'all'}, {len(base.of(mode))} tasks", fontsize=9.5, loc="left")
+        axes.set_xlabel("k, answers per task", fontsize=8.5)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].set_ylabel("pass@k, mean over tasks", fontsize=8.5)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower left", ncols=len(names), fontsize=8, frameon=False)
     figure.savefig(path, dpi=150, format="png")
 
 
@@ -298,9 +302,11 @@ def _draw_panel(axes: Any, results: dict[str, EvalResult], ks: list[int], mode: 
     """The curve of every result, and around all but the first the band of its difference from the first."""
     base = next(iter(results.values()))
     for index, (name, result) in enumerate(results.items()):
-        curve, color = result.pass_at_k(ks, mode), f"C{index}"
-        axes.plot(ks, curve.mean, marker="o", markersize=3.5, color=color, label=name)
+        curve = result.pass_at_k(ks, mode)
+        color, marker = [*MODELS.values()][index] if index < len(MODELS) else series(index)
+        axes.plot(ks, curve.mean, marker=marker, markersize=4, linewidth=1.4, color=color, label=name)
         if result is not base:
             gap = difference(base, result, ks, mode)
             low, high = (np.clip(curve.mean - gap.mean + end, 0, 1) for end in (gap.low, gap.high))
-            axes.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0)
+            text = f"{name}: 95 % of its paired difference from {next(iter(results))}"
+            axes.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0, label=text)

@@ -156,10 +156,14 @@ def plot(report: dict, file: Path) -> None:
     from matplotlib.figure import Figure
 
     types, layers = list(report["types"]), list(report["layers"])
-    panels = {"RMS of the update (U1)": "U1_rms", "unchanged in bf16 (S1)": "S1", "excess over chance (S5)": "S5"}
+    panels = {
+        "U1_rms": ("size of the update (U1)", "root mean square of the change of a weight"),
+        "S1": ("unchanged in bf16 (S1)", "share of the weights"),
+        "S5": ("unchanged beyond chance (S5)", "share of the weights, less that of chance"),
+    }
     every = max(1, len(layers) // 12)
     figure = Figure(figsize=(13, 1.5 + 0.16 * max(6, len(layers))), layout="constrained")
-    for axis, (title, key) in zip(figure.subplots(1, 3), panels.items()):
+    for axis, (key, (title, unit)) in zip(figure.subplots(1, 3), panels.items()):
         grid = np.full((len(layers), len(types)), np.nan)
         for name, module in report["modules"].items():
             parts = name.split(".")
@@ -167,8 +171,12 @@ def plot(report: dict, file: Path) -> None:
             if layer in layers and parts[-1] in types and module[key] is not None:
                 value = module[key]["excess"] if key == "S5" else module[key]
                 grid[layers.index(layer), types.index(parts[-1])] = value
-        figure.colorbar(axis.imshow(grid, aspect="auto", cmap="viridis"), ax=axis)
+        scale = {"cmap": "viridis"}
+        if key == "S5" and np.isfinite(grid).any():  # has two signs: white is chance
+            scale = {"cmap": "PuOr", "vmin": -np.nanmax(abs(grid)), "vmax": np.nanmax(abs(grid))}
+        figure.colorbar(axis.imshow(grid, aspect="auto", **scale), ax=axis).set_label(unit, fontsize=8.5)
         axis.set_xticks(range(len(types)), types, rotation=45, ha="right")
         axis.set_yticks(range(0, len(layers), every), layers[::every])
-        axis.set(title=title, ylabel="layer")
+        axis.set_title(title, fontsize=9.5, loc="left")
+        axis.set_ylabel("layer", fontsize=8.5)
     figure.savefig(file, dpi=130)
