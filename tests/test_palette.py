@@ -1,5 +1,8 @@
 """One definition of colours and markers: every name has one of its own, and what shares a figure differs in both."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from azr import palette
@@ -45,3 +48,12 @@ def test_the_arm_of_a_run(settings, arm):
     usual = {"algorithm": "selfplay", "proposer": "joint", "entropy_control": "none", "proposer_reward": "learnability"}
     assert palette.arm_of(usual | {"off_policy_gamma": 0.0} | settings) == arm
     assert palette.arm_of(settings) == arm  # an old or a foreign config.json
+
+
+def test_no_colour_is_defined_elsewhere():
+    """A colour that is written out in another file of azr/ is one that changes between figures."""
+    home = Path(palette.__file__)
+    for path in home.parent.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path != home and ("matplotlib" in text or "figures." in text):
+            assert not re.search(r"""["']#[0-9a-fA-F]{6}["']|["']C\d["']|f"C\{|tab:""", text), path

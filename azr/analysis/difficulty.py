@@ -22,11 +22,12 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import shown
-from azr.analysis.reader import MODES, RunData, mean_row, read_runs, read_samples, remembered, stages
+from azr.analysis.reader import MODES, TREND_STEPS, RunData, mean_row, read_runs, read_samples, remembered, stages
 from azr.command import Number
 from azr.console import note, warn
 from azr.fits import as_json, difference_of_means, linear_fit
 from azr.jsonl import write_json_atomic
+from azr.palette import BLACK, GRAY, Style, style
 from azr.passk import share_interval
 from azr.runs import weights_of
 
@@ -232,28 +233,34 @@ def print_result(run: RunData, result: dict) -> None:
     print(f"tasks {shown(split['tasks'])}, solver {shown(split['solver'])}")
     modes = (f"{m} {shown(row)} (n {row['n']})" for m, row in result["tasks_by_mode"].items() if row)
     print("tasks, by mode: " + "; ".join(modes))
-    print(f"trend of the fixed solvers' rate per 100 steps: {shown(result['trend_per_100_steps'])}\n")
+    if result["stages"][-1][1] - result["stages"][0][0] + 1 >= TREND_STEPS:
+        print(f"trend of the fixed solvers' rate per 100 steps: {shown(result['trend_per_100_steps'])}")
+    print()
 
 
 def draw(run_name: str, result: dict):
-    """The figure of one run: share solved a stage, the change split into tasks and solver, answer lengths in tokens."""
-    drawn, (rates, split, tokens) = figures.figure(1, 3, 3.7, 2.9)
-    x = np.arange(len(result["stages"]))
+    """The figure of one run: share solved per stage, the change split into tasks and solver, answer lengths in
+    tokens."""
+    drawn, (rates, split, tokens) = figures.figure(1, 3, 3.7, 3.2)
+    x, last = np.arange(len(result["stages"])), len(result["solvers"]) - 1
+    styles = {0: style("base"), last: style("tuned")}  # the checkpoint between them has none of its own
     for axes, key in ((rates, "rate"), (tokens, "tokens")):
         for i, name in enumerate(result["solvers"]):
-            figures.points(axes, x, result[key][name], name, figures.CYCLE[i], shift=0.06 * (i - 1))
+            shape = figures.look(styles.get(i, Style(GRAY, "v")))
+            figures.points(axes, x, result[key][name], name.replace("_", " "), shape, shift=0.06 * (i - 1))
         axes.set_xticks(x, [f"{a}-{b}" for a, b in result["stages"]])
         axes.set_ylim(bottom=0)
     logged = [row["mean"] if row else np.nan for row in result["logged_rate"]]
-    rates.plot(x, logged, "k--", linewidth=1, label="as logged in training")
-    figures.label(rates, f"{run_name}: fixed solvers on each stage's tasks", "steps proposed in", "share solved")
-    figures.label(tokens, "length of their answers", "steps proposed in", "tokens")
-    split.axhline(0, color="#333333", linewidth=0.8)
+    rates.plot(x, logged, "--", color=BLACK, linewidth=1, label="solver of that step, as logged in training")
+    figures.label(rates, f"{run_name}: fixed solvers on proposals", "steps they were proposed in", "share solved")
+    figures.label(tokens, "length of their answers", "steps they were proposed in", "tokens per answer")
+    figures.zero_line(split)
     for i, row in enumerate((result["split"]["tasks"], result["split"]["solver"], result["logged_change"])):
-        figures.points(split, [i], [row], "", figures.CYCLE[i], False)
+        figures.points(split, [i], [row], "", figures.look(Style(BLACK, "o"), ""))
     split.set_xticks(range(3), ["tasks\n(solver fixed)", "solver\n(tasks fixed)", "as logged"], fontsize=7.5)
     split.set_xlim(-0.5, 2.5)
-    figures.label(split, "change of the solve rate, first to last", "", "difference", legend=False)
+    figures.label(split, "change, first to last stage", "", "difference of the share solved")
+    figures.legend(drawn, [rates])
     return drawn
 
 

@@ -22,18 +22,41 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import CYCLE, print_change, shown
-from azr.analysis.reader import MODES, ROLES, Digest, RunData, ends, mean_row, read_run, read_samples, stages
+from azr.analysis.figures import STEP, print_change, shown
+from azr.analysis.reader import (
+    MODES,
+    ROLES,
+    TREND_STEPS,
+    Digest,
+    RunData,
+    ends,
+    mean_row,
+    read_run,
+    read_samples,
+    stages,
+)
 from azr.command import Number
 from azr.console import warn
 from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
 from azr.jsonl import replacing
+from azr.palette import BLACK, BLUE, COLORS, GRAY, GREEN, PURPLE, SKY, VERMILION, YELLOW
 from azr.passk import share_interval
 
 WINDOWS = 10
 PROGRAMS = 100  # proposed in a window, whose distances are measured
 PARTNERS = 10  # others of the window that each is compared with
 REASONS_SHOWN = 6
+# The phases of a step, stacked from below in this order.
+PHASES = {
+    "propose": SKY,
+    "validate": BLUE,
+    "solve": GRAY,
+    "judge": BLACK,
+    "reward": GREEN,
+    "update": VERMILION,
+    "evaluate": YELLOW,
+}
+NO_SECONDS = ("elapsed", "step", "unjudged", "lanes_lost")  # under time/: totals, and counts that differ by machine
 # reads a JSON list of programs, writes for each the hashes of its pq-grams, or null if it does not parse
 _PROFILES = """
 import ast, json, sys, zlib
@@ -187,13 +210,13 @@ def lengths(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
 def phases(run: RunData) -> dict:
     """Seconds of a step by phase: mean over steps with interval, and share of the step."""
     total, result = run.column("time/step"), {}
-    keys = dict.fromkeys(key for row in run.rows for key in row if key.startswith("time/"))
-    for key in keys:
-        values = run.column(key)
+    logged = (key.removeprefix("time/") for row in run.rows for key in row if key.startswith("time/"))
+    for name in dict.fromkeys((*PHASES, *logged)):
+        values = run.column(f"time/{name}")
         measured = np.isfinite(values) & np.isfinite(total)
-        if measured.any() and key not in ("time/elapsed", "time/step"):
+        if measured.any() and name not in NO_SECONDS:
             share = float(values[measured].sum() / total[measured].sum())
-            result[key.removeprefix("time/")] = mean_row(values[measured]) | {"share": share}
+            result[name] = mean_row(values[measured]) | {"share": share}
     return result
 
 
@@ -233,6 +256,26 @@ def print_result(run: RunData, result: dict) -> None:
     """Prints the result of `dynamics`, first window against last; "n" counts samples."""
     (a, b), (c, d) = result["windows"][0], result["windows"][-1]
     print(f"{run.path}: steps {a}-{b} -> steps {c}-{d} of {run.steps[0]}-{run.steps[-1]} [95 % intervals]\n")
+    if "proposer" in run.roles:
+        print_proposals(result)
+    print("Answer length in tokens, controlled for being right: drift per 100 steps; right minus wrong:")
+    few = len(run.steps) < TREND_STEPS
+    for mode, row in result["lengths"].items():
+        drift = f"- (of {TREND_STEPS} steps or more)" if few else shown(row["per_100_steps"], 2)
+        print(f"  {mode:10s}{drift};  {shown(row['right_minus_wrong'], 2)}  (n {row['n']})")
+    print("Mean rewards, first and last tenth of the steps:")
+    for key, row in result["rewards"].items():
+        print_change(key.removesuffix("/reward").ljust(22), row["first"], row["last"])
+    if gap := result["log_prob_gap"]:
+        print(f"Sampler-trainer gap, mean |log-prob gap|: {gap['mean']:.1e}, worst step {gap['max']:.1e}")
+    if result["gap_outside_10"]:
+        print(f"Tokens whose ratio of trainer to sampler is outside [0.9, 1.1]: {shown(result['gap_outside_10'])}")
+    seconds = (f"{n} {row['mean']:.2f} ({100 * row['share']:.0f} %)" for n, row in result["time"].items())
+    print("Seconds per step: " + ", ".join(seconds))
+
+
+def print_proposals(result: dict) -> None:
+    """The part of `print_result` about what was proposed: valid, solved, how different."""
     print("Share of proposals that are valid, and what the others failed on most:")
     for mode in MODES:
         rows = result["validity"].get(f"proposer/{mode}")
@@ -249,68 +292,70 @@ def print_result(run: RunData, result: dict) -> None:
             first, last = (result["solve_rate"].get(f"{mode}/{end}") for end in ("first", "last"))
             if first and last:
                 print_change(f"{mode:10s}", first[key], last[key])
-    print("Answer length in tokens, controlled for being right: drift per 100 steps; right minus wrong:")
-    for mode, row in result["lengths"].items():
-        print(f"  {mode:10s}{shown(row['per_100_steps'], 2)};  {shown(row['right_minus_wrong'], 2)}  (n {row['n']})")
     print("Proposed programs, distance of their syntax trees (0 same, 1 nothing in common), and duplicates:")
     first, last = result["diversity"]["windows"][0], result["diversity"]["windows"][-1]
     for key, name in (("program_distance", "distance"), ("duplicate_rate", "duplicates")):
         if first[key] and last[key]:
             print_change(f"{name:12s}", first[key], last[key])
-    print("Mean rewards, first and last tenth of the steps:")
-    for key, row in result["rewards"].items():
-        print_change(key.removesuffix("/reward").ljust(22), row["first"], row["last"])
-    if gap := result["log_prob_gap"]:
-        print(f"Sampler-trainer gap, mean |log-prob gap|: {gap['mean']:.1e}, worst step {gap['max']:.1e}")
-    if result["gap_outside_10"]:
-        print(f"Tokens whose ratio of trainer to sampler is outside [0.9, 1.1]: {shown(result['gap_outside_10'])}")
-    seconds = (f"{n} {row['mean']:.2f} ({100 * row['share']:.0f} %)" for n, row in result["time"].items())
-    print("Seconds a step: " + ", ".join(seconds))
 
 
 # ------------------------------------------------------------------------------------------------------- plots
 
 
 def draw_validity(result: dict):
-    """Stacked shares of the reasons, a panel a mode."""
+    """Stacked shares of the reasons, a panel per mode, all on one scale."""
     drawn, axes = figures.figure(1, 3, 3.5, 2.9)
     shares = {
         mode: [row["shares"] if row else {} for row in result["validity"].get(f"proposer/{mode}", [])] for mode in MODES
     }
     total = sum((Counter(row) for rows in shares.values() for row in rows), Counter())
     reasons = [reason for reason, _ in total.most_common() if reason != "ok"][:REASONS_SHOWN]
+    names, top = [reason.replace("_", " ") for reason in (*reasons, "other")], 0.05
     for one, (mode, rows) in zip(axes, shares.items()):
         stack = [[row.get(reason, 0) for row in rows] for reason in reasons]
         stack.append([sum(v for k, v in row.items() if k not in (*reasons, "ok")) for row in rows])
         if rows:
-            names = [reason.replace("_", " ") for reason in (*reasons, "other")]
-            one.stackplot([(a + b) / 2 for a, b in result["windows"]], stack, labels=names, colors=CYCLE, alpha=0.85)
-        one.set_ylim(0, max(0.05, 1.1 * max((sum(column) for column in zip(*stack)), default=0)))
-        figures.label(one, f"{mode}: why proposals are refused", "step", "share of proposals", legend=False)
-    handles, names = axes[0].get_legend_handles_labels()
-    if handles:
-        drawn.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=7.5, frameon=False)
+            middles = [(a + b) / 2 for a, b in result["windows"]]
+            one.stackplot(middles, stack, labels=names, colors=[*COLORS[: len(reasons)], GRAY], alpha=0.85)
+        top = max([top, *(1.1 * sum(column) for column in zip(*stack))])
+        figures.label(one, f"{mode}: refused, by reason", STEP, "share of proposals")
+    for one in axes:
+        one.set_ylim(0, top)
+    figures.legend(drawn, axes)
     return drawn
 
 
 def draw_rewards(run: RunData):
-    """Mean reward of each role and mode at every step, and the seconds of each phase of a step."""
-    drawn, axes = figures.figure(1, 3, 3.5, 2.7)
-    for one, role in zip(axes, ROLES):
+    """Mean reward of each role and mode at every step."""
+    drawn, axes = figures.figure(1, len(run.roles), 5.2, 3.1)
+    for one, role in zip(axes, run.roles):
         figures.curves(one, [run], f"{role}/{{}}/reward")
-        figures.label(one, f"{role}: mean reward", "step")
-    if names := list(phases(run)):
-        values = [np.nan_to_num(run.column(f"time/{n}")) for n in names]
-        axes[2].stackplot(run.steps, values, labels=names, colors=CYCLE, alpha=0.85)
-        axes[2].set_ylim(0, 1.2 * np.nanpercentile(np.sum(values, axis=0), 97))
-        axes[2].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=7.5, frameon=False, reverse=True)
-    figures.label(axes[2], "seconds a step, by phase", "step", "s", legend=False)
+        figures.label(one, f"{role}: reward", STEP, "mean reward per sample")
+    figures.legend(drawn, axes)
+    return drawn
+
+
+def draw_time(run: RunData, seconds: dict):
+    """The seconds of each phase of a step, stacked; phases that take less than a thousandth of it are left out."""
+    drawn, (axes,) = figures.figure(1, 1, 6.0, 3.3)
+    title, names = "time of a step, by phase", [name for name, row in seconds.items() if row["share"] >= 0.001]
+    if names:
+        values = [np.nan_to_num(run.column(f"time/{name}")) for name in names]
+        colors = [PHASES.get(name, PURPLE) for name in names]
+        axes.stackplot(run.steps, values, labels=names, colors=colors, alpha=0.85)
+        total = np.sum(values, axis=0)
+        axes.set_ylim(0, top := 1.2 * np.percentile(total, 97))
+        if beyond := int((total > top).sum()):
+            title += f" ({beyond} steps go beyond the top, up to {total.max():.0f} s)"
+    figures.label(axes, title, STEP, "seconds")
+    figures.legend(drawn, [axes])
     return drawn
 
 
 def plots(run: RunData, result: dict) -> dict:
     """Every figure of a run, by the name that its file gets."""
-    return {"validity": draw_validity(result), "rewards": draw_rewards(run)}
+    drawn = {"validity": draw_validity(result)} if "proposer" in run.roles else {}
+    return drawn | {"rewards": draw_rewards(run), "time": draw_time(run, result["time"])}
 
 
 # ------------------------------------------------------------------------------------------------------- flags

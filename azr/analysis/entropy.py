@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +24,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import print_change, shown
+from azr.analysis.figures import STEP, look, looks, print_change, shown
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, ends, mean_row, read_runs
 from azr.command import Number
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
+from azr.palette import BLACK, style
 from azr.passk import bootstrap_interval
 from azr.policy.opening import agree
 
@@ -273,39 +275,45 @@ def print_curves(result: dict) -> None:
 # ------------------------------------------------------------------------------------------------------- plots
 
 
-def draw_training(pair, runs: list[RunData]) -> None:
-    """Proposer left, solver right: per mode for one run, over all modes for several."""
-    for axes, role in zip(pair, ROLES):
+def draw_training(panels, runs: list[RunData], roles: Sequence[str] = ROLES) -> None:
+    """A panel per role: per mode for one run, over all modes for several."""
+    for axes, role in zip(panels, roles):
         figures.curves(axes, runs, f"{role}/{{}}/entropy")
-        figures.label(axes, f"{role}: entropy on its own samples", "step", "nats a token")
-    top = max(axes.get_ylim()[1] for axes in pair)
-    for axes in pair:
-        axes.set_ylim(0, top)  # the same scale, so that the two roles can be compared by eye
+        what = figures.of_modes(runs, "nats per token")
+        figures.label(axes, f"{role}: entropy on its own samples", STEP, what)
+    top = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, top)  # the same scale, so that the roles can be compared by eye
 
 
-def draw_probe(axes, probes: dict[str, dict]) -> None:
-    """Both roles on the frozen probe at each checkpoint; probes: name of a run -> {step: groups}."""
-    for i, (name, probe) in enumerate(probes.items()):
-        for j, role in enumerate(ROLES):
+def draw_probe(axes, runs: list[RunData], probes: list[dict]) -> None:
+    """Both roles on the frozen probe at each checkpoint, of several runs the proposer dashed; probes: {step: groups} of
+    each run."""
+    for run, probe, own in zip(runs, probes, looks(runs)):
+        for role in ROLES:
             rows = [groups.get(f"{role}/all", {}).get("token_mean") for groups in probe.values()]
-            figures.points(axes, list(map(int, probe)), rows, f"{name} {role}", figures.color(2 * i + j))
+            shape, name = look(style(role)), role
+            if len(runs) > 1:
+                shape, name = own | ({"linestyle": "--"} if role == "proposer" else {}), f"{run.name}, {role}"
+            figures.points(axes, list(map(int, probe)), rows, name, shape)
     axes.set_ylim(bottom=0)
-    figures.label(axes, "on the frozen probe", "step", "nats a token")
+    figures.label(axes, "entropy on the frozen probe", STEP, "nats per token")
 
 
 def draw_curves(runs: list[RunData], result: dict):
     """The figure of --run: both roles while training, the frozen probe, and held-out accuracy against entropy."""
-    drawn, axes = figures.figure(1, 4, 3.4, 2.9)
+    drawn, axes = figures.figure(1, 4, 3.4, 3.1)
     draw_training(axes[:2], runs)
-    draw_probe(axes[2], {run.name: result["runs"][str(run.path)]["probe"] for run in runs})
-    for i, run in enumerate(runs):
+    draw_probe(axes[2], runs, [result["runs"][str(run.path)]["probe"] for run in runs])
+    for run, own in zip(runs, looks(runs)):
         reward = run.column("held_out/all/accuracy")
-        axes[3].plot(run.column(SOLVER), reward, "o", color=figures.color(i), markersize=4, label=run.name)
-    title = "too few evaluations to fit"
-    if fit := result["fits"].get("held_out_accuracy"):
-        x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']}"
-        axes[3].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color="#333333", linewidth=1)
-    figures.label(axes[3], title, "solver entropy H", "held-out accuracy R")
+        axes[3].plot(run.column(SOLVER), reward, label=run.name, **own | {"linestyle": ""})
+    title, fit = "held-out accuracy against entropy", result["fits"].get("held_out_accuracy")
+    if fit and fit["resampled_units"] >= FEW:
+        x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']} evaluations"
+        axes[3].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color=BLACK, linewidth=1)
+    figures.label(axes[3], title, "solver entropy H, nats per token", "held-out accuracy R, share solved")
+    figures.legend(drawn, axes)
     return drawn
 
 

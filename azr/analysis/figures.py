@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from azr.analysis.reader import MODES
+from azr.analysis.reader import MODES, RunData
 from azr.jsonl import write_json_atomic
+from azr.palette import BLACK, Style, arm_of, series, style
 
-MODE_COLORS = {"deduction": "#1b6ca8", "abduction": "#c8553d", "induction": "#3f7d20", "all": "#333333"}
-CYCLE = ["#1b6ca8", "#c8553d", "#3f7d20", "#7d4e9e", "#b8860b", "#008b8b", "#8b3a62", "#555555"]
+STEP = "training step"
+LINES = ("-", "--", ":", "-.")  # runs of the same arm
+LEGEND_INCHES = 1.45  # of a column of the legend
 
 
 def figure(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 2.9):
@@ -32,18 +34,42 @@ def figure(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 
     return drawn, axes
 
 
-def label(axes, title: str, x: str = "", y: str = "", legend: bool = True) -> None:
-    """Titles a panel and its axes; the legend is drawn only if something in the panel has a name."""
+def label(axes, title: str, x: str, y: str) -> None:
+    """Titles a panel and its axes; y: what is plotted, with its unit."""
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(x, fontsize=8.5)
     axes.set_ylabel(y, fontsize=8.5)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7.5, frameon=False)
 
 
-def color(number: int) -> str:
-    """The colour of the run with this number."""
-    return CYCLE[number % len(CYCLE)]
+def legend(drawn, axes: list) -> None:
+    """One legend for all panels, below them, where it hides no data; each name once, none without names. To the left,
+    where a narrow screen begins."""
+    named = {}
+    for one in axes:
+        for handle, name in zip(*one.get_legend_handles_labels()):
+            named.setdefault(name, handle)
+    if named:
+        columns = min(len(named), max(1, int(drawn.get_figwidth() / LEGEND_INCHES)))
+        place = {"loc": "outside lower left", "ncols": columns}
+        drawn.legend(named.values(), named, fontsize=8, frameon=False, **place)
+
+
+def of_modes(runs: list[RunData], what: str) -> str:
+    """The label of what `curves` draws."""
+    return f"{what}, mean of modes" if len(runs) > 1 else what
+
+
+def look(own: Style, line: str = "-") -> dict:
+    """A style as matplotlib's keywords for a line with markers."""
+    return {"color": own.color, "marker": own.marker, "linestyle": line, "markersize": 4, "linewidth": 1.4}
+
+
+def looks(runs: list[RunData]) -> list[dict]:
+    """The look of each run: of its arm where the arms differ (a further run of an arm is dashed), else by number."""
+    arms = [arm_of(run.config) for run in runs]
+    if len(set(arms)) == 1:
+        return [look(series(i)) for i in range(len(runs))]
+    return [look(style(arm), LINES[arms[:i].count(arm) % len(LINES)]) for i, arm in enumerate(arms)]
 
 
 def smooth(values: np.ndarray, width: int) -> np.ndarray:
@@ -56,30 +82,33 @@ def smooth(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
-def curves(axes, runs: list, key: str) -> None:
+def curves(axes, runs: list[RunData], key: str) -> None:
     """A metric at every step, faint, and its running mean: by mode for one run, for several the mean of their modes.
 
     key: of metrics.jsonl with {} for the mode, such as "solver/{}/entropy". NaN breaks a line.
     """
-    for i, run in enumerate(runs):
-        rows = {mode: (run.column(key.format(mode)), MODE_COLORS[mode]) for mode in MODES}
+    for run, own in zip(runs, looks(runs)):
+        rows = {mode: (run.column(key.format(mode)), look(style(mode))) for mode in MODES}
         if len(runs) > 1:
-            rows = {run.name: (np.mean([values for values, _ in rows.values()], axis=0), color(i))}
-        for name, (values, tone) in rows.items():
+            rows = {run.name: (np.mean([values for values, _ in rows.values()], axis=0), own)}
+        for name, (values, shape) in rows.items():
             if np.isfinite(values).any():
-                shown = smooth(values, max(1, len(run.steps) // 20))
-                marker = "o" if np.isfinite(shown).sum() < 30 else None
-                axes.plot(run.steps, values, color=tone, alpha=0.18, linewidth=0.8)
-                axes.plot(run.steps, shown, color=tone, linewidth=1.5, label=name, marker=marker, markersize=3)
+                axes.plot(run.steps, values, color=shape["color"], alpha=0.2, linewidth=0.8)
+                every = max(1, len(run.steps) // 8)
+                axes.plot(run.steps, smooth(values, len(run.steps) // 20), label=name, markevery=every, **shape)
 
 
-def points(axes, x, intervals: list, name: str, tone: str, connect: bool = True, shift: float = 0.0) -> None:
-    """Estimates with their intervals: dicts with mean, low, high; None and NaN are gaps."""
+def points(axes, x, intervals: list, name: str, shape: dict, shift: float = 0.0) -> None:
+    """Estimates with their intervals: dicts with mean, low, high; None and NaN are gaps. shape: as of `look`."""
     rows = [[(row or {}).get(key) for key in ("mean", "low", "high")] for row in intervals]
     mean, low, high = np.array(rows, float).reshape(-1, 3).T
     error = np.maximum(0, np.nan_to_num(np.stack([mean - low, high - mean])))
-    style = {"fmt": "o-" if connect else "o", "color": tone, "markersize": 3.5, "linewidth": 1.3}
-    axes.errorbar(np.asarray(x, float) + shift, mean, error, elinewidth=0.9, capsize=2, label=name, **style)
+    axes.errorbar(np.asarray(x, float) + shift, mean, error, elinewidth=0.9, capsize=2, label=name, **shape)
+
+
+def zero_line(axes) -> None:
+    """A thin line at 0, for differences."""
+    axes.axhline(0, color=BLACK, linewidth=0.8)
 
 
 def png(drawn) -> bytes:

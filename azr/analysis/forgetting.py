@@ -290,23 +290,24 @@ def print_result(measured: dict[str, dict], fitted: dict) -> None:
     print(f"(from {RUNS_AS_UNITS} runs on, whole runs are resampled).")
 
 
-def draw(measured: dict[str, dict], fitted: dict) -> dict:
-    """{"forgetting_OUTCOME": figure}: the drop against each predictor, a colour a run."""
+def draw(runs: list[RunData], measured: dict[str, dict], fitted: dict) -> dict:
+    """{"forgetting_OUTCOME": figure}: the drop against each predictor, a colour and marker per run."""
     names, drawn = ("kl_forward/solver", "kl_forward/untrained", *SIZES), {}
     for outcome in OUTCOMES:
         lost = {run: drops(entry).get(outcome, {}) for run, entry in measured.items()}
         if not any(lost.values()):
             continue
-        drawn[f"forgetting_{outcome}"], axes = figures.figure(1, len(names), 2.6, 2.6)
+        drawn[f"forgetting_{outcome}"], axes = figures.figure(1, len(names), 2.6, 2.9)
         for j, (one, name) in enumerate(zip(axes, names)):
-            for k, (run, rows) in enumerate(lost.items()):
+            for own, (run, rows) in zip(figures.looks(runs), lost.items()):
                 x = [value_of(measured[run]["checkpoints"][step], name) for step in rows]
-                figures.points(one, x, list(rows.values()), Path(run).name, figures.color(k), False)
-            one.axhline(0, color="#333333", linewidth=0.7)
+                figures.points(one, x, list(rows.values()), Path(run).name, own | {"linestyle": ""})
+            figures.zero_line(one)
             one.locator_params(axis="x", nbins=4)
             fit = fitted.get(outcome, {}).get("predictors", {}).get(name)
-            title = f"R² {shown(fit['r2'], 2)}, n {fit['n']}" if fit else ""
-            figures.label(one, title, PREDICTORS[name], OUTCOMES[outcome] if j == 0 else "", legend=j == 0)
+            title = f"R² {shown(fit['r2'], 2)}, n {fit['n']}" if fit and fit["n"] >= FEW else "too few points for R²"
+            figures.label(one, title, PREDICTORS[name], f"{OUTCOMES[outcome]}, share" if j == 0 else "")
+        figures.legend(drawn[f"forgetting_{outcome}"], axes)
     return drawn
 
 
@@ -342,5 +343,5 @@ def main(args) -> int:
     fitted = fits(measured)
     print_result(measured, fitted)
     result = {"runs": measured, "drops": {name: drops(entry) for name, entry in measured.items()}, "fits": fitted}
-    figures.write_outputs(args, "forgetting", result, draw(measured, fitted))
+    figures.write_outputs(args, "forgetting", result, draw(runs, measured, fitted))
     return 0

@@ -29,6 +29,7 @@ from azr.tasks.task import MODES
 
 ROLES = ("proposer", "solver")
 GROUPS = [(role, mode) for role in ROLES for mode in MODES]
+TREND_STEPS = 25  # of a run with fewer no trend is told: a tenth of it is a step or two, which differ by luck
 
 
 @dataclass
@@ -63,6 +64,13 @@ class RunData:
             if isinstance(value, (int, float)):
                 values[row["step"] - self.rows[0]["step"]] = value
         return values
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that logged anything: a run on given tasks has no proposer. Both, if none did."""
+        return [role for role in ROLES if any(key.startswith(f"{role}/") for row in self.rows for key in row)] or [
+            *ROLES
+        ]
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of every checkpoint with its adapter or model and its azr.json."""

@@ -21,13 +21,25 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import difficulty, dynamics, entropy, figures, forgetting, html
-from azr.analysis.figures import shown
+from azr.analysis.figures import STEP, shown
 from azr.analysis.health import Health
-from azr.analysis.reader import MODES, ROLES, Digest, RunData, ends, mean_row, read_run, read_samples, same_model
+from azr.analysis.reader import (
+    MODES,
+    ROLES,
+    TREND_STEPS,
+    Digest,
+    RunData,
+    ends,
+    mean_row,
+    read_run,
+    read_samples,
+    same_model,
+)
 from azr.console import warn
 from azr.evals.held_out import EvalResult, difference, plot_pass_at_k
 from azr.fits import difference_of_means, over_runs
 from azr.jsonl import read_object, replacing, tolerant_lines
+from azr.palette import style
 from azr.passk import powers_of_two, share_interval
 
 STAGES_SHOWN = 4
@@ -43,14 +55,19 @@ EXTRAS = {
     ),
 }
 CAPTIONS = {
-    "validity": "Why proposals were refused, stacked; what is missing to the top was valid.",
-    "rewards": "Rewards by step (faint) and their running mean; seconds by phase.",
+    "validity": (
+        "Why proposals were refused",
+        "Stacked, mean of a tenth of the steps; the other proposals were valid.",
+    ),
+    "rewards": ("Rewards", "Faint: every step, strong: running mean."),
+    "time": ("Time", "Seconds of every step, stacked; phases of less than a thousandth of them are left out."),
 }
-RATES = {
-    "valid_rate": "valid proposals",
-    "solve_rate": "solve rate of own tasks",
-    "learnable_rate": "0 < solve rate < 1",
+RATES = {  # metric -> title, and what is plotted
+    "valid_rate": ("valid proposals", "share of proposals"),
+    "solve_rate": ("solve rate of its tasks", "share of right answers"),
+    "learnable_rate": ("solved sometimes but not always", "share of valid proposals"),
 }
+PROGRAM_LINES = 16  # of a sample that are shown
 SIZES = {
     "U1_rms": "U1, RMS of the change",
     "U1_rel_fro": "U1, relative to the weights",
@@ -152,10 +169,12 @@ def facts_of(entry: Entry) -> list[str]:
         if pair := mean_ends(run, role):
             first, last = pair
             sentences.append(
-                f"Entropy of the {role}, mean of the modes, nats a token: {first.mean():.2f} in the first tenth of the "
-                f"steps, {last.mean():.2f} in the last, difference {shown(difference_of_means(first, last))} "
+                f"Entropy of the {role}, mean of the modes, nats per token: {first.mean():.2f} in the first tenth of "
+                f"the steps, {last.mean():.2f} in the last, difference {shown(difference_of_means(first, last))} "
                 f"(n {len(first)}, {len(last)} steps)."
             )
+    if len(run.steps) < TREND_STEPS:
+        sentences.append(f"{len(run.steps)} steps are too few to say how entropy changed: that takes {TREND_STEPS}.")
     if stored := entry.extra.get("forgetting"):
         for outcome, lost in forgetting.drops(forgetting.by_step(stored)).items():
             step, row = max(lost.items())
@@ -167,7 +186,10 @@ def facts_of(entry: Entry) -> list[str]:
 
 
 def mean_ends(run: RunData, role: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """The entropy of a role, mean of its modes, in the first and in the last tenth of the steps; None without any."""
+    """The entropy of a role, mean of its modes, in the first and in the last tenth of the steps; None without any, and
+    where the steps are too few to tell a trend."""
+    if len(run.steps) < TREND_STEPS:
+        return None
     return ends(np.mean([run.column(f"{role}/{mode}/entropy") for mode in MODES], axis=0))
 
 
@@ -189,31 +211,35 @@ CAVEATS = [
 
 
 def summary_table(entries: list[Entry]) -> str:
-    """A row a run: settings, steps, hours."""
-    keys = [key for key in CONFIG_SHOWN if any(key in entry.run.config for entry in entries)]
-    rows = []
+    """A row per setting, a column per run, so that a narrow screen shows it whole; the last rows are what was done."""
+    columns = []
     for entry in entries:
         run, seconds = entry.run, entry.run.column("time/elapsed")
-        hours = f"{np.nanmax(seconds) / 3600:.2f}" if np.isfinite(seconds).any() else "?"
-        samples = f"{entry.digest.lines:,}" if entry.digest else "?"
-        rows.append([run.name, *(run.config.get(key, "") for key in keys), int(run.steps[-1]), hours, samples])
-    return html.table(["run", *(key.replace("_", " ") for key in keys), "steps done", "hours", "samples"], rows)
+        done = {"steps done": int(run.steps[-1])}
+        done["hours"] = f"{np.nanmax(seconds) / 3600:.2f}" if np.isfinite(seconds).any() else "?"
+        done["samples"] = f"{entry.digest.lines:,}" if entry.digest else "?"
+        columns.append({key.replace("_", " "): run.config.get(key, "") for key in CONFIG_SHOWN} | done)
+    rows = [[name, *(column[name] for column in columns)] for name in columns[0]]
+    rows = [row for row in rows if any(cell != "" for cell in row[1:])]
+    return html.table(["setting", *(entry.run.name for entry in entries)], rows)
 
 
 def pass_table(entry: Entry) -> str:
-    """pass@k of the base and of the last evaluated step, by mode, with the paired difference."""
+    """pass@k of the base and of the last evaluated step, by mode and k, with the paired difference."""
     base, trained, step = entry.passes
     rows = []
     for mode in [*base.modes, None]:
-        for k in entry.ks:
+        for k in sorted(entry.ks):
             gain = difference(base, trained, k, mode)
-            cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode)), str(gain)]
-            rows.append([mode or "all", len(base.of(mode)), f"@{k}", *cells, "" if gain.excludes_zero else "not shown"])
-    return html.table(["mode", "tasks", "pass", "base", f"step {step}", "difference, paired", ""], rows)
+            change = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+            verdict = "cannot tell" if not gain.excludes_zero else "better" if gain.mean > 0 else "worse"
+            cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode)), change, verdict]
+            rows.append([mode or "all", len(base.of(mode)), k, *cells])
+    return html.table(["mode", "tasks", "k", "base", f"step {step}", "difference, paired", "it is"], rows)
 
 
 def sample_tasks(entry: Entry) -> str:
-    """A row of three modes a stage."""
+    """Three modes per stage."""
     parts = []
     for step in sorted({step for step, _ in entry.digest.examples}):
         parts.append(f"<h3>step {step}</h3><div class=tasks>")
@@ -224,24 +250,31 @@ def sample_tasks(entry: Entry) -> str:
 
 
 def one_task(example, mode: str) -> str:
-    """A proposal with its first answer; example: as in `Digest.examples`, or None."""
+    """A proposal: what the solver is asked, the expected answer, its first answer; example: as in `Digest.examples`, or
+    None."""
     if example is None:
         return html.paragraph(f"{mode}: none in this step", "quiet")
     _, row, answer = example
     task, rate = row["task"], row["solve_rate"]
-    outcome = row["reason"] if not task else f"solved {100 * rate:.0f} % of the time" if rate is not None else "valid"
-    body = f"<h4>{mode}: {outcome}</h4>"
     if not task:
-        return body + html.code(row["response"])
-    body += html.code(task["program"])
+        why = f"<h4>{mode}: refused, {html.escape(row['reason'].replace('_', ' '))}</h4>"
+        return why + html.code(row["response"], PROGRAM_LINES)
+    body = f"<h4>{mode}: {f'solved {100 * rate:.0f} % of the time' if rate is not None else 'valid'}</h4>"
+    parts = {"program": task["program"]}
     if mode == "induction":
-        body += html.code(task["message"]) + html.code("\n".join(f"{a} -> {b}" for a, b in task["visible"][:3]))
+        pairs = "\n".join(f"f({a}) == {b}" for a, b in task["visible"])
+        parts = {"asked, a program for": f"# {task['message']}\n{pairs}"}
+        parts["expected, or one that does the same"] = task["program"]
+    elif mode == "deduction":
+        parts |= {"asked, the output": f"f({task['input']}) == ?", "expected": task["output"]}
     else:
-        body += html.code(f"f({task['input']}) = {task['output']}")
+        parts |= {"asked, an input": f"f(?) == {task['output']}", "expected, or another that fits": task["input"]}
     if answer:
-        right = "right" if answer["reward"].get("correct") else answer["reason"]
-        body += html.paragraph(f"an answer ({right}):", "quiet") + html.code(answer["response"], 8)
-    return body
+        right = "right" if answer["reward"].get("correct") else answer["reason"].replace("_", " ")
+        parts[f"an answer ({right})"] = answer["response"]
+    return body + "".join(
+        html.paragraph(f"{name}:", "quiet") + html.code(t, PROGRAM_LINES) for name, t in parts.items()
+    )
 
 
 def across_runs(entries: list[Entry]) -> str:
@@ -254,32 +287,36 @@ def across_runs(entries: list[Entry]) -> str:
         for role in ROLES:
             if pair := mean_ends(entry.run, role):
                 change = pair[1].mean() - pair[0].mean()
-                columns.setdefault(f"{role} entropy, last minus first tenth", []).append(change)
+                columns.setdefault(f"{role} entropy, nats per token, last minus first tenth", []).append(change)
     rows = []
     for name, values in columns.items():
         if len(values) == len(entries):
             rows.append([name, *(f"{value:+.3f}" for value in values), shown(over_runs(values)), len(values)])
-    return html.table(["change", *(e.run.name for e in entries), "mean over runs", "runs"], rows)
+    if not rows:
+        return html.paragraph("Nothing was measured in all of them that could be compared.")
+    text = "The interval is Student's t over the runs: about other training seeds, if only the seed differs."
+    heads = ["change", *(e.run.name for e in entries), "mean over runs", "runs"]
+    return html.table(heads, rows) + html.paragraph(text, "quiet")
 
 
-def run_section(entry: Entry, drawn: dict) -> str:
-    """The details of one run; adds their figures to `drawn`."""
+def run_sections(entry: Entry, drawn: dict) -> list[tuple[str, str]]:
+    """The details of one run, (title, HTML); adds their figures to `drawn`."""
     parts, name = [], entry.run.name
-    if entry.dynamics:
-        for title, figure in dynamics.plots(entry.run, entry.dynamics).items():
-            parts.append(picture(drawn, f"{name}_{title}", figure, CAPTIONS[title]))
-            parts.append(html.paragraph(CAPTIONS[title], "quiet"))
+    for title, figure in dynamics.plots(entry.run, entry.dynamics).items() if entry.dynamics else ():
+        heading, caption = CAPTIONS[title]
+        inside = picture(drawn, f"{name}_{title}", figure, heading) + html.paragraph(caption, "quiet")
+        parts.append((heading, inside))
     if stored := entry.extra.get("difficulty"):
         alt, figure = "fixed solvers on the proposals of each stage", difficulty.draw(name, stored)
-        parts.append("<h3>Harder tasks, or a weaker solver?</h3>" + html.bullets(stored["verdict"]))
-        parts.append(picture(drawn, f"{name}_difficulty", figure, alt))
+        inside = html.bullets(stored["verdict"]) + picture(drawn, f"{name}_difficulty", figure, alt)
+        parts.append(("Harder tasks, or a weaker solver?", inside))
     if row := entry.extra.get("sparsity", {}).get("adapted"):
         cells = [[text, f"{row[key]:.4g}"] for key, text in SIZES.items() if isinstance(row.get(key), (int, float))]
-        parts.append("<h3>The update</h3>" + html.table(["what", "value, adapted matrices"], cells))
+        parts.append(("The update", html.table(["what", "value, adapted matrices"], cells)))
     if entry.digest and entry.digest.examples:
-        text = "One a mode: the first of the step that was neither always nor never solved, else the first valid one."
-        parts.append("<h3>Tasks it proposed, by stage</h3>" + html.paragraph(text, "quiet") + sample_tasks(entry))
-    return "".join(parts)
+        text = "One per mode: the first of the step that was neither always nor never solved, else the first valid one."
+        parts.append(("Tasks it proposed, by stage", html.paragraph(text, "quiet") + sample_tasks(entry)))
+    return parts
 
 
 def picture(drawn: dict[str, bytes], name: str, figure, alt: str) -> str:
@@ -293,22 +330,21 @@ def build(entries: list[Entry]) -> tuple[str, dict]:
     names, drawn = ", ".join(entry.run.name for entry in entries), {}
     commit = (optional(entries[0].run, "environment.json") or {}).get("git")
     made = f"Written {time.strftime('%Y-%m-%d %H:%M')}{f', code at commit {commit[:10]}' if commit else ''}."
-    parts = [f"<h1>Self-play: {html.escape(names)}</h1>"]
-    parts.append(html.paragraph(f"{made} Numbers in brackets are 95 % intervals.", "quiet"))
-    parts.append(summary_table(entries))
-    if len(entries) > 1:
-        text = "The interval is Student's t over the runs: about other training seeds, if only the seed differs."
-        parts.append("<h2>Across the runs</h2>" + across_runs(entries) + html.paragraph(text, "quiet"))
+    top = html.paragraph(f"{made} Numbers in brackets are 95 % intervals.", "quiet") + summary_table(entries)
+    sections = [("Across the runs", across_runs(entries))] if len(entries) > 1 else []
     for entry in entries:
-        parts.append(f"<h2>{html.escape(entry.run.name)} in short</h2>" + html.bullets(entry.facts))
-        parts += map(html.warning, entry.warnings)
-    if len(entries) == 1:
-        parts.append(html.warning("One run, one seed: what follows may be luck. Give several runs to see."))
-    parts += curves(entries, drawn)
+        lines = list(entry.warnings)
+        if len(entries) == 1:
+            lines.append("One run, one seed: what follows may be luck. Give several runs to see.")
+        sections.append((f"{entry.run.name} in short", html.bullets(entry.facts) + "".join(map(html.warning, lines))))
+    sections += curves(entries, drawn)
     for entry in entries:
-        inside = run_section(entry, drawn)
-        parts.append(inside if len(entries) == 1 else html.details(f"{entry.run.name} in detail", inside))
-    parts.append("<h2>What these numbers do and do not show</h2>" + html.bullets(CAVEATS))
+        parts = run_sections(entry, drawn)
+        if len(entries) > 1:
+            inside = "".join(f"<h3>{html.escape(title)}</h3>{part}" for title, part in parts)
+            parts = [(f"{entry.run.name} in detail", html.details("plots and tasks", inside))]
+        sections += parts
+    sections.append(("What these numbers do and do not show", html.bullets(CAVEATS)))
     missing = [
         f"python analyze.py {command.format(run=entry.run.path, model=entry.run.config['model'])}"
         for entry in entries
@@ -316,52 +352,61 @@ def build(entries: list[Entry]) -> tuple[str, dict]:
         if name not in entry.extra
     ]
     if missing:
-        parts.append("<h2>Not measured yet</h2>" + "".join(map(html.code, missing)))
-    inside = "".join(html.paragraph(e.run.name) + html.code(json.dumps(e.run.config, indent=1), 80) for e in entries)
-    parts.append("<h2>Settings</h2>" + html.details("config.json", inside))
-    return html.page(f"Self-play: {names}", parts), drawn
+        sections.append(("Not measured yet", "".join(map(html.code, missing))))
+    inside = "".join(html.paragraph(e.run.name) + html.code(json.dumps(e.run.config, indent=1)) for e in entries)
+    sections.append(("Settings", html.details("config.json", inside)))
+    return html.page(f"Self-play: {names}", top, sections), drawn
 
 
-def curves(entries: list[Entry], drawn: dict) -> list[str]:
-    """Entropy, held-out accuracy, the probe, pass@k and the proposer; adds their figures to `drawn`."""
+def curves(entries: list[Entry], drawn: dict) -> list[tuple[str, str]]:
+    """(title, HTML) of entropy and held-out accuracy, of pass@k and the proposer; adds their figures to `drawn`."""
     runs = [entry.run for entry in entries]
-    text = "Exact token entropy of the training samples; faint: every step, strong: running mean."
-    alt = "entropy, held-out accuracy"
-    parts = ["<h2>Entropy and held-out accuracy</h2>"]
-    parts.append(picture(drawn, "overview", draw_overview(runs), alt) + html.paragraph(text, "quiet"))
-    if probes := {e.run.name: e.extra["probe"]["probe"] for e in entries if "probe" in e.extra}:
-        figure, (axes,) = figures.figure(1, 1, 6.0, 2.9)
-        entropy.draw_probe(axes, probes)
-        parts.append(picture(drawn, "probe", figure, "entropy on the frozen probe"))
+    text = (
+        "Exact token entropy of the training samples; faint: every step, strong: running mean. Bars: 95 % over tasks."
+    )
+    inside = picture(drawn, "overview", draw_overview(runs), "entropy, held-out accuracy")
+    inside += html.paragraph(text, "quiet")
+    if probed := [entry for entry in entries if "probe" in entry.extra]:
+        figure, (axes,) = figures.figure(1, 1, 6.0, 3.2)
+        entropy.draw_probe(axes, [e.run for e in probed], [e.extra["probe"]["probe"] for e in probed])
+        figures.legend(figure, [axes])
+        inside += picture(drawn, "probe", figure, "entropy on the frozen probe")
+    sections = [("Entropy and held-out accuracy", inside)]
     for entry in (entry for entry in entries if entry.passes):
         base, trained, step = entry.passes
         plot_pass_at_k({"base": base, f"step {step}": trained}, plot := BytesIO())
         drawn[f"{entry.run.name}_pass_at_k"] = plot.getvalue()
-        parts.append(f"<h2>pass@k of {html.escape(entry.run.name)}, before and after</h2>")
-        parts.append(html.image(plot.getvalue(), "pass@k") + pass_table(entry))
-    alt = "valid, solved and learnable proposals"
-    parts.append("<h2>The proposer</h2>" + picture(drawn, "proposer", draw_proposer(runs), alt))
-    return parts
+        inside = html.image(plot.getvalue(), "pass@k") + pass_table(entry)
+        sections.append((f"pass@k of {entry.run.name}, before and after", inside))
+    if any("proposer" in run.roles for run in runs):
+        alt = "valid, solved and learnable proposals"
+        sections.append(("The proposer", picture(drawn, "proposer", draw_proposer(runs), alt)))
+    return sections
 
 
 # ------------------------------------------------------------------------------------------------------- plots
 
 
 def draw_overview(runs: list[RunData]):
-    """Entropy of both roles and held-out accuracy; by mode for one run, else by run."""
-    drawn, axes = figures.figure(1, 3, 3.7, 3.0)
-    entropy.draw_training(axes[:2], runs)
-    for i, run in enumerate(runs):
+    """Entropy of the roles there are and held-out accuracy; by mode for one run, else by run."""
+    roles = [role for role in ROLES if any(role in run.roles for run in runs)]
+    drawn, axes = figures.figure(1, len(roles) + 1, 3.7, 3.1)
+    entropy.draw_training(axes[:-1], runs, roles)
+    counts = set()
+    for i, (run, own) in enumerate(zip(runs, figures.looks(runs))):
         for j, mode in enumerate(MODES if len(runs) == 1 else ("all",)):
-            name = mode if len(runs) == 1 else run.name
-            tone = figures.MODE_COLORS[mode] if len(runs) == 1 else figures.color(i)
             steps, rows = held_out(run, mode)
             if rows:
-                name += f", n {rows[0]['n']}" if rows[0]["n"] else ""
-                figures.points(axes[2], steps, rows, name, tone, shift=0.6 * (i + j))
-    axes[2].set_xlim(left=0)
-    axes[2].set_ylim(bottom=0)
-    figures.label(axes[2], "held-out accuracy, greedy", "step", "share solved")
+                name, shape = (mode, figures.look(style(mode))) if len(runs) == 1 else (run.name, own)
+                figures.points(axes[-1], steps, rows, name, shape, shift=0.6 * (i + j))
+                counts.add(rows[0]["n"])
+    axes[-1].set_xlim(left=0)
+    axes[-1].set_ylim(bottom=0)
+    tasks = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if all(counts) and counts else ""
+    per_mode = " per mode" if len(runs) == 1 else ""
+    title = f"held-out accuracy, greedy{f', {tasks} tasks{per_mode}' if tasks else ''}"
+    figures.label(axes[-1], title, STEP, "share solved")
+    figures.legend(drawn, axes)
     return drawn
 
 
@@ -384,11 +429,12 @@ def held_out(run: RunData, mode: str) -> tuple[list[int], list[dict]]:
 
 def draw_proposer(runs: list[RunData]):
     """Valid, solved and learnable shares by step."""
-    drawn, axes = figures.figure(1, 3, 3.7, 2.8)
-    for one, (key, title) in zip(axes, RATES.items()):
+    drawn, axes = figures.figure(1, 3, 3.7, 2.9)
+    for one, (key, (title, what)) in zip(axes, RATES.items()):
         figures.curves(one, runs, f"proposer/{{}}/{key}")
         one.set_ylim(0, 1)
-        figures.label(one, title, "step", "share")
+        figures.label(one, title, STEP, figures.of_modes(runs, what))
+    figures.legend(drawn, axes)
     return drawn
 
 

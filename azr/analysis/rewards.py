@@ -10,6 +10,7 @@ import argparse
 
 from azr.analysis import figures
 from azr.command import Number
+from azr.palette import style
 from azr.train.rewards import SHAPES, curves, expected_reward
 
 
@@ -25,15 +26,17 @@ def main(args) -> int:
     """Prints where each shape is highest and plots them all; returns the exit code. ValueError for bad input."""
     rewards = curves(args.answers, args.ends_penalty)
     print(f"Expected proposer reward of a valid task, solve rate measured on {args.answers} answers:")
-    drawn, (axes,) = figures.figure(1, 1, 5.6, 3.6)
+    drawn, (axes,) = figures.figure(1, 1, 5.6, 4.0)
     for i, shape in enumerate(SHAPES):
         best = max(rewards[shape])
         flat, p = best - min(rewards[shape]) < 1e-9, rewards["p"][rewards[shape].index(best)]
         at = "everywhere" if flat else f"at p = {p:.3f}"
         print(f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}")
-        axes.plot(rewards["p"], rewards[shape], color=figures.CYCLE[i], linewidth=1.6, label=shape)
+        # markers at different places, so that of two equal curves (learnability, above-chance) both are seen
+        axes.plot(rewards["p"], rewards[shape], label=shape, markevery=(i, 10), **figures.look(style(shape)))
     penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""
     title = f"expected proposer reward, {args.answers} answers a task{penalty}"
-    figures.label(axes, title, "true solve rate p", "E[R(k / n)]")
+    figures.label(axes, title, "true solve rate p of a task", f"expected reward E[R(k / {args.answers})]")
+    figures.legend(drawn, [axes])
     figures.write_outputs(args, "proposer_rewards", rewards, {"proposer_rewards": drawn})
     return 0

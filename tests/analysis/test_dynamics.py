@@ -119,7 +119,7 @@ def test_command(run_dir, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Share of proposals that are valid" in done.stdout
     assert json.loads((tmp_path / "d.json").read_text())["lengths"]["induction"]["n"] > 0
-    assert len(list((tmp_path / "plots").glob("*.png"))) == 2
+    assert len(list((tmp_path / "plots").glob("*.png"))) == 3
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     with open(tmp_path / "m.csv", newline="") as file:
         table = list(csv.DictReader(file))

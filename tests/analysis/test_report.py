@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 import analyze
-from azr.analysis import report
+from azr.analysis import html, report
 from azr.analysis.reader import read_run, same_model
 from bench_report import write_run
 from in_process import run_here
@@ -49,20 +49,23 @@ class Tags(HTMLParser):
 def test_one_page_without_network(runs, tmp_path):
     done = run_command(runs / "run-0", "--out", tmp_path, "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
-    html = (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
     tags = Tags()
-    tags.feed(html)
+    tags.feed(page)
     assert not tags.open and not [tag for tag, _ in tags.seen if tag in ("script", "link", "iframe")]
     images = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
     assert len(images) >= 4 and all(src.startswith("data:image/png;base64,iVBOR") for src in images)
-    assert not re.search(r"https?://|url\(", html)
+    assert not re.search(r"https?://|url\(", page)
+    places = [attributes["id"] for tag, attributes in tags.seen if tag == "section"]
+    assert [attributes["href"] for tag, attributes in tags.seen if tag == "a"] == [f"#{place}" for place in places]
+    assert len(places) == page.count("<h2>") >= 8
     for text in (
         "What these numbers do and do not show",
         "One run, one seed",
         "Not measured yet",
         "analyze.py difficulty",
     ):
-        assert text in html
+        assert text in page
     found = json.loads((tmp_path / "r.json").read_text())[str(runs / "run-0")]
     assert any("Entropy of the solver" in fact for fact in found["facts"]) and found["dynamics"]["windows"]
     assert (tmp_path / "overview.png").is_file()
@@ -72,17 +75,37 @@ def test_several_runs_one_of_which_goes_on(runs, tmp_path):
     done = run_command(runs / "run-1", runs / "running", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Step 30 of 50" in done.stderr and "torn" in done.stderr and "2 step(s)" in done.stderr
-    html = (tmp_path / "report.html").read_text()
-    assert "run-1 in detail" in html and "running in detail" in html and "One run, one seed" not in html
+    page = (tmp_path / "report.html").read_text()
+    assert "run-1 in detail" in page and "running in detail" in page and "One run, one seed" not in page
 
 
-def test_text_of_a_model_cannot_become_html(runs, tmp_path):
-    write_run(tmp_path / "run", 3, 2)
+def test_text_of_a_model_cannot_become_html_and_ten_steps_are_no_trend(tmp_path):
+    write_run(tmp_path / "run", 10, 2)
     path = tmp_path / "run" / "samples.jsonl"
-    path.write_text(path.read_text().replace("def f(x):", "<script>alert(1)</script>"))
+    path.write_text(path.read_text().replace("def f(x):", f"<script>alert(1)</script>{'x' * 300}"))
     assert run_command(tmp_path / "run").returncode == 0
-    html = (tmp_path / "run" / "report.html").read_text()
-    assert "<script>" not in html and "&lt;script&gt;" in html
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<script>" not in page and f"&lt;script&gt;alert(1)&lt;/script&gt;{'x' * 300}\n" in page  # whole, not cut
+    assert "10 steps are too few to say how entropy changed" in page and "tenth of the steps, " not in page
+    shown = run_here(analyze.main, "dynamics", tmp_path / "run").stdout
+    assert shown.count("- (of 25 steps or more)") == 3, shown
+
+
+def test_a_sample_keeps_its_lines_and_has_the_expected_answer():
+    text = html.code("".join(f"    line {i}\n" for i in range(30)), 12)
+    assert "... (18 lines left out)" in text and "    line 0\n" in text and "    line 29<" in text
+    assert "white-space: pre;" in html.STYLE and "pre-wrap" not in html.STYLE
+    task = {"program": "def f(x):\n    return x + 1", "input": "41", "output": "42"}
+    answer = {"reward": {"correct": False}, "reason": "wrong", "response": "43"}
+    row = {"task": task, "solve_rate": 0.5, "reason": "ok", "response": ""}
+    page = report.one_task([2, row, answer], "deduction")
+    assert "f(41) == ?" in page and "<p class=quiet>expected:</p><pre>42</pre>" in page and "(wrong)" in page
+    assert "f(?) == 42" in (page := report.one_task([2, row, None], "abduction")) and "<pre>41</pre>" in page
+    row = row | {"task": task | {"message": "adds one", "visible": [["1", "2"], ["2", "3"]]}}
+    assert "# adds one\nf(1) == 2\nf(2) == 3</pre>" in report.one_task([2, row, None], "induction")
+    assert "refused, not literal" in report.one_task(
+        [0, row | {"task": None, "reason": "not_literal"}, None], "deduction"
+    )
 
 
 def test_the_warnings_are_those_of_the_run(tmp_path):
