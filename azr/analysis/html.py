@@ -11,12 +11,13 @@ import struct
 from html import escape
 
 WIDE = 900  # pixels: a wider plot has several panels, which a narrow screen scrolls through instead of shrinking them
-# Dark: the plots are inverted and their hues turned back, so that white becomes the page's #121212 and blue stays blue.
+# Plots stay on white, dimmed, where the page is dark: inverted, vermilion would look like orange, and sky like blue.
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #fff; --quiet: #5f5f66; --line: #ddd; --faint: #f5f5f3;
   --link: #0072B2; --warn: #fff6e0; --edge: #d99a00; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #121212; --quiet: #a5a5ad; --line: #3a3a3a;
-  --faint: #1f1f1f; --link: #56B4E9; --warn: #33290f; } img { filter: invert(.93) hue-rotate(180deg); } }
+  --faint: #1f1f1f; --link: #56B4E9; --warn: #33290f; } img { filter: brightness(.85);
+  border-radius: 6px; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1120px;
   margin: 0 auto; padding: 24px 20px 80px; overflow-wrap: break-word; }
 h1 { font-size: 1.7em; margin: 0 0 .2em; } h3 { font-size: 1.05em; margin: 1.4em 0 .3em; }
