@@ -120,6 +120,10 @@ from isolated import apart
 values, why = apart(lambda: iter([6 * 7]), seconds=30)
 assert values == [42] and why is None
 """,
+    "azr/palette.py": """
+from palette import STYLES, series, style
+assert style("base").color == "#0072B2" and series(0) in STYLES.values()
+""",
     "azr/models.py": """
 from models import model_path
 assert model_path("qwen-3b") == "Qwen/Qwen2.5-Coder-3B" and model_path("OWNER/NAME") == "OWNER/NAME"

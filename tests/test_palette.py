@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from azr import palette
-from azr.analysis.reader import MODES, ROLES
+from azr.analysis import figures
+from azr.analysis.reader import MODES, ROLES, RunData
 from azr.train.config import Config
 from azr.train.rewards import SHAPES
 from azr.train.rules import CONTROLS
@@ -48,6 +49,19 @@ def test_the_arm_of_a_run(settings, arm):
     usual = {"algorithm": "selfplay", "proposer": "joint", "entropy_control": "none", "proposer_reward": "learnability"}
     assert palette.arm_of(usual | {"off_policy_gamma": 0.0} | settings) == arm
     assert palette.arm_of(settings) == arm  # an old or a foreign config.json
+
+
+def test_runs_look_like_their_arms_and_seeds_of_one_arm_like_their_numbers():
+    def looks(*arms):
+        return figures.looks([RunData(Path(arm), {"algorithm": arm}, []) for arm in arms])
+
+    first, other, again = looks("selfplay", "rlvr", "selfplay")
+    assert (first["color"], first["marker"]) == palette.style("joint") and other["marker"] == palette.style(
+        "rlvr"
+    ).marker
+    assert first["linestyle"] == "-" and again == first | {"linestyle": "--"}
+    seeds = looks("rlvr", "rlvr")
+    assert [(own["color"], own["marker"]) for own in seeds] == [palette.series(0), palette.series(1)]
 
 
 def test_no_colour_is_defined_elsewhere():
