@@ -286,11 +286,11 @@ def draw_training(panels, runs: list[RunData], roles: Sequence[str] = ROLES) -> 
         axes.set_ylim(0, top)  # the same scale, so that the roles can be compared by eye
 
 
-def draw_probe(axes, runs: list[RunData], probes: list[dict]) -> None:
+def draw_probe(axes, runs: list[RunData], probes: list[dict | None]) -> None:
     """Both roles on the frozen probe at each checkpoint, of several runs the proposer dashed; probes: {step: groups} of
-    each run."""
+    each run, nothing of one that was not measured."""
     for run, probe, own in zip(runs, probes, looks(runs)):
-        for role in ROLES:
+        for role in ROLES if probe else ():
             rows = [groups.get(f"{role}/all", {}).get("token_mean") for groups in probe.values()]
             shape, name = look(style(role)), role
             if len(runs) > 1:
@@ -302,17 +302,19 @@ def draw_probe(axes, runs: list[RunData], probes: list[dict]) -> None:
 
 def draw_curves(runs: list[RunData], result: dict):
     """The figure of --run: both roles while training, the frozen probe, and held-out accuracy against entropy."""
-    drawn, axes = figures.figure(1, 4, 3.4, 3.1)
+    probes = [result["runs"][str(run.path)]["probe"] for run in runs]
+    drawn, axes = figures.figure(1, 4 if any(probes) else 3, 3.4, 3.1)
     draw_training(axes[:2], runs)
-    draw_probe(axes[2], runs, [result["runs"][str(run.path)]["probe"] for run in runs])
+    if any(probes):
+        draw_probe(axes[2], runs, probes)
     for run, own in zip(runs, looks(runs)):
         reward = run.column("held_out/all/accuracy")
-        axes[3].plot(run.column(SOLVER), reward, label=run.name, **own | {"linestyle": ""})
+        axes[-1].plot(run.column(SOLVER), reward, label=run.name, **own | {"linestyle": ""})
     title, fit = "held-out accuracy against entropy", result["fits"].get("held_out_accuracy")
     if fit and fit["resampled_units"] >= FEW:
         x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']} evaluations"
-        axes[3].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color=BLACK, linewidth=1)
-    figures.label(axes[3], title, "solver entropy H, nats per token", "held-out accuracy R, share solved")
+        axes[-1].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color=BLACK, linewidth=1)
+    figures.label(axes[-1], title, "solver entropy H, nats per token", "held-out accuracy R, share solved")
     figures.legend(drawn, axes)
     return drawn
 

@@ -235,7 +235,7 @@ def pass_table(entry: Entry) -> str:
             verdict = "cannot tell" if not gain.excludes_zero else "better" if gain.mean > 0 else "worse"
             cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode)), change, verdict]
             rows.append([mode or "all", len(base.of(mode)), k, *cells])
-    return html.table(["mode", "tasks", "k", "base", f"step {step}", "difference, paired", "it is"], rows)
+    return html.table(["mode", "tasks", "k", "base", f"step {step}", "difference, paired", f"step {step} is"], rows)
 
 
 def sample_tasks(entry: Entry) -> str:
@@ -366,9 +366,9 @@ def curves(entries: list[Entry], drawn: dict) -> list[tuple[str, str]]:
     )
     inside = picture(drawn, "overview", draw_overview(runs), "entropy, held-out accuracy")
     inside += html.paragraph(text, "quiet")
-    if probed := [entry for entry in entries if "probe" in entry.extra]:
+    if any(probes := [entry.extra.get("probe", {}).get("probe") for entry in entries]):
         figure, (axes,) = figures.figure(1, 1, 6.0, 3.2)
-        entropy.draw_probe(axes, [e.run for e in probed], [e.extra["probe"]["probe"] for e in probed])
+        entropy.draw_probe(axes, runs, probes)
         figures.legend(figure, [axes])
         inside += picture(drawn, "probe", figure, "entropy on the frozen probe")
     sections = [("Entropy and held-out accuracy", inside)]

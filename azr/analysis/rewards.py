@@ -33,9 +33,11 @@ def main(args) -> int:
         at = "everywhere" if flat else f"at p = {p:.3f}"
         print(f"  {shape:13s} highest {at}: {best:.3f}; at p = 0.01: {expected_reward(shape, 0.01, args.answers):.3f}")
         # markers at different places, so that of two equal curves (learnability, above-chance) both are seen
-        axes.plot(rewards["p"], rewards[shape], label=shape, markevery=(i, 10), **figures.look(style(shape)))
+        every = max(1, len(rewards["p"]) // 10)
+        places = (i * every // len(SHAPES), every)
+        axes.plot(rewards["p"], rewards[shape], label=shape, markevery=places, **figures.look(style(shape)))
     penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""
-    title = f"expected proposer reward, {args.answers} answers a task{penalty}"
+    title = f"expected proposer reward, {args.answers} answers per task{penalty}"
     figures.label(axes, title, "true solve rate p of a task", f"expected reward E[R(k / {args.answers})]")
     figures.legend(drawn, [axes])
     figures.write_outputs(args, "proposer_rewards", rewards, {"proposer_rewards": drawn})
