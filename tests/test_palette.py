@@ -60,6 +60,7 @@ def test_runs_look_like_their_arms_and_seeds_of_one_arm_like_their_numbers():
         "rlvr"
     ).marker
     assert first["linestyle"] == "-" and again == first | {"linestyle": "--"}
+    assert looks("selfplay") == [first]
     seeds = looks("rlvr", "rlvr")
     assert [(own["color"], own["marker"]) for own in seeds] == [palette.series(0), palette.series(1)]
 

@@ -65,9 +65,10 @@ def look(own: Style, line: str = "-") -> dict:
 
 
 def looks(runs: list[RunData]) -> list[dict]:
-    """The look of each run: of its arm where the arms differ (a further run of an arm is dashed), else by number."""
+    """The look of each run: of its arm (a further run of an arm is dashed), but by number if several are all of one
+    arm."""
     arms = [arm_of(run.config) for run in runs]
-    if len(set(arms)) == 1:
+    if len(runs) > 1 and len(set(arms)) == 1:
         return [look(series(i)) for i in range(len(runs))]
     return [look(style(arm), LINES[arms[:i].count(arm) % len(LINES)]) for i, arm in enumerate(arms)]
 
