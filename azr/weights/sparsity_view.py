@@ -157,9 +157,9 @@ def plot(report: dict, file: Path) -> None:
 
     types, layers = list(report["types"]), list(report["layers"])
     panels = {
-        "U1_rms": ("size of the update (U1)", "root mean square of the change of a weight"),
+        "U1_rms": ("size of the update (U1)", "RMS of the change"),
         "S1": ("unchanged in bf16 (S1)", "share of the weights"),
-        "S5": ("unchanged beyond chance (S5)", "share of the weights, less that of chance"),
+        "S5": ("unchanged beyond chance (S5)", "share less chance"),
     }
     every = max(1, len(layers) // 12)
     figure = Figure(figsize=(13, 1.5 + 0.16 * max(6, len(layers))), layout="constrained")
