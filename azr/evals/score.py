@@ -24,6 +24,7 @@ from azr.console import bar, note, say, warn
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
 from azr.jsonl import read_object, strict_lines, tolerant_lines, write_json_atomic, write_jsonl_atomic
+from azr.stop import DUPLICATE_SECONDS
 
 FORMS = ("completion", "solution", "answer")
 PARTIAL = "graded.partial.jsonl"  # grades as they are known, while there is no graded.jsonl yet
@@ -39,6 +40,34 @@ class Row:
     form: str = "completion"
     tokens: int | None = None
     finish_reason: str | None = None
+
+
+class Alone:
+    """One process that does all the work; of several each has `Ranks` of azr/train/distributed.py instead."""
+
+    rank, world, leads, workers, duplicate_seconds = 0, 1, True, None, DUPLICATE_SECONDS
+
+    def __init__(self) -> None:
+        self.counters: Counter = Counter()
+
+    def exchange(self, value) -> list:
+        """The values of all ranks."""
+        return [value]
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to a counter of all ranks, 0 at first; the sum."""
+        self.counters[name] += amount
+        return self.counters[name]
+
+
+def file_of(path: Path, rank: int) -> Path:
+    """What a rank writes to instead of NAME.jsonl, which is rank 0's: NAME.rank1.jsonl."""
+    return path.with_suffix(f".rank{rank}.jsonl") if rank else path
+
+
+def files_of(path: Path) -> list[Path]:
+    """The file of rank 0 and those of others, also of a call that was interrupted."""
+    return [path, *sorted(path.parent.glob(f"{path.stem}.rank*.jsonl"))]
 
 
 # ---------------------------------------------------------------- reading
@@ -90,9 +119,11 @@ def _row(data: dict, where: str, counts: Counter) -> Row:
 # ---------------------------------------------------------------- grading and the result
 
 
-def conclude(benchmark: Benchmark, rows: list[Row], out: Path, ks: list[int] | None, info: dict) -> dict:
+def conclude(
+    benchmark: Benchmark, rows: list[Row], out: Path, ks: list[int] | None, info: dict, ranks=None
+) -> dict | None:
     """Grades, writes graded.jsonl and result.json into `out`, prints the figures; returns the result. Killed, the same
-    call goes on where it was.
+    call goes on where it was. Ranks other than 0 only grade: None.
 
     ValueError, before anything is graded, if some k is above the samples that a problem has.
     """
@@ -107,37 +138,48 @@ def conclude(benchmark: Benchmark, rows: list[Row], out: Path, ks: list[int] | N
         )
     if min(counts.values()) < max(counts.values()):
         warn(f"between {min(counts.values())} and {max(counts.values())} samples a problem")
-    grades, left_out = grade_rows(benchmark, rows, out)
+    ranks = ranks or Alone()
+    grades, left_out = grade_rows(benchmark, rows, out, ranks)
+    if not ranks.leads:
+        return None
     write_jsonl_atomic(out / "graded.jsonl", map(graded_line, rows, grades))
     result = summarise(benchmark, rows, grades, ks, info, left_out) | {"problems_without_samples": len(absent)}
     write_json_atomic(out / "result.json", result)
-    (out / PARTIAL).unlink()
+    for path in files_of(out / PARTIAL):
+        path.unlink()
     show(result, out)
     return result
 
 
-def grade_rows(benchmark: Benchmark, rows: list[Row], out: Path) -> tuple[list[Grade], dict[str, int]]:
+def grade_rows(benchmark: Benchmark, rows: list[Row], out: Path, ranks) -> tuple[list[Grade], dict[str, int]]:
     """The grades of all rows, and by problem the inputs left out; equal answers are graded once.
 
-    Each grade is written to PARTIAL in `out` as it is known, and what such a file holds already is not graded again.
+    Each grade is written to PARTIAL in `out` as it is known (by a rank other than 0 beside it), and what such files
+    hold already is not graded again. Problems are dealt to the ranks in turn: a reference is computed by one of them.
     """
     keys = [_key(row) for row in rows]
     answers = {key: Answer(row.task_id, row.text, row.form) for key, row in zip(keys, rows)}
     head = {"benchmark": benchmark.name, "file_hash": benchmark.file_hash}
-    lines = {line["key"]: line for line in _saved(out / PARTIAL, head) if line["key"] in answers}
-    todo = [key for key in answers if key not in lines]
-    write_jsonl_atomic(out / PARTIAL, [head, *lines.values()])  # without a last line that a kill has cut off
+    lines = ranks.exchange(_taken_up(out, head, answers) if ranks.leads else None)[0]
+    todo, before, graded = [key for key in answers if key not in lines], len(lines), {}
+    names = set(list(dict.fromkeys(answers[key].task_id for key in todo))[ranks.rank :: ranks.world])
+    todo = [key for key in todo if answers[key].task_id in names]
+    path = file_of(out / PARTIAL, ranks.rank)
+    if not ranks.leads:
+        write_jsonl_atomic(path, [head])
     with (
-        Grader(benchmark) as grader,
+        Grader(benchmark, ranks.workers) as grader,
         bar(f"grading {len(answers)} answers") as advance,
-        open(out / PARTIAL, "ab", buffering=0) as file,
+        open(path, "ab", buffering=0) as file,
     ):
-        advance(len(lines), len(answers))
+        advance(before, len(answers))
         for place, grade in grader.graded([answers[key] for key in todo]):
             key = todo[place]
-            lines[key] = {"key": key, "grade": asdict(grade), "left_out": grader.left_out(answers[key].task_id)}
-            file.write((json.dumps(lines[key]) + "\n").encode())
-            advance(len(lines), len(answers))
+            graded[key] = {"key": key, "grade": asdict(grade), "left_out": grader.left_out(answers[key].task_id)}
+            file.write((json.dumps(graded[key]) + "\n").encode())
+            advance(before + ranks.add(f"{out} grades", 1), len(answers))
+        for part in ranks.exchange(graded):
+            lines |= part
     missing = {row.task_id: lines[key]["left_out"] for key, row in zip(keys, rows) if lines[key]["left_out"]}
     return [Grade(**lines[key]["grade"]) for key in keys], missing
 
@@ -145,6 +187,16 @@ def grade_rows(benchmark: Benchmark, rows: list[Row], out: Path) -> tuple[list[G
 def _key(row: Row) -> str:
     """16 hex digits that rows share where nothing tells their grades apart."""
     return hashlib.sha256(json.dumps([row.task_id, row.form, row.text]).encode()).hexdigest()[:16]
+
+
+def _taken_up(out: Path, head: dict, answers: dict) -> dict[str, dict]:
+    """The grades of these answers that an interrupted call left, by key; all in PARTIAL afterwards."""
+    parts = files_of(out / PARTIAL)
+    lines = {line["key"]: line for path in parts for line in _saved(path, head) if line["key"] in answers}
+    write_jsonl_atomic(out / PARTIAL, [head, *lines.values()])  # without a last line that a kill has cut off
+    for path in parts[1:]:
+        path.unlink()
+    return lines
 
 
 def _saved(path: Path, head: dict) -> list[dict]:

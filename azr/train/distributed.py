@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 
 from azr.console import note
+from azr.evals.score import Alone
 from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory, rollout_sizes, set_rollout_sizes
 from azr.policy.policy import Policy, Scored
 from azr.runs import Run, RunError
@@ -47,6 +48,7 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torch
 # Between ranks that sample, minutes; a process that died closes its connections, which the others see at once.
 PATIENCE = timedelta(minutes=10)
 POLL = 0.0005  # seconds between two looks whether all have come: a signal is handled between them
+GONE = "another process has ended; the same command goes on (train_azr.py: --resume auto), with any number of them"
 LAST_WORDS = 40  # lines of what a rank other than 0 would have said, shown if it fails
 TOLD = timedelta(seconds=1)  # that it waits for rank 0 to say the same
 MIRRORED = ("eval", "probe.jsonl", "metrics.jsonl")  # of the run directory: what every rank reads
@@ -60,10 +62,11 @@ class MemoryElsewhere(MemoryError):
     """Memory ran out on some rank: all repeat what they were at, with the same smaller sizes."""
 
 
-class Ranks:
+class Ranks(Alone):
     """The processes of a run. By default this one alone: then nothing is sent, and everything is done here."""
 
     def __init__(self, rank: int = 0, world: int = 1, local_world: int = 1, store=None) -> None:
+        super().__init__()
         self.rank, self.world, self.store = rank, world, store
         # torchrun hands Ctrl-C on to processes that had it from the terminal, when it gets to it
         self.duplicate_seconds = DUPLICATE_SECONDS if world == 1 else 2.0
@@ -101,9 +104,22 @@ class Ranks:
             work.wait()
         except RuntimeError as error:
             with suppress(RuntimeError):  # the store may be gone too
-                if self.store.check(["stopped"]):
-                    raise StopNow("on another rank") from error
-            raise Lost("another process of this run has ended; go on with --resume auto, with any number") from error
+                self._check()
+            raise Lost(GONE) from error
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to a counter of all ranks, 0 at first; the sum. StopNow, Lost as `exchange`."""
+        if self.world == 1:
+            return super().add(name, amount)
+        try:
+            self._check()
+            return self.store.add(name, amount)
+        except RuntimeError as error:
+            raise Lost(GONE) from error
+
+    def _check(self) -> None:
+        if self.store.check(["stopped"]):
+            raise StopNow("on another rank")
 
     def shared(self, work: Callable[[list], list], items: list) -> list:
         """work(items), a result for each item, where rank r does items r, r + N, ..."""
@@ -265,28 +281,31 @@ def open_run(ranks: Ranks, config, complete: Callable) -> Iterator[Run]:
 # ------------------------------------------------------------------------------------------------- joining and leaving
 
 
-def together(work: Callable[[Ranks], int]) -> int:
+def together(work: Callable[[Ranks], int], script: str = "train_azr.py", patience: timedelta = PATIENCE) -> int:
     """work(ranks), an exit code: with the processes that torchrun started, or alone. With several the process ends
-    here: a process group that waits for a rank that is gone cannot be taken down."""
+    here: a process group that waits for a rank that is gone cannot be taken down. patience: of a rank that waits."""
     if any(name not in os.environ for name in ENVIRONMENT) or int(os.environ["WORLD_SIZE"]) < 2:
         return work(Ranks())
     try:
-        ranks = join()
+        ranks = join(patience)
     except (RuntimeError, ValueError) as error:
-        print(f"train_azr.py: {error}", file=sys.stderr)
+        print(f"{script}: {error}", file=sys.stderr)
         return 2
     shown = sys.stderr if ranks.leads else silence()
     try:
         code = work(ranks)
     except SystemExit as end:
         code = end.code or 0
+    except Lost as error:
+        print(f"{script}: {error}", file=sys.stderr)
+        code = 1
     except BaseException:
         traceback.print_exc()
         code = 1
-    leave(ranks, code, shown)
+    leave(ranks, code, shown, script)
 
 
-def join() -> Ranks:
+def join(patience: timedelta) -> Ranks:
     """This process as one of the run's: its GPU, and the connections to the others. ValueError, RuntimeError."""
     local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
@@ -301,7 +320,7 @@ def join() -> Ranks:
         store=dist.PrefixStore("azr", store),
         rank=rank,
         world_size=world,
-        timeout=PATIENCE,
+        timeout=patience,
     )
     return Ranks(rank, world, local_world, store)
 
@@ -316,7 +335,7 @@ def silence() -> io.TextIOBase:
     return shown
 
 
-def leave(ranks: Ranks, code: int, shown: io.TextIOBase) -> NoReturn:
+def leave(ranks: Ranks, code: int, shown: io.TextIOBase, script: str) -> NoReturn:
     """Ends this process, and tells the others why: they see a connection that closes, and look in the store."""
     with suppress(RuntimeError):  # the store may be gone
         if code == 0:
@@ -329,7 +348,7 @@ def leave(ranks: Ranks, code: int, shown: io.TextIOBase) -> NoReturn:
             ranks.store.wait(["told"], TOLD)  # most errors are those of all ranks: one line is enough
         except RuntimeError:
             lines = sys.stderr.getvalue().splitlines()
-            last = lines[-1:] if lines[-1:] and lines[-1].startswith("train_azr.py") else lines[-LAST_WORDS:]
+            last = lines[-1:] if lines[-1:] and lines[-1].startswith(script) else lines[-LAST_WORDS:]
             print(*(f"rank {ranks.rank}: {line}" for line in last), sep="\n", file=shown)
     for stream in (sys.stdout, sys.stderr, shown):
         stream.flush()

@@ -1,7 +1,9 @@
-"""Two processes are the run of one: same samples and gradient, although memory runs out on one of them."""
+"""Two processes are the run of one: same samples and gradient, although memory runs out on one of them; and the same
+evaluation, although one of them dies."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
+import eval_passk
 import train_azr
+from azr.evals import run
 from azr.policy.policy import Policy
 from azr.train import loop
 from azr.train.distributed import Ranks
@@ -41,16 +45,48 @@ def no_memory_on_rank_1(patch) -> None:
     patch.setattr(Policy, "_score_batch", failing(Policy._score_batch, 1))
 
 
+def dies_on_rank_1(patch) -> None:
+    """In the middle of its fifth answer's line."""
+    honest, written = run.append, []
+
+    def append(file, row):
+        honest(file, row)
+        written.append(row)
+        if os.environ.get("RANK") == "1" and len(written) == 5:
+            file.truncate(file.tell() - 9)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    patch.setattr(run, "append", append)
+
+
+def files(out: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in out.glob("*.json*")}
+
+
+def evaluations(folder: str) -> list:
+    """One by this process; the same by two forks, of which one dies; by two that go on: exit codes, names of the files
+    in between, whether all are equal at the end."""
+    patch, one, two = pytest.MonkeyPatch(), Path(folder, "eval-one"), Path(folder, "eval-two")
+    words = "run --model tiny --benchmark tiny --limit 3 --samples 48 --temperature 1 --max-new-tokens 32 --out"
+    code = eval_passk.main([*words.split(), str(one)])
+    with patch.context() as dying:
+        dies_on_rank_1(dying)
+        first, _ = processes(2, [*words.split(), str(two)], Path(folder, "eval-log"), eval_passk.main)
+    between = sorted(files(two))
+    second, _ = processes(2, [*words.split(), str(two)], Path(folder, "eval-log"), eval_passk.main)
+    return [[code, *first, *second], between, files(one) == files(two)]
+
+
 def both(held_out: str, folder: str) -> None:
-    """One run by this process and the same by two forks of it; prints the exit codes and `compared` as JSON."""
-    patch = pytest.MonkeyPatch()
+    """One run by this process and the same by two forks of it; prints `evaluations`, the exit codes and `compared`."""
+    patch, evaluated = pytest.MonkeyPatch(), evaluations(folder)
     for owner, name, value in ((loop, "PROBE", 1), (loop, "SEED_ROUNDS", 2)):
         patch.setattr(owner, name, value)
     flags, one, two = [*SMALL.split(), "--eval-data", held_out, "--out"], Path(folder, "one"), Path(folder, "two")
     code = train_azr.main([*flags, str(one)])
     no_memory_on_rank_1(patch)
     codes, _ = processes(2, [*flags, str(two)], Path(folder, "log"))
-    print(json.dumps([code, *codes, compared(one, two) if codes == [0, 0] else None]))
+    print(json.dumps([evaluated, code, *codes, compared(one, two) if codes == [0, 0] else None]))
 
 
 def test_two_processes_are_the_run_of_one(tmp_path, few_held_out):
@@ -59,7 +95,9 @@ def test_two_processes_are_the_run_of_one(tmp_path, few_held_out):
     done = subprocess.run(command, capture_output=True, text=True, env=alone)
     assert done.returncode == 0, done.stderr
     log, two = (tmp_path / "log").read_text(), tmp_path / "two"
-    *codes, row = json.loads(done.stdout.splitlines()[-1])
+    evaluated, *codes, row = json.loads(done.stdout.splitlines()[-1])
+    between = ["config.json", "samples.jsonl", "samples.rank1.jsonl"]
+    assert evaluated == [[0, 1, -signal.SIGKILL, 0, 0], between, True], (tmp_path / "eval-log").read_text()
     assert codes == [0, 0, 0], log
     # smaller micro-batches round otherwise; one that is missing would be a tenth of the gradient
     assert row["samples"] and row["gradient_relative"] < 1e-5 and row["metrics_relative"] < 1e-2, (row, log)
