@@ -1,7 +1,9 @@
-"""README.md and docs/: their links, paths, command lines and examples are those of the code beside them."""
+"""README.md and docs/, the notebook too: their links, paths, command lines and examples are those of the code beside
+them."""
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -16,8 +18,11 @@ import pytest
 from azr.train.arms import REGISTRY
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md"))]
-TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+NOTEBOOK = ROOT / "docs" / "colab.ipynb"
+CELLS = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+PAGES = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted((ROOT / "docs").glob("*.md")), NOTEBOOK]
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES[:-1]}
+TEXT[NOTEBOOK] = "\n\n".join("".join(cell["source"]) for cell in CELLS)
 CODE = re.compile(r"^```.*?^```$|^    \S.*?$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"python3? ((?:-m )?(?:[\w/]+\.py|azr[\w.]*|sandbox)\b)([^\n`|]*)")
 FILE = re.compile(r"`((?:azr|sandbox|tests|results|docs)/[\w./-]*\w\.(?:py|md|json|jsonl|txt|png))`")
@@ -140,6 +145,15 @@ def test_readme_is_short_and_has_the_test_command_of_ci():
     assert len(readme.splitlines()) <= 220
     assert "-m pytest -q -n 2 --dist loadfile tests" in (ROOT / ".ci" / "run").read_text()
     assert "-m pytest -q -n 2 --dist loadfile tests" in readme
+
+
+def test_the_notebook_has_the_output_of_every_cell_that_needs_no_gpu():
+    assert len(commands(NOTEBOOK)) >= 10
+    for cell in CELLS:
+        if cell["cell_type"] == "code":
+            text = "".join(line for output in cell["outputs"] for line in output["text"])
+            assert bool(text) != ("was not executed" in cell["source"][0]), cell["source"]
+            assert not re.search(r"(?<![\w.])/(?:home|root|work|tmp|mnt|Users)/|Traceback", text), cell["source"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
