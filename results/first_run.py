@@ -35,10 +35,10 @@ from azr.models import model_path
 from azr.passk import Interval, difference_interval, pass_at_k
 from azr.runs import read_metrics, step_directories
 from azr.tasks import MODES
+from findings import fill, show, table
 from gate_base import prefix
 from gate_lab import Lab, Store
 from gate_numbers import BEYOND, TRACED, Counts, level
-from tables import fill, show, table
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THINKING = (1.0, 0.0)  # temperatures of the base made to think
@@ -188,11 +188,6 @@ def short(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
-def signed(interval: Interval) -> str:
-    """+.038 [+.023, +.055], bold where the interval leaves 0 out."""
-    return show(interval).replace("+0.", "+.").replace("-0.", "-.")
-
-
 def named(t: float) -> str:
     """A temperature as the README writes it: "greedy" for 0, else such as "T .6"."""
     return f"T {t:g}".replace("0.", ".") if t else "greedy"
@@ -217,10 +212,10 @@ def sentence(f: Figures) -> str:
     return (
         f"After `python train_azr.py` ({seeds}) the embedded model solves {greedy} of the held-out tasks greedily: "
         f"**{verdict(over_best)} the base at its best temperature** ({named(f.best)}: {best}; "
-        f"{signed(over_best)}{spread}), and **{verdict(over_forced)} the base made to think in full** ({made}; "
-        f"{signed(over_forced)}). Greedy answers that were worked out step by step: {worked[0]} before, {worked[1]} "
+        f"{show(over_best)}{spread}), and **{verdict(over_forced)} the base made to think in full** ({made}; "
+        f"{show(over_forced)}). Greedy answers that were worked out step by step: {worked[0]} before, {worked[1]} "
         f"after; tokens an answer: {tokens[0]} and {tokens[1]}. Within {f.n} tries at temperature 1 it is "
-        f"{verdict(wide)} the base: {many[0]} before, {many[1]} after ({signed(wide)})."
+        f"{verdict(wide)} the base: {many[0]} before, {many[1]} after ({show(wide)})."
     )
 
 
@@ -244,7 +239,7 @@ def frontier(f: Figures) -> str:
         rows.append([f"worked out step by step, %, {label(f, name)}", *cells])
     for name in ("base", "after"):
         rows.append([f"tokens an answer, {label(f, name)}", *(f"{f.tokens(name, t).mean():.1f}" for t in columns)])
-    return table(" | ".join(["", *map(named, columns)]), rows)
+    return table(["", *map(named, columns)], rows)
 
 
 def changes(f: Figures) -> str:
@@ -259,7 +254,7 @@ def changes(f: Figures) -> str:
             [
                 f"{name} ({part.sum()} tasks)",
                 *cells,
-                *(signed(f.gain(seed, 0, "base", f.best, part=part)) for seed in f.seeds),
+                *(show(f.gain(seed, 0, "base", f.best, part=part)) for seed in f.seeds),
             ]
         )
     rows.append(
@@ -268,11 +263,11 @@ def changes(f: Figures) -> str:
             "",
             short(f.solved("base", 1, f.n).mean()),
             "",
-            *(signed(f.gain(seed, 1, "base", 1, f.n)) for seed in f.seeds),
+            *(show(f.gain(seed, 1, "base", 1, f.n)) for seed in f.seeds),
         ]
     )
     head = ["greedy", "base", f"base at its best, {named(f.best)}", "base made to think", *f.seeds]
-    return table(" | ".join(head), rows)
+    return table(head, rows)
 
 
 def lengths(f: Figures) -> str:
@@ -286,7 +281,7 @@ def lengths(f: Figures) -> str:
         [f"tokens, {label(f, name)}", *(f"{f.tokens(name, 0)[part].mean():.0f}" for part in parts.values())]
         for name in ("base", "after")
     ]
-    return table(" | ".join(["statements", *map(str, parts)]), rows)
+    return table(["statements", *map(str, parts)], rows)
 
 
 def ends(f: Figures) -> str:
@@ -306,7 +301,7 @@ def ends(f: Figures) -> str:
         ]
         halves = [" / ".join(end) for end in shown]
         rows.append([title, *(f"{a} -> {b}" for a, b in zip(halves[::2], halves[1::2]))])
-    return table(" | ".join(["", *f.seeds]), rows)
+    return table(["", *f.seeds], rows)
 
 
 def shown_example(f: Figures) -> str:

@@ -13,6 +13,7 @@ import ast
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -86,6 +87,7 @@ def _induction(thought: str) -> str:
     return "coarse" if re.fullmatch(r"(?:[a-z][^=;]*;)+", thought) else "other"
 
 
+@cache  # of held-out programs, over and over
 def statements(program: str) -> int | None:
     """Statements of f as the generator counts them: names that f gives a value, whatever the loops; None: no f."""
     try:

@@ -1,4 +1,4 @@
-"""The plots of RESULTS.md, from what tables.py loads. Bands and bars: 95 % over training seeds (Student's t)."""
+"""The plots of RESULTS.md, from what findings.py loads. Bands: 95 % over training seeds (Student's t)."""
 
 from __future__ import annotations
 
@@ -12,116 +12,114 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from azr.fits import over_runs
-from azr.passk import pass_at_k
+from azr.palette import style
+from findings import KS, TEMPERATURES, WINDOW, Arms, available, is_full, solved
 
-KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SHOWN = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")  # arms that are drawn, besides the base
 
 
-def band(axes, x, columns: list, label: str) -> None:
+def look(name: str) -> dict:
+    """Colour and marker of an arm, the same in every plot of the project."""
+    return {**style(name)._asdict(), "label": "untrained" if name == "base" else name, "markersize": 5}
+
+
+def band(axes, x, columns: list, name: str) -> None:
     """columns: at each x the values of the seeds; mean and interval."""
     intervals = [over_runs(column) for column in columns]
-    (line,) = axes.plot(x, [i.mean for i in intervals], marker=".", label=label)
-    low, high = [i.low for i in intervals], [i.high for i in intervals]
-    axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+    axes.plot(x, [i.mean for i in intervals], **look(name))
+    axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], alpha=0.12, color=style(name).color)
 
 
-def sharpening(arms: dict, names: list[str]):
+def shown(arms: Arms, least: int = 2, key: str = "sampled") -> list[str]:
+    """The arms that have a colour, enough seeds and this measurement."""
+    return [name for name in available(arms, least, key) if name in SHOWN]
+
+
+def coverage(arms: Arms):
     """pass@k of each arm minus the base."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    base = {k: np.mean([rates(result, k) for result in arms["base"]], axis=0) for k in KS}
-    for name in names:
-        wide = {k: [result for result in arms[name] if result["held_out"]["n"] >= 2 * k] for k in KS}
-        columns = [[(rates(result, k) - base[k]).mean() for result in wide[k]] for k in KS if wide[k]]
-        band(axes, [k for k in KS if wide[k]], columns, name)
+    base = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in KS}
+    for name in shown(arms):
+        band(axes, KS, [[(solved(r, k) - base[k]).mean() for r in arms[name]] for k in KS], name)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xscale("log", base=2)
     axes.set_xticks(KS, [str(k) for k in KS])
-    axes.set(xlabel="k", ylabel="pass@k minus that of the base", title="Gain over the base")
+    axes.set(xlabel="k, answers a task", ylabel="pass@k minus that of the untrained model", title="Temperature 1")
     axes.legend(fontsize=8)
     return figure
 
 
-def rates(result: dict, k: int) -> np.ndarray:
-    """(tasks,) pass@k of each held-out task in one result."""
-    return pass_at_k(result["held_out"]["n"], result["held_out"]["correct"], k)
-
-
-def entropy(arms: dict, names: list[str], probe):
-    """The solver's entropy on the frozen probe, against steps and against the norm of the update."""
-    figure, pair = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
-    for name in names:
-        curves = [probe(result, "solver") for result in arms[name]]
-        steps = [0, *sorted(map(int, arms[name][0]["checkpoints"]))]
-        change = np.array([values - values[0] for values, _ in curves])
-        band(pair[0], steps, list(change.T), name)
-        pair[1].plot(np.mean([norm for _, norm in curves], axis=0), change.mean(axis=0), marker=".", label=name)
-    pair[0].set(xlabel="step", ylabel="entropy minus that of the base, nats", title="solver, frozen probe")
-    pair[1].set(xlabel="norm of the update / norm of the base", title="the same against the size of the update")
-    pair[1].legend(fontsize=8)
-    return figure
-
-
-def sparsity(arms: dict, names: list[str]):
-    """S1 of every checkpoint against the size of its update, with the null of the same spectrum."""
+def frontier(arms: Arms):
+    """pass@16 against pass@1, a point a temperature."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for name in names:
-        rows = [row for result in arms[name] for row in result["checkpoints"].values()]
-        axes.scatter([row["U1_rms"] for row in rows], [100 * row["S1"] for row in rows], s=14, label=name)
-    every = sorted(
-        (row["U1_rms"], 100 * row["S5"]["null"])
-        for name in names
-        for result in arms[name]
-        for row in result["checkpoints"].values()
-    )
-    axes.plot(*zip(*every), color="black", linewidth=0.7, label="random update, same spectrum")
-    axes.set_xscale("log")
-    axes.set(
-        xlabel="RMS of the update", ylabel="S1: unchanged in bf16, %", title="Sparsity reads the size of the update"
-    )
+    for name in ("base", *shown(arms, 1)):
+        wide = [result for result in arms[name] if len(result["sampled"]) > 1]
+        if wide:
+            points = [[np.mean([solved(r, k, t).mean() for r in wide]) for k in (1, 16)] for t in TEMPERATURES[:-1]]
+            axes.plot(*zip(*points), **look(name))
+            for t, point in zip(TEMPERATURES, points if name in ("base", "joint") else ()):
+                axes.annotate(f"T {t}", point, fontsize=7, xytext=(4, 3), textcoords="offset points")
+    axes.set(xlabel="pass@1", ylabel="pass@16", title="What decoding reaches, and what training reaches")
     axes.legend(fontsize=8)
     return figure
 
 
-def rewards(arms: dict, names: dict[str, str]):
-    """Held-out pass@1 and pass@64 of the seven proposer rewards; a point a seed, the interval of several."""
-    figure, pair = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True)
-    shown = {label: name for label, name in names.items() if arms.get(name)}
-    for axes, k in zip(pair, (1, 64)):
-        base = np.mean([rates(result, k) for result in arms["base"]], axis=0)
-        for y, (label, name) in enumerate(shown.items()):
-            values = [(rates(result, k) - base).mean() for result in arms[name]]
-            interval = over_runs(values)
-            axes.plot([interval.low, interval.high], [y, y], color="tab:blue")
-            axes.plot(values, [y] * len(values), ".", color="tab:blue", markersize=5)
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.set(xlabel=f"pass@{k} minus that of the base", yticks=range(len(shown)), yticklabels=list(shown))
+def curves(arms: Arms, key: tuple[str, str], labels: tuple[str, str], value):
+    """Two panels of value(result, name) over the steps."""
+    figure, pair = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    for axes, name, label in zip(pair, key, labels):
+        for arm in shown(arms):
+            rows = [values for r in arms[arm] if (values := value(r, name))]
+            if rows:
+                steps = WINDOW * np.arange(1, len(rows[0]) + 1)
+                band(axes, steps, list(np.array(rows, float).T), arm)
+        axes.set(xlabel="step", title=label)
+    max(pair, key=lambda axes: len(axes.lines)).legend(fontsize=8)
     return figure
 
 
-def forgetting(points: list[dict]):
-    """The drop of the untrained skill against KL, norm and sparsity."""
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.6), sharey=True)
-    keys = {
-        "kl_forward/untrained": "forward KL on that text, nats",
-        "U1_rel_fro": "norm of the update / base",
-        "S1": "unchanged share S1",
-    }
-    names = [name for name in ("joint", "rlvr", "sft", "off-policy") if any(p["arm"] == name for p in points)]
-    for part, (key, label) in zip(axes, keys.items()):
-        for name in (*names, "others"):
-            chosen = [p for p in points if p["arm"] == name or name == "others" and p["arm"] not in names]
-            color = {"color": "lightgray", "zorder": 0} if name == "others" else {}
-            drops = [100 * p["drop"] for p in chosen]
-            part.scatter([p[key] for p in chosen], drops, s=12, label=name, **color)
-        part.set(xlabel=label)
-    axes[0].set(ylabel="untrained skill lost, points")
-    axes[-1].legend(fontsize=8)
+def entropy(arms: Arms):
+    """Entropy of both roles on their own samples."""
+    figure = curves(
+        arms,
+        ("proposer/all/entropy", "solver/all/entropy"),
+        ("Proposer, own samples", "Solver, own samples"),
+        lambda result, name: result["series"].get(name),
+    )
+    figure.axes[0].set_ylabel("entropy, nats a token")
     return figure
 
 
-def save(figure, path: Path) -> None:
-    """Writes a figure without matplotlib's version, so that equal figures are equal files, and closes it."""
-    path.parent.mkdir(exist_ok=True)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+def proposals(arms: Arms):
+    """Length of valid programs, and how often the untrained model solves them."""
+    names = ("statements", "depth")
+    titles = ("Statements of a valid program", "Depth of its syntax tree")
+    return curves(arms, names, titles, lambda result, name: (result["proposals"] or {}).get(name))
+
+
+def sparsity(arms: Arms):
+    """Unchanged share against the size of the update: arms of adapters and trainings of every weight."""
+    figure, axes = plt.subplots(figsize=(6.5, 4))
+    for name in (*shown(arms, 1, "update"), *filter(is_full, arms)):
+        arm = name.removeprefix("full-").rsplit("-", 3)[0] if is_full(name) else name
+        color, marker = style("sft" if arm.startswith("sft") else arm)
+        filled = "none" if is_full(name) else color
+        for r in arms[name]:
+            x, y = r["update"]["U1_rms"], 100 * r["update"]["S1"]
+            axes.plot(x, y, marker, color=color, markerfacecolor=filled, label=arm)
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    axes.legend(handles.values(), handles.keys(), fontsize=8)
+    axes.set_xscale("log")
+    axes.set(xlabel="RMS of the change of a weight", ylabel="same bf16 bits (S1), %")
+    axes.set_title("Unchanged weights are a matter of size (hollow: every weight trained)", fontsize=10)
+    return figure
+
+
+def save_all(arms: Arms, directory: Path) -> None:
+    """All plots as PNG."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for make in (coverage, frontier, entropy, proposals, sparsity):
+        figure = make(arms)
+        figure.tight_layout()
+        figure.savefig(directory / f"{make.__name__}.png", dpi=110)
+        plt.close(figure)

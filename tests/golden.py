@@ -330,7 +330,9 @@ def read_arms() -> tuple[dict[str, tuple], Callable]:
     place.loader.exec_module(experiments)
     arms = {name: ("tiny", (flags,) if isinstance(flags, str) else flags) for name, flags in TRAINED.items()}
     for name, arm in experiments.ARMS.items():
-        if arm.script == "train_azr.py" and not arm.model.endswith("half"):  # a base that has to be trained first
+        files = [Path(flag).name for flag in arm.flags.split() if flag.endswith(".jsonl")]
+        # neither a base that has to be trained first nor files that differ in their content alone
+        if arm.script == "train_azr.py" and not arm.model.endswith("half") and set(files) <= set(TASK_FILES):
             flags = re.sub(r"(--step-tokens) \d+", rf"\1 {STEP_TOKENS}", arm.flags.replace("{runs}/", ""))
             arms[name] = arm.model.replace("{runs}", "."), (flags,)
     return arms, experiments.round_to_nf4

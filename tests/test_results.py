@@ -2,7 +2,9 @@
 
 import json
 import random
+import re
 import sys
+from math import comb
 from pathlib import Path
 
 import numpy as np
@@ -12,22 +14,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "results"))
 
 import experiments
+import findings
+import measure
 import seed_references
-import tables
+from azr.fits import over_runs
 from azr.passk import Interval
 from azr.tasks import Buffers, Task
 from azr.train.config import Config, parse, resolve
 
+FEW = len(findings.few_tasks())
+TASKS = len(findings.tasks())
 
-@pytest.mark.parametrize("arm", experiments.ARMS)
+
+@pytest.mark.parametrize("arm", experiments.ALL)
 def test_every_arm_is_a_command(arm, tmp_path):
     (tmp_path / "tiny-half").symlink_to(ROOT / "azr" / "tiny")
-    for name in ("tasks.jsonl", "gold.jsonl"):
-        (tmp_path / name).touch()
-    settings = experiments.ARMS[arm]
-    flags = ["--model", settings.model.format(runs=tmp_path), *experiments.COMMON]
+    (tmp_path / "tiny-nf4").symlink_to(ROOT / "azr" / "tiny")
+    for name in (*experiments.FILES, "worded"):
+        (tmp_path / f"{name}.jsonl").touch()
+    settings = experiments.ALL[arm]
+    flags = ["--model", settings.model.format(runs=tmp_path), "--steps", str(settings.steps), *experiments.COMMON]
     config, _ = resolve(parse(flags + settings.flags.format(runs=tmp_path).split(), ""))
-    assert config.steps == experiments.STEPS and config.steps % config.eval_every == 0
+    assert config.steps == settings.steps and (arm in experiments.FULL) == (config.train == "full")
 
 
 def test_references_of_the_seed_stage_alone():
@@ -51,132 +59,133 @@ def test_references_of_the_seed_stage_alone():
     assert [seed_references.SeedReferences.refuses(c)[0][0] for c in settings] == [True, False, True]
 
 
-def test_the_order_has_every_run_and_ends_with_what_each_needs():
-    last = {(arm, seed): samples for arm, seed, samples in experiments.order()}
-    assert last == {(a, seed): s.wanted(seed) for a, s in experiments.ARMS.items() for seed in range(s.seeds)}
-    assert last["joint", 2] == experiments.WIDE and last["joint", 3] == experiments.NARROW
+def test_a_wording_that_the_base_never_saw(tmp_path):
+    row = {"mode": "deduction", "response": "p=5+3=8;q=p;len([8])>1 no;</think><answer>```output\n8\n```\n</answer>"}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(row) + "\n")
+    experiments.reword(tmp_path / "traces.jsonl", tmp_path / "worded.jsonl")
+    (made,) = map(json.loads, (tmp_path / "worded.jsonl").read_text().splitlines())
+    assert made["response"] == row["response"].replace("p=5+3=8", "8=5+3=p") and made["mode"] == "deduction"
 
 
-def made_up(arm: str, seed: int, gain: float) -> dict:
-    """A file of results as experiments.py writes it: 12 tasks, one answer in four right, `gain` more after training."""
-    rng, n = np.random.default_rng([seed, len(arm)]), 512
-    held_out = {
+# ---------------------------------------------------------------- tables
+
+
+def made_up(arm: str, seed: int, gain: float, light: bool = False) -> dict:
+    """A file of results as measure.py writes it: one answer in four right, `gain` more after training."""
+    rng = np.random.default_rng([seed, len(arm)])
+    answers = lambda n: {
         "n": n,
-        "correct": [int(x) for x in rng.binomial(n, 0.25 + gain, 12)],
-        "distinct_correct": [2] * 12,
-        "commonest": {mode: ["0", 0.3] for mode in tables.MODES},
-    }
+        "right": rng.binomial(n, 0.25 + gain, FEW).tolist(),
+        "traced": [0] * FEW,
+        "tokens": 9.0,
+    }  # noqa: E731, E501
+    right = "".join(map(str, rng.binomial(1, 0.25 + gain, TASKS)))
+    result = {"arm": arm, "seed": seed, "greedy": {"right": right, "style": "3" * TASKS, "tokens": [9.0] * 7}}
+    result["sampled"] = {} if light else {"1": answers(64), "0.8": answers(32), "0.6": answers(32)}
+    result["sampled"] |= {} if light else {"0.4": answers(32), "0.2": answers(32)}
     if arm == "base":
-        return {"arm": arm, "seed": seed, "held_out": held_out}
+        return result
     noise = lambda mean: float(mean + 0.01 * rng.standard_normal())  # noqa: E731
-    sizes = {"S1": 0.9, "S2": 0.9, "U1_rms": noise(0.02), "S5": {"excess": 0.0, "null": 0.9}}
-    step = lambda: sizes | {"U1_rel_fro": noise(0.1), "skill": noise(0.8), **{k: noise(0.1) for k in KLS}}  # noqa: E731
-    ends = lambda value: [{"mean": noise(value)} for _ in range(4)]  # noqa: E731
-    names = [*experiments.SERIES, "proposer/all/entropy", "solver/all/entropy"]
-    return {
-        "arm": arm,
-        "seed": seed,
-        "flags": "",
-        "held_out": held_out,
-        "skill_base": 0.9,
-        "series": {name: [noise(0.5) for _ in range(20)] for name in names},
-        "checkpoints": {at: step() for at in ("40", "80")},
-        "probe_entropy": {at: {"proposer/all": noise(0.5), "solver/all": noise(0.5)} for at in ("0", "40", "80")},
-        "update": {"adapted": sizes | {"at_rms_3e-5": sizes, "R1_effective_rank": 12.0}},
-        "greedy": {"accuracy": {"80": [noise(0.3)] * 3}},
-        "diversity": [{"program_distance": noise(0.5)}],
-        "solve_rate": {f"{mode}/last": [1, *[2] * 7, 1] for mode in tables.MODES},
-        "difficulty": {
-            "solvers": ["base", "80"],
-            "rate": {"base": ends(0.3), "80": ends(0.4)},
-            "tokens": {"base": ends(12)},
-            "logged_rate": ends(0.3),
-        },
-    }
+    rate = lambda: {"mean": noise(0.4), "low": 0.3, "high": 0.5, "n": 9}  # noqa: E731
+    lengths = {"programs": [9] * 8, "statements": [noise(2) for _ in range(8)], "depth": [noise(7) for _ in range(8)]}
+    result |= {"flags": "", "proposals": None if arm == "rlvr" else {**lengths, "base_rate": [rate(), rate()]}}
+    result["series"] = {name: [noise(0.5) for _ in range(8)] for name in measure.SERIES}
+    if not light:
+        sizes = {"S0": 0.0, "S1": noise(0.9), "S2": 0.9, "U1_rms": 0.02, "U1_rel_fro": noise(0.1)}
+        result["update"] = sizes | {"S5": {"excess": noise(0), "low": -1, "high": 1}, "at_rms_3e-5": {"S1": 0.9}}
+        result["probe"] = {step: {"proposer/all": noise(0.9), "solver/all": noise(0.3)} for step in ("0", "80")}
+        kl = {"kl_forward/solver": noise(0.1), "kl_forward/untrained": noise(0.1)}
+        result["forgetting"] = {**kl, "skill_base": 0.9, "skill": noise(0.8)}
+    return result
 
 
-KLS = ("kl_forward/solver", "kl_forward/untrained", "kl_reverse/solver")
+def full(name: str) -> dict:
+    """A file of a training of every weight."""
+    result = made_up("joint", 0, 0.0) | {"arm": name, "accuracy": {"0": 0.2, "40": 0.3}}
+    return {key: result[key] for key in ("arm", "seed", "accuracy", "update", "series")}
 
 
 def test_tables_and_plots_of_the_page_from_files(tmp_path, monkeypatch):
     """Every table has its place in RESULTS.md; a planted gain comes back in the first one, bold."""
     (tmp_path / "RESULTS.md").write_text((ROOT / "RESULTS.md").read_text())
     (tmp_path / "results").mkdir()
-    gains = {"joint": 0.2, "rlvr": 0.2} | dict.fromkeys(("base", "no-update", "frozen-base", "half-peak"), 0)
+    (tmp_path / "results" / "tiny").symlink_to(ROOT / "results" / "tiny")
+    (tmp_path / "azr").symlink_to(ROOT / "azr")
+    gains = {"joint": 0.2, "rlvr": 0.2} | dict.fromkeys(("base", "no-update", "uniform"), 0)
     for arm, gain in gains.items():
         for seed in range(3):
-            experiments.write(tmp_path / "results" / arm / f"{seed}.json", made_up(arm, seed, gain))
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    assert tables.main() == 0
-    page = (tmp_path / "RESULTS.md").read_text()
-    assert page == tables.filled(page, tables.load())
-    for make in tables.TABLES:
+            path = tmp_path / "results" / "arms" / f"{arm}-{seed}.json"
+            measure.write(path, made_up(arm, seed, gain, light=arm == "uniform"))
+    for name in ("full-joint-1e-6-bf16", "full-sft-worded-1e-4-fp32"):
+        measure.write(tmp_path / "results" / "arms" / f"{name}-0.json", full(name))
+    monkeypatch.setattr(findings, "RESULTS", tmp_path / "results")
+    assert findings.main() == 0
+    page, arms = (tmp_path / "RESULTS.md").read_text(), findings.load()
+    assert page == findings.filled(page, arms)
+    for make in findings.TABLES:
         assert len(page.partition(f"<!-- {make.__name__} -->")[2].partition("<!-- end -->")[0]) > 100, make
-    joint, frozen = (tables.gain(tables.load(), arm, 1).mean() for arm in ("joint", "frozen-base"))
-    assert joint == pytest.approx(0.2, abs=0.02) and frozen == pytest.approx(0, abs=0.02)
-    assert f"**{joint:+.3f} [" in page and f"**{frozen:+.3f} [" not in page
+    base = np.mean(findings.greedy(arms["base"][0]))
+    joint, still = (np.mean([findings.greedy(r).mean() for r in arms[arm]]) - base for arm in ("joint", "no-update"))
+    assert joint == pytest.approx(0.2, abs=0.03) and still == pytest.approx(0, abs=0.03)
+    assert f"**+{joint:.3f} [".replace("0.", ".") in page and "| no-update | 3 | **-" in page
     assert len(list((tmp_path / "results" / "plots").glob("*.png"))) == 5
-    with pytest.raises(ValueError, match="no <!-- sharpening -->"):
-        tables.fill("", "sharpening", "")
+    with pytest.raises(ValueError, match="no <!-- learned -->"):
+        findings.fill("", "learned", "")
 
 
 def test_the_page_is_what_the_files_say():
     """Where there are results: what stands in RESULTS.md was made from them."""
-    arms, text = tables.load(), (ROOT / "RESULTS.md").read_text()
-    assert all(text.count(f"<!-- {make.__name__} -->") == 1 for make in tables.TABLES)
-    assert not arms or text == tables.filled(text, arms)
+    arms, text = findings.load(), (ROOT / "RESULTS.md").read_text()
+    assert all(text.count(f"<!-- {make.__name__} -->") == 1 for make in findings.TABLES)
+    assert not arms or text == findings.filled(text, arms)
 
 
-def test_results_of_a_run(tmp_path):
-    """Counts per task are sorted by id, numbers are short, and what was written is what is read."""
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "result.json").write_text(json.dumps({"samples_per_problem": 2, "decoding": {}, "quantization": "none"}))
-    rows = [
-        ("deduction/b", 0, True, "1"),
-        ("abduction/a", 0, True, "[1,2]"),
-        ("abduction/a", 1, True, "[1, 2]"),
-        ("deduction/b", 1, False, "2"),
-    ]
-    (out / "graded.jsonl").write_text(
-        "".join(
-            json.dumps({"task_id": task, "sample": i, "correct": right, "answer": answer}) + "\n"
-            for task, i, right, answer in rows
-        )
-    )
-    found = experiments.counts(out)
-    assert found["n"] == 2 and found["correct"] == [2, 1] and found["distinct_correct"] == [1, 1]
-    assert found["commonest"] == {"abduction": ["[1,2]", 0.5], "deduction": ["1", 0.5]}
-    experiments.write(tmp_path / "x.json", {"a": 1 / 3, "b": [{"c": 2.0}]})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 0.3333, "b": [{"c": 2.0}]}
+def test_ten_numbers_of_the_page_come_back_from_the_files():
+    """Recomputed without the code that made the tables, from results/arms alone."""
+    files = [json.loads(path.read_text()) for path in (ROOT / "results" / "arms").glob("*.json")]
+    text = (ROOT / "RESULTS.md").read_text()
+    if not files:
+        pytest.skip("no results")
+    of = lambda arm: sorted((f for f in files if f["arm"] == arm), key=lambda f: f["seed"])  # noqa: E731
+    table = lambda name: text.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]  # noqa: E731
+    row = lambda name, arm: next(line for line in table(name).splitlines() if line.startswith(f"| {arm} "))  # noqa: E731
+    numbers = lambda line: [float(x) for x in re.findall(r"[-+]?\d*\.\d+", line)]  # noqa: E731
+    share = lambda f: f["greedy"]["right"].count("1") / len(f["greedy"]["right"])  # noqa: E731
+
+    def pass_at(f, k):
+        n = f["sampled"]["1"]["n"]
+        return np.mean([1 - comb(n - c, k) / comb(n, k) for c in f["sampled"]["1"]["right"]])
+
+    for arm in ("joint", "no-update", "frozen-base", "rlvr"):
+        mean = np.mean([share(f) for f in of(arm)])
+        assert numbers(row("learned", arm))[0] == pytest.approx(mean, abs=6e-4)
+        for k, place in ((1, 0), (32, 15)):
+            gain = np.mean([pass_at(f, k) for f in of(arm)]) - np.mean([pass_at(f, k) for f in of("base")])
+            assert numbers(row("coverage", arm))[place] == pytest.approx(gain, abs=6e-4)
 
 
-def test_set_figures_and_pooled_spread():
-    a, b = np.array([1.0, 1.0, 0.0, 0.5]), np.array([1.0, 0.0, 1.0, 0.5])
-    srr, ndr = tables.sets(a, b)
-    assert srr == pytest.approx(1.25 / 2.5) and ndr == pytest.approx(1.25 / 2.5)
-    pooled = tables.Pooled({"x": [1.0, 3.0], "y": [5.0, 5.0, 8.0], "z": [2.0]})
-    assert pooled.freedom == 3 and pooled.sd == pytest.approx(np.sqrt((2 + 6) / 3))
-    alone, pair = pooled.mean("z"), pooled.mean("x")
-    assert alone.mean == 2 and (alone.high - 2) == pytest.approx((pair.high - 2) * np.sqrt(2))
-    assert pooled.minus("y", "x").mean == pytest.approx(4)
-    assert pooled.p_value(3.182) == pytest.approx(0.05, abs=2e-3) and pooled.p_value(0) == pytest.approx(1, abs=2e-3)
-    far = tables.Pooled({"joint": [0.0, 0.1, 0.2], "a": [0.1, 0.2], "b": [5.0, 5.1], "c": [1.0]})
-    assert far.standing(["a", "b"]) == "b (+4.950) of 2" and far.standing(["a"]) == "none of 1"
-    assert tables.show(Interval(0.1, 0.05, 0.2)).startswith("**+0.100") and tables.show(Interval(np.nan, 0, 0)) == ""
+def test_numbers_are_short_and_come_back(tmp_path):
+    measure.write(tmp_path / "x.json", {"a": 1 / 3, "b": [{"c": 2.0}], "d": float("nan")})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 0.3333, "b": [{"c": 2.0}], "d": None}
 
 
-def test_error_from_the_answers():
-    """k = 1: the binomial's own; two samples halve the variance."""
-    sample = {"held_out": {"n": 100, "correct": [20, 50, 0, 100]}}
-    expected = np.sqrt((0.2 * 0.8 + 0.5 * 0.5) / 100) / 4
-    assert tables.answer_error([sample], 1, 4000) == pytest.approx(expected, rel=0.05)
-    assert tables.answer_error([sample] * 2, 1, 4000) == pytest.approx(expected / np.sqrt(2), rel=0.05)
+def test_pairs_of_seeds_and_what_an_interval_allows():
+    arms = {"a": [{"seed": 0, "x": 1.0}, {"seed": 2, "x": 4.0}], "b": [{"seed": s, "x": float(s)} for s in range(3)]}
+    assert findings.paired(arms, "a", "b", lambda r: r["x"]) == over_runs([1.0, 2.0])
+    cases = {(0.1, 0.05, 0.2): "more", (-0.1, -0.2, -0.05): "less", (0, -0.02, 0.02): "alike"}
+    cases |= {(0, -0.1, 0.1): "cannot tell", (0.02, 0.01, 0.025): "more, and alike within the margin"}
+    assert {ends: findings.verdict(Interval(*ends), 0.03) for ends in cases} == cases
+    assert findings.show(Interval(0.1, 0.05, 0.2)) == "**+.100 [+.050, +.200]**"
+    assert findings.show(Interval(np.nan, 0, 0)) == "-" and findings.show(Interval(-0.5, np.nan, np.nan)) == "-.500"
+
+
+def test_depth_of_a_program():
+    assert measure.depth("x") == 4 and measure.depth("def f(x):\n    return x + (x + 1)") > measure.depth("x+1")
 
 
 def test_without_results_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.main() == 2 and "experiments.py run" in capsys.readouterr().err
+    monkeypatch.setattr(findings, "RESULTS", tmp_path)
+    assert findings.main() == 2 and "experiments.py run" in capsys.readouterr().err
 
 
 def test_a_name_that_is_no_run(capsys, monkeypatch):

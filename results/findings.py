@@ -1,0 +1,480 @@
+"""Tables and plots of RESULTS.md from results/arms/ARM-SEED.json: `python results/findings.py`.
+
+Replaces what stands between `<!-- NAME -->` and `<!-- end -->` in RESULTS.md and draws results/plots/*.png. No torch.
+Unless a table says otherwise, an interval is Student's t over training seeds, 95 %: it is about other seeds on the same
+held-out tasks, and the n in brackets behind an arm is the number of seeds. Two arms are compared by the differences of
+runs with the same seed. Every arm has a spread of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
+
+from azr.evals.held_out import load_tasks
+from azr.fits import linear_fit, over_runs
+from azr.passk import Interval, difference_interval, pass_at_k
+from gate_numbers import LEVELS, STYLES, TRACED, Counts, level, stratified
+
+MODES = ("deduction", "abduction", "induction")
+KS = (1, 2, 4, 8, 16, 32)
+WINDOW = 10  # steps, as measure.py has them
+FEWEST = 1  # seeds of an arm that is shown; without an interval where there is one
+FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
+MARGIN = 0.2  # two arms are called alike within this share of what joint gains
+TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
+Arms = dict[str, list[dict]]
+
+
+def load() -> Arms:
+    """Results of each arm, in the order of their seeds."""
+    arms: Arms = {}
+    for path in (RESULTS / "arms").glob("*.json"):
+        result = json.loads(path.read_text())
+        arms.setdefault(result["arm"], []).append(result)
+    return {arm: sorted(results, key=lambda result: result["seed"]) for arm, results in sorted(arms.items())}
+
+
+# ---------------------------------------------------------------- numbers of a run
+
+
+def greedy(result: dict) -> np.ndarray:
+    """(tasks,) 1 where the greedy answer is right."""
+    return np.array([int(digit) for digit in result["greedy"]["right"]])
+
+
+def traced(result: dict) -> float:
+    """Share of the greedy answers whose thought is worked out."""
+    worked_out = {str(STYLES.index(style)) for style in TRACED}
+    return float(np.mean([digit in worked_out for digit in result["greedy"]["style"]]))
+
+
+def solved(result: dict, k: int, temperature: str = "1") -> np.ndarray:
+    """(few tasks,) pass@k of each; at temperature 0 the greedy answer whatever k."""
+    if temperature == "0":
+        few = few_tasks()
+        return greedy(result)[few].astype(float)
+    part = result["sampled"][temperature]
+    return pass_at_k(part["n"], part["right"], k)
+
+
+def solved_or_none(result: dict, k: int) -> float | None:
+    """Mean pass@k at temperature 1; None where it was not measured."""
+    return solved(result, k).mean() if result["sampled"] else None
+
+
+@cache
+def tasks() -> list:
+    """The held-out tasks, in order."""
+    return load_tasks(RESULTS.parent / "azr" / "tiny" / "held_out.jsonl")
+
+
+@cache
+def few_tasks() -> list[int]:
+    """Places of the tasks that are answered many times."""
+    return stratified(tasks(), FEW_A_CELL)
+
+
+@cache
+def gate(name: str, part: str) -> Counts:
+    """What the gates measured of the untrained model (results/tiny): base or forced."""
+    return Counts.from_json(json.loads((RESULTS / "tiny" / f"{name}.json").read_text())["parts"][part], tasks())
+
+
+def best_temperature() -> tuple[str, Counts]:
+    """The temperature at which the untrained model is best, and its answers there."""
+    found = {t: gate("base", f"T{t}") for t in TEMPERATURES}
+    index = found["1"].index
+    best = max(found, key=lambda t: float(found[t].among(index).accuracy.mean()))
+    return best, found[best]
+
+
+def less(result: dict, counts: Counts) -> float:
+    """Greedy accuracy less that of the untrained model in `counts`, over the tasks that it answered."""
+    return float(np.mean(greedy(result)[counts.index] - counts.accuracy))
+
+
+def paired(arms: Arms, name: str, other: str, value: Callable[[dict], float | None]) -> Interval:
+    """value of an arm minus that of another, over the seeds that both have."""
+    a, b = ({result["seed"]: value(result) for result in arms[arm]} for arm in (name, other))
+    both = [a[seed] - b[seed] for seed in a if seed in b and None not in (a[seed], b[seed])]
+    return over_runs(both) if both else Interval(np.nan, np.nan, np.nan)
+
+
+def last(name: str) -> Callable[[dict], float | None]:
+    """The mean of a metric over the last window of steps."""
+    return lambda result: result["series"][name][-1] if name in result["series"] else None
+
+
+# ---------------------------------------------------------------- text
+
+
+def show(interval: Interval, digits: int = 3, sign: bool = True) -> str:
+    """`+.045 [+.031, +.058]`, bold where the interval leaves zero out and `sign` says that this matters."""
+    form = f"{{:+.{digits}f}}" if sign else f"{{:.{digits}f}}"
+    short = lambda x: form.format(x).replace("0.", ".", 1) if abs(x) < 1 else form.format(x)  # noqa: E731
+    if not np.isfinite(interval.mean):
+        return "-"
+    if not np.isfinite(interval.low):
+        return short(interval.mean)
+    text = f"{short(interval.mean)} [{short(interval.low)}, {short(interval.high)}]"
+    return f"**{text}**" if sign and (interval.low > 0 or interval.high < 0) else text
+
+
+def over_seeds(results: Sequence[dict], value: Callable[[dict], float | None], digits: int = 3, sign=True) -> str:
+    """The mean over seeds with its interval; a dash without values."""
+    values = [x for x in map(value, results) if x is not None]
+    return show(over_runs(values), digits, sign) if values else "-"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def available(arms: Arms, least: int = FEWEST, key: str = "greedy") -> list[str]:
+    """Arms with at least so many seeds in which this was measured, joint and what it is compared with first."""
+    first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
+    names = [name for name in arms if name != "base" and not is_full(name) and arms[name][0].get(key)]
+    names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
+    return [name for name in names if len(arms[name]) >= least]
+
+
+def is_full(name: str) -> bool:
+    """Whether every weight was trained."""
+    return name.startswith("full-")
+
+
+def titled(arms: Arms, name: str) -> str:
+    """The arm with its seeds."""
+    return f"{name} ({len(arms[name])})"
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def learned(arms: Arms) -> str:
+    """Greedy accuracy against the untrained model greedy, at its best temperature and made to think in full."""
+    base, (best, at_best), full = arms["base"][0], best_temperature(), gate("forced", "full T0").of("deduction")
+    rows = []
+    for name in available(arms):
+        results = arms[name]
+        gain = np.mean([greedy(result) for result in results], axis=0) - greedy(base)
+        cells = [over_seeds(results, lambda r: greedy(r).mean(), sign=False)]
+        cells += [over_seeds(results, lambda r: (greedy(r) - greedy(base)).mean()), show(difference_interval(gain))]
+        cells += [over_seeds(results, lambda r: less(r, at_best)), over_seeds(results, lambda r: less(r, full))]
+        cells += [f"{np.mean([traced(r) for r in results]):.2f}"]
+        rows.append([titled(arms, name), *cells])
+    head = ["arm (seeds)", "greedy, 2,100 tasks", "less base greedy, over seeds", "the same, over tasks"]
+    head += [
+        f"less base at its best, T {best}, {len(at_best)} tasks",
+        f"less base forced to think, {len(full)} deductions",
+    ]
+    made = table([*head, "worked-out thoughts"], rows)
+    return f"{made}\n\nThe untrained model, greedy: {greedy(base).mean():.3f}; worked-out thoughts {traced(base):.3f}."
+
+
+def by_mode(arms: Arms) -> str:
+    """Gain in greedy accuracy by mode and by number of statements."""
+    base, mode = arms["base"][0], np.array([task.mode for task in tasks()])
+    size = np.array([level(task) for task in tasks()])
+    masks = {m: mode == m for m in MODES} | {f"{n} st." if n < 7 else "7-8 st.": size == n for n in LEVELS}
+    rows = []
+    for name in available(arms, key="sampled"):
+        cells = [
+            over_seeds(arms[name], lambda r, mask=mask: (greedy(r) - greedy(base))[mask].mean()) if i < 3
+            else f"{np.mean([(greedy(r) - greedy(base))[mask].mean() for r in arms[name]]):+.3f}"
+            for i, mask in enumerate(masks.values())
+        ]  # fmt: skip
+        rows.append([titled(arms, name), *cells])
+    return table(["arm (seeds)", *masks], rows)
+
+
+def coverage(arms: Arms) -> str:
+    """pass@k at temperature 1, less the untrained model's."""
+    base = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in KS}
+    rows = [["base", *(f"{base[k].mean():.3f}" for k in KS), ""]]
+    for name in available(arms, key="sampled"):
+        results = arms[name]
+        cells = [over_seeds(results, lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in KS]
+        tasks_too = show(difference_interval(np.mean([solved(r, 32) for r in results], axis=0) - base[32]))
+        rows.append([titled(arms, name), *cells, tasks_too])
+    answers = sum(result["sampled"]["1"]["n"] for result in arms["base"])
+    made = table(["arm (seeds)", *(f"k = {k}" for k in KS), "k = 32, over tasks"], rows)
+    return f"{made}\n\n{len(base[1])} tasks, 64 answers to each ({answers} of the base)."
+
+
+def frontier(arms: Arms) -> str:
+    """pass@1 against pass@16 at every temperature."""
+    rows = []
+    for name in ("base", *available(arms, 1, "sampled")):
+        wide = [result for result in arms[name] if len(result["sampled"]) > 1]
+        if wide:
+            points = [[np.mean([solved(r, k, t).mean() for r in wide]) for k in (1, 16)] for t in TEMPERATURES]
+            rows.append([f"{name} ({len(wide)})", *(f"{one:.3f}, {many:.3f}" for one, many in points)])
+    return table(["pass@1, pass@16 of (seeds)", *(f"T {t}" for t in TEMPERATURES)], rows)
+
+
+def controls(arms: Arms) -> str:
+    """What must be seen before "no difference" means anything."""
+    _, at_best = best_temperature()
+    rows = []
+
+    def row(what: str, names: Sequence[str], cell: Callable[[], str], should: str) -> None:
+        if all(len(arms.get(name, [])) >= FEWEST for name in names):
+            rows.append([what, str(min(len(arms[name]) for name in names)), cell(), should])
+
+    row("RLVR on fixed tasks, greedy, less the base at its best temperature", ["rlvr"],
+        lambda: over_seeds(arms["rlvr"], lambda r: less(r, at_best)), "above 0")  # fmt: skip
+    row("RLVR on tasks of four or five statements less RLVR on tasks of one, greedy", ["rlvr-hard", "rlvr-easy"],
+        lambda: show(paired(arms, "rlvr-hard", "rlvr-easy", lambda r: greedy(r).mean())), "not 0")  # fmt: skip
+    row("the same, held-out tasks of four statements or more", ["rlvr-hard", "rlvr-easy"],
+        lambda: show(paired(arms, "rlvr-hard", "rlvr-easy", on_long_programs)), "not 0")  # fmt: skip
+    row("entropy bonus of .03 less joint: entropy of the solver's own samples", ["bonus", "joint"],
+        lambda: show(paired(arms, "bonus", "joint", last("solver/all/entropy"))), "above 0")  # fmt: skip
+    return table(["control", "seeds", "measured", "should be"], rows)
+
+
+def on_long_programs(result: dict) -> float:
+    """Greedy accuracy on tasks of four statements or more."""
+    return float(greedy(result)[np.array([level(task) >= 4 for task in tasks()])].mean())
+
+
+def leash(arms: Arms) -> str:
+    """Of the tasks that the untrained model never solved in all its tries: how many an arm solves at least once."""
+    rows_of_base = json.loads((RESULTS / "tiny" / "base.json").read_text())["parts"]["reach"]
+    tries = max(n for _, n, _ in rows_of_base)
+    never = {index for index, n, right in rows_of_base if n == tries and right == 0}
+    mask = np.array([index in never for index in few_tasks()])
+    rows = []
+    for name in ("base", *available(arms, key="sampled")):
+        # the first sample of the base is among the tries by which the tasks were chosen
+        results = arms[name][1:] if name == "base" else arms[name]
+        if results:
+            right = [np.array(r["sampled"]["1"]["right"])[mask] for r in results]
+            counts = [f"{np.mean([(x >= least).sum() for x in right]):.1f}" for least in (1, 4)]
+            label = f"base, another sample ({len(results)})" if name == "base" else titled(arms, name)
+            rows.append([label, *counts, str(int((np.sum(right, axis=0) > 0).sum()))])
+    made = table(["arm (seeds)", "solved once or more in 64 answers", "in 4 or more", "by any seed"], rows)
+    return f"{made}\n\n{mask.sum()} of {len(mask)} tasks, none right of the untrained model's {tries} at temperature 1."
+
+
+def entropy(arms: Arms) -> str:
+    """Entropy of each role on its own samples and on the frozen probe, and less joint's at the end."""
+    rows = []
+    for name in available(arms, key="probe"):
+        cells = []
+        for role in ("proposer", "solver"):
+            series = f"{role}/all/entropy"
+            if series in arms[name][0]["series"]:
+                first = np.mean([r["series"][series][0] for r in arms[name]])
+                cells.append(f"{first:.3f} -> {over_seeds(arms[name], last(series), sign=False)}")
+            else:
+                cells.append("-")
+        cells += ["" if name == "joint" else show(paired(arms, name, "joint", last(f"{role}/all/entropy")))
+                  for role in ("proposer", "solver")]  # fmt: skip
+        cells += [over_seeds(arms[name], lambda r, role=role: probe_change(r, role)) for role in ("proposer", "solver")]
+        rows.append([titled(arms, name), *cells])
+    head = ["arm (seeds)", "proposer, own samples, first and last 10 steps", "solver, own samples"]
+    head += ["proposer less joint", "solver less joint", "probe, proposer: change", "probe, solver: change"]
+    return table(head, rows)
+
+
+def probe_change(result: dict, role: str) -> float | None:
+    """Entropy on the frozen probe after the training minus before; None where it was not measured."""
+    if "probe" not in result:
+        return None
+    before, after = (result["probe"][step][f"{role}/all"] for step in sorted(result["probe"], key=int))
+    return after - before
+
+
+def proposed(arms: Arms) -> str:
+    """Do proposals get harder? Their length and how often the untrained model solves them, first and last steps."""
+    rows = []
+    for name in available(arms):
+        results = [r for r in arms[name] if r["proposals"]]
+        if not results:
+            continue
+        first, change = [], []
+        for key in ("statements", "depth"):
+            first.append(f"{np.mean([r['proposals'][key][0] for r in results]):.2f}")
+            change.append(over_seeds(results, lambda r, key=key: r["proposals"][key][-1] - r["proposals"][key][0], 2))
+        rate = over_seeds(results, rate_change)
+        start = f"{np.mean([r['proposals']['base_rate'][0]['mean'] for r in results]):.3f}"
+        less_joint = "" if name == "joint" else show(paired(arms, name, "joint", rate_change))
+        rows.append([titled(arms, name), first[0], change[0], first[1], change[1], start, rate, less_joint])
+    head = ["arm (seeds)", "statements", "change", "depth of the tree", "change"]
+    head += ["the untrained model solves", "change", "change less joint's"]
+    return table(head, rows)
+
+
+def rate_change(result: dict) -> float | None:
+    """How much more often the untrained model solves the last proposals than the first; None without proposals."""
+    if not result["proposals"] or None in (rates := result["proposals"]["base_rate"]):
+        return None
+    return rates[1]["mean"] - rates[0]["mean"]
+
+
+def lengths(arms: Arms) -> str:
+    """Tokens of a greedy answer to frozen tasks, by number of statements."""
+    rows = [["base", *(f"{x:.0f}" for x in arms["base"][0]["greedy"]["tokens"])]]
+    for name in available(arms, key="sampled"):
+        tokens = np.mean([r["greedy"]["tokens"] for r in arms[name]], axis=0)
+        rows.append([titled(arms, name), *(f"{x:.0f}" for x in tokens)])
+    return table(["arm (seeds)", *(f"{n} st." if n < 7 else "7-8 st." for n in LEVELS)], rows)
+
+
+def compared(arms: Arms) -> str:
+    """Each arm less joint, by pairs of one seed."""
+    base = arms["base"][0]
+    gain = np.mean([greedy(r).mean() for r in arms["joint"]]) - greedy(base).mean()
+    rows = []
+    for name in available(arms):
+        if name != "joint":
+            both = {r["seed"] for r in arms[name]} & {r["seed"] for r in arms["joint"]}
+            one = paired(arms, name, "joint", lambda r: greedy(r).mean())
+            cells = [show(one), verdict(one, MARGIN * gain)]
+            cells += [show(paired(arms, name, "joint", lambda r, k=k: solved_or_none(r, k))) for k in (1, 32)]
+            tokens = [np.mean(r["series"]["train/tokens"]) for r in arms[name]]
+            rows.append([name, str(len(both)), *cells, f"{np.mean(tokens):,.0f}"])
+    head = ["less joint", "seeds", "greedy", "verdict", "pass@1, T 1", "pass@32, T 1", "trained tokens a step"]
+    made = table(head, rows)
+    return f"{made}\n\nAlike: the interval lies within {MARGIN:.0%} of what joint gains, {MARGIN * gain:.3f}."
+
+
+def verdict(interval: Interval, margin: float) -> str:
+    """more, fewer, alike or cannot tell; all that an interval allows."""
+    if not np.isfinite(interval.low):
+        return "one seed"
+    inside = -margin < interval.low and interval.high < margin
+    if interval.low > 0 or interval.high < 0:
+        return ("more" if interval.mean > 0 else "less") + (", and alike within the margin" if inside else "")
+    return "alike" if inside else "cannot tell"
+
+
+def updates(arms: Arms) -> str:
+    """Size of the update of each arm of adapters, and what of the weights is unchanged."""
+    rows = []
+    for name in available(arms, key="update"):
+        part = [r["update"] for r in arms[name]]
+        cells = [f"{np.mean([u['U1_rms'] for u in part]):.1e}", f"{np.mean([u['U1_rel_fro'] for u in part]):.3f}"]
+        cells += [f"{100 * np.mean([u['S1'] for u in part]):.1f} %"]
+        cells += [f"{100 * np.mean([u['at_rms_3e-5']['S1'] for u in part]):.1f} %"]
+        cells += [show(over_runs([u["S5"]["excess"] for u in part]), 4)]
+        rows.append([titled(arms, name), *cells])
+    head = ["arm (seeds)", "RMS of the change", "norm / base's", "S1", "S1 at RMS 3e-5", "S5: S1 less null's"]
+    return table(head, rows)
+
+
+def every_weight(arms: Arms) -> str:
+    """The same for trainings of every weight, by learning rate and dtype."""
+    rows = []
+    for name in sorted((n for n in arms if is_full(n)), key=_rate_first):
+        (result,) = arms[name][:1]
+        u, accuracy = result["update"], result["accuracy"]
+        share = [f"{100 * u[key]:.1f} %" for key in ("S0", "S1", "S2")]
+        end = accuracy[max(accuracy, key=int)] if accuracy else None
+        _, rate, dtype = _rate_first(name)
+        cells = [f"{u['U1_rms']:.1e}", *share, f"{end:.3f}" if end else "-"]
+        rows.append([result["arm"].removeprefix("full-").rsplit("-", 3)[0], rate, dtype, *cells])
+    head = ["arm", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "greedy"]
+    return table(head, rows)
+
+
+def _rate_first(name: str) -> tuple[str, str, str]:
+    """(dtype and rate for sorting, learning rate, dtype) of full-ARM-1e-6-bf16."""
+    _, base, exponent, dtype = name.rsplit("-", 3)
+    rate = f"{base}-{exponent}"
+    return f"{dtype} {9 - int(exponent)} {name}", rate, dtype
+
+
+def forgotten(arms: Arms) -> str:
+    """What was lost of a skill that no arm trains, and what goes with it over runs."""
+    rows = []
+    for name in available(arms, key="forgetting"):
+        cells = [over_seeds(arms[name], lambda r: 100 * (r["forgetting"]["skill_base"] - r["forgetting"]["skill"]), 1)]
+        for key in ("kl_forward/solver", "kl_forward/untrained"):
+            cells.append(over_seeds(arms[name], lambda r, key=key: r["forgetting"][key], sign=False))
+        rows.append([titled(arms, name), *cells])
+    head = ["arm (seeds)", "skill lost, points", "forward KL, solver prompts", "forward KL, that skill's text"]
+    return f"{table(head, rows)}\n\n{predictors(arms)}"
+
+
+def predictors(arms: Arms) -> str:
+    """R^2 of the loss against each predictor, the last checkpoint of every run a point."""
+    runs = [r for name in available(arms, 1, "forgetting") for r in arms[name]]
+    lost = np.array([r["forgetting"]["skill_base"] - r["forgetting"]["skill"] for r in runs])
+    columns = {
+        "forward KL on solver prompts": [r["forgetting"]["kl_forward/solver"] for r in runs],
+        "norm of the update": [r["update"]["U1_rel_fro"] for r in runs],
+        "S1": [r["update"]["S1"] for r in runs],
+        "forward KL on that skill's text (nearly the outcome itself)": [
+            r["forgetting"]["kl_forward/untrained"] for r in runs
+        ],
+    }
+    fits = {name: linear_fit(np.array(values), lost).r2 for name, values in columns.items()}
+    text = "; ".join(f"{name} {show(r2, 2, sign=False)}" for name, r2 in fits.items())
+    return f"R^2 over {len(runs)} runs, their last checkpoints: {text}."
+
+
+TABLES = (
+    learned,
+    controls,
+    by_mode,
+    coverage,
+    frontier,
+    leash,
+    compared,
+    entropy,
+    proposed,
+    lengths,
+    updates,
+    every_weight,
+    forgotten,
+)
+
+
+# ---------------------------------------------------------------- the script
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with `content` between the marker of that name and the next end marker. ValueError without marker."""
+    start, end = f"<!-- {name} -->", "<!-- end -->"
+    before, marker, rest = text.partition(start)
+    if not marker or end not in rest:
+        raise ValueError(f"the page has no {start} ... {end}")
+    return f"{before}{start}\n{content}\n{end}{rest.partition(end)[2]}"
+
+
+def filled(text: str, arms: Arms) -> str:
+    """The page with every table made anew."""
+    for make in TABLES:
+        text = fill(text, make.__name__, make(arms))
+    return text
+
+
+def main() -> int:
+    """Makes the tables of RESULTS.md and the plots anew; returns the exit code, 2 without base and joint."""
+    arms = load()
+    if not {"base", "joint"} <= arms.keys():
+        print("results/findings.py: no results of base and joint; python results/experiments.py run", file=sys.stderr)
+        return 2
+    page = RESULTS.parent / "RESULTS.md"
+    page.write_text(filled(page.read_text(), arms))
+    import plots  # beside this file
+
+    plots.save_all(arms, RESULTS / "plots")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
