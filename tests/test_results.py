@@ -73,12 +73,10 @@ def test_a_wording_that_the_base_never_saw(tmp_path):
 def made_up(arm: str, seed: int, gain: float, light: bool = False) -> dict:
     """A file of results as measure.py writes it: one answer in four right, `gain` more after training."""
     rng = np.random.default_rng([seed, len(arm)])
-    answers = lambda n: {
-        "n": n,
-        "right": rng.binomial(n, 0.25 + gain, FEW).tolist(),
-        "traced": [0] * FEW,
-        "tokens": 9.0,
-    }  # noqa: E731, E501
+
+    def answers(n: int) -> dict:
+        return {"n": n, "right": rng.binomial(n, 0.25 + gain, FEW).tolist(), "traced": [0] * FEW, "tokens": 9.0}
+
     right = "".join(map(str, rng.binomial(1, 0.25 + gain, TASKS)))
     result = {"arm": arm, "seed": seed, "greedy": {"right": right, "style": "3" * TASKS, "tokens": [9.0] * 7}}
     result["sampled"] = {} if light else {"1": answers(64), "0.8": answers(32), "0.6": answers(32)}
