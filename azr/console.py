@@ -82,9 +82,10 @@ def pulse(title: str, total: int, unit: str) -> Callable[[int], None]:
 
     def advance(count: int) -> None:
         nonlocal done, last
-        done, now = min(total, done + count), time.perf_counter()
+        done, now = done + count, time.perf_counter()
         if now - last >= LINE_SECONDS:
-            note(f"{title}: {done} of {total} {unit}, {duration((now - start) / done * (total - done))} left")
+            left = duration((now - start) / done * max(0, total - done))
+            note(f"{title}: {min(done, total)} of {total} {unit}, {left} left")
             last = now
 
     return advance

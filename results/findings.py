@@ -142,9 +142,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def available(arms: Arms, least: int = FEWEST, key: str = "greedy") -> list[str]:
-    """Arms with at least so many seeds in which this was measured, joint and what it is compared with first."""
+    """Arms with at least so many seeds in which this was measured, joint and what it is compared with first. Not those
+    on another base, whose own untrained model is not measured."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
-    names = [name for name in arms if name != "base" and not is_full(name) and arms[name][0].get(key)]
+    mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
+    names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
     return [name for name in names if len(arms[name]) >= least]
 

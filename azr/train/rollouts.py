@@ -6,6 +6,8 @@ samples = judged(s, samples)                                      # with their v
 
 from __future__ import annotations
 
+import math
+
 from azr.console import pulse
 from azr.evals import math_answers
 from azr.evals.held_out import sample_seed
@@ -17,7 +19,8 @@ def generate(s, role: str, modes: list[str], prompts: list[str], n: int, key: st
     ids = [s.policy.encode(prompt) for prompt in prompts]
     seeds = [[sample_seed(s.config.seed, f"{key}/{i}", j) for j in range(n)] for i in range(len(ids))]
     title = ", ".join(key.split("/"))  # a step's number and phase, or "seed", its round and phase
-    advance = pulse(f"step {title}" if title[0].isdigit() else title, n * len(ids) // s.ranks.world, "responses")
+    share = math.ceil(n * len(ids) / s.ranks.world)
+    advance = pulse(f"step {title}" if title[0].isdigit() else title, share, "responses")
     with s.policy.using(s.arms.adapter(role, "default")):
         completions = s.policy.generate(ids, n, s.sampling, seeds, on_finish=lambda *_: advance(1))
     return [

@@ -195,3 +195,6 @@ def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, ca
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "step 3, solve: 128 of 512 answers, 1:33 min left"
     assert len(lines) == 2 and lines[1].startswith("step 3, solve: 512 of 512")  # what is counted twice is no more
+    clock = iter([0.0, 31.0])
+    console.pulse("seed, 0", 0, "answers")(1)  # a process whose share was nothing
+    assert capsys.readouterr().err == "seed, 0: 0 of 0 answers, 0:00 min left\n"
