@@ -402,7 +402,8 @@ def run(arguments: list[str], ranks: Ranks) -> int | None:
         return print(as_json(config))
     if config.dry_run:
         return dry_run(config, why)
-    with StopRequest(ranks.duplicate_seconds) as stop:
+    # Gradients are on in here and as before afterwards: a stop in the middle of a `no_grad` can leave them off for good
+    with StopRequest(ranks.duplicate_seconds) as stop, torch.inference_mode(False):
         loop.run(config, why, stop, ranks, State, train)
 
 
