@@ -39,9 +39,10 @@ ANSWERS_PER_CALL = 2048  # samples between two reports of progress
 # ---------------------------------------------------------------- tasks
 
 
-def load_tasks(path: str | Path, solutions: bool = False) -> list[Task]:
-    """The tasks of a JSON-lines file; with `solutions` each (task, response) counts as one. Repeats are left out,
-    loudly. ValueError with file and line for a bad one, and for one without the response that is wanted."""
+def load_tasks(path: str | Path, solutions: bool = False, proposals: bool = False) -> list[Task]:
+    """The tasks of a JSON-lines file; with `solutions` each (task, response) counts as one, and with `proposals` a
+    response may be a proposal of the task. Repeats are left out, loudly. ValueError with file and line for a bad line,
+    for one without the response that is wanted, and for a proposal that is not."""
     from azr.tasks import Task
 
     path, tasks, repeats = Path(path), {}, 0
@@ -54,6 +55,8 @@ def load_tasks(path: str | Path, solutions: bool = False) -> list[Task]:
             raise ValueError(f"{where}: {error}") from error
         if solutions and not task.response:
             raise ValueError(f'{where}: has no "response"; python -m azr.tasks make ... --solutions writes them')
+        if task.references and not proposals:
+            raise ValueError(f"{where}: is a proposal, which --algorithm sft alone takes")
         key = task.hash, task.response if solutions else None
         repeats += key in tasks
         tasks.setdefault(key, task)

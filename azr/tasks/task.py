@@ -37,7 +37,8 @@ FIELDS = {
 class Task:
     """One task. `input` is the text between the parentheses of f(...); values are canonical literal text; `visible`
     and `hidden` are (input, output) pairs. `response` and `log_probs` (nats, one for each of its tokens) come with
-    solution files; `behaviour` (what the program does) and `chance` (how often a guess is right: behaviour.py) with
+    solution files; with `references`, the tasks that a proposer is shown, the response is no answer to the task but a
+    proposal of it. `behaviour` (what the program does) and `chance` (how often a guess is right: behaviour.py) with
     validation. None of these is a part of the hash."""
 
     mode: str
@@ -51,6 +52,7 @@ class Task:
     answer: str = ""
     response: str | None = None
     log_probs: tuple[float, ...] | None = None
+    references: tuple[Task, ...] = ()
     behaviour: str = field(default="", compare=False)
     chance: float = field(default=0.0, compare=False)
 
@@ -70,6 +72,8 @@ class Task:
             row["response"] = self.response
         if self.log_probs is not None:
             row["log_probs"] = list(self.log_probs)
+        if self.references:
+            row["references"] = [task.to_json() for task in self.references]
         return row
 
     @staticmethod
@@ -85,6 +89,8 @@ class Task:
             values["response"] = text_field(row, "response")
         if row.get("log_probs") is not None:
             values["log_probs"] = numbers_field(row, "log_probs")
+        if row.get("references") is not None:
+            values["references"] = references_field(row)
         # Checked here, so that a file with a broken answer is refused when it is read and not in the middle of a run.
         outputs = [values["output"]] if "output" in values else [pair[1] for pair in values.get("hidden", ())]
         for output in outputs:
@@ -253,3 +259,15 @@ def numbers_field(row: dict, name: str) -> tuple[float, ...]:
     if not numeric or not all(math.isfinite(x) for x in value):
         raise ValueError(f"{name!r} must be a list of finite numbers")
     return tuple(float(x) for x in value)
+
+
+def references_field(row: dict) -> tuple[Task, ...]:
+    """The tasks that a proposer is shown, at least one (for an induction task one alone); math has no proposer."""
+    rows, mode = row["references"], row["mode"]
+    if not isinstance(rows, list) or not rows or not all(isinstance(x, dict) for x in rows):
+        raise ValueError("'references' must be a list of tasks")
+    if mode == "math":
+        raise ValueError("math task: nobody proposes those, so that it has no references")
+    if mode == "induction" and len(rows) > 1:
+        raise ValueError(f"induction task: its proposer is shown one reference, not {len(rows)}")
+    return tuple(Task.from_json(reference) for reference in rows)

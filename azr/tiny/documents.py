@@ -381,40 +381,62 @@ def plan(program: Program, rng: random.Random) -> str:
     return {"none": "", "junk": "".join(f"{s.name};" for s in program.statements), "words": f"{program.words};"}[style]
 
 
+class DrawnProposal(NamedTuple):
+    """A proposal: the tasks that its proposer is shown, what it writes, and the task that is proposed; None where
+    validation refuses it."""
+
+    references: list[Task]
+    response: str
+    task: Task | None
+
+
 def propose_document(mode: str, rng: random.Random, stage: Stage = STAGES[LAST]) -> tuple[str, str]:
-    """A proposer's prompt with one to three references (induction: the program) and a proposal that follows them."""
+    """A proposer's prompt and a proposal that follows its references."""
+    drawn = draw_proposal(mode, rng, stage)
+    return propose_prompt(mode, drawn.references, "tiny"), drawn.response
+
+
+def task_of(mode: str, example: Example) -> Task:
+    """The deduction or abduction task of an example."""
+    return Task(mode, example.program.text, arguments_text(example.arguments), repr(example.output))
+
+
+def draw_proposal(mode: str, rng: random.Random, stage: Stage = STAGES[LAST]) -> DrawnProposal:
+    """A proposal that follows one to three references (induction: about the program of its reference)."""
     if mode == "induction":
-        return _propose_induction(rng, stage)
+        return _draw_induction_proposal(rng, stage)
     size = rng.choices(range(1, len(STATEMENTS) + 1), STATEMENTS)[0]
     references = []
     for _ in range(rng.choices((1, 2, 3), (25, 50, 25))[0]):
         near = min(len(STATEMENTS), max(1, size + rng.choice((-1, 0, 0, 1))))
         references.append(draw(rng, stage, near))
     mean = sum(len(e.program.statements) for e in references) / len(references)
-    tasks = [Task(mode=mode, program=e.program.text, input=arguments_text(e.arguments), output="") for e in references]
+    tasks = [task_of(mode, e) for e in references]
     like = frozenset(s.kind for s in rng.choice(references).program.statements)
     if rng.random() < SEED_REFERENCE:
         tasks, mean, like = [SEED_TASKS["deduction"]], 1.0, frozenset()
     count = min(MAX_STATEMENTS, max(1, round(mean + rng.random() - 0.5) + rng.choices(*FOLLOW)[0]))
     example = draw(rng, stage, count, like=like)
-    text, given = example.program.text, arguments_text(example.arguments)
+    task = task_of(mode, example)
+    text, given = task.program, task.input
     if rng.random() < BROKEN_PROPOSAL:
-        text, given = broken(example, rng)
+        task, (text, given) = None, broken(example, rng)
     response = wrap(plan(example.program, rng), fence("python", text) + fence("input", given))
-    return propose_prompt(mode, tasks, "tiny"), response
+    return DrawnProposal(tasks, response, task)
 
 
-def _propose_induction(rng: random.Random, stage: Stage) -> tuple[str, str]:
+def _draw_induction_proposal(rng: random.Random, stage: Stage) -> DrawnProposal:
     while True:
-        drawn = draw_task("induction", rng, stage)
-        inputs = [given for given, _ in drawn.task.visible + drawn.task.hidden]
+        task = draw_task("induction", rng, stage).task
+        inputs = [given for given, _ in task.visible + task.hidden]
         if sum(map(len, inputs)) <= MAX_INPUTS:
             break
+    reference = Task("deduction", task.program, *task.visible[0])
+    message = fence("message", task.message)
     if rng.random() < BROKEN_PROPOSAL:
-        inputs[rng.randrange(len(inputs))] = rng.choice(inputs)
-    text = "".join(fence("input", given) for given in inputs) + fence("message", drawn.task.message)
-    reference = Task(mode="deduction", program=drawn.task.program, input="", output="")
-    return propose_prompt("induction", [reference], "tiny"), wrap("", text)
+        task, inputs[rng.randrange(len(inputs))] = None, rng.choice(inputs)
+    text = "".join(fence("input", given) for given in inputs) + message
+    return DrawnProposal([reference], wrap("", text), task)
 
 
 def document(rng: random.Random, stage: Stage = STAGES[LAST], progress: float = 1.0) -> tuple[str, str]:

@@ -27,16 +27,17 @@ FIRST_GUESS = 32  # tokens of an answer, before there is one
 
 
 def draw(data: list[Task], step: int, count: int, seed: int, wave: int | None = None) -> list[Task]:
-    """`count` tasks for a step, the same number of every mode (the first modes one more where it does not divide).
+    """`count` tasks for a step, the same number of every mode (the first modes one more where it does not divide);
+    proposals of a mode count as one more mode.
 
     Epoch by epoch each task of a mode once, in an order of that epoch. With a wave (what fills a step up to a number of
     tokens asks for a varying count) uniformly at random, in an order that mixes the modes.
     """
-    modes, drawn = list(dict.fromkeys(task.mode for task in data)), []
+    kinds, drawn = list(dict.fromkeys(kind(task) for task in data)), []
     rng = random.Random(f"{seed}/data/{step}/{wave}")
-    for i, mode in enumerate(modes):
-        mine = [task for task in data if task.mode == mode]
-        share = count // len(modes) + (i < count % len(modes))
+    for i, name in enumerate(kinds):
+        mine = [task for task in data if kind(task) == name]
+        share = count // len(kinds) + (i < count % len(kinds))
         if wave is not None:
             drawn += rng.choices(mine, k=share)
             continue
@@ -45,11 +46,23 @@ def draw(data: list[Task], step: int, count: int, seed: int, wave: int | None = 
             epoch, place = divmod(position, len(mine))
             if epoch not in orders:
                 orders[epoch] = list(range(len(mine)))
-                random.Random(f"{seed}/data/{mode}/{epoch}").shuffle(orders[epoch])
+                random.Random(f"{seed}/data/{name}/{epoch}").shuffle(orders[epoch])
             drawn.append(mine[orders[epoch][place]])
     if wave is not None:
         rng.shuffle(drawn)  # cut off at the end, no mode loses more than the others
     return drawn
+
+
+def kind(task: Task) -> str:
+    """The mode of a task, and of a proposal "propose" and its mode."""
+    return f"propose {task.mode}" if task.references else task.mode
+
+
+def prompt_of(task: Task, template: str) -> str:
+    """What the response of a task is to: the solver's prompt, or the proposer's with the references that it has."""
+    if task.references:
+        return propose_prompt(task.mode, list(task.references), template)
+    return solve_prompt(task, template)
 
 
 def from_buffers(buffers: Buffers, seed: int, step: int, wave: int, count: int) -> list[Task]:
@@ -77,9 +90,9 @@ def check_context(s) -> None:
 
 
 def fits(s, task: Task) -> bool:
-    """Whether a solver's prompt and its longest (or given) response fit the context of the model of a State `s`."""
+    """Whether the prompt of a task and its longest (or given) response fit the context of the model of a State `s`."""
     longest = max(s.config.max_new_tokens, len(s.policy.encode(task.response or "")))
-    return len(s.policy.encode(solve_prompt(task, s.template))) + longest <= context_of(s)
+    return len(s.policy.encode(prompt_of(task, s.template))) + longest <= context_of(s)
 
 
 def fitting(s, data: list[Task]) -> list[Task]:

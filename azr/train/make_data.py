@@ -3,6 +3,7 @@
     python -m azr.tasks make tiny tasks.jsonl --count 3000                  tasks of the embedded model's generator
     python -m azr.tasks make tiny gold.jsonl --count 3000 --solutions       the same with right responses (off-policy)
     python -m azr.tasks make tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
+    python -m azr.tasks make tiny warm.jsonl --count 200 --solutions --proposals     and proposals: a warm start (sft)
     python -m azr.tasks make run RUN tasks.jsonl                            the tasks in a run's buffers
     python -m azr.tasks make run RUN own.jsonl --solutions                  own verified answers (rejection sampling)
     python -m azr.tasks make benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
@@ -48,6 +49,8 @@ def tiny_tasks(options: argparse.Namespace) -> list[Task]:
         raise ValueError(f"--statements {options.statements}: expected numbers from 1 to {MAX_STATEMENTS}, as in 5,6")
     if options.style and not options.solutions:
         raise ValueError(f"--style {options.style} is about the thoughts of responses: it needs --solutions")
+    if options.proposals and not options.solutions:
+        raise ValueError("--proposals are responses too: they need --solutions")
     by_hash: dict[str, Task] = {}
     for mode in modes:
         # two streams: what is thought must not change which tasks are drawn
@@ -69,7 +72,23 @@ def tiny_tasks(options: argparse.Namespace) -> list[Task]:
                 thought = recipe.think(drawn, style, thoughts) if drawn else ""
                 response = recipe.wrap(thought, recipe.answer(task))
             by_hash[task.hash] = dataclasses.replace(task, response=response)
-    return list(by_hash.values())
+    return list(by_hash.values()) + (tiny_proposals(options) if options.proposals else [])
+
+
+def tiny_proposals(options: argparse.Namespace) -> list[Task]:
+    """`count` distinct valid proposals a mode of the generator, with the references that they follow."""
+    from azr.tiny import documents as recipe
+
+    proposals = []
+    for mode in MODES:
+        rng, by_hash = random.Random(f"{options.seed}/{mode}/proposals"), {}
+        while len(by_hash) < options.count:
+            drawn = recipe.draw_proposal(mode, rng)
+            if task := drawn.task:
+                complete = dataclasses.replace(task, response=drawn.response, references=tuple(drawn.references))
+                by_hash.setdefault(task.hash, complete)
+        proposals += by_hash.values()
+    return proposals
 
 
 def run_tasks(run: Path) -> list[Task]:
@@ -130,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     tiny.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}; math sorts digits")
     tiny.add_argument("--seed", type=Number(int, 0, MOST), default=0)
     tiny.add_argument("--statements", metavar="N[,N...]", help="of the programs; default: as in training")
+    tiny.add_argument("--proposals", action="store_true", help="as many proposals a mode too, for a warm start by sft")
     tiny.add_argument("--style", choices=STYLES, help="of the thoughts; default ladder: as in training")
     run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")
     run.add_argument("run", type=Path, metavar="RUN")

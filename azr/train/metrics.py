@@ -29,7 +29,8 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
     """
     trained = [sample for sample in trained if not sample.objective] or trained
     metrics: dict[str, float] = {}
-    for role in ("proposer", "solver") if proposals else ("solver",):
+    given = [sample for sample in trained if sample.role == "proposer" and not proposals]  # of a warm start
+    for role in ("proposer", "solver") if proposals or given else ("solver",):
         metrics |= under(f"{role}/all", entropy_metrics([sample for sample in trained if sample.role == role]))
     metrics |= under("train", entropy_metrics([sample for sample in trained if not sample.from_base]))
     own = {id(sample): sample for sample in [*proposals, *answers, *trained] if not sample.objective}
@@ -37,6 +38,8 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
     for mode in (*MODES, *["math"] * any(sample.mode == "math" for sample in trained)):
         if proposals and mode != "math":
             metrics |= proposer_metrics(mode, proposals, trained, n)
+        elif given and mode != "math":
+            metrics |= under(f"proposer/{mode}", _group([], [sample for sample in given if sample.mode == mode]))
         mine = [sample for sample in answers if sample.mode == mode]
         solver = {
             "accuracy": mean(sample.correct for sample in mine),

@@ -36,6 +36,8 @@ def induction(program=DOUBLE, inputs=tuple("0123456789"), message="do something 
     return Proposal("induction", program, tuple(inputs), message)
 
 
+SEED = SEED_TASKS["deduction"].to_json()
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 
@@ -47,6 +49,8 @@ def test_task_json_round_trip_has_only_the_fields_of_its_mode():
     solved = Task("deduction", DOUBLE, "1", "2", response="x</think><answer>2</answer>", log_probs=(-0.5, -1.0))
     assert Task.from_json(json.loads(json.dumps(solved.to_json()))) == solved
     assert solved.hash == Task("deduction", DOUBLE, "1", "2").hash != Task("abduction", DOUBLE, "1", "2").hash
+    proposal = Task("deduction", DOUBLE, "1", "2", response="x", references=(solved, SEED_TASKS["abduction"]))
+    assert Task.from_json(json.loads(json.dumps(proposal.to_json()))) == proposal and proposal.hash == solved.hash
 
 
 @pytest.mark.parametrize(
@@ -72,6 +76,10 @@ def test_task_json_round_trip_has_only_the_fields_of_its_mode():
             "visible",
         ),
         ({"mode": "math", "question": "1+1", "answer": "2", "log_probs": [float("nan")]}, "log_probs"),
+        ({"mode": "math", "question": "1+1", "answer": "2", "references": [SEED]}, "nobody proposes"),
+        (SEED | {"references": []}, "must be a list of tasks"),
+        (SEED | {"references": [SEED | {"output": "2 +"}]}, "no literal"),
+        (SEED_TASKS["induction"].to_json() | {"references": [SEED, SEED]}, "one reference, not 2"),
     ],
 )
 def test_a_broken_task_is_one_clear_line(row, wrong):

@@ -296,6 +296,7 @@ def test_task_files_of_the_generator(tmp_path, capsys):
         (["--statements", "0"], "from 1 to 8"),
         (["--statements", "2,x"], "from 1 to 8"),
         (["--style", "full"], "needs --solutions"),
+        (["--proposals"], "need --solutions"),
     ):
         assert make_data.main(["tiny", str(again), *flags]) == 2
         [line] = capsys.readouterr().err.splitlines()

@@ -7,6 +7,7 @@ import json
 import math
 import runpy
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from azr.evals.held_out import load_tasks
 from azr.policy.load import adapter_tensors
 from azr.policy.opening import agree
 from azr.policy.policy import Policy
-from azr.tasks import MODES
+from azr.tasks import MODES, Buffers, parse_proposal, propose_prompt
 from azr.train import arms, loop, make_data, rewards, rules, update
 from azr.train.arms import Arms, entropy_control, off_policy
 from azr.train.data import tokens as tokens_of
@@ -28,6 +29,7 @@ from azr.train.data import tokens as tokens_of
 MANY = {"minibatches": 4, "learning_rate": 1e-2, "steps": 2, "prompts_per_mode": 4, "answers": 8}
 GROUPS = [(role, mode) for role in ("proposer", "solver") for mode in MODES]
 BASE = {"off_policy_gamma": 0.25, "off_policy_source": "base"}
+WARM = ("warm", ("--solutions", "--proposals"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def world(tmp_path_factory):
 def files(tmp_path_factory):
     """Task and solution files of the generator."""
     folder, paths = tmp_path_factory.mktemp("files"), {}
-    for name, flags in (("tasks", ()), ("gold", ("--solutions",)), ("math", ("--modes", "math"))):
+    for name, flags in (("tasks", ()), ("gold", ("--solutions",)), ("math", ("--modes", "math")), WARM):
         paths[name] = str(folder / f"{name}.jsonl")
         assert make_data.main(["tiny", paths[name], "--count", "40", *flags]) == 0
     return paths
@@ -400,6 +402,29 @@ def test_sft_is_cross_entropy_on_given_responses(world, files):
     chosen = arm.trained[0]
     before, after = (sum(log_probs(world, adapter, chosen)) for adapter in (world.start, arm.adapters[-1]))
     assert after > before
+
+
+def test_a_warm_start_trains_proposals_too_and_needs_no_seed_stage(world, files):
+    arm = world.run(algorithm="sft", data=files["warm"])
+    file = load_tasks(files["warm"], solutions=True, proposals=True)
+    proposals = {task.response: task for task in file if task.references}
+    assert len(proposals) == 120
+    for samples, row in zip(arm.trained, arm.rows):
+        groups = Counter((s.role, s.mode) for s in samples)
+        assert len(groups) == 6 and len(set(groups.values())) == 1  # as many of each role and mode
+        for sample in (s for s in samples if s.role == "proposer"):
+            task = proposals[sample.response]
+            assert sample.prompt == propose_prompt(sample.mode, list(task.references), "tiny")
+            parsed = parse_proposal(sample.mode, sample.response, task.references[0].program)
+            assert parsed.well_formed and parsed.value.program == task.program
+        entropies = [row[f"{role}/{mode}/sampled_entropy"] for role in ("proposer", "solver") for mode in MODES]
+        assert row["train/loss"] == pytest.approx(sum(entropies) / 6, rel=1e-4)
+    arm.state.buffers = Buffers()
+    arm.state.arms.start(arm.state, None)
+    loop.seed_stage(arm.state, None, None)  # nothing is sampled: there are tasks enough
+    assert [arm.state.buffers.size(mode) for mode in MODES] == [41, 41, 41]  # the file's and the identity program's
+    with pytest.raises(ValueError, match="is a proposal, which --algorithm sft alone takes"):
+        world.run(algorithm="rlvr", data=files["warm"])
 
 
 def test_hotter_rollouts_are_scored_at_their_temperature(world):

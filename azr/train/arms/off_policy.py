@@ -17,11 +17,10 @@ import torch
 from azr.console import warn
 from azr.evals.held_out import load_tasks
 from azr.policy.sampling import Completion
-from azr.tasks import Sample, Task, parse_answer
-from azr.tasks.prompts import solve_prompt
+from azr.tasks import Sample, Task, parse_answer, parse_proposal
 from azr.train import ppo, update
 from azr.train.arms import Arm
-from azr.train.data import draw, fitting, tokens
+from azr.train.data import draw, fitting, prompt_of, tokens
 
 if TYPE_CHECKING:
     from azr.policy.policy import Policy
@@ -77,12 +76,15 @@ def ratio_statistics(log_prob: torch.Tensor, behaviour: torch.Tensor) -> dict[st
 
 
 def given_sample(policy: Policy, task: Task, template: str, group: str) -> Sample:
-    """The response of a solution file as a sample; its log-probs if the file has them."""
-    prompt = solve_prompt(task, template)
+    """The response of a solution file as a sample of the role that it is of; its log-probs if the file has them."""
+    role, prompt = ("proposer" if task.references else "solver"), prompt_of(task, template)
     completion = Completion(policy.encode(task.response), list(task.log_probs or ()), "given")
-    parsed = parse_answer(task.mode, task.response)
+    if task.references:
+        parsed = parse_proposal(task.mode, task.response, task.references[0].program)
+    else:
+        parsed = parse_answer(task.mode, task.response)
     ids = policy.encode(prompt)
-    return Sample("solver", task.mode, prompt, ids, completion, task.response, group, parsed=parsed, task=task)
+    return Sample(role, task.mode, prompt, ids, completion, task.response, group, parsed=parsed, task=task)
 
 
 def exchanged(samples: list[Sample]) -> list[Sample]:

@@ -19,11 +19,11 @@ class FixedTasks(Arm):
     """What rlvr and sft share: the tasks of --data, drawn anew each step, and what self-play has that they have not."""
 
     proposes = False
-    solutions = False  # whether each task must come with a response
+    solutions = False  # whether each task must come with a response, which may be a proposal of it
 
     def __init__(self, config) -> None:
         super().__init__(config)
-        self.data = load_tasks(config.data, self.solutions)
+        self.data = load_tasks(config.data, self.solutions, proposals=self.solutions)
 
     @classmethod
     def refuses(cls, c):

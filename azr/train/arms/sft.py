@@ -1,8 +1,12 @@
-"""--algorithm sft: cross-entropy on the responses of --data, through the same update; nothing is sampled."""
+"""--algorithm sft: cross-entropy on the responses of --data, through the same update; nothing is sampled.
+
+With proposals among the responses it is a warm start, for a model that does not keep the form of a proposal by itself.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 from azr.tasks import Sample, Task
@@ -28,6 +32,14 @@ class Sft(FixedTasks):
             (c.control != "none", f"--entropy-control {c.control} acts on sampled answers; sft samples none"),
         ]
 
+    def start(self, s, judge):
+        """As FixedTasks. The tasks of proposals take the place of the seed stage's, in which a model that needs a warm
+        start would propose next to nothing that is valid, for all of its rounds."""
+        super().start(s, judge)
+        for task in self.data:
+            if task.references:
+                s.buffers.add(replace(task, response=None, references=()), 0)
+
     def given(self, s, step):
         """The responses of as many tasks as self-play has answers, or of --step-tokens tokens: advantage 1."""
 
@@ -39,6 +51,7 @@ class Sft(FixedTasks):
 
         if tokens := self.config.step_tokens:
             return fill(tokens, 1, partial(self.draw, step), respond)
+        # as many as self-play has answers; what proposals the file has are among them
         count = MODES_OF_SELFPLAY * self.config.prompts_per_mode * self.config.answers
         return respond(self.draw(step, None, count), "")
 
