@@ -47,6 +47,9 @@ from sandbox import Sandbox
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 # Between ranks that sample, minutes; a process that died closes its connections, which the others see at once.
 PATIENCE = timedelta(minutes=10)
+PIECE = (
+    2**24
+)  # numbers of a gradient that are sent at once, 64 MB: a second copy of all would cost as much as the first
 POLL = 0.0005  # seconds between two looks whether all have come: a signal is handled between them
 GONE = "another process has ended; the same command goes on (train_azr.py: --resume auto), with any number of them"
 LAST_WORDS = 40  # lines of what a rank other than 0 would have said, shown if it fails
@@ -206,18 +209,22 @@ class SharedPolicy(Policy):
         """total (weights / N,) plus this rank's slice of the gradient of each rank, in their order: a reduce-scatter
         whose order is that of one process. Leaves the parameters without a gradient; `touched` gets the places of those
         that had one on some rank, since Adam moves one with a gradient of zeros and leaves one without."""
-        world = self.ranks.world
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-        flat = torch.nn.functional.pad(flat, (0, -len(flat) % world))
-        parts = torch.empty_like(flat)
-        total = flat.new_zeros(len(flat) // world) if total is None else total
-        # memory may have run out on some rank until here; nothing that follows takes more
-        touched.update(*self.ranks.exchange([i for i, p in enumerate(parameters) if p.grad is not None]))
-        self.ranks.wait(dist.all_to_all_single(parts, flat, async_op=True))
-        for part in parts.view(world, -1):
-            total += part
+        world, touching = self.ranks.world, [i for i, p in enumerate(parameters) if p.grad is not None]
+        rows = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+        rows.append(rows[0].new_zeros(-sum(map(len, rows)) % world))
+        flat = torch.cat(rows).view(world, -1)
+        total = flat.new_zeros(flat.shape[1]) if total is None else total
+        del rows
         for p in parameters:
             p.grad = None
+        # memory may have run out on some rank until here; what follows takes no more than the gradients have just left
+        touched.update(*self.ranks.exchange(touching))
+        for ours, theirs in zip(total.split(PIECE // world), flat.split(PIECE // world, 1)):
+            theirs = theirs.contiguous()
+            parts = torch.empty_like(theirs)
+            self.ranks.wait(dist.all_to_all_single(parts, theirs, async_op=True))
+            for part in parts:
+                ours += part
         return total
 
     def _spread(self, parameters: list, total: torch.Tensor) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ import eval_passk
 import train_azr
 from azr.evals import run
 from azr.policy.policy import Policy
-from azr.train import loop
+from azr.train import distributed, loop
 from azr.train.distributed import Ranks
 from azr.train.loss_scale import LossScale
 from bench_ranks import compared, processes
@@ -80,7 +80,7 @@ def evaluations(folder: str) -> list:
 def both(held_out: str, folder: str) -> None:
     """One run by this process and the same by two forks of it; prints `evaluations`, the exit codes and `compared`."""
     patch, evaluated = pytest.MonkeyPatch(), evaluations(folder)
-    for owner, name, value in ((loop, "PROBE", 1), (loop, "SEED_ROUNDS", 2)):
+    for owner, name, value in ((loop, "PROBE", 1), (loop, "SEED_ROUNDS", 2), (distributed, "PIECE", 50_000)):
         patch.setattr(owner, name, value)
     flags, one, two = [*SMALL.split(), "--eval-data", held_out, "--out"], Path(folder, "one"), Path(folder, "two")
     code = train_azr.main([*flags, str(one)])
