@@ -5,6 +5,7 @@
     python -m azr.tasks make tiny hard.jsonl --statements 5,6 --solutions --style full     of a difficulty, with traces
     python -m azr.tasks make tiny warm.jsonl --count 200 --solutions --proposals     and proposals: a warm start (sft)
     python -m azr.tasks make run RUN tasks.jsonl                            the tasks in a run's buffers
+    python -m azr.tasks make run RUN data/tasks.parquet --near humaneval+=FILE      a data set with a card (dataset.py)
     python -m azr.tasks make run RUN own.jsonl --solutions                  own verified answers (rejection sampling)
     python -m azr.tasks make benchmark gsm8k=train.jsonl maths.jsonl        questions and answers of a public file
 
@@ -91,14 +92,14 @@ def tiny_proposals(options: argparse.Namespace) -> list[Task]:
     return proposals
 
 
-def run_tasks(run: Path) -> list[Task]:
-    """The tasks in the buffers of a run's newest checkpoint, the seed program aside."""
+def run_tasks(run: Path) -> list[tuple[Task, int]]:
+    """(task, step in which it came) of the buffers of a run's newest checkpoint, the seed program aside."""
     checkpoint, _ = newest_intact(run)
     if checkpoint is None:
         raise ValueError(f"{run}: has no checkpoint with its state; give the directory of a run of train_azr.py")
     rows = json.loads((checkpoint / "state" / "state.json").read_text())["buffers"]["rows"]
-    tasks = [Task.from_json(row) for mode in MODES for _, _, row, *_ in rows[mode]]
-    return [task for task in tasks if task.program != SEED_PROGRAM]
+    tasks = [(Task.from_json(row), step) for mode in MODES for _, step, row, *_ in rows[mode]]
+    return [(task, step) for task, step in tasks if task.program != SEED_PROGRAM]
 
 
 def run_solutions(run: Path, a_task: int) -> list[Task]:
@@ -132,10 +133,24 @@ def collect(options: argparse.Namespace) -> tuple[list[Task], str]:
         return tiny_tasks(options), ""
     if options.command == "benchmark":
         return benchmark_tasks(options.name), ""
-    tasks = run_solutions(options.run, options.per_task) if options.solutions else run_tasks(options.run)
+    if options.near:
+        raise ValueError(f"--near is for the card of a data set, {options.out} is none; take a name with .parquet")
+    own = options.solutions and run_solutions(options.run, options.per_task)
+    tasks = own or [task for task, _ in run_tasks(options.run)]
     counts = [row["train/tokens"] for row in read_metrics(options.run) if row.get("train/tokens")]
     mean = round(sum(counts) / len(counts)) if counts else 0
     return tasks, f"; --step-tokens {mean} makes steps as large as its own" if counts else ""
+
+
+def data_set(options: argparse.Namespace) -> tuple[list[Task], str]:
+    """Writes the .parquet file and the card; returns what `collect` does. ValueError, OSError."""
+    if options.command != "run" or options.solutions:
+        raise ValueError(f"{options.out}: only the tasks of a run are written as parquet, all else as JSON lines")
+    from azr.train.dataset import write_parquet  # imports the benchmarks and their grading
+
+    tasks = run_tasks(options.run)
+    write_parquet(options.run, options.out, tasks, options.near)
+    return [task for task, _ in tasks], f"; what it holds: {options.out.with_name('README.md')}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,6 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")
     run.add_argument("run", type=Path, metavar="RUN")
     run.add_argument("--per-task", type=Number(int, 1, 10**6), default=4, help="different answers a task (default 4)")
+    run.add_argument(
+        "--near", nargs="+", default=[], metavar="NAME=FILE", help=".parquet: benchmarks to look for near-duplicates of"
+    )
     for command in (tiny, run):
         command.add_argument("--solutions", action="store_true", help="with responses, for sft and off-policy")
     benchmark = commands.add_parser("benchmark", help="problems of a public benchmark's file")
@@ -162,8 +180,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("out", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
-        tasks, hint = collect(options)
-        write_jsonl_atomic(options.out, [task.to_json() for task in tasks])
+        if options.out.suffix == ".parquet":
+            tasks, hint = data_set(options)
+        else:
+            tasks, hint = collect(options)
+            write_jsonl_atomic(options.out, [task.to_json() for task in tasks])
     except (ValueError, OSError) as error:
         print(f"python -m azr.tasks make: {error}", file=sys.stderr)
         return 2
