@@ -3,13 +3,15 @@ taken up by another number of processes.
 
     python tests/bench_ranks.py --json FILE            ten steps; every case, every disturbance
     python tests/bench_ranks.py --only lean,sft,moves  some of them
+    python tests/bench_ranks.py --simulate 8 --card h100 --preset 80gb     1, 2, 4 and 8 GPUs that are pretended
 
 A case is a set of flags: it is run by 1, 2 and 3 processes, and compared are samples (byte for byte), metrics (but
 time/ and memory/), the gradient of the first step (from Adam's first moment) and the last adapter. `moves` begins with
 2 processes, goes on with 1 and ends with 3. A disturbance is a signal to a process that torchrun has started; then
 another number of processes goes on. `evaluation` is eval_passk.py at two temperatures, disturbed in the same ways but
 without torchrun, so that nothing else ends the processes that are left: all files are compared byte for byte. Exit code
-1: samples or files differ, the gradient by more than 1e-5, or a process did not end as it should.
+1: samples or files differ, the gradient by more than 1e-5, or a process did not end as it should. --simulate does
+nothing of that: see simulated_ranks.py.
 
 Left out: GPUs, several machines. Times are CPU seconds, which say what a rank has to do and not how long it waits.
 """
@@ -38,8 +40,11 @@ from safetensors.torch import load_file
 import eval_passk
 import train_azr
 from azr import runs
+from azr.machine.cost import CARDS
+from azr.machine.plan import PRESETS
 from azr.models import model_path
 from azr.train import loop
+from simulated_ranks import simulated
 
 SMALL = "--prompts-per-mode 4 --answers 4 --max-new-tokens 64 --token-budget 1024 --save-every 1"
 CASES = {  # name -> steps, flags
@@ -286,6 +291,14 @@ def main() -> int:
         "--only", default=",".join([*CASES, "moves", *DISTURBANCES, "evaluation"]), help="names, with commas"
     )
     parser.add_argument("--json", metavar="FILE", help="where the figures go")
+    parser.add_argument(
+        "--simulate", metavar="N", type=int, help="1, 2, 4, ... N processes with pretended GPUs instead"
+    )
+    parser.add_argument("--computed", action="store_true", help="--simulate without processes: what needs none")
+    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--preset", choices=PRESETS, default="80gb")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     import matplotlib.pyplot  # noqa: F401  what a run imports is imported once, before the forks
     import peft  # noqa: F401
@@ -293,6 +306,12 @@ def main() -> int:
 
     small_start()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        if args.simulate:
+            counts = [2**i for i in range(args.simulate.bit_length())]
+            start = None if args.computed else processes
+            result = simulated(counts, args.card, args.preset, args.steps, args.seed, start, Path(folder, "log"))
+            print(text := json.dumps(result, indent=1))
+            return Path(args.json).write_text(text + "\n") * 0 if args.json else 0
         bench, result = Bench(Path(folder)), {}
         for name in args.only.split(","):
             work = bench.case if name in CASES else bench.disturbed if name in DISTURBANCES else None

@@ -165,16 +165,21 @@ def step_time(plan: Plan, card: Card, pace: Pace) -> StepTime:
 
 def sampling_time(plan: Plan, card: Card, responses: int, length: int, prompt: int, distinct: int) -> float:
     """Seconds at the card's rates to prefill `distinct` prompts and decode the responses of mean `length`."""
-    shape, slots = plan.shape, max(LEAST_SLOTS, min(plan.preset.max_batch, responses))
+    slots = max(LEAST_SLOTS, min(plan.preset.max_batch, responses))
     tail = min(plan.preset.max_new_tokens, LONGEST_OVER_MEAN * length)
     steps = max(responses * length / slots, tail)
-    rows = responses * length / steps
-    products = 2 * shape.parameters / (card.tflops * 1e12)
+    decode = decode_time(plan, card, responses * length / steps, prompt + length / 2)
+    return steps * decode + distinct * prompt * 2 * plan.shape.parameters / (card.tflops * 1e12)
+
+
+def decode_time(plan: Plan, card: Card, rows: float, context: float) -> float:
+    """Seconds at the card's rates of a decode step: each of `rows` sequences of `context` tokens gets one more."""
+    shape = plan.shape
     copied = plan.preset.quantization == "none" or "copied weights" in plan.phases["rollout"]
     read = decode_bytes(shape, "none" if copied else "nf4", rows) / (card.bandwidth * 1e9)
-    cache = rows * (prompt + length / 2) * shape.kv_bytes / (card.bandwidth * 1e9)
+    cache = rows * context * shape.kv_bytes / (card.bandwidth * 1e9)
     launch = shape.layers * (LAUNCH if copied else LAUNCH_STORED)
-    return steps * (max(read, rows * products) + cache + launch) + distinct * prompt * products
+    return max(read, rows * 2 * shape.parameters / (card.tflops * 1e12)) + cache + launch
 
 
 def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
