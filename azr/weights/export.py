@@ -30,13 +30,12 @@ from safetensors.torch import save_file
 from azr.command import Number, Parser
 from azr.console import bar, say, warn
 from azr.jsonl import sync, write_json_atomic
-from azr.policy.opening import ModelError, Opening, agree, check_base, checkpoints_of, is_full, read_record
+from azr.policy.opening import ModelError, Opening, agree, checkpoints_of, is_full, read_record
 from azr.runs import RunError, fault, weights_of
 from azr.weights import model_card, nf4
-from azr.weights.files import Adapter, Checkpoint, WeightsError, find_directory, is_matrix, read_json, revision_of
-from azr.weights.reference import Reference, reference_of
+from azr.weights.files import Checkpoint, WeightsError, find_directory, is_matrix, read_json
+from azr.weights.reference import AdapterUpdate, open_change
 from azr.weights.sizes import Additive
-from azr.weights.sparsity import describe
 
 SHARD_BYTES = 2e9  # of the largest file, which is in memory as a whole
 WELL_STORED = 0.9  # share of the update along its own direction, below which a warning says that rounding lost it
@@ -64,29 +63,26 @@ class Source:
 
 
 def find_source(path: Path, asked: str | None) -> Source:
-    """`path`: a run directory or one of its checkpoints; asked: step_N, best, last (None: last). ExportError."""
-    path = Path(path)
+    """`path`: a run directory or one of its checkpoints; asked: step_N, best, last (None: last). ExportError, also if
+    a file is not as it was written, where its checksums are there."""
     if weights_of(path):
         if asked is not None:
             raise ExportError(f"{path} is a checkpoint already; give the run directory with --checkpoint {asked}")
         number, run = path.name.removeprefix("step_"), path.absolute().parent.parent
         step, run = int(number) if number.isdigit() else None, run if (run / "metrics.jsonl").is_file() else None
-        return intact(Source(path, step, run))
-    checkpoints = checkpoints_of(path)
-    if not checkpoints:
-        what = "has no checkpoint" if path.is_dir() else "does not exist"
-        raise ExportError(f"{path} {what}: export takes a run directory, or a checkpoint directory in it")
-    steps = {f"step_{step}": step for step in checkpoints} | {"last": max(checkpoints), None: max(checkpoints)}
-    if asked == "best":
-        steps["best"] = best_step(path, list(checkpoints))
-    if asked not in steps:
-        have = ", ".join(f"step_{step}" for step in checkpoints)
-        raise ExportError(f"{path} has no checkpoint {asked}: take last, best or one of {have}")
-    return intact(Source(checkpoints[steps[asked]], steps[asked], path))
-
-
-def intact(source: Source) -> Source:
-    """The source itself; ExportError if a file of it is not as it was written, where its checksums are there."""
+        source = Source(path, step, run)
+    else:
+        checkpoints = checkpoints_of(path)
+        if not checkpoints:
+            what = "has no checkpoint" if path.is_dir() else "does not exist"
+            raise ExportError(f"{path} {what}: export takes a run directory, or a checkpoint directory in it")
+        steps = {f"step_{step}": step for step in checkpoints} | {"last": max(checkpoints), None: max(checkpoints)}
+        if asked == "best":
+            steps["best"] = best_step(path, list(checkpoints))
+        if asked not in steps:
+            have = ", ".join(f"step_{step}" for step in checkpoints)
+            raise ExportError(f"{path} has no checkpoint {asked}: take last, best or one of {have}")
+        source = Source(checkpoints[steps[asked]], steps[asked], path)
     if (source.checkpoint / "state" / "checksums.json").is_file() and (wrong := fault(source.checkpoint)):
         raise ExportError(f"{source.checkpoint} is damaged: {wrong}; export another checkpoint with --checkpoint")
     return source
@@ -103,12 +99,10 @@ def best_step(run: Path, steps: list[int]) -> int:
 
 
 def open_base(opening: Opening) -> Checkpoint:
-    """The base of an adapter, in the revision of its azr.json. ModelError if it is not that one or not there."""
+    """The base of an adapter, in the revision of its azr.json. ModelError if it is not there."""
     revision = opening.record.get("revision") or ""
-    # A fingerprint of files is no revision that the hub knows; check_base compares it below.
+    # A fingerprint of files is no revision that the hub knows; open_change compares it.
     base = Checkpoint.open(opening.model, None if revision.startswith("sha256:") else revision or None)
-    for doubt in (*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})):
-        warn(doubt)
     if not revision:
         warn(f"{opening.adapter} does not say which revision of its base it was trained on: {base.directory} is taken")
     return base
@@ -140,13 +134,8 @@ class Rounding(Additive):
         }
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(AdapterUpdate):
     """base + adapter, tensor by tensor, under the names that the base has in its files."""
-
-    base: Checkpoint
-    adapter: Adapter
-    reference: Reference
 
     def quantized(self, name: str) -> bool:
         """Tells whether the training held this tensor in NF4."""
@@ -199,12 +188,10 @@ class Merge:
 def open_merge(source: Source, base_name: str | None) -> Merge:
     """Checks that adapter, base and azr.json belong together. ExportError, WeightsError."""
     opening = agree(base_name, source.checkpoint)
-    base = open_base(opening)
-    adapter = Adapter.open(source.checkpoint, base)
-    reference, notes = reference_of(opening.quantization, opening.record, source.checkpoint / "azr.json", True)
+    update, notes = open_change(opening, open_base(opening))
     for note in notes:
         warn(note)
-    return Merge(base, adapter, reference)
+    return Merge(update.base, update.adapter, update.reference)
 
 
 # ---------------------------------------------------------------- files
@@ -273,31 +260,63 @@ def free_place(out: Path, need: int) -> Path:
     return aside
 
 
-def copy_whole(source: Source, out: Path) -> int:
-    """A checkpoint of --train full without its state/: it is a plain model as it is. Returns the exit code."""
-    info, unlike = read_record(source.checkpoint), ("azr.json", "keep")
-    files = [file for file in source.checkpoint.iterdir() if file.is_file() and file.name not in unlike]
-    need = sum(file.stat().st_size for file in files)
+def write_merged(merge: Merge, source: Source, aside: Path, args) -> tuple[dict, list[str], str]:
+    """The merged model in `aside`: (what export.json says of it, what failed in words, the model card)."""
+    say(
+        f"{source.checkpoint}: {len(merge.adapter.targets)} adapted matrices, onto {merge.base.directory}, "
+        f"{merge.reference}, revision {merge.adapter.info.get('revision')}"
+    )
+    cost = write_weights(merge, aside).report()
+    write_files(merge, aside)
+    if not cost["updated_weights"]:
+        say("the adapter is 0 everywhere: this is the base as the training held it")
+    else:
+        say(
+            f"rounding to bf16: {100 * cost['unmoved_share']:.1f} % of the {cost['updated_weights']:,} updated "
+            f"weights keep the value they had; {100 * cost['survival']:.1f} % of the update is stored"
+        )
+    if cost["survival"] < WELL_STORED:
+        warn(
+            "the rest of this update is smaller than the steps of bf16: the exported model lies between base and "
+            "policy; for the policy itself use base and adapter"
+        )
+    figures, failures = {"rounding": cost, "verified": None}, []
+    compared = "NOT compared with the policy that was trained"
+    if args.no_verify:
+        warn("--no-verify: nobody has compared this model with the policy")
+    else:
+        from azr.weights import export_check
+
+        report, failures = export_check.check(merge, aside, source.run, args.verify_samples)
+        figures |= {"verified": not failures, **report}
+        compared = "NOT verified" if failures else "verified"
+    update = (
+        f"LoRA rank {merge.adapter.config.get('r')} on\n{len(merge.adapter.targets)} matrices of a base held as "
+        f"{merge.reference.quantization}"
+    )
+    result = f"The update is merged into the base and rounded to bf16, {compared};\n`export.json` has the figures."
+    return figures, failures, model_card.card(source, merge.base.directory, update, result, "bfloat16")
+
+
+def copy_whole(source: Source, aside: Path) -> tuple[dict, list[str], str]:
+    """A checkpoint of --train full without its state/: a plain model as it is. Returns what `write_merged` does."""
+    info = read_record(source.checkpoint)
     try:
         base = find_directory(info["base_model"], info["revision"])
     except WeightsError as error:
         warn(f"the licence of the base is not known: {error}")
         base = source.checkpoint
-    aside = free_place(out, int(1.02 * need) + 20_000_000)
-    try:
-        for file in [*files, *base.glob("LICENSE*")]:
-            shutil.copyfile(file, aside / file.name)
-            sync(aside / file.name)
-        dtype = info["dtype"]
-        words = f"every weight\ntrained in {dtype}", f"These are the trained weights themselves, in {dtype}."
-        (aside / "README.md").write_text(model_card.text(source, info, base, *words, dtype), encoding="utf-8")
-        (aside / "azr.json").write_text(json.dumps({**info, "merged": True}, indent=2) + "\n")
-        write_json_atomic(aside / "export.json", {"checkpoint": str(source.checkpoint), "step": source.step})
-        os.rename(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    say(f"{out}: {need / 1e6:.1f} MB, the weights of {source.checkpoint} as they are, in {dtype}")
-    return 0
+    for file in [*whole_files(source), *base.glob("LICENSE*")]:
+        shutil.copyfile(file, aside / file.name)
+        sync(aside / file.name)
+    result = f"These are the trained weights themselves, in {info['dtype']}."
+    update = f"every weight\ntrained in {info['dtype']}"
+    return {}, [], model_card.card(source, base, update, result, info["dtype"])
+
+
+def whole_files(source: Source) -> list[Path]:
+    """The files of a checkpoint of --train full that are its model."""
+    return [file for file in source.checkpoint.iterdir() if file.is_file() and file.name not in ("azr.json", "keep")]
 
 
 # ---------------------------------------------------------------- the command
@@ -306,43 +325,16 @@ def copy_whole(source: Source, out: Path) -> int:
 def export(args) -> int:
     """Everything after the command line; returns the exit code."""
     out, source = Path(args.out).absolute(), find_source(Path(args.run), args.checkpoint)
-    if is_full(source.checkpoint):
-        return copy_whole(source, out)
-    merge = open_merge(source, args.base)
-    need = 2 * merge.base.parameters
+    merge = None if is_full(source.checkpoint) else open_merge(source, args.base)
+    need = 2 * merge.base.parameters if merge else sum(file.stat().st_size for file in whole_files(source))
     aside = free_place(out, int(1.02 * need) + 20_000_000)
     try:
-        say(
-            f"{source.checkpoint}: {len(merge.adapter.targets)} adapted matrices, onto {merge.base.directory}, "
-            f"{describe(merge.reference)}, revision {merge.adapter.info.get('revision')}"
-        )
-        cost = write_weights(merge, aside).report()
-        write_files(merge, aside)
-        if not cost["updated_weights"]:
-            say("the adapter is 0 everywhere: this is the base as the training held it")
-        else:
-            say(
-                f"rounding to bf16: {100 * cost['unmoved_share']:.1f} % of the {cost['updated_weights']:,} updated "
-                f"weights keep the value they had; {100 * cost['survival']:.1f} % of the update is stored"
-            )
-        if cost["survival"] < WELL_STORED:
-            warn(
-                "the rest of this update is smaller than the steps of bf16: the exported model lies between base and "
-                "policy; for the policy itself use base and adapter"
-            )
-        provenance, failures = {"checkpoint": str(source.checkpoint), "step": source.step, "rounding": cost}, []
-        if args.no_verify:
-            warn("--no-verify: nobody has compared this model with the policy")
-            provenance["verified"] = None
-        else:
-            from azr.weights import export_check
-
-            report, failures = export_check.check(merge, aside, source.run, args.verify_samples)
-            export_check.show(report)
-            provenance |= {"verified": not failures, **report}
-        (aside / "azr.json").write_text(json.dumps({**merge.adapter.info, "merged": True}, indent=2) + "\n")
-        write_json_atomic(aside / "export.json", provenance)
-        (aside / "README.md").write_text(model_card.card(source, merge, provenance["verified"]), encoding="utf-8")
+        figures, failures, card = write_merged(merge, source, aside, args) if merge else copy_whole(source, aside)
+        info = {**read_record(source.checkpoint), "merged": True}
+        (aside / "azr.json").write_text(json.dumps(info, indent=2) + "\n")
+        provenance = {"checkpoint": str(source.checkpoint), "step": source.step}
+        write_json_atomic(aside / "export.json", provenance | figures)
+        (aside / "README.md").write_text(card, encoding="utf-8")
         # Kept for whoever looks into it, but not under the name that a script would go on with.
         place = out if not failures else out.with_name(out.name + ".unverified")
         os.rename(aside, place)
@@ -352,8 +344,9 @@ def export(args) -> int:
     if failures:
         print(f"train_azr.py export: NOT VERIFIED, files are in {place}: {'; '.join(failures)}", file=sys.stderr)
         return 1
+    state = "NOT VERIFIED" if args.no_verify else "verified"
     size = f"{need / 1e9:.1f} GB" if need > 1e9 else f"{need / 1e6:.1f} MB"
-    say(f"{out}: {size}, {'NOT VERIFIED' if args.no_verify else 'verified'}")
+    say(f"{out}: {size}, {state if merge else f'the weights of {source.checkpoint} as they are'}")
     return 0
 
 

@@ -1,7 +1,6 @@
 """Whether an exported model is the policy that was trained: logits of real prompts, and what rounding explains of it.
 
     report, failures = check(merge, directory, run, samples=2)      # failures: [] if the model may be used
-    show(report)
 
 The reference is the live policy (quantized base + adapter, azr/policy/policy.py) in fp32 arithmetic, on prompts and
 answers of the run. Three things must hold:
@@ -96,14 +95,6 @@ def difference(model: torch.Tensor, policy: torch.Tensor) -> dict[str, float]:
 # ---------------------------------------------------------------- the live policy
 
 
-def linears(policy: Policy, merge) -> dict[str, torch.nn.Module]:
-    """Name of the weight -> module, for all that the merge changes (those without adapter too, on a 4-bit base)."""
-    modules = {f"{name}.weight": module for name, module in policy.base.named_modules()}
-    return {
-        name: modules[name] for name in merge.base.entries if merge.quantized(name) or name in merge.adapter.targets
-    }
-
-
 def merged_logits(policy: Policy, merge, batch: Batch) -> torch.Tensor:
     """Returns the logits of the fp32 merge: each linear layer's output is replaced by that of its merged weights, which
     are made when it is its turn, so that one matrix at a time is in memory."""
@@ -116,7 +107,10 @@ def merged_logits(policy: Policy, merge, batch: Batch) -> torch.Tensor:
 
         return hook
 
-    handles = [module.register_forward_hook(replaced(name)) for name, module in linears(policy, merge).items()]
+    # all that the merge changes: those without an adapter too, on a 4-bit base
+    changed = [name for name in merge.base.entries if merge.quantized(name) or name in merge.adapter.targets]
+    modules = {f"{name}.weight": module for name, module in policy.base.named_modules()}
+    handles = [modules[name].register_forward_hook(replaced(name)) for name in changed]
     try:
         return logits(policy.backbone, policy.head.weight, batch)
     finally:
@@ -204,51 +198,43 @@ def measure_model(merge, directory: Path, batch: Batch, live: torch.Tensor) -> d
 
 
 def check(merge, directory: Path, run: Path | None, samples: int) -> tuple[dict, list[str]]:
-    """(figures, what failed in words). ModelError: one of the two cannot be loaded."""
+    """(figures, what failed in words), and a table on the screen. ModelError: one of the two cannot be loaded."""
     say("verifying: the policy, the fp32 merge and the bf16 model on prompts of the run")
     report, batch, live = measure_policy(merge, run, samples)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     report |= measure_model(merge, directory, batch, live)
-    if 0 < report["without_adapter"]["mean"] < FACTOR * report["random_rounding"]["mean"]:
+    rounded = report["random_rounding"]
+    if 0 < report["without_adapter"]["mean"] < FACTOR * rounded["mean"]:
         warn(
             f"the update moves the logits by {report['without_adapter']['mean']:.2g} on average, rounding noise by "
-            f"{report['random_rounding']['mean']:.2g}: in bf16 the two models can hardly be told apart"
+            f"{rounded['mean']:.2g}: in bf16 the two models can hardly be told apart"
         )
-    return report, verdict(report, merge)
+    bounds = {"mean": FACTOR * rounded["mean"], "kl": FACTOR**2 * rounded["kl"]}
+    show(report, bounds)
+    return report, verdict(report, bounds, merge)
 
 
-def verdict(report: dict, merge) -> list[str]:
-    """Says in words which of the checks do not hold; [] if all do."""
-    model, wrong, bounds = report["bf16_model"], report["wrong_tensors"], bounds_of(report)
-    far = f"mean {model['mean']:.3g}, bound {bounds['mean']:.3g}; KL {model['kl']:.2g}, bound {bounds['kl']:.2g}"
-    checks = (
-        (
-            report["fp32_merge"]["max"] <= EXACT,
-            f"logits of the fp32 merge are {report['fp32_merge']['max']:.2g} from the policy's, bound {EXACT}",
-        ),
-        (not wrong, f"{wrong[0] if wrong else ''} is not the merge rounded to bf16 ({len(wrong)} tensors)"),
-        (
-            merge.adapter.info.get("tokenizer_hash") in (None, report["tokenizer_hash"]),
-            "the tokenizer gives other tokens than in training",
-        ),
-        (
-            model["mean"] <= bounds["mean"] and model["kl"] <= bounds["kl"],
-            f"the bf16 model is further from the policy than rounding noise explains: {far}",
-        ),
-    )
-    return [words for holds, words in checks if not holds]  # a comparison with NaN does not hold
+def verdict(report: dict, bounds: dict[str, float], merge) -> list[str]:
+    """Says in words which of the checks do not hold; [] if all do. A comparison with NaN does not hold."""
+    model, wrong, exact = report["bf16_model"], report["wrong_tensors"], report["fp32_merge"]["max"]
+    failures = []
+    if not exact <= EXACT:
+        failures.append(f"logits of the fp32 merge are {exact:.2g} from the policy's, bound {EXACT}")
+    if wrong:
+        failures.append(f"{wrong[0]} is not the merge rounded to bf16 ({len(wrong)} tensors)")
+    if merge.adapter.info.get("tokenizer_hash") not in (None, report["tokenizer_hash"]):
+        failures.append("the tokenizer gives other tokens than in training")
+    if not (model["mean"] <= bounds["mean"] and model["kl"] <= bounds["kl"]):
+        failures.append(
+            "the bf16 model is further from the policy than rounding noise explains: mean "
+            f"{model['mean']:.3g}, bound {bounds['mean']:.3g}; KL {model['kl']:.2g}, bound {bounds['kl']:.2g}"
+        )
+    return failures
 
 
-def bounds_of(report: dict) -> dict[str, float]:
-    """How far the bf16 model may be from the policy: what a random rounding of the same merge is, with FACTOR."""
-    control = report["random_rounding"]
-    return {"mean": FACTOR * control["mean"], "kl": FACTOR**2 * control["kl"]}
-
-
-def show(report: dict) -> None:
+def show(report: dict, bounds: dict[str, float]) -> None:
     """The table of the verification."""
-    bounds = bounds_of(report)
     say(f"logits against the live policy, {report['samples']} samples, {report['tokens']} tokens:")
     say(f"{'':24}{'max |diff|':>11}{'mean |diff|':>12}{'KL, nats':>10}{'same best token':>17}")
     for key, name, bound in (

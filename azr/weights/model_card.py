@@ -1,6 +1,6 @@
 """The README.md of an exported model: its licence, how it was trained in a line, how to load it.
 
-text = card(source, merge, verified=True)
+text = card(source, base_directory, update="LoRA ...", result="merged ...", dtype="bfloat16")
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from azr.policy.opening import read_record
 from azr.tasks import Task
 from azr.tasks.prompts import STOP, solve_prompt
 from azr.weights.files import read_json
@@ -38,21 +39,9 @@ bits again loses most of the update. It writes programs: they are untrusted code
 SETTINGS = ("algorithm", "seed", "learning_rate")  # of the run, where it is there
 
 
-def card(source, merge, verified: bool | None) -> str:
-    """README.md; source, merge: as in export.py; verified: None if nobody compared the model with the policy."""
-    compared = {None: "NOT compared with the policy that was trained", True: "verified", False: "NOT verified"}[
-        verified
-    ]
-    update = (
-        f"LoRA rank {merge.adapter.config.get('r')} on\n{len(merge.adapter.targets)} matrices of a base held as "
-        f"{merge.reference.quantization}"
-    )
-    result = f"The update is merged into the base and rounded to bf16, {compared};\n`export.json` has the figures."
-    return text(source, merge.adapter.info, merge.base.directory, update, result, "bfloat16")
-
-
-def text(source, info: dict, directory: Path, update: str, result: str, dtype: str) -> str:
-    """README.md; info: azr.json; directory: of the base, with its own card; update, result: in words."""
+def card(source, directory: Path, update: str, result: str, dtype: str) -> str:
+    """README.md of a `Source` of export.py; directory: of the base, with its own card; update, result: in words."""
+    info = read_record(source.checkpoint)
     base = base_name(info, directory)
     config = read_json(source.run / "config.json") if source.run else {}
     terms, template = licence(base, directory), info.get("template", "azr")

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
+from azr.policy.opening import Opening, check_base, is_full
 from azr.weights import nf4, spectra
-from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix
+from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, revision_of
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +34,13 @@ class Reference:
     dtype: torch.dtype | None  # None: as stored
     block: int = 64
     double: bool = True
+
+    def __str__(self) -> str:
+        dtype = "stored" if self.dtype is None else str(self.dtype).removeprefix("torch.")
+        if self.quantization == "none":
+            return dtype
+        double = "double quantization" if self.double else "single quantization"
+        return f"NF4, blocks of {self.block}, {double}, dequantised to {dtype}"
 
     def weights(self, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, nf4.NF4 | None]:
         """(w0, original, NF4 codes), each of the shape of `original` (m, n); w0 is original for an unquantized base.
@@ -173,6 +181,18 @@ def open_pair(base: Checkpoint, tuned: Checkpoint) -> list[str]:
             "S1 and S2 both rounded to bf16"
         ]
     return []
+
+
+def open_change(opening: Opening, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, list[str]]:
+    """(the adapter, or the checkpoint of --train full, of `opening` on its base; lines to say). ModelError if they do
+    not belong together."""
+    notes = [*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})]
+    whole = is_full(opening.adapter)
+    change = Checkpoint.open(opening.adapter) if whole else Adapter.open(opening.adapter, base)
+    reference, assumed = reference_of(opening.quantization, opening.record, opening.adapter / "azr.json", True)
+    if whole:
+        assumed += open_pair(base, change)
+    return (PairUpdate if whole else AdapterUpdate)(base, change, reference), notes + assumed
 
 
 def merged_from_4bit(update: PairUpdate) -> bool:

@@ -5,10 +5,9 @@
     python analyze.py sparsity --base BASE --tuned MERGED_OR_FINE_TUNED   any two safetensors checkpoints
     python analyze.py sparsity --base tiny --tuned runs/full              a run of --train full: its last checkpoint
 
-The reference is what the forward pass of the training used: with a 4-bit base its dequantised weights. Against the
-original checkpoint an adapter of any size would seem to change 97 % of the weights, by the error of the quantization.
-Ids (U1, S1, ...) are explained in azr/weights/sizes.py and azr/weights/spectra.py. Memory is that of a few matrices per
-worker. Left out: optimizer states, biases and norms of adapters, models whose experts are stored as 3-d tensors.
+The reference is what the forward pass of the training used (reference.py). Ids (U1, S1, ...) are explained in sizes.py
+and spectra.py. Memory is that of a few matrices per worker. Left out: optimizer states, biases and norms of adapters,
+models whose experts are stored as 3-d tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,15 +28,15 @@ from azr import console
 from azr.command import MAX_WORKERS, Number
 from azr.jsonl import write_json_atomic
 from azr.models import model_path
-from azr.policy.opening import agree, check_base, is_full, read_record, settle
+from azr.policy.opening import agree, is_full, read_record, settle
 from azr.weights import sizes, spectra
-from azr.weights.files import Adapter, Checkpoint, WeightsError, is_matrix, layer_of, revision_of, type_of
+from azr.weights.files import Checkpoint, WeightsError, is_matrix, layer_of, type_of
 from azr.weights.reference import (
     AdapterUpdate,
     PairUpdate,
-    Reference,
     difference,
     merged_from_4bit,
+    open_change,
     open_pair,
     reference_of,
 )
@@ -327,14 +325,7 @@ def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, lis
                 "add --quantization nf4, or the error of the quantization is measured, not the update"
             )
         return update, notes + more
-    opening = agree(args.base, args.adapter or args.tuned, args.quantization)
-    whole = is_full(opening.adapter)
-    change = (Checkpoint.open if whole else partial(Adapter.open, base=base))(opening.adapter)
-    doubts = [*opening.doubts, *check_base(opening, {"revision": revision_of(base.directory)})]
-    reference, notes = reference_of(opening.quantization, opening.record, opening.adapter / "azr.json", True)
-    if whole:
-        notes += open_pair(base, change)
-    return (PairUpdate if whole else AdapterUpdate)(base, change, reference), doubts + notes
+    return open_change(agree(args.base, args.adapter or args.tuned, args.quantization), base)
 
 
 def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:
@@ -349,15 +340,6 @@ def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iter
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def describe(reference: Reference) -> str:
-    """Says in words how the training held the base."""
-    dtype = "stored" if reference.dtype is None else str(reference.dtype).removeprefix("torch.")
-    if reference.quantization == "none":
-        return dtype
-    double = "double quantization" if reference.double else "single quantization"
-    return f"NF4, blocks of {reference.block}, {double}, dequantised to {dtype}"
-
-
 def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> dict:
     """What was measured, for whoever finds the file later."""
     adapter = getattr(update, "adapter", None)
@@ -369,7 +351,7 @@ def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> di
         "update": str(adapter.directory) if adapter is not None else update.tuned.name,
         "kind": kind,
         "quantization": update.reference.quantization,
-        "reference": describe(update.reference),
+        "reference": str(update.reference),
         "parameters": base.parameters,
         "matrices": len(update.adapted),
         "matched_factor": factor,

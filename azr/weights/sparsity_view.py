@@ -40,11 +40,6 @@ def lines(report: dict) -> list[str]:
         f"({percent(adapted['S4']['adapted_fraction'])})",
         f"against {report['base']}, held as {report['reference']}",
     ]
-    if report["quantization"] == "nf4":
-        out += [
-            "  the reference is the DEQUANTISED 4-bit base, because the forward pass of the training used it; against",
-            "  the original any adapter would seem to change 97 % of the weights: the error of the quantization",
-        ]
     if adapted["U1_rms"]:
         out += [*size_part(adapted, report["whole"]), *structure_part(adapted)]
         if "R2_margin" in adapted:

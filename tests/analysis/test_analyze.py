@@ -214,11 +214,11 @@ def test_an_untrained_adapter_changes_nothing(tmp_path, base, capsys):
     assert "exactly 0" in capsys.readouterr().out
 
 
-def test_the_screen_says_why_the_reference_is_dequantised(tmp_path, base, capsys):
+def test_the_screen_says_how_the_base_was_held(tmp_path, base, capsys):
     info = {"quantization": "nf4", "dtype": "bfloat16", "block_size": 64, "double_quant": True}
     adapter = write_adapter(tmp_path / "a", info=info)
     report = measure(tmp_path, "--base", base, "--adapter", adapter)
-    assert "the reference is the DEQUANTISED 4-bit base, because" in capsys.readouterr().out
+    assert "held as NF4, blocks of 64, double quantization, dequantised to" in capsys.readouterr().out
     assert report["adapted"]["zero_base_share"] == pytest.approx(0.09, abs=0.03)
     line = refused(capsys, "--base", base, "--adapter", adapter, "--quantization", "none")
     assert "--quantization none contradicts" in line and "leave the flag out" in line
