@@ -19,6 +19,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from azr.jsonl import read_object
@@ -77,18 +78,11 @@ def read(entry: Entry, first: int = 0, last: int | None = None) -> torch.Tensor:
     """Rows first..last of a tensor in its stored dtype; WeightsError if the file ends early."""
     last = entry.shape[0] if last is None and entry.shape else last
     shape = (last - first, *entry.shape[1:]) if entry.shape else ()
-    out = torch.empty(shape, dtype=entry.dtype)
-    view = memoryview(out.view(-1).view(torch.uint8).numpy()) if out.numel() else b""
-    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
-    with entry.file.open("rb", buffering=0) as stream:
-        stream.seek(entry.start + first * row)
-        done = 0
-        while done < len(view):  # one call reads at most 2 GB
-            count = stream.readinto(view[done:])
-            if not count:
-                raise WeightsError(f"{entry.file} ended while it was read")
-            done += count
-    return out
+    row, size = math.prod(entry.shape[1:]) * entry.dtype.itemsize, math.prod(shape) * entry.dtype.itemsize
+    data = np.fromfile(entry.file, np.uint8, size, offset=entry.start + first * row)
+    if len(data) < size:
+        raise WeightsError(f"{entry.file} ended while it was read")
+    return torch.from_numpy(data).view(entry.dtype).view(shape)
 
 
 def read_json(file: Path) -> dict:
@@ -105,12 +99,6 @@ def layer_of(name: str) -> int | None:
     """Returns the number of a tensor's block, 3 of model.layers.3.mlp.up_proj.weight; None outside the blocks."""
     match = re.search(r"\.(\d+)\.", name)
     return int(match[1]) if match else None
-
-
-def type_of(name: str) -> str:
-    """q_proj of model.layers.0.self_attn.q_proj(.weight)."""
-    parts = name.removesuffix(".weight").split(".")
-    return ".".join(parts[-2:]) if parts[-1] == "bias" else parts[-1]
 
 
 # ---------------------------------------------------------------- a checkpoint
@@ -248,11 +236,6 @@ class Adapter:
         config, targets = check_adapter(directory, *shapes, base.name)
         targets = dict(sorted(targets.items(), key=lambda item: natural(item[0])))
         return cls(directory, config, read_record(directory), entries, targets)
-
-    @property
-    def dora(self) -> bool:
-        """Tells whether it is DoRA, with a magnitude for every row."""
-        return bool(self.config.get("use_dora"))
 
     def factors(self, name: str) -> Factors:
         """Reads the update of one base tensor. WeightsError: NaN or infinity in it."""

@@ -65,10 +65,8 @@ def card(source, directory: Path, update: str, result: str, dtype: str) -> str:
 
 
 def base_name(info: dict, directory: Path) -> str:
-    """The hub id of the base, "tiny" for the embedded model, else the directory's name."""
+    """The hub id of the base, else its directory's name: "tiny" for the embedded model."""
     name = info.get("base_model") or str(directory)
-    if (Path(name).parent.name, Path(name).name) == ("azr", "tiny"):
-        return "tiny"
     is_hub_id = name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).is_dir()
     return name if is_hub_id else Path(name).name
 

@@ -95,6 +95,7 @@ class AdapterUpdate:
     base: Checkpoint
     adapter: Adapter
     reference: Reference
+    tuned = None  # a `PairUpdate` has a second checkpoint instead of an adapter
 
     @property
     def adapted(self) -> list[str]:
@@ -127,6 +128,7 @@ class PairUpdate:
     base: Checkpoint
     tuned: Checkpoint
     reference: Reference
+    adapter = None
 
     @property
     def adapted(self) -> list[str]:
@@ -160,21 +162,18 @@ def energy_of(delta: torch.Tensor) -> float:
 
 def open_pair(base: Checkpoint, tuned: Checkpoint) -> list[str]:
     """Checks that the two belong together; what is named in base.excluded is not counted. Returns lines to say."""
-    for name in sorted(set(tuned.entries) - set(base.entries) - set(base.excluded)):
+    for name in sorted(base.entries.keys() ^ tuned.entries.keys()):
         if name != "lm_head.weight":
-            raise WeightsError(f"{tuned.name} has {name}, which {base.name} lacks: not the same architecture")
-        base.excluded[name] = "tied to the embedding in the base, stored apart in the tuned model"
-    for name in list(base.entries):
-        if name not in tuned.entries:
-            if name != "lm_head.weight" or "lm_head.weight" not in tuned.excluded:
-                raise WeightsError(f"{tuned.name} lacks {name}, which {base.name} has: not the same architecture")
-            base.excluded[name] = "stored apart in the base, tied to the embedding in the tuned model"
-        elif (ours := base.entries[name].shape) != (theirs := tuned.entries[name].shape):
+            has, lacks = (base, tuned) if name in base.entries else (tuned, base)
+            raise WeightsError(f"{lacks.name} lacks {name}, which {has.name} has: not the same architecture")
+        base.excluded.setdefault(name, "stored apart in one of the two, tied to the embedding in the other")
+    for name in (name for name in base.entries if name in tuned.entries):
+        if (ours := base.entries[name].shape) != (theirs := tuned.entries[name].shape):
             if is_matrix(name, ours) or len(ours) != 2 or ours[1:] != theirs[1:]:
                 raise WeightsError(f"{name} has shape {ours} in {base.name} and {theirs} in {tuned.name}")
             base.excluded[name] = f"{ours[0]} rows in the base, {theirs[0]} in the tuned model (another vocabulary)"
-        if name in base.excluded:
-            del base.entries[name]
+    for name in base.excluded:
+        base.entries.pop(name, None)
     if base.dtypes() != tuned.dtypes():
         return [
             f"stored dtypes differ: {base.dtypes()} and {tuned.dtypes()}; U and S0 compare the stored values, "
@@ -197,14 +196,9 @@ def open_change(opening: Opening, base: Checkpoint) -> tuple[AdapterUpdate | Pai
 
 def merged_from_4bit(update: PairUpdate) -> bool:
     """Whether `tuned` lies much closer to the dequantised base than to the base: an adapter merged on a 4-bit base."""
-    shapes = {name: update.base.entries[name].shape for name in update.adapted}
-    name = next((name for name, (m, n) in shapes.items() if m * n >= 4096 and n % 64 == 0), None)
+    name = next((name for name in update.adapted if update.base.entries[name].shape[1] % 64 == 0), None)
     if name is None or update.reference.quantization == "nf4":
         return False
     tuned, base = update.tuned.tensor(name).float(), update.base.tensor(name)
-    plain = (tuned - base.float()).norm() / base.float().norm()
-    if not 0.04 < plain < 0.3:  # the error of NF4 is about .09
-        return False
-    return bool(
-        (tuned - nf4.quantize(base).dequantize(torch.float32).view_as(tuned)).norm() / base.float().norm() < plain / 2
-    )
+    held = nf4.quantize(base).dequantize(torch.float32).view_as(tuned)
+    return bool((tuned - held).norm() < (tuned - base.float()).norm() / 2)

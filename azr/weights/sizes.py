@@ -1,7 +1,7 @@
 """What an update did to the weights of a matrix, definition by definition: sizes, sparsity, the null of chance.
 
     size, shares = sizes(w0, delta), compare(w0, delta, original)        # additive: sum them over matrices
-    shares.s1, shares.s2, size.rms                                       # S is always the UNCHANGED share
+    shares.s1, size.report()["U1_rms"]                                   # S is always the UNCHANGED share
     draws = null_draws(w0, singular_values, generator)                   # structureless updates of the same spectrum
 
 w0: the weights that the forward pass used (with a 4-bit base the dequantised ones); original: those of the checkpoint;
@@ -64,22 +64,12 @@ class Sizes(Additive):
     within_relative: np.ndarray  # (tolerances,)
     histogram: np.ndarray  # (BINS,) entries by the leading bits of |delta|
 
-    @property
-    def rms(self) -> float:
-        """U1: the root mean square of delta, in the units of the weights."""
-        return math.sqrt(self.energy / self.n)
-
-    @property
-    def rel_fro(self) -> float | None:
-        """U1: the Frobenius norm of delta over that of the base; None for a base of 0."""
-        return ratio(math.sqrt(self.energy), math.sqrt(self.base_energy))
-
     def report(self) -> dict:
         """U1, U2, S0 and the concentration part of S6, by their ids."""
         return {
             "parameters": self.n,
-            "U1_rms": self.rms,
-            "U1_rel_fro": self.rel_fro,
+            "U1_rms": math.sqrt(self.energy / self.n),  # in the units of the weights
+            "U1_rel_fro": ratio(math.sqrt(self.energy), math.sqrt(self.base_energy)),
             "U2": {
                 "tolerance": list(TOLERANCES),
                 "absolute": (self.within / self.n).tolist(),

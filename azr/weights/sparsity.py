@@ -30,7 +30,7 @@ from azr.jsonl import write_json_atomic
 from azr.models import model_path
 from azr.policy.opening import agree, is_full, read_record, settle
 from azr.weights import sizes, spectra
-from azr.weights.files import Checkpoint, WeightsError, is_matrix, layer_of, type_of
+from azr.weights.files import Checkpoint, WeightsError, is_matrix, layer_of
 from azr.weights.reference import (
     AdapterUpdate,
     PairUpdate,
@@ -91,8 +91,7 @@ def check_finite(update, name: str, size: sizes.Sizes) -> None:
     """Raises WeightsError with file and tensor if the sums of squares of base or update are NaN or infinite."""
     if math.isfinite(size.energy) and math.isfinite(size.base_energy):
         return
-    tuned = getattr(update, "tuned", None)
-    bad = update.base if tuned is None or not update.base.tensor(name).isfinite().all() else tuned
+    bad = update.base if update.tuned is None or not update.base.tensor(name).isfinite().all() else update.tuned
     raise WeightsError(f"{bad.entries[name].file}: NaN or infinity in {name}")
 
 
@@ -123,17 +122,17 @@ def mask_overlaps(w0: torch.Tensor, delta: torch.Tensor, masks: dict, null: size
     }
 
 
-def measure_rest(update, name: str, tuned: Checkpoint | None) -> Measured:
+def measure_rest(update, name: str) -> Measured:
     """A tensor that is no adapted matrix: of a pair it is compared, of an adapter only counted. Large: in pieces."""
     entry = update.base.entries[name]
     quantized = update.reference.quantization == "nf4" and is_matrix(name, entry.shape)
     size = shares = 0
     for first, last in row_pieces(entry):
         w0 = update.base.tensor(name, first, last)
-        if tuned is None:
+        if update.tuned is None:
             counts = sizes.untouched(w0, quantized)
         else:
-            delta = difference(tuned.tensor(name, first, last), w0)
+            delta = difference(update.tuned.tensor(name, first, last), w0)
             counts = sizes.sizes(w0, delta), sizes.compare(w0, delta, w0)
         check_finite(update, name, counts[0])
         size, shares = size + counts[0], shares + counts[1]
@@ -223,7 +222,7 @@ def report_of(parts: list[Measured], base: Checkpoint, spectral: bool) -> dict:
     groups: dict[str, dict] = {"layers": {}, "types": {}}
     for part in adapted:
         groups["layers"].setdefault(str(layer_of(part.name)), []).append(part)
-        groups["types"].setdefault(type_of(part.name), []).append(part)
+        groups["types"].setdefault(part.name.split(".")[-2], []).append(part)  # q_proj of ...q_proj.weight
     report = {
         "whole": group_report(parts, base.parameters),
         "adapted": group_report(adapted, base.parameters) | (spectral_report(adapted) if spectral else {}),
@@ -295,12 +294,10 @@ def analyse(args: argparse.Namespace) -> dict:
     if not math.isfinite(energy):
         energy = 0.0  # the matrix is found and named below
     factor = sizes.MATCHED_RMS / math.sqrt(energy / size) if energy else 0.0
-    adapted, tuned = set(update.adapted), getattr(update, "tuned", None)
+    adapted = set(update.adapted)
 
     def one(name: str) -> Measured:
-        if name in adapted:
-            return measure(update, name, factor, args.spectral)
-        return measure_rest(update, name, tuned)
+        return measure(update, name, factor, args.spectral) if name in adapted else measure_rest(update, name)
 
     # the largest first: no worker is left with one at the end
     names = sorted(base.entries, key=lambda name: -base.entries[name].size)
@@ -331,21 +328,17 @@ def open_update(args, base: Checkpoint) -> tuple[AdapterUpdate | PairUpdate, lis
 def parallel(task: Callable, names: list[str], title: str, workers: int) -> Iterator:
     """task(name) of every name, in order; the first error stops the rest."""
     with console.bar(title) as advance, ThreadPoolExecutor(workers) as pool:
-        jobs = [pool.submit(task, name) for name in names]
-        try:
-            for done, job in enumerate(jobs, 1):
-                yield job.result()
-                advance(done, len(jobs))
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for done, result in enumerate(pool.map(task, names), 1):
+            yield result
+            advance(done, len(names))
 
 
 def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> dict:
     """What was measured, for whoever finds the file later."""
-    adapter = getattr(update, "adapter", None)
+    adapter = update.adapter
     kind = "pair"
     if adapter is not None:
-        kind = "dora" if adapter.dora else "rslora" if adapter.config.get("use_rslora") else "lora"
+        kind = "dora" if adapter.config.get("use_dora") else "rslora" if adapter.config.get("use_rslora") else "lora"
     return {
         "base": args.base,
         "update": str(adapter.directory) if adapter is not None else update.tuned.name,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr.weights.files import layer_of
 from azr.weights.sizes import MATCHED, PAPER_TOLERANCE
 
 KINDS = {"lora": "LoRA", "rslora": "rsLoRA", "dora": "DoRA", "pair": "full checkpoint"}
@@ -161,11 +162,10 @@ def plot(report: dict, file: Path) -> None:
     for axis, (key, (title, unit)) in zip(figure.subplots(1, 3), panels.items()):
         grid = np.full((len(layers), len(types)), np.nan)
         for name, module in report["modules"].items():
-            parts = name.split(".")
-            layer = next((part for part in parts if part.isdigit()), None)
-            if layer in layers and parts[-1] in types and module[key] is not None:
+            layer, kind = str(layer_of(name)), name.rpartition(".")[2]
+            if layer in layers and kind in types and module[key] is not None:
                 value = module[key]["excess"] if key == "S5" else module[key]
-                grid[layers.index(layer), types.index(parts[-1])] = value
+                grid[layers.index(layer), types.index(kind)] = value
         scale = {"cmap": "viridis"}
         if key == "S5" and np.isfinite(grid).any():  # has two signs: white is chance
             scale = {"cmap": "PuOr", "vmin": -np.nanmax(abs(grid)), "vmax": np.nanmax(abs(grid))}
