@@ -22,7 +22,6 @@ Left out: effects of training seeds, which need several trained runs.
 from __future__ import annotations
 
 import math
-import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +82,6 @@ def read(where: str | Path) -> Graded:
         )
     n = min(counts)
     if n < max(counts):
-        if 2 * n < statistics.median(counts):
-            raise ValueError(f"{where}: one problem has only {n} samples, another {max(counts)}: finish the run first")
         warn(f"{where}: between {n} and {max(counts)} samples a problem; only the first {n} of each are used")
     ids = sorted(problems)
     samples = [[problems[name][sample] for sample in sorted(problems[name])[:n]] for name in ids]
@@ -98,10 +95,9 @@ def _read_rows(path: Path) -> dict[str, dict[int, tuple]]:
     seen: dict = {}  # one object for equal rows, of which there are many
     for where, line in strict_lines(path):
         task, sample, correct, answer = (line.get(key) for key in ("task_id", "sample", "correct", "answer"))
-        if not (isinstance(task, str) and type(sample) is int and type(correct) is bool):
-            raise ValueError(f"{where}: 'task_id' (text), 'sample' (number) or 'correct' (bool) is missing or no such")
-        if not (answer is None or isinstance(answer, str)):
-            raise ValueError(f"{where}: 'answer' is neither a text nor null")
+        known = isinstance(task, str) and type(sample) is int and type(correct) is bool
+        if not (known and isinstance(answer, str | None)):
+            raise ValueError(f"{where}: needs task_id (text), sample (number), correct (bool), answer (text or null)")
         rows, finish = problems.setdefault(task, {}), line.get("finish_reason")
         if sample in rows:
             raise ValueError(f"{where}: sample {sample} of {ascii(task)} is there twice")
@@ -163,12 +159,12 @@ def check(base: Graded, tuned: Graded, any_temperature: bool = False) -> list[st
 # ---------------------------------------------------------------- what is compared
 
 
-def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) -> dict:
-    """Every figure as plain JSON. The results have the same problems; the smaller n of them is used for both.
+def run(base: Graded, tuned: Graded, ks: list[int] | None = None, margin: float = 0.02) -> dict:
+    """What compare.json holds of two results at one temperature each; the smaller n of them is used for both.
 
-    ks: None for the powers of two up to n/2. ValueError for one problem alone, and for a k above n.
+    ks: None for the powers of two up to n/2. ValueError: they cannot be compared, one problem alone, a k above n.
     """
-    n = min(base.n, tuned.n)
+    notes, n = check(base, tuned), min(base.n, tuned.n)
     for result in (base, tuned):
         if result.n > n:
             warn(f"{result.where}: has {result.n} samples a problem; only the first {n} are used, like the other's")
@@ -177,6 +173,8 @@ def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) ->
         raise ValueError(f"k = {ks[-1]} is beyond the {n} samples a problem has: take more samples, or a smaller --k")
     if len(base.ids) < 2:
         raise ValueError("one problem only: there is nothing to pair over")
+    if 1 < n < 2 * ks[-1]:
+        notes.append(f"n = {n} is less than 2k at k = {ks[-1]}: pass@k is close to a single draw a problem there")
     rows = curve_rows(base.c, tuned.c, n, ks)
     point = crossing(base.c, tuned.c, n, ks, rows)
     name, sentence = verdict(rows, point, n, margin)
@@ -196,6 +194,7 @@ def compare(base: Graded, tuned: Graded, ks: list[int] | None, margin: float) ->
         "answers": answer_figures(base, tuned),
         "histogram": histogram(base.c, tuned.c, n),
         "intervals": INTERVALS,
+        "notes": notes,
     }
 
 
@@ -235,13 +234,18 @@ def verdict(rows: list[dict], point: dict | None, n: int, margin: float) -> tupl
     """Returns (name, sentence) as the module's docstring defines them. rows: of `curve_rows`; point: of `crossing`."""
     wide = [row for row in rows if row["k"] >= CAPACITY_K and 2 * row["k"] <= n]
     name, lead = who_leads(rows, point)
-    capacity, claim = about_capacity(rows, wide[-1], margin) if wide else (None, no_claim(rows[-1]["k"], n))
-    shown = {row["k"]: row["difference"] for row in (rows[0], (wide or rows)[-1])}  # one, if there is only one k
-    numbers = ", ".join(
-        "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference) + ("" if len(rows) == 1 else f" at k = {k}")
-        for k, difference in shown.items()
-    )
+    capacity, claim = None, f"No claim about capacity: that takes k = {CAPACITY_K} or more and n >= 2k samples, "
+    claim += f"here k is up to {rows[-1]['k']} and n = {n}."
+    if wide:
+        capacity, claim = about_capacity(rows, wide[-1], margin)
+    shown = {row["k"]: signed(row["difference"]) for row in (rows[0], (wide or rows)[-1])}  # one, if there is one k
+    numbers = ", ".join(text if len(rows) == 1 else f"{text} at k = {k}" for k, text in shown.items())
     return capacity or name, f"{lead}: {numbers}. {claim}"
+
+
+def signed(difference: dict) -> str:
+    """+0.127 [+0.079, +0.176]."""
+    return "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
 
 
 def who_leads(rows: list[dict], point: dict | None) -> tuple[str, str]:
@@ -255,13 +259,13 @@ def who_leads(rows: list[dict], point: dict | None) -> tuple[str, str]:
             f"{then} above"
         )
     words = {"tuned": "ahead", "base": "behind", None: "cannot tell"}
-    places = {word: [row["k"] for row in rows if row["ahead"] == side] for side, word in words.items()}
-    if len(rows) == 1:
-        places = {word: f"k = {rows[0]['k']}, the only k measured" for word, there in places.items() if there}
-    elif len(rows) == max(map(len, places.values())):
-        places = {word: "every k measured" for word, there in places.items() if there}
-    else:
-        places = {word: f"k = {', '.join(map(str, there))}" for word, there in places.items() if there}
+    ahead = {word: [row["k"] for row in rows if row["ahead"] == side] for side, word in words.items()}
+    everywhere = "every k measured" if len(rows) > 1 else f"k = {rows[0]['k']}, the only k measured"
+    places = {
+        word: everywhere if len(ks) == len(rows) else f"k = {', '.join(map(str, ks))}"
+        for word, ks in ahead.items()
+        if ks
+    }
     text = "; ".join(f"{word} at {where}" for word, where in places.items())
     sides = [word for word in places if word != "cannot tell"]
     name = "cannot tell" if not sides else " and ".join(sides) + (" at some k" if len(places) > 1 else " at every k")
@@ -281,14 +285,6 @@ def about_capacity(rows: list[dict], last: dict, margin: float) -> tuple[str | N
     name = "sharpening without capacity gain" if sharper else "no capacity gain"
     why = "the base is ahead" if last["ahead"] == "base" else f"a gain of {margin:g} or more is excluded"
     return name, f"{name.capitalize()}: at k = {k} {why}."
-
-
-def no_claim(k: int, n: int) -> str:
-    """The sentence where k or n is too small for one about capacity."""
-    return (
-        f"No claim about capacity: that takes k = {CAPACITY_K} or more and n >= 2k samples, here k is up to {k} and "
-        f"n = {n}."
-    )
 
 
 def crossing(c_base, c_tuned, n: int, ks: list[int], rows: list[dict]) -> dict | None:
@@ -430,13 +426,3 @@ def histogram(c_base: np.ndarray, c_tuned: np.ndarray, n: int) -> dict:
         place = np.where(c == 0, 0, np.where(c == n, 11, 1 + np.minimum(9, 10 * c // n)))
         bins[name] = np.bincount(place, minlength=12).tolist()
     return bins
-
-
-def run(base: Graded, tuned: Graded, ks: list[int] | None = None, margin: float = 0.02) -> dict:
-    """What compare.json holds of two results at one temperature each; ValueError if they cannot be compared."""
-    notes = check(base, tuned)
-    result = compare(base, tuned, ks, margin)
-    n, k = result["samples_per_problem"], result["pass@k"][-1]["k"]
-    if 1 < n < 2 * k:
-        notes.append(f"n = {n} is less than 2k at k = {k}: pass@k is close to a single draw a problem there")
-    return result | {"notes": notes}

@@ -47,16 +47,6 @@ def p_value(p: float) -> str:
 # ---------------------------------------------------------------- the page
 
 
-def solved_line(result: dict) -> str:
-    """Says how many problems each model solved at least once in all its samples, with McNemar's exact p."""
-    counts = result["solved_in_n"]
-    return (
-        f"Within all {result['samples_per_problem']} samples: both {counts['both']}, base only {counts['base_only']}, "
-        f"tuned only {counts['tuned_only']}, neither {counts['neither']} "
-        f"(McNemar, exact: p {p_value(counts['mcnemar_p'])})."
-    )
-
-
 def curve_table(result: dict) -> str:
     """A row a k: both models, their difference, its p and who is ahead."""
     rows = [
@@ -107,27 +97,33 @@ def answer_table(result: dict) -> str:
 
 def markdown(result: dict) -> str:
     """The whole comparison as one page, the sentence first."""
-    tables = curve_table(result), answer_table(result)
-    parts = [
-        result["sentence"],
-        f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems, "
-        f"{result['samples_per_problem']} samples each. Intervals: {result['intervals']}. base: `{result['base']}`, "
-        f"tuned: `{result['tuned']}`.",
-        tables[0],
+    counts, samples = result["solved_in_n"], result["samples_per_problem"]
+    return _page(
+        result,
+        f", {samples} samples each",
+        curve_table(result),
         "p: sign-flip permutation test on per-problem pass@k, two-sided; Holm: corrected over the k of this table. "
         "A model is called ahead where the corrected p is below 0.05 and the interval excludes 0.",
-        solved_line(result),
+        f"Within all {samples} samples: both {counts['both']}, base only {counts['base_only']}, tuned only "
+        f"{counts['tuned_only']}, neither {counts['neither']} (McNemar, exact: p {p_value(counts['mcnemar_p'])}).",
         set_table(result),
-        tables[1],
-        STAR if "*" in "".join(tables) else "",
-        *_end(result),
+        answer_table(result),
+    )
+
+
+def _page(result: dict, samples: str, *parts: str) -> str:
+    """What both pages begin with, the parts between, and the ends: stars, what a claim needs, the plot, the notes."""
+    parts = [
+        result["sentence"],
+        f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems{samples}. Intervals: "
+        f"{result['intervals']}. base: `{result['base']}`, tuned: `{result['tuned']}`.",
+        *parts,
+        STAR if any(part.startswith("|") and "*" in part for part in parts) else "",
+        result.get("needs") or "",
+        "![pass@k](compare.png)",
+        *(f"Note: {note}." for note in result["notes"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _end(result: dict) -> list[str]:
-    """The last parts of both pages: what a claim needs, the plot, the notes."""
-    return [result.get("needs") or "", "![pass@k](compare.png)", *(f"Note: {note}." for note in result["notes"])]
 
 
 def page_and_plot(result: dict) -> tuple[str, bytes]:
@@ -135,8 +131,10 @@ def page_and_plot(result: dict) -> tuple[str, bytes]:
     if "temperatures" not in result:
         return markdown(result), plot(result)
     sides = {
-        side: {t: {name: (row[name] or {}).get(side) for name in ("pass@1", "pass@k")} for t, row in rows.items()}
-        for rows in [result["temperatures"]]
+        side: {
+            t: {name: (row[name] or {}).get(side) for name in ("pass@1", "pass@k")}
+            for t, row in result["temperatures"].items()
+        }
         for side in ("base", "tuned")
     }
     return frontier_page(result), frontier_plot(sides, result["k"], result["problems"])
@@ -145,7 +143,6 @@ def page_and_plot(result: dict) -> tuple[str, bytes]:
 def frontier_page(result: dict) -> str:
     """The comparison of two models over temperatures, the sentence first."""
     k, best, rows = result["k"], result["best"], []
-    several = sum(at["pass@1"]["difference"] is not None for at in result["temperatures"].values()) > 1
     for t, at in result["temperatures"].items():
         cells = []
         for name in ("pass@1", "pass@k") if k else ("pass@1",):
@@ -156,17 +153,9 @@ def frontier_page(result: dict) -> str:
             cells.append(span(row.get("difference"), sign=True))
         rows.append([t if float(t) else "greedy", *cells])
     head = [text for name in (1, k) if name for text in (f"base pass@{name}", "tuned", "tuned - base")]
-    table = _table(["T", *head], rows)
-    parts = [
-        result["sentence"],
-        f"{result['benchmark'] or 'benchmark not recorded'}: {result['problems']} problems. Intervals: "
-        f"{result['intervals']}. base: `{result['base']}`, tuned: `{result['tuned']}`.",
-        table,
-        STAR if "*" in table else "",
-        "Curves, sets and answers at one temperature: compare its two directories, such as A/T1 and B/T1." * several,
-        *_end(result),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    several = sum(at["pass@1"]["difference"] is not None for at in result["temperatures"].values()) > 1
+    where = "Curves, sets and answers at one temperature: compare its two directories, such as A/T1 and B/T1." * several
+    return _page(result, "", _table(["T", *head], rows), where)
 
 
 def frontier_table(frontier: dict) -> str:
@@ -205,11 +194,11 @@ def show(page: str, out: Path, needs: str | None = None) -> None:
 
 
 def plot(result: dict) -> bytes:
-    """PNG: both curves with bands, their paired difference, and the histogram of per-problem accuracy."""
+    """PNG: both curves with bands, and their paired difference."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    curves, difference, histogram = figure.subplots(1, 3)
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    curves, difference = figure.subplots(1, 2)
     ks = [row["k"] for row in result["pass@k"]]
     for name in ("base", "tuned"):
         _band(curves, ks, [row[name] for row in result["pass@k"]], name)
@@ -232,8 +221,6 @@ def plot(result: dict) -> bytes:
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
         axes.set_xlabel("k, answers per problem")
-    _bars(histogram, result["histogram"])
-    for axes in (curves, difference, histogram):
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
         axes.tick_params(labelsize=8)
@@ -286,13 +273,3 @@ def _band(axes, ks: list[int], values: list[dict], name: str) -> None:
     low, mean, high = (np.array([value[key] for value in values], dtype=float) for key in ("low", "mean", "high"))
     axes.fill_between(ks, low, high, color=color, alpha=0.18, linewidth=0)
     axes.plot(ks, mean, color=color, marker=marker, markersize=4, label=name)
-
-
-def _bars(axes, histogram: dict) -> None:
-    place = np.arange(len(histogram["bins"]))
-    for shift, name in ((-0.2, "base"), (0.2, "tuned")):
-        axes.bar(place + shift, histogram[name], width=0.4, color=COLORS[name], label=name)
-    axes.set_xticks(place, histogram["bins"], rotation=60)
-    axes.set(xlabel="share of right answers", ylabel="problems")
-    axes.set_title("problems by their share of right answers", loc="left", fontsize=9.5)
-    axes.legend(frameon=False, fontsize=8)

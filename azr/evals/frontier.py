@@ -23,7 +23,7 @@ import numpy as np
 from azr import passk
 from azr.console import say
 from azr.evals import compare, compare_view
-from azr.evals.compare import CAPACITY_K, Graded
+from azr.evals.compare import CAPACITY_K, Graded, signed
 from azr.jsonl import replacing, write_json_atomic
 
 LADDER = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # what a claim against the base needs
@@ -65,8 +65,7 @@ def read(where: str | Path) -> Points:
 
 def temperature(result: Graded) -> float:
     """The temperature of a result; NaN where none is recorded."""
-    decoding = result.info.get("decoding")
-    t = decoding.get("temperature") if isinstance(decoding, dict) else None
+    t = (result.info.get("decoding") or {}).get("temperature")
     return float(t) if type(t) in (int, float) else math.nan
 
 
@@ -232,11 +231,6 @@ def verdict(at_best: dict, counts: tuple[int, int], k: int | None, margin: float
 def place_of(difference: dict) -> str:
     """Puts a difference with its interval into words."""
     return "above" if difference["low"] > 0 else "below" if difference["high"] < 0 else "cannot tell"
-
-
-def signed(difference: dict) -> str:
-    """+0.127 [+0.079, +0.176]."""
-    return "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
 
 
 def named(t: float) -> str:

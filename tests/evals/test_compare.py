@@ -331,8 +331,6 @@ def test_fewer_samples_are_taken_from_the_larger_result_loudly(tmp_path, capsys)
     lines = (a / "graded.jsonl").read_text().splitlines(keepends=True)
     (a / "graded.jsonl").write_text("".join(lines[:-1]))
     assert command(a, b) == 0 and "between 7 and 8 samples" in capsys.readouterr().err
-    (a / "graded.jsonl").write_text("".join(lines[:-6]))
-    assert command(a, b) == 2 and "has only 2 samples" in capsys.readouterr().err
 
 
 GOOD = '{"task_id": "t/0", "sample": 0, "correct": true, "answer": "\\ud800"}\n'
@@ -343,9 +341,9 @@ GOOD = '{"task_id": "t/0", "sample": 0, "correct": true, "answer": "\\ud800"}\n'
     [
         ("{", "line 2"),
         ("[]", "expected a JSON object"),
-        ('{"task_id": "t/0", "sample": 1}', "or 'correct' (bool) is missing"),
-        ('{"task_id": "t/0", "sample": true, "correct": true}', "line 2: 'task_id' (text), 'sample' (number)"),
-        ('{"task_id": "t/0", "sample": 1, "correct": true, "answer": 3}', "neither a text nor null"),
+        ('{"task_id": "t/0", "sample": 1}', "line 2: needs"),
+        ('{"task_id": "t/0", "sample": true, "correct": true}', "line 2: needs"),
+        ('{"task_id": "t/0", "sample": 1, "correct": true, "answer": 3}', "answer (text or null)"),
         (GOOD, "sample 0 of 't/0' is there twice"),
         ("[" * 100_000, "line 2"),
         ("\xff", "line 2"),
