@@ -184,20 +184,6 @@ def difference_interval(values: np.ndarray, draws: int = DRAWS, seed: int = 0) -
     return Interval(mean, low, high) if mean.ndim else Interval(float(mean), float(low), float(high))
 
 
-def ratio_difference(
-    hits_a: Sequence[int], of_a: Sequence[int], hits_b: Sequence[int], of_b: Sequence[int]
-) -> Interval:
-    """sum(hits_b)/sum(of_b) - sum(hits_a)/sum(of_a) with a paired bootstrap over problems; all (problems,).
-
-    For shares whose denominator varies, such as correct answers among the well-formed ones. NaN where nothing counts.
-    """
-
-    def statistic(sums: np.ndarray) -> np.ndarray:
-        return sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1]
-
-    return bootstrap_statistic(np.stack([hits_a, of_a, hits_b, of_b], axis=1), statistic)
-
-
 def bootstrap_statistic(columns: np.ndarray, statistic, draws: int = DRAWS, seed: int = 0) -> Interval:
     """Interval of a function of column sums, (..., columns) -> (...) or (..., k), by a bootstrap over problems.
 

@@ -142,7 +142,10 @@ def test_certainty_is_not_claimed_from_few_problems():
         interval = passk.share_interval(np.full(30, value))
         assert 0 <= interval.low <= value <= interval.high <= 1 and 0.05 < interval.high - interval.low < 0.2
     assert math.isnan(passk.bootstrap_interval(np.array([0.5])).low)
-    for empty in (lambda: passk.bootstrap_interval(np.array([])), lambda: passk.ratio_difference(*[[]] * 4)):
+    for empty in (
+        lambda: passk.bootstrap_interval(np.array([])),
+        lambda: passk.bootstrap_statistic(np.zeros((0, 2)), np.sum),
+    ):
         with pytest.raises(ValueError, match="no problems"):
             empty()
 
@@ -161,12 +164,13 @@ def test_values_that_are_all_equal_are_no_certainty_either():
     assert plain.low == plain.high == 0.25  # without ends nothing says how far another problem could be
 
 
-def test_ratio_difference_equals_the_plain_one_for_equal_denominators():
-    rng = np.random.default_rng(4)
-    a, b, n = rng.integers(0, 9, 40), rng.integers(0, 9, 40), np.full(40, 8)
-    ratio, plain = passk.ratio_difference(a, n, b, n), passk.bootstrap_interval((b - a) / 8)
+def test_a_ratio_of_sums_equals_the_plain_mean_for_equal_denominators():
+    hits = np.random.default_rng(4).integers(0, 9, 40)
+    share = lambda sums: sums[..., 0] / sums[..., 1]  # noqa: E731
+    ratio = passk.bootstrap_statistic(np.stack([hits, np.full(40, 8)], axis=1), share)
+    plain = passk.bootstrap_interval(hits / 8)
     assert (ratio.mean, ratio.low, ratio.high) == pytest.approx((plain.mean, plain.low, plain.high))
-    assert math.isnan(passk.ratio_difference(0 * a, 0 * n, b, n).mean)
+    assert math.isnan(passk.bootstrap_statistic(np.zeros((40, 2)), share).mean)
 
 
 def test_five_thousand_problems_with_1024_samples_are_quick():

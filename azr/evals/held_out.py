@@ -26,7 +26,7 @@ import numpy as np
 from azr.console import warn
 from azr.jsonl import strict_lines
 from azr.palette import MODELS, series
-from azr.passk import Interval, bootstrap_interval, pass_at_k, powers_of_two, ratio_difference, share_interval
+from azr.passk import Interval, bootstrap_interval, bootstrap_statistic, pass_at_k, powers_of_two, share_interval
 
 if TYPE_CHECKING:
     from azr.policy.policy import Policy, Sampling
@@ -157,7 +157,8 @@ def well_formed_difference(base: EvalResult, trained: EvalResult, mode: str | No
     """Like `difference`, for the share of correct answers among well-formed ones: it tells a gain from mere format."""
     check_comparable(base, trained)
     names = ("correct_well_formed", "well_formed")
-    return ratio_difference(*(result.column(name, mode) for result in (base, trained) for name in names))
+    columns = np.stack([result.column(name, mode) for result in (base, trained) for name in names], axis=1)
+    return bootstrap_statistic(columns, lambda sums: sums[..., 2] / sums[..., 3] - sums[..., 0] / sums[..., 1])
 
 
 def check_comparable(a: EvalResult, b: EvalResult) -> None:
@@ -274,26 +275,21 @@ def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequenc
     established where the band leaves the base's curve. Needs matplotlib.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
 
     base = next(iter(results.values()))
-    for result in results.values():
-        check_comparable(base, result)
     ks = sorted(ks or powers_of_two(min(int(result.column("n").min()) for result in results.values())))
     panels = [*base.modes, *([None] if len(base.modes) > 1 else [])]
     figure = Figure(figsize=(3.0 * len(panels), 3.2), layout="constrained")
     for axes, mode in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
         _draw_panel(axes, results, ks, mode)
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(ks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.set_xticklabels([str(k) for k in ks])
+        axes.set_xticks(ks, [str(k) for k in ks])
+        axes.minorticks_off()
         axes.set_title(f"{mode or 'all'}, {len(base.of(mode))} tasks", fontsize=9.5, loc="left")
         axes.set_xlabel("k, answers per task", fontsize=8.5)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylim(bottom=0)
     figure.axes[0].set_ylabel("pass@k, mean over tasks", fontsize=8.5)
     handles, names = figure.axes[0].get_legend_handles_labels()
