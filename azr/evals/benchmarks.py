@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import random
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +81,10 @@ def _one_of(row: dict, *names: str) -> str:
     return text_field(row, next((name for name in names if name in row), names[0]))
 
 
-def _cruxeval(mode: str) -> Callable[[dict, int], Item]:
-    def read(row: dict, number: int) -> Item:
-        program, given, output = (text_field(row, column) for column in ("code", "input", "output"))
-        return Item(
-            _id(row, number), Task.from_json({"mode": mode, "program": program, "input": given, "output": output})
-        )
-
-    return read
+def _cruxeval(mode: str, row: dict, number: int) -> Item:
+    program, given, output = (text_field(row, column) for column in ("code", "input", "output"))
+    task = {"mode": mode, "program": program, "input": given, "output": output}
+    return Item(_id(row, number), Task.from_json(task))
 
 
 def _livecodebench(row: dict, number: int) -> Item:
@@ -132,8 +130,8 @@ BENCHMARKS = {
     "humaneval": Source("code", None, ("openai/openai_humaneval", "test")),
     "humaneval+": Source("code", None, None, _EVALPLUS.format("humanevalplus_release"), strict=True),
     "mbpp+": Source("code", None, None, _EVALPLUS.format("mbppplus_release"), strict=True),
-    "cruxeval-o": Source("task", _cruxeval("deduction"), ("cruxeval-org/cruxeval", "test")),
-    "cruxeval-i": Source("task", _cruxeval("abduction"), ("cruxeval-org/cruxeval", "test")),
+    "cruxeval-o": Source("task", partial(_cruxeval, "deduction"), ("cruxeval-org/cruxeval", "test")),
+    "cruxeval-i": Source("task", partial(_cruxeval, "abduction"), ("cruxeval-org/cruxeval", "test")),
     "livecodebench-execution": Source("task", _livecodebench, ("livecodebench/execution-v2", "test")),
     "math500": Source("math", _math, ("HuggingFaceH4/MATH-500", "test")),
     "aime24": Source("math", _math, ("HuggingFaceH4/aime_2024", "train")),
@@ -242,20 +240,14 @@ def _code_items(path: Path, name: str) -> list[Item]:
     return [Item(problem.task_id, code=problem) for problem in problems]
 
 
-def cruxeval_tasks(count: int, path: str | Path | None = None) -> list[Task]:
+def cruxeval_tasks(count: int, name: str = "cruxeval-o") -> list[Task]:
     """`count` problems of CRUXEval (arXiv 2401.03065) as deduction and as abduction tasks, always the same ones.
 
-    path: a local copy of its file; None: through the hub. ValueError, in one line, if it cannot be had or read.
+    name: cruxeval-o=FILE for a local copy. ValueError, in one line, if it cannot be had or read.
     """
-    import random
-
-    path = Path(path) if path else _fetch("cruxeval-o", BENCHMARKS["cruxeval-o"])
-    try:
-        rows = [row for _, row in rows_of(path)]
-        chosen = random.Random(0).sample(range(len(rows)), min(count, len(rows)))
-        return [_cruxeval(mode)(rows[i], i).task for mode in ("deduction", "abduction") for i in chosen]
-    except ValueError as error:
-        raise ValueError(f"{path}: is not CRUXEval's file ({error})") from error
+    items = load(name).items
+    chosen = random.Random(0).sample(items, min(count, len(items)))
+    return [replace(item.task, mode=mode) for mode in ("deduction", "abduction") for item in chosen]
 
 
 # ---------------------------------------------------------------- prompts

@@ -232,9 +232,9 @@ def test_cruxeval_is_read_from_its_public_file():
     path = Path(__file__).parents[2].parent / "shared" / "data" / "benchmarks" / "cruxeval.jsonl"
     if not path.is_file():
         pytest.skip("CRUXEval's file is not at hand")
-    tasks = cruxeval_tasks(200, path)
+    tasks = cruxeval_tasks(200, f"cruxeval-o={path}")
     assert [task.mode for task in tasks] == ["deduction"] * 200 + ["abduction"] * 200
-    assert tasks == cruxeval_tasks(200, path) and len({task.hash for task in tasks}) == 400
+    assert tasks == cruxeval_tasks(200, f"cruxeval-o={path}") and len({task.hash for task in tasks}) == 400
     assert [task.program for task in tasks[:200]] == [task.program for task in tasks[200:]]
 
 
@@ -242,5 +242,5 @@ def test_a_file_that_is_not_cruxeval_is_refused(tmp_path):
     from azr.evals.benchmarks import cruxeval_tasks
 
     (tmp_path / "x.jsonl").write_text('{"code": "def f(x): return x"}\n')
-    with pytest.raises(ValueError, match="not CRUXEval"):
-        cruxeval_tasks(1, tmp_path / "x.jsonl")
+    with pytest.raises(ValueError, match="line 1: the key 'input' is missing"):
+        cruxeval_tasks(1, f"cruxeval-o={tmp_path / 'x.jsonl'}")

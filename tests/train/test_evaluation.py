@@ -111,7 +111,9 @@ def test_what_the_seed_stage_made_is_not_refused(at_hand, tmp_path, monkeypatch)
     inputs = zip(PROGRAMS, ("1", "1, 2"))
     rows = [{"id": text[:10], "code": text, "input": given, "output": "4"} for text, given in inputs]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows) if at_hand else "{}\n")
-    monkeypatch.setattr(evaluation, "cruxeval_tasks", functools.partial(benchmarks.cruxeval_tasks, path=file))
+    monkeypatch.setattr(
+        evaluation, "cruxeval_tasks", functools.partial(benchmarks.cruxeval_tasks, name=f"cruxeval-o={file}")
+    )
     other = made(Config(model="other", eval_data=None), tmp_path / "run")
     assert other.refused == (set(map(skeleton, PROGRAMS)) if at_hand else set())
     other.freeze(buffers := filled())
