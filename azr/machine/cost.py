@@ -226,9 +226,7 @@ def disk(plan: Plan, model: str, steps: int, eval_every: int) -> dict[str, float
 def free_disk(out: str) -> float:
     """Bytes free where the run directory will be."""
     path = Path(out).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
+    return shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free
 
 
 def free_memory() -> float:

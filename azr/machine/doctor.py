@@ -19,7 +19,6 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-import io
 import platform
 import re
 import shutil
@@ -84,23 +83,19 @@ def disk(out: str) -> Findings:
 
 
 def sandbox() -> Findings:
-    """What `python -m sandbox doctor` says, in one line."""
+    """What `python -m sandbox doctor` says, in one line; what it prints goes nowhere, as all that a child prints."""
     from sandbox import Sandbox, SandboxError
     from sandbox.__main__ import doctor
 
-    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
-            code = doctor(SimpleNamespace(workers=1, allow_weak=False))
+        code = doctor(SimpleNamespace(workers=1, allow_weak=False))
         with Sandbox(1) as box:
-            state = box.state
+            text = ", ".join(f"{name} {box.state[name]}" for name in ("seccomp", "landlock", "uid", "limits"))
     except SandboxError as error:
         why = one_line(str(error).partition(": use ")[0])  # what it advises is for the sandbox alone
         return Findings([("sandbox", why)], [f"{why}: take Linux on x86-64 or aarch64, Docker or WSL 2"])
-    text = ", ".join(f"{name} {state[name]}" for name in ("seccomp", "landlock", "uid", "limits"))
-    failed = [" ".join(line.split()) for line in printed.getvalue().splitlines() if " NO: " in line]
-    if code or failed:
-        return Findings([("sandbox", text)], [f"the sandbox fails its trials: {'; '.join(failed) or code}"])
+    if code:
+        return Findings([("sandbox", text)], ["the sandbox fails a trial: python -m sandbox doctor says which"])
     return Findings([("sandbox", f"{text}; its trials pass")])
 
 
