@@ -231,11 +231,9 @@ class Run:
 
     def _look(self, resume: str) -> bool:
         """Whether there is a run to continue; RunError for what is not one. Changes nothing."""
-        if self.dir.exists() and not self.dir.is_dir():
-            raise RunError(f"{self.dir}: is a file; --out names a directory")
         place = next(path for path in (self.dir.absolute(), *self.dir.absolute().parents) if path.exists())
         if not (place.is_dir() and os.access(place, os.W_OK)):
-            raise RunError(f"{self.dir}: cannot be a run directory ({place} is none that can be written to)")
+            raise RunError(f"{self.dir}: cannot be a run directory ({place} is no directory that can be written to)")
         holds = self.dir.is_dir() and not all(UNDER_WAY.fullmatch(path.name) for path in self.dir.iterdir())
         if resume == "none":
             if holds:
@@ -454,15 +452,9 @@ def describe_environment() -> dict:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "timeout": 10}
     try:
-        commit = subprocess.check_output(
-            describe,
-            cwd=Path(__file__).parent,
-            timeout=10,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ).strip()
+        commit = subprocess.check_output(describe, cwd=Path(__file__).parent, text=True, **quiet).strip()
     except (OSError, subprocess.SubprocessError):  # no git, or no checkout
         commit = None
     torch = sys.modules.get("torch")

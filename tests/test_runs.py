@@ -69,10 +69,10 @@ def test_none_takes_an_absent_or_empty_directory_only(tmp_path):
         with pytest.raises(RunError):
             Run.open(foreign, CONFIG, resume)
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
-    with pytest.raises(RunError, match="is a file"):
-        Run.open(foreign / "thesis.tex", CONFIG)
     with pytest.raises(RunError, match="cannot be a run directory"):
         Run.open(foreign / "thesis.tex" / "run", CONFIG)
+    with pytest.raises(RunError, match="thesis.tex is no directory"):
+        Run.open(foreign / "thesis.tex", CONFIG)
 
 
 def test_auto_without_a_run_starts_afresh_and_says_so(tmp_path, capsys):
