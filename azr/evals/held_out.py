@@ -5,9 +5,8 @@
     difference(base, trained, k=1, mode="deduction")        # Interval(mean, low, high), paired over problems
     plot_pass_at_k({"base": base, "trained": trained}, "pass_at_k.png")
 
-pass@k is the unbiased estimator of Chen et al. 2021 (arXiv 2107.03374). Every interval resamples PROBLEMS only: the
-answers to a problem are already part of its pass@k, and resampling them too counts their noise twice. An interval is
-thus about other problems like these, not about other training runs. Left out: k beyond n. No torch is imported here.
+Estimators and intervals are those of azr/passk.py: over problems like these, not over training runs. Left out: k beyond
+n. No torch is imported here.
 """
 
 from __future__ import annotations
