@@ -203,28 +203,24 @@ def verdict(at_best: dict, counts: tuple[int, int], k: int | None, margin: float
     """Returns ({"pass@1", "coverage"}, sentences): "above", "below" or "cannot tell", by whether the interval leaves
     out 0; coverage None where k or the samples do not allow a claim. counts: temperatures of the base and of tuned."""
     one, many = at_best["pass@1"], at_best["pass@k"]
-    of = [f"its best of {count} temperatures" if count > 1 else "its only temperature" for count in counts]
-    base, tuned = (
-        f"{place} ({named(one[side])})" for place, side in zip(of, ("base_temperature", "tuned_temperature"))
-    )
+    of = (f"its best of {count} temperatures" if count > 1 else "its only temperature" for count in counts)
+    base, tuned = (f"{place} ({named(one[f'{side}_temperature'])})" for place, side in zip(of, ("base", "tuned")))
     first = place_of(one["difference"])
-    lead = f"tuned at {tuned} {{}} the base at {base}: pass@1 {signed(one['difference'])}."
-    lead = f"Cannot tell {lead.format('from')}" if first == "cannot tell" else f"T{lead.format(f'is {first}')[1:]}"
+    lead = f"Cannot tell tuned at {tuned} from" if first == "cannot tell" else f"Tuned at {tuned} is {first}"
+    lead += f" the base at {base}: pass@1 {signed(one['difference'])}."
     if many is None or k < CAPACITY_K:
         claim = f"No claim about coverage: that takes k = {CAPACITY_K} or more, and n >= 2k samples above temperature 0"
         return {"pass@1": first, "coverage": None}, f"{lead} {claim}{f', here k is {k}' if k else ''}."
     then, gain = place_of(many["difference"]), many["difference"]
-    said = f"pass@{k} {signed(gain)} ({named(many['tuned_temperature'])} against {named(many['base_temperature'])})"
+    text = f"pass@{k} {signed(gain)} ({named(many['tuned_temperature'])} against {named(many['base_temperature'])})"
     missed = 1 - many["base"]["mean"]
-    if then == "above":
-        claim = f"Its coverage is above all that the base reaches: {said}."
-    elif then == "below":
-        claim = f"Its coverage is below what the base reaches: {said}."
+    if then != "cannot tell":
+        claim = f"Its coverage is {then} {'all that' if then == 'above' else 'what'} the base reaches: {text}."
     elif gain["high"] < margin and missed >= 2 * margin:
-        claim = f"No more coverage than the base reaches: {said}, a gain of {margin:g} or more is excluded."
+        claim = f"No more coverage than the base reaches: {text}, a gain of {margin:g} or more is excluded."
     else:
         room = f"; the base leaves no room, it solves all but {100 * missed:.1f} %" if missed < 2 * margin else ""
-        claim = f"Coverage: cannot tell, {said}{room}."
+        claim = f"Coverage: cannot tell, {text}{room}."
     return {"pass@1": first, "coverage": then}, f"{lead} {claim}"
 
 
