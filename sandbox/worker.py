@@ -76,6 +76,7 @@ def main():
     # every page that it shares with the server.
     gc.collect()
     server.padding = _padding(config["seed"])
+    config.clear()  # a format string finds its way to it, and to the pool's process id, which is the same in all lanes
     gc.freeze()
     server.serve()
 

@@ -81,6 +81,14 @@ WAYS = {  # name: (status, program)
         "error",
         "import json\ndef f(x):\n    return len(getattr(json.dumps, '__glo' + 'bals__')) > 0",
     ),
+    "the pool's process by a format string": (
+        "error",
+        "import copy\ndef f(x):\n    return int('{0.__self__.config[pool]}'.format(copy.deepcopy)) % 97",
+    ),
+    "the pool's process by a function's builtins": (
+        "error",
+        "def f(x):\n    return '{0.__globals__[__builtins__][__import__].__self__.config[pool]}'.format(f)",
+    ),
     "update_wrapper": (
         "error",
         "import functools, json\n"
