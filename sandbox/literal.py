@@ -165,8 +165,10 @@ def as_builtin(value):
         return plain if type(plain) in (bool, int, float, complex, str, bytes) else value
     if kind in (Fraction, Decimal):
         try:
-            return int(value) if value == value // 1 else near if (near := float(value)) == value else value
-        except ArithmeticError:  # Decimal's infinities, numbers beyond all floats
+            # Not value // 1, which a Decimal of more digits than its context has refuses.
+            top, bottom = value.as_integer_ratio()
+            return top if bottom == 1 else near if (near := top / bottom) == value else value
+        except (ArithmeticError, ValueError):  # Decimal's infinities and NaN, numbers beyond all floats
             return value
     for base in (int, float, str, tuple, list):
         if isinstance(value, base) and kind.__eq__ is base.__eq__:
