@@ -247,6 +247,13 @@ def test_messages_that_tell_the_program_or_the_pairs(sandbox):
     assert reasons(hints, sandbox) == ["ok"] * len(HINTS)
 
 
+def test_expressions_that_never_end_cost_little(sandbox):
+    message = "x ** 9 ** 9 ** x, then sum(range(10 ** 9 + x)), but also len(range(9 ** 9)) * sum(range(x * 10 ** 10))"
+    before = sandbox.state["children_cpu_seconds"]
+    assert reasons([Proposal("induction", POLYNOMIAL, INPUTS, message)], sandbox) == ["ok"]
+    assert sandbox.state["children_cpu_seconds"] - before < 1
+
+
 def test_hidden_pairs_need_two_outputs(sandbox):
     program = "def f(x):\n    return max(0, 5 - x)"
     early = Proposal("induction", program, tuple(map(str, (1, 2, 3, 4, 5, 6, 7, 8, 9, 10))), "m")
