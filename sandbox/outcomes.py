@@ -16,7 +16,7 @@ from sandbox.wire import OVERSLEPT, decode
 
 # Seconds of CPU time that earlier inputs of a child may use up before a later input's time-out is doubted: within a
 # child all inputs share one timer, and a verdict must not depend on what ran before.
-CPU_SLACK = 0.02
+CPU_SLACK = 0.01
 # What a repeat may take, in limits of the first run: nobody is to be refused for a little more than the first time.
 REPEAT_FACTOR = 1.25
 # CPU time of all inputs of a job together, in limits of one input: what several slow inputs may take, and no more.

@@ -17,8 +17,8 @@ from azr.tasks.validation import MAX_PROGRAM, not_literal
 from sandbox import PROPOSAL, Job, Outcome, Sandbox, literal
 
 # CPU seconds of an answer per input. Who needs more gets this many times what the task's own program needs, and at most
-# the sandbox's limit: an endless loop costs 0.06 s and not 1 s, and an answer to a slow task has its time.
-QUICK_SECONDS, TIME_FACTOR = 0.06, 20.0
+# the sandbox's limit: an endless loop costs 0.03 s and not 1 s, and an answer to a slow task has its time.
+QUICK_SECONDS, TIME_FACTOR = 0.03, 20.0
 
 _NO_ANSWER = Verdict(False, "no_answer", "the response holds no answer")
 
