@@ -196,7 +196,9 @@ class Reader:
             if type(text) is str and text.strip().lstrip("+-").lower() in _FLOATS:
                 return float(text)
         elif name in ("set", "frozenset"):
-            items = () if self.at(")") else self.value(depth + 1 if name == "set" else depth)
+            # The braces in frozenset({1}) are its level; frozenset(frozenset(... has none, and would have no end.
+            level = depth if name == "frozenset" and self.kind == "op" else depth + 1
+            items = () if self.at(")") else self.value(level)
             self.take(",")
             self.expect(")")
             if type(items) in (set, list, tuple):
