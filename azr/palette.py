@@ -37,7 +37,7 @@ MODES = {
     "all": Style(GRAY, "o"),
 }
 ROLES = {"proposer": Style(SKY, "o"), "solver": Style(BLACK, "s")}
-# Who proposes, or what is trained on in the place of proposals.
+# Who proposes, or what is trained on in the place of proposals; "azr" is the published recipe.
 PROPOSERS = {
     "joint": Style(VERMILION, "o"),
     "separate": Style(PURPLE, "s"),
@@ -46,6 +46,7 @@ PROPOSERS = {
     "frozen-base": Style(BLUE, "D"),
     "rlvr": Style(ORANGE, "P"),
     "sft": Style(BLACK, "*"),
+    "azr": Style(GRAY, "h"),
 }
 OFF_POLICY = {
     "off-policy": Style(GRAY, "X"),
@@ -89,9 +90,11 @@ def series(number: int) -> Style:
 
 def arm_of(config: dict) -> str:
     """The arm of a run from the settings in its config.json: the first that is not the default, in the order
-    algorithm, proposer, off-policy samples, entropy control, shape of the reward; "joint" for plain self-play."""
+    algorithm, proposer, recipe, off-policy samples, entropy control, shape of the reward; "joint" for plain self-play.
+    """
     control = str(config.get("entropy_control")).partition("=")[0]
-    words = (*map(config.get, ("algorithm", "proposer")), _off_policy(config), control, config.get("proposer_reward"))
+    first = map(config.get, ("algorithm", "proposer", "recipe"))  # the recipe azr brings an entropy bonus of its own
+    words = (*first, _off_policy(config), control, config.get("proposer_reward"))
     return next((word for word in words if word in STYLES and word not in ("joint", "learnability")), "joint")
 
 

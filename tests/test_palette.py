@@ -14,7 +14,9 @@ from azr.train.rules import CONTROLS
 
 
 def test_every_name_has_a_pair_of_its_own():
-    assert {*MODES, *ROLES, *SHAPES, *CONTROLS, "base", "tuned", "rlvr", "sft"} - {"none"} <= palette.STYLES.keys()
+    assert {*MODES, *ROLES, *SHAPES, *CONTROLS, "base", "tuned", "rlvr", "sft", "azr"} - {
+        "none"
+    } <= palette.STYLES.keys()
     proposers = next(f for f in Config.__dataclass_fields__.values() if f.name == "proposer").metadata["choices"]
     assert {*proposers} <= palette.STYLES.keys()
     assert sum(map(len, palette.GROUPS)) == len(palette.STYLES), "a name stands in two groups"
@@ -37,6 +39,8 @@ def test_every_name_has_a_pair_of_its_own():
         ({"algorithm": "rlvr", "proposer": "joint"}, "rlvr"),
         ({"entropy_control": "kl-cov=0.01"}, "kl-cov"),
         ({"proposer_reward": "gate"}, "gate"),
+        ({"recipe": "azr", "entropy_control": "bonus=0.001"}, "azr"),
+        ({"recipe": "azr", "proposer": "frozen-base"}, "frozen-base"),
         ({"off_policy_gamma": 0.25, "off_policy_source": "base"}, "off-policy"),
         (
             {"off_policy_gamma": 0.25, "off_policy_source": "base", "off_policy_control": "shuffled"},
