@@ -40,7 +40,7 @@ if __name__ == "__main__":  # Ctrl-C while torch loads ends the process without 
 if __name__ == "__main__" and "--doctor" in sys.argv:  # it runs before the packages that it looks at are imported
     sys.exit(doctor.main(sys.argv[1:], lambda words: importlib.import_module("azr.train.config").parse(words, "")))
 if __name__ == "__main__" and sys.argv[1:2] != ["export"]:  # --help and a wrong flag need not wait for torch
-    importlib.import_module("azr.train.config").make_parser(__doc__).parse_args(sys.argv[1:])
+    importlib.import_module("azr.train.config").check_early(sys.argv[1:], __doc__)
 
 import torch
 

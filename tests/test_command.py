@@ -7,7 +7,9 @@ import pytest
 import analyze
 import eval_passk
 from azr.command import Parser
+from azr.machine import doctor
 from azr.tasks.__main__ import main as tasks
+from azr.train import config
 from azr.weights import export
 
 
@@ -53,6 +55,15 @@ def test_a_wrong_command_line_is_one_line(capsys, monkeypatch, main, arguments, 
         main(arguments)
     err = capsys.readouterr().err
     assert done.value.code == 2 and said in err and err.count("\n") == 1, err
+
+
+def test_a_missing_package_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "NEEDED", ("json", "no_such_package"))
+    with pytest.raises(SystemExit) as done:
+        config.check_early(["--steps", "3"], "")
+    err = capsys.readouterr().err
+    assert done.value.code == 2 and err.count("\n") == 1
+    assert "not installed here: no_such_package; pip install -r requirements.txt" in err
 
 
 def test_what_cannot_be_measured_is_one_line(capsys, tmp_path):

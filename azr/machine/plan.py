@@ -20,6 +20,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from azr.jsonl import read_object
 from azr.models import ALIASES, model_path
 from azr.policy.cache import copies_pay
 
@@ -129,6 +130,16 @@ QWEN25 = {
     "7B": Shape(3584, 28, 28, 4, 18944, 152_064, False, 128),
     "14B": Shape(5120, 48, 40, 8, 13824, 152_064, False, 128),
 }
+
+QWEN25_CODER_CONTEXT = 32_768  # of every size; plain Qwen2.5 has several
+
+
+def context_of(model: str) -> int | None:
+    """The longest prompt with its response that a model was made for, in tokens; None if that is not known offline."""
+    path = model_path(model)
+    if (file := Path(path) / "config.json").is_file():
+        return read_object(file).get("max_position_embeddings")
+    return QWEN25_CODER_CONTEXT if re.fullmatch(r"Qwen/Qwen2\.5-Coder-[\d.]+B(?:-Instruct)?", path) else None
 
 
 def shape_of(model: str) -> Shape:
@@ -307,12 +318,13 @@ def cache_bytes(shape: Shape, preset: Preset, sequences: int, device: str) -> fl
 
 
 def value_bytes(preset: Preset, device: str) -> int:
-    """Returns the bytes of a number in the dtype of computation: fp32 on a CPU, where other dtypes are for tests."""
-    return 4 if device != "cuda" or preset.dtype == "fp32" else 2
+    """Returns the bytes of a number in the dtype of computation; "auto" is fp32 on a CPU and half of it on a GPU."""
+    return {"fp32": 4, "bf16": 2, "fp16": 2}.get(preset.dtype, 2 if device == "cuda" else 4)
 
 
 def memory(shape: Shape, preset: Preset, device: str = "cuda", room: float | None = None) -> dict[str, dict]:
-    """Bytes of every part, by phase, on "cuda" (bf16, layers recomputed) or "cpu" (fp32, everything kept).
+    """Bytes of every part, by phase, on "cuda" (bf16, layers recomputed) or "cpu" (everything kept, in fp32 unless the
+    preset says otherwise; activations are counted in fp32 then too, a part of which is).
 
     The cache takes what `room` leaves, at most what all slots need; it is freed before training, gradients after it.
     """

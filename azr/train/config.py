@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from azr.command import MOST, Number, Parser
 from azr.jsonl import read_object
-from azr.machine import cost, plan
+from azr.machine import cost, doctor, plan
 from azr.models import base_description, model_path
 from azr.tasks.prompts import template_hash
 from azr.train import rules
@@ -54,7 +55,7 @@ class Config:
 
     model: str = setting(
         "tiny",
-        "The model to train: tiny (the embedded one), qwen-3b, qwen-7b, a hub id, or a directory.",
+        "The model to train: tiny (the embedded one), qwen-0.5b, -1.5b, -3b, -7b or -14b, a hub id, or a directory.",
         group="the run",
     )
     adapter: str | None = setting(None, "Training starts from this PEFT adapter of the same base (a warm start).")
@@ -282,6 +283,7 @@ def make_parser(description: str) -> Parser:
     """The command line: --config and every field of Config, under its title."""
     parser = Parser(
         prog="train_azr.py",
+        usage="python train_azr.py [--FLAG VALUE]...      or: python train_azr.py export --help",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -309,6 +311,14 @@ def make_parser(description: str) -> Parser:
             help=text if f.default is None else f"{text} The default is {f.default}.",
         )
     return parser
+
+
+def check_early(arguments: list[str], description: str) -> None:
+    """--help, a wrong flag and a missing package end the process here, before torch takes its seconds."""
+    parser = make_parser(description)
+    parser.parse_args(arguments)
+    if missing := [name for name in doctor.NEEDED if importlib.util.find_spec(name) is None]:
+        parser.error(f"not installed here: {', '.join(missing)}; pip install -r requirements.txt (--doctor says more)")
 
 
 def parse(arguments: list[str], description: str) -> Config:
@@ -420,8 +430,7 @@ def _fit_context(config: Config, values: dict) -> str:
     """Lowers the longest prompt and response of `values` until the model's context holds both; returns what to tell.
     PlanError where it cannot hold those that are typed. A context that is not known offline counts as endless; the
     loaded model's is looked at in azr/train/data.py."""
-    file = Path(model_path(config.model)) / "config.json"
-    context = (read_object(file).get("max_position_embeddings") if file.is_file() else None) or MOST
+    context = plan.context_of(config.model) or MOST
     response = config.max_new_tokens or min(values["max_new_tokens"], context // 2)
     prompt = config.prompt_tokens or min(values["prompt_tokens"], context - response)
     # the rules and the program of a prompt alone take about so much

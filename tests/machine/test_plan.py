@@ -10,7 +10,7 @@ import pytest
 from azr.machine import cost, plan
 from azr.machine.plan import GB, GIB, PRESETS, QWEN25, TINY, PlanError, choose_preset, plan_memory, shape_of
 from azr.models import model_path
-from azr.train.config import Config
+from azr.train.config import Config, resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 FULL = {"train": "full", "quantization": "none"}
@@ -88,6 +88,19 @@ def test_fp32_takes_twice_the_bytes_on_a_gpu_and_fp16_those_of_bf16():
     assert more == pytest.approx(2 * shape.other_parameters)  # the matrices stay in 4 bits
     assert plan.memory(shape, wide, "cpu") == plan.memory(shape, auto, "cpu")
     assert "nf4 + fp32" in plan.render(plan.plan_memory(shape, wide, 24e9))
+    # a CPU computes in what is asked for: half the bytes of a weight and of the cache, masters where all is trained
+    assert plan.cache_bytes(shape, wide, 3, "cpu") == 2 * plan.cache_bytes(shape, half, 3, "cpu")
+    wide, half = (dataclasses.replace(p, train="full", quantization="none") for p in (wide, half))
+    wide, half = (plan.memory(shape, p, "cpu")["training"] for p in (wide, half))
+    assert wide["weights"] == 2 * half["weights"] and wide.get("fp32 masters") is None
+    assert half["fp32 masters"] == 4 * shape.parameters
+
+
+def test_the_context_of_a_model_is_known_offline_and_looked_at():
+    assert plan.context_of("tiny") == 1024 and plan.context_of("qwen-3b") == 32_768
+    assert plan.context_of("Qwen/Qwen2.5-7B") is plan.context_of("nobody/model") is None
+    with pytest.raises(PlanError, match="--max-new-tokens 40000 leaves 0 of the 32768 tokens of the model's context"):
+        resolve(Config(model="qwen-3b", preset="24gb", max_new_tokens=40_000, dry_run=True))
 
 
 def test_two_adapters_take_twice_the_memory_of_one():
