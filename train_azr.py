@@ -356,7 +356,7 @@ def ppo_loss(s: State, batch: Batch) -> torch.Tensor:
 
 def record(s: State, step: int, proposals, answers, more, trained: list[Sample], losses: dict[str, float]) -> dict:
     """Valid tasks enter the buffers; metrics.jsonl, samples.jsonl and a due checkpoint get the step. The metrics."""
-    held_out = s.evaluation.greedy() if loop.evaluates(s, step) else {}
+    held_out = s.evaluation.greedy() | loop.probe_kl(s) if loop.evaluates(s, step) else {}
     s.clock.lap("evaluate")
     with s.stop.shield():  # a stop comes before or after this, never between
         s.snapshot = None  # an error in between leaves buffers that belong to no step

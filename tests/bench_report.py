@@ -113,6 +113,8 @@ def step_metrics(step: int, steps: int, rows: list[dict]) -> dict:
         }
         if step % 25 == 0:
             metrics[f"held_out/{mode}/accuracy"] = metrics["held_out/all/accuracy"] = 0.2 + 0.1 * step / steps
+            for role in ("proposer", "solver"):
+                metrics |= {f"{role}/{name}/probe_kl": 0.1 * step / steps for name in (mode, "all")}
     return metrics
 
 

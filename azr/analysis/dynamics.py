@@ -220,14 +220,26 @@ def phases(run: RunData) -> dict:
     return result
 
 
-def rewards(run: RunData) -> dict:
-    """Mean rewards of each role and mode in the first and the last tenth of the steps, and their difference."""
+def changes(run: RunData, metric: str) -> dict:
+    """A metric of each role and mode: mean in the first and in the last tenth of the steps, and their difference."""
     result = {}
-    for key in (f"{role}/{mode}/reward" for role in ROLES for mode in MODES):
+    for key in (f"{role}/{mode}/{metric}" for role in ROLES for mode in MODES):
         if pair := ends(run.column(key)):
             change = as_json(difference_of_means(*pair), min(map(len, pair)))
             result[key] = {"first": mean_row(pair[0]), "last": mean_row(pair[1]), "change": change}
     return result
+
+
+def probe_kl(run: RunData) -> dict:
+    """{"role/mode": {step: KL}} of the steps that measured it, mode "all" too: KL(policy at step 0 || policy then) on
+    the frozen probe, nats per token (azr/train/loop.py)."""
+    columns = {f"{role}/{mode}": run.column(f"{role}/{mode}/probe_kl") for role in ROLES for mode in (*MODES, "all")}
+    logged = {name: np.isfinite(values) for name, values in columns.items()}
+    return {
+        name: dict(zip(run.steps[there].tolist(), columns[name][there].tolist()))
+        for name, there in logged.items()
+        if there.any()
+    }
 
 
 def dynamics(run: RunData, digest: Digest, windows: int = WINDOWS) -> dict:
@@ -241,7 +253,9 @@ def dynamics(run: RunData, digest: Digest, windows: int = WINDOWS) -> dict:
         "answers_a_task": answers,
         "lengths": lengths(digest, bounds),
         "diversity": diversity(digest, bounds),
-        "rewards": rewards(run),
+        "rewards": changes(run, "reward"),
+        "entropy": changes(run, "entropy"),
+        "probe_kl": probe_kl(run),
         "log_prob_gap": mean_row(gap) | {"max": float(np.nanmax(gap))} if np.isfinite(gap).any() else None,
         "gap_outside_10": mean_row(outside),
         "time": phases(run),
@@ -266,6 +280,14 @@ def print_result(run: RunData, result: dict) -> None:
     print("Mean rewards, first and last tenth of the steps:")
     for key, row in result["rewards"].items():
         print_change(key.removesuffix("/reward").ljust(22), row["first"], row["last"])
+    print("Entropy of its own samples, nats per token, first and last tenth of the steps:")
+    for key, row in result["entropy"].items():
+        print_change(key.removesuffix("/entropy").ljust(22), row["first"], row["last"])
+    if moved := result["probe_kl"]:
+        a, *_, b = [*(steps := next(iter(moved.values()))), *steps]
+        print(f"KL from the policy of step 0, on its text (the probe), nats per token, step {a} -> {b}:")
+        for name, rows in moved.items():
+            print(f"  {name:22s}{rows[a]:.4f} -> {rows[b]:.4f}")
     if gap := result["log_prob_gap"]:
         print(f"Sampler-trainer gap, mean |log-prob gap|: {gap['mean']:.1e}, worst step {gap['max']:.1e}")
     if result["gap_outside_10"]:

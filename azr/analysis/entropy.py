@@ -286,16 +286,21 @@ def draw_training(panels, runs: list[RunData], roles: Sequence[str] = ROLES) -> 
         axes.set_ylim(0, top)  # the same scale, so that the roles can be compared by eye
 
 
+def look_of_role(role: str, run: RunData, own: dict, runs: list[RunData]) -> dict:
+    """How a role's curve on the probe looks, with its label: of several runs in the run's look, the proposer dashed."""
+    if len(runs) == 1:
+        return look(style(role)) | {"label": role}
+    return own | ({"linestyle": "--"} if role == "proposer" else {}) | {"label": f"{run.name}, {role}"}
+
+
 def draw_probe(axes, runs: list[RunData], probes: list[dict | None]) -> None:
-    """Both roles on the frozen probe at each checkpoint, of several runs the proposer dashed; probes: {step: groups} of
-    each run, nothing of one that was not measured."""
+    """Both roles on the frozen probe at each checkpoint; probes: {step: groups} of each run, nothing of one that was
+    not measured."""
     for run, probe, own in zip(runs, probes, looks(runs)):
         for role in ROLES if probe else ():
             rows = [groups.get(f"{role}/all", {}).get("token_mean") for groups in probe.values()]
-            shape, name = look(style(role)), role
-            if len(runs) > 1:
-                shape, name = own | ({"linestyle": "--"} if role == "proposer" else {}), f"{run.name}, {role}"
-            figures.points(axes, list(map(int, probe)), rows, name, shape)
+            shape = look_of_role(role, run, own, runs)
+            figures.points(axes, list(map(int, probe)), rows, shape.pop("label"), shape)
     axes.set_ylim(bottom=0)
     figures.label(axes, "entropy on the frozen probe", STEP, "nats per token")
 

@@ -173,6 +173,11 @@ def facts_of(entry: Entry) -> list[str]:
                 f"the steps, {last.mean():.2f} in the last, difference {shown(difference_of_means(first, last))} "
                 f"(n {len(first)}, {len(last)} steps)."
             )
+    moved = {role: rows for role in ROLES if (rows := dynamics.probe_kl(run).get(f"{role}/all"))}
+    if moved:
+        last = ", ".join(f"{role} {rows[max(rows)]:.4f}" for role, rows in moved.items())
+        step = max(max(rows) for rows in moved.values())
+        sentences.append(f"KL from the policy of step 0 to that of step {step}, on its text, nats per token: {last}.")
     if len(run.steps) < TREND_STEPS:
         sentences.append(f"{len(run.steps)} steps are too few to say how entropy changed: that takes {TREND_STEPS}.")
     if stored := entry.extra.get("forgetting"):
@@ -366,11 +371,14 @@ def curves(entries: list[Entry], drawn: dict) -> list[tuple[str, str]]:
     )
     inside = picture(drawn, "overview", draw_overview(runs), "entropy, held-out accuracy")
     inside += html.paragraph(text, "quiet")
-    if any(probes := [entry.extra.get("probe", {}).get("probe") for entry in entries]):
-        figure, (axes,) = figures.figure(1, 1, 6.0, 3.2)
-        entropy.draw_probe(axes, runs, probes)
-        figures.legend(figure, [axes])
-        inside += picture(drawn, "probe", figure, "entropy on the frozen probe")
+    probes = [entry.extra.get("probe", {}).get("probe") for entry in entries]
+    moved = [dynamics.probe_kl(run) for run in runs]
+    if panels := [panel for panel in ((entropy.draw_probe, probes), (draw_probe_kl, moved)) if any(panel[1])]:
+        figure, axes = figures.figure(1, len(panels), 5.2, 3.2)
+        for one, (draw, rows) in zip(axes, panels):
+            draw(one, runs, rows)
+        figures.legend(figure, axes)
+        inside += picture(drawn, "probe", figure, "entropy on the frozen probe, and KL from the policy of step 0")
     sections = [("Entropy and held-out accuracy", inside)]
     for entry in (entry for entry in entries if entry.passes):
         base, trained, step = entry.passes
@@ -408,6 +416,16 @@ def draw_overview(runs: list[RunData]):
     figures.label(axes[-1], title, STEP, "share solved")
     figures.legend(drawn, axes)
     return drawn
+
+
+def draw_probe_kl(axes, runs: list[RunData], moved: list[dict]) -> None:
+    """How far both roles are from the policy of step 0, from 0 there; moved: of `dynamics.probe_kl`."""
+    for run, rows, own in zip(runs, moved, figures.looks(runs)):
+        for role in (role for role in ROLES if f"{role}/all" in rows):
+            steps = {0: 0.0} | rows[f"{role}/all"]
+            axes.plot(steps.keys(), steps.values(), **entropy.look_of_role(role, run, own, runs))
+    axes.set_ylim(bottom=0)
+    figures.label(axes, "KL from the policy of step 0, on the frozen probe", STEP, "nats per token")
 
 
 def held_out(run: RunData, mode: str) -> tuple[list[int], list[dict]]:

@@ -23,21 +23,23 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from azr import console
 from azr.console import prose, warn
 from azr.evals import math_answers
 from azr.evals.held_out import load_tasks, plot_pass_at_k
-from azr.jsonl import write_jsonl_atomic
+from azr.jsonl import tolerant_lines, write_jsonl_atomic
 from azr.models import base_description, model_path
 from azr.passk import powers_of_two
 from azr.policy.backoff import DoesNotFit, Sizes, is_out_of_memory
 from azr.policy.opening import check_warm_start
-from azr.policy.policy import LoraSettings, ModelError, Policy, Sampling
+from azr.policy.policy import Completion, LoraSettings, ModelError, Policy, Sampling
 from azr.runs import DiskError, Run, RunError, newest_intact, read_metrics
 from azr.stop import StopNow, StopRequest
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
 from azr.tasks.prompts import STOP
-from azr.train import checkpoint, screen, trackers, update
+from azr.train import checkpoint, ppo, screen, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, completed, template_of
 from azr.train.data import check_context
@@ -51,7 +53,7 @@ from sandbox import Sandbox, SandboxError
 SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
 SEED_ROUNDS = 20  # a model that proposes nothing valid in so many rounds will not in more
 EARLY = 3  # rounds after which a model that keeps no form is told from one that does
-PROBE = 64  # prompts and answers of each role and mode, frozen at step 0, for entropy on fixed data
+PROBE = 64  # prompts and answers of each role and mode, frozen at step 0, to measure every later policy on
 NON_FINITE_LIMIT = 3  # skipped updates in a row: one is bad luck, three are a learning rate
 TABLE_EVERY = 25  # steps between tables of samples on the screen
 NAMES = {"selfplay": "self-play", "rlvr": "RLVR", "sft": "SFT"}
@@ -242,16 +244,20 @@ def buffer_sizes(s) -> str:
 
 
 def freeze_probe(s, propose: Callable, solve: Callable) -> None:
-    """probe.jsonl: prompts and answers of every role and mode by the untrained model, for entropy on fixed data."""
+    """probe.jsonl: prompts and answers of every role and mode by the untrained policy, with its token ids and their
+    log-probs: for entropy on fixed data, and for how far the policy moves (`probe_kl`)."""
     if (s.run.dir / "probe.jsonl").exists():
         return
     # draws of its own: what training draws must not depend on whether there is a probe
     rng = random.Random(f"{s.config.seed}/probe")
     proposals = propose(s, "probe", count=PROBE)
     tasks = [task for mode in MODES for task in s.buffers.sample(mode, PROBE, rng)]
+    samples = proposals + solve(s, "probe", tasks, 1)
     rows = [
         {"role": sample.role, "mode": sample.mode, "prompt": sample.prompt, "response": sample.response}
-        for sample in proposals + solve(s, "probe", tasks, 1)
+        # of the trainer, which later policies are scored by too: the gap between it and the sampler is no movement
+        | {"ids": sample.completion.ids, "log_probs": [round(x, 6) for x in scored.old_log_prob]}
+        for sample, scored in zip(samples, update.scored(s, samples))
     ]
     write_jsonl_atomic(s.run.dir / "probe.jsonl", rows)
 
@@ -272,6 +278,30 @@ def check_finite(s, step: int, metrics: dict[str, float], batch: list[Sample]) -
 def evaluates(s, step: int) -> bool:
     """Whether the held-out tasks are measured after this step (--eval-every; 0: never)."""
     return bool(s.config.eval_every) and step % s.config.eval_every == 0
+
+
+def probe_kl(s) -> dict[str, float]:
+    """`role/mode/probe_kl`: KL(policy at step 0 || policy now), nats per token at the temperature of the training, on
+    the probe, which the former sampled. Estimator k3 (`ppo.kl_k3`), mean over the tokens of all responses.
+
+    {} in a run whose probe is older than its log-probs. Roles that the run has, each with the adapter it is trained in.
+    """
+    path = s.run.dir / "probe.jsonl"
+    rows = tolerant_lines(path, []) if path.is_file() else ()
+    samples = [
+        Sample(row["role"], row["mode"], row["prompt"], s.policy.encode(row["prompt"]), completion, row["response"], "")
+        for row in rows
+        if "log_probs" in row and (s.arms.proposes or row["role"] == "solver")
+        for completion in [Completion(row["ids"], row["log_probs"], "probe")]
+    ]
+    groups: dict[str, list[torch.Tensor]] = {}
+    for sample, now in zip(samples, update.scored(s, samples)):
+        # fp64: exp(d) - d - 1 of a small d is a difference of nearly equal numbers
+        log_probs = (torch.tensor(x, dtype=torch.float64) for x in (sample.completion.log_probs, now.old_log_prob))
+        kl = ppo.kl_k3(*log_probs)
+        for mode in (sample.mode, "all"):
+            groups.setdefault(f"{sample.role}/{mode}/probe_kl", []).append(kl)
+    return {name: torch.cat(parts).mean().item() for name, parts in groups.items()}
 
 
 def not_reproducible(s) -> dict[str, float]:

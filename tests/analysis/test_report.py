@@ -68,7 +68,13 @@ def test_one_page_without_network(runs, tmp_path):
         assert text in page
     found = json.loads((tmp_path / "r.json").read_text())[str(runs / "run-0")]
     assert any("Entropy of the solver" in fact for fact in found["facts"]) and found["dynamics"]["windows"]
-    assert (tmp_path / "overview.png").is_file()
+    moved = (
+        "KL from the policy of step 0 to that of step 50, on its text, nats per token: proposer 0.1000, solver 0.1000."
+    )
+    assert moved in found["facts"] and found["dynamics"]["probe_kl"]["solver/induction"] == {"25": 0.05, "50": 0.1}
+    assert (tmp_path / "overview.png").is_file() and (tmp_path / "probe.png").is_file()
+    shown = run_here(analyze.main, "dynamics", runs / "run-0").stdout
+    assert "step 25 -> 50:" in shown and f"  {'solver/abduction':22s}0.0500 -> 0.1000" in shown
 
 
 def test_several_runs_one_of_which_goes_on(runs, tmp_path):

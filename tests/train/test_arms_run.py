@@ -20,6 +20,8 @@ from azr.evals.held_out import load_tasks
 from azr.policy.load import adapter_tensors
 from azr.policy.opening import agree
 from azr.policy.policy import Policy
+from azr.runs import Run
+from azr.stop import StopRequest
 from azr.tasks import MODES, Buffers, parse_proposal, propose_prompt
 from azr.train import arms, loop, make_data, rewards, rules, update
 from azr.train.arms import Arms, entropy_control, off_policy
@@ -224,6 +226,46 @@ def test_two_adapters_resume_bit_for_bit(apart):
         opened = Policy.open(agree(None, folder))
         assert all(torch.equal(expected[name], tensor) for name, tensor in opened.adapter_state().items())
     assert moved(whole, SimpleNamespace(adapters=whole.proposers))
+
+
+def test_the_kl_of_the_probe_is_that_of_the_full_softmax_and_of_each_roles_adapter(apart, tmp_path, monkeypatch):
+    """At the temperature of the training; the solver's adapter moves, then the proposer's, each its own role alone."""
+
+    def distributions(s, adapter: str, row: dict) -> torch.Tensor:
+        prompt = s.policy.encode(row["prompt"])
+        with s.policy.using(adapter), torch.no_grad():
+            logits = s.policy.model(torch.tensor([prompt + row["ids"]])).logits[0, len(prompt) - 1 : -1]
+        return (logits.double() / 1.2).log_softmax(-1)  # (tokens, vocabulary)
+
+    monkeypatch.setattr(loop, "PROBE", 8)
+    with StopRequest() as stop, Run.open(tmp_path / "run", {"steps": 0}, "none") as run:
+        s = apart.state(run, stop, proposer="separate", temperature=1.2)
+        loop.freeze_probe(s, train_azr.propose, train_azr.solve)
+        rows = [json.loads(line) for line in (run.dir / "probe.jsonl").read_text().splitlines()]
+        still = loop.probe_kl(s)
+        assert {name for name in still if "/all/" not in name} == {f"{r}/{m}/probe_kl" for r, m in GROUPS}
+        assert all(0 <= value < 1e-10 for value in still.values())
+        for role, adapter in (("solver", "default"), ("proposer", "proposer")):
+            mine = [row for row in rows if row["role"] == role]
+            before = [distributions(s, adapter, row) for row in mine]
+            generator = torch.Generator().manual_seed(0)
+            for tensor in adapter_tensors(s.policy.model, adapter).values():
+                tensor.data += 0.02 * torch.randn(tensor.shape, generator=generator)
+            kl, pairs = loop.probe_kl(s), list(zip(before, (distributions(s, adapter, row) for row in mine)))
+            log_ratio = torch.cat(
+                [(q - p).gather(1, torch.tensor(r["ids"])[:, None]) for (p, q), r in zip(pairs, mine)]
+            )
+            assert kl[f"{role}/all/probe_kl"] == pytest.approx(
+                (log_ratio.exp() - 1 - log_ratio).mean().item(), rel=1e-3
+            )
+            exact = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs]).mean().item()
+            # of some 400 tokens
+            assert 1e-3 < exact and kl[f"{role}/all/probe_kl"] == pytest.approx(exact, rel=0.5)
+            assert role == "proposer" or kl["proposer/all/probe_kl"] < 1e-10
+        s.arms = SimpleNamespace(proposes=False, adapter=lambda role, name: name)  # of a run on given tasks
+        assert {name.split("/")[0] for name in loop.probe_kl(s)} == {"solver"}
+        (run.dir / "probe.jsonl").write_text(json.dumps({"role": "solver", "prompt": "a", "response": "b"}) + "\n{")
+        assert loop.probe_kl(s) == {}  # of a run that is older than the log-probs
 
 
 # ------------------------------------------------------------------------------------------------------------- rewards

@@ -68,7 +68,8 @@ def test_a_run_leaves_what_it_promises(finished):
     for row in rows:
         assert row["train/log_prob_gap"] < 1e-4 and row["train/skipped"] == 0 and row["train/tokens"] > 0
         assert all(0 <= row[f"proposer/{mode}/valid_rate"] <= 1 for mode in ("deduction", "abduction", "induction"))
-    assert "held_out/deduction/accuracy" in rows[1] and "held_out/deduction/accuracy" not in rows[0]
+    for name in ("held_out/deduction/accuracy", "solver/all/probe_kl"):
+        assert name in rows[1] and name not in rows[0]
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert {s["role"] for s in samples} == {"proposer", "solver"} and all("reward" in s["reward"] for s in samples)
     assert all(s["reason"] for s in samples)
