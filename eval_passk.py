@@ -16,7 +16,6 @@ Exit codes: 0 done or stopped on request, 2 bad input, nothing lost.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import warnings
@@ -25,7 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from azr.command import MOST, Number, Parser
-from azr.evals.benchmarks import BENCHMARKS, NAMES, load
+from azr.evals.benchmarks import BENCHMARKS, NAMES, evenly_spread, load
 from azr.evals.math_answers import MathError
 from sandbox import SandboxError
 
@@ -39,7 +38,14 @@ def build_parser() -> Parser:
     """The flags of run, score and compare."""
     parser = Parser(prog="eval_passk.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="run|score|compare")
-    run = commands.add_parser("run", help="sample a benchmark and grade the answers")
+
+    def add(name: str, what: str) -> Parser:
+        lines = [line for line in __doc__.splitlines() if f".py {name} " in line]
+        text = "\n".join([what, "", *lines])
+        shape = argparse.RawDescriptionHelpFormatter
+        return commands.add_parser(name, help=what, description=text, formatter_class=shape)
+
+    run = add("run", "sample a benchmark and grade the answers")
     run.add_argument("--model", help="tiny, qwen-3b, qwen-7b, a hub id or a directory (default: the adapter's base)")
     run.add_argument("--adapter", metavar="DIR", help="a checkpoint, or a run directory for its newest one; not merged")
     count = Number(int, 1, MOST_SAMPLES)
@@ -70,14 +76,14 @@ def build_parser() -> Parser:
     run.add_argument(
         "--seed", type=Number(int, 0, MOST), default=0, help="0; another one gives a second, independent sample"
     )
-    run.add_argument("--limit", type=Number(int, 1, 10**9), metavar="N", help="only the benchmark's first N problems")
-    score = commands.add_parser("score", help="grade samples made elsewhere; imports no torch")
+    run.add_argument("--limit", type=Number(int, 1, 10**9), metavar="N", help="only N problems, evenly spread")
+    score = add("score", "grade samples made elsewhere; imports no torch")
     score.add_argument("samples", metavar="SAMPLES.jsonl")
     for command in (run, score):
         command.add_argument("--benchmark", required=True, metavar="NAME|NAME=FILE", help=", ".join(BENCHMARKS))
         command.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2")
         command.add_argument("--out", metavar="DIR", help="result directory; run: the same one goes on")
-    compare = commands.add_parser("compare", help="two result directories: paired, with intervals and a plot")
+    compare = add("compare", "two result directories: paired, with intervals and a plot")
     compare.add_argument("base", metavar="A", help="result directory of the base, at one temperature or at several")
     compare.add_argument("tuned", metavar="B", help="result directory of the tuned model")
     compare.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to n/2")
@@ -134,13 +140,12 @@ def sample_and_grade(args: argparse.Namespace, ranks=None) -> int:
     with StopRequest(ranks.duplicate_seconds):
         out = None
         try:
-            benchmark = load(args.benchmark)
-            benchmark = dataclasses.replace(benchmark, items=benchmark.items[: args.limit])
+            benchmark = evenly_spread(load(args.benchmark), args.limit)
             settings, lines = run.settings_of(args, benchmark)
             out = Path(args.out) if args.out else run.default_out(settings, benchmark, several)
             parts = run.parts_of(settings, temperatures, out)
             say(
-                f"{benchmark.name}: {len(benchmark.items)} problems of {benchmark.path}, "
+                f"{benchmark.name}: {benchmark.part or f'{len(benchmark.items)} problems'} of {benchmark.path}, "
                 f"{settings.samples} samples each, into {out}"
             )
             for line in lines:

@@ -49,6 +49,7 @@ class Benchmark:
     path: str
     file_hash: str  # of the file's bytes, 16 hex digits
     strict: bool = False
+    part: str | None = None  # what `evenly_spread` took; None: all problems
 
     def by_id(self) -> dict[str, Item]:
         """Returns the problems under their task_ids, in the order of the file."""
@@ -166,6 +167,16 @@ def load(name: str) -> Benchmark:
     items = _code_items(path, name) if source.kind == "code" else _items(path, source)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     return Benchmark(name, source.kind, tuple(items), str(path), digest, source.strict)
+
+
+def evenly_spread(benchmark: Benchmark, count: int | None) -> Benchmark:
+    """The benchmark with `count` of its problems, evenly spread over its file, which may be sorted by kind or by
+    difficulty; all of them for None or where there are no more."""
+    items, total = benchmark.items, len(benchmark.items)
+    if count is None or count >= total:
+        return benchmark
+    part = f"{count} of {total} problems, evenly spread over the file"
+    return replace(benchmark, items=tuple(items[i * total // count] for i in range(count)), part=part)
 
 
 def _fetch(name: str, source: Source) -> Path:

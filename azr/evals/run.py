@@ -150,12 +150,14 @@ def describe(settings: Settings, policy, benchmark: Benchmark) -> dict:
     }
     if settings.match_entropy:
         decoding["match_entropy"] = True
+    part = {"part": benchmark.part} if benchmark.part else {}
     # The embedded model by its name: where the repository lies makes no difference.
     opening = settings.opening
     name = "tiny" if opening.model == model_path("tiny") else opening.model
     return {
         "benchmark": benchmark.name,
         "benchmark_file_hash": benchmark.file_hash,
+        **part,
         "model": name,
         "adapter": str(opening.adapter) if opening.adapter else None,
         "base_model": name,

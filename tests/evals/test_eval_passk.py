@@ -1,6 +1,5 @@
 """eval_passk.py as a user types it: samples graded without torch, runs that are cut off and continued, bad input."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -8,13 +7,14 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import eval_passk
 from azr.evals import run, score
-from azr.evals.benchmarks import BENCHMARKS, load, prompt, stop_strings, template_hash
+from azr.evals.benchmarks import BENCHMARKS, evenly_spread, load, prompt, stop_strings, template_hash
 from azr.evals.grade import Answer, Grader, program_text, task_answer
 from azr.models import model_path
 
@@ -312,8 +312,16 @@ def settings(**changes):
     return run.settings_of(Namespace(**{**given, **changes}), TINY)[0]
 
 
-TINY = load("tiny")
-TINY = dataclasses.replace(TINY, items=TINY.items[:5])
+TINY = evenly_spread(load("tiny"), 5)
+
+
+def test_a_part_of_a_benchmark_is_evenly_spread():
+    whole = load("tiny")
+    assert evenly_spread(whole, None) == evenly_spread(whole, 9999) == whole and whole.part is None
+    few = evenly_spread(whole, 30)
+    assert Counter(item.task.mode for item in few.items) == dict.fromkeys(("deduction", "abduction", "induction"), 10)
+    assert len({item.task.program.count("\n") for item in few.items if item.task.mode == "deduction"}) > 4
+    assert few.part == "30 of 2100 problems, evenly spread over the file"
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +400,7 @@ def test_several_temperatures_are_each_what_one_writes(whole, tmp_path, capsys):
         (("1,0", whole[0]), "holds the samples of one temperature"),
         (("1,0", tmp_path / "new" / "deep", "--match-entropy"), "--match-entropy takes one --temperature"),
         (("1,0", tmp_path / "new" / "deep", "--model", "none"), "no model 'none'"),
+        (("1,0", out, "--limit", "4"), "(part 5 of 2100 problems, evenly spread over the file -> 4 of"),
         (("0.9,0.3", out, "--top-p", "0.5"), "made in another way (top_p 0.95 -> 0.5)"),  # than T1 beside them
     ):
         code, printed = main(*words)
