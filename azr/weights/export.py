@@ -16,6 +16,7 @@ GGUF (llama.cpp's convert_hf_to_gguf.py reads DIR), 4-bit merges (they lose the 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -352,7 +353,8 @@ def export(args) -> int:
 
 def parse(arguments: list[str]):
     """Reads the command line. A bad one ends the process with exit code 2."""
-    parser = Parser(prog="train_azr.py export", description=__doc__.splitlines()[0], allow_abbrev=False)
+    shape = {"description": __doc__, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = Parser(prog="train_azr.py export", allow_abbrev=False, **shape)
     parser.add_argument("run", metavar="RUN", help="a run directory, or a checkpoint directory")
     parser.add_argument("--out", metavar="DIR", required=True, help="must be absent or empty")
     parser.add_argument("--checkpoint", metavar="WHICH", help="step_N, best (by held-out accuracy) or last (default)")
