@@ -51,6 +51,7 @@ PIECE = (
     2**24
 )  # numbers of a gradient that are sent at once, 64 MB: a second copy of all would cost as much as the first
 POLL = 0.0005  # seconds between two looks whether all have come: a signal is handled between them
+LOOK = 0.1  # seconds between two looks whether another process has been stopped, where nothing else tells
 GONE = "another process has ended; the same command goes on (train_azr.py: --resume auto), with any number of them"
 LAST_WORDS = 40  # lines of what a rank other than 0 would have said, shown if it fails
 TOLD = timedelta(seconds=1)  # that it waits for rank 0 to say the same
@@ -70,7 +71,7 @@ class Ranks(Alone):
 
     def __init__(self, rank: int = 0, world: int = 1, local_world: int = 1, store=None) -> None:
         super().__init__()
-        self.rank, self.world, self.store = rank, world, store
+        self.rank, self.world, self.store, self.due = rank, world, store, 0.0
         # torchrun hands Ctrl-C on to processes that had it from the terminal, when it gets to it
         self.duplicate_seconds = DUPLICATE_SECONDS if world == 1 else 2.0
         # of the cores that this process may use, for the lanes of its sandbox; None: what a lone process takes
@@ -115,7 +116,9 @@ class Ranks(Alone):
         if self.world == 1:
             return super().add(name, amount)
         try:
-            self._check()
+            if time.monotonic() > self.due:  # a second call to the store for each of many answers would cost as much
+                self._check()
+                self.due = time.monotonic() + LOOK
             return self.store.add(name, amount)
         except RuntimeError as error:
             raise Lost(GONE) from error
