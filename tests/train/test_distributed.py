@@ -16,11 +16,14 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 import eval_passk
 import train_azr
 from azr.evals import run
+from azr.machine.cost import CARDS, decode_time
+from azr.machine.plan import choose_preset, plan_memory, shape_of
 from azr.policy.policy import Policy
 from azr.train import distributed, loop
 from azr.train.distributed import Ranks
 from azr.train.loss_scale import LossScale
 from bench_ranks import compared, processes
+from simulated_ranks import Step, sampling_seconds, shares
 
 SMALL = (
     "--steps 1 --prompts-per-mode 2 --answers 2 --max-new-tokens 24 --token-budget 160 --eval-every 1 --eval-samples 0"
@@ -111,6 +114,24 @@ def test_one_process_alone_sends_nothing():
     assert ranks.ends_step([], True) and ranks.workers is None
     with pytest.raises(MemoryError):
         ranks.agreed(lambda: (_ for _ in ()).throw(MemoryError()))
+
+
+def test_a_pretended_card_takes_the_time_of_each_decode_step():
+    preset, _ = choose_preset("8gb", "qwen-3b", None)
+    plan, card = plan_memory(shape_of("qwen-3b"), preset, 8e9), CARDS["h100"]
+    slots = plan.preset.max_batch
+    row = [decode_time(plan, card, slots, 1 + 50), decode_time(plan, card, 1, 1 + 100 + 150)]
+    # all at once, then one alone for 300 more; of twice as many those that wait take the slots of those that end
+    assert sampling_seconds(plan, card, 1, [[100] * (slots - 1) + [400]]) == pytest.approx(
+        100 * row[0] + 300 * row[1], rel=1e-3
+    )
+    assert sampling_seconds(plan, card, 1, [[100] * slots] * 2) == pytest.approx(200 * row[0], rel=1e-3)
+    step = Step(plan, "0")
+    alone, many = shares(plan, card, step, 1), shares(plan, card, step, 4)
+    assert {len(row) for name, row in many.items() if name != "update"} == {4}
+    assert sum(many["judge"]) == pytest.approx(alone["judge"][0]) and len(many["update"]) == -(-len(step.batches) // 4)
+    assert sum(many["update"]) < sum(alone["update"]) < 4 * sum(many["update"])
+    assert max(many["solve"]) < alone["solve"][0] < sum(many["solve"])  # which no four cards make a quarter of
 
 
 if __name__ == "__main__":
