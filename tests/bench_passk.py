@@ -70,7 +70,7 @@ def main() -> None:
     estimator = cpu_seconds(lambda: [passk.pass_at_k(SAMPLES, c, KS) for _ in range(100)]) / 100
     usual = cpu_seconds(lambda: one_by_one(c))
     pair = graded(c, rng), graded(other, rng)
-    comparison = cpu_seconds(lambda: compare.compare(*pair, KS[:-1], 0.02))
+    comparison = cpu_seconds(lambda: compare.run(*pair, KS[:-1], 0.02))
     result = {
         "problems": problems,
         "samples": SAMPLES,
