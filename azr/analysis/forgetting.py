@@ -273,8 +273,11 @@ def print_result(measured: dict[str, dict], fitted: dict) -> None:
         for step, row in entry["checkpoints"].items():
             cells = "".join(f"{shown(lost[o][step]):27s}" for o in lost)
             kl = ", ".join(f"{value_of(row, f'kl_forward/{kind}'):.3f}" for kind in KINDS)
-            size = "  ".join(f"{value_of(row, p):.4f}" for p in SIZES)
+            sizes_of = [value_of(row, name) for name in SIZES]
+            size = "  ".join(f"{value:.4f}" if np.isfinite(value) else "-     " for value in sizes_of)
             print(f"  {step:5d}  {cells}{kl:54s}{size}")
+        if np.isnan(sizes_of[-1]) and np.isfinite(sizes_of[0]):
+            print("  S5 of updates of full rank takes their singular values: analyze.py sparsity --spectral has it")
         print()
     for outcome, row in fitted.items():
         print(f"R^2 of the {OUTCOMES[outcome]} over {row['n']} checkpoints of {row['runs']} run(s), straight line:")
@@ -292,7 +295,13 @@ def print_result(measured: dict[str, dict], fitted: dict) -> None:
 
 def draw(runs: list[RunData], measured: dict[str, dict], fitted: dict) -> dict:
     """{"forgetting_OUTCOME": figure}: the drop against each predictor, a colour and marker per run."""
-    names, drawn = ("kl_forward/solver", "kl_forward/untrained", *SIZES), {}
+    rows = [row for entry in measured.values() for row in entry["checkpoints"].values()]
+    names = [
+        name
+        for name in ("kl_forward/solver", "kl_forward/untrained", *SIZES)
+        if any(np.isfinite(value_of(row, name)) for row in rows)
+    ]
+    drawn = {}
     for outcome in OUTCOMES:
         lost = {run: drops(entry).get(outcome, {}) for run, entry in measured.items()}
         if not any(lost.values()):

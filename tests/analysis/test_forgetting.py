@@ -9,6 +9,7 @@ import torch
 
 import analyze
 from azr.analysis import forgetting
+from azr.analysis.reader import RunData
 from azr.evals import held_out
 from azr.policy.policy import LoraSettings, Policy
 from azr.tasks.prompts import template_hash
@@ -50,6 +51,19 @@ def test_sparsity_that_predicts_is_found_too():
     measured = {f"run-{i}": made_up(i, lambda kl, s1: 0.5 * s1) for i in range(3)}
     found = forgetting.fits(measured)["skill"]
     assert found["predictors"]["S1"]["r2"]["low"] > 0.85 > found["predictors"]["kl_forward/solver"]["r2"]["mean"]
+
+
+def test_a_full_update_has_no_column_of_nan(capsys):
+    """S5 of full-rank updates is not measured here (azr/weights/sparsity.py, without --spectral)."""
+    entry = made_up(0, lambda kl, s1: 0.5 * kl)
+    for row in entry["checkpoints"].values():
+        row["S5"] = None
+    measured = {"run": entry}
+    forgetting.print_result(measured, forgetting.fits(measured))
+    shown = capsys.readouterr().out
+    assert "nan" not in shown and shown.count("analyze.py sparsity --spectral") == 1
+    run = RunData(Path("run"), {}, [])
+    assert len(forgetting.draw([run], measured, {})["forgetting_skill"].axes) == 4  # KL twice, size, S1
 
 
 def test_drops_are_paired_and_positive_when_worse():
