@@ -4,7 +4,7 @@
     note("sampling 400 answers")            # stderr: what one may want to know
     warn("no GPU: computed on the CPU")     # stderr: every fallback gets one
     with bar("solving") as advance: advance(done, total)
-    advance = pulse("step 3, solve", 512, "answers"); advance(1)       # a line every half minute, none before
+    advance = pulse("step 3, solve", 512, "answers"); advance(1)       # nothing where it takes but seconds
 
 Needs rich; imports nothing else of this project and can be lifted out.
 """
@@ -26,6 +26,7 @@ if hasattr(sys.stdout, "reconfigure"):  # what a model writes must not end a run
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
 INDENT = " " * 9
 LINE_SECONDS = 30  # between two lines of a bar where there is no terminal
+LIVE_SECONDS = 5  # from which on a phase shows on a terminal how far it is
 
 
 def say(text: str = "") -> None:
@@ -75,17 +76,28 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def pulse(title: str, total: int, unit: str) -> Callable[[int], None]:
-    """Gives advance(count): a line on stderr with the time left every LINE_SECONDS, so none where it takes less."""
-    start = last = time.perf_counter()
-    done = 0
+def pulse(title: str, total: int, unit: str) -> Callable[..., None]:
+    """Gives advance(count, tokens=0), which says on stderr how far a phase is, with the time left and tokens a second.
 
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done, now = done + count, time.perf_counter()
-        if now - last >= LINE_SECONDS:
+    On a terminal one line that is written anew, from LIVE_SECONDS on, and gone when all is done; elsewhere a line every
+    LINE_SECONDS. So a short phase shows nothing.
+    """
+    start = last = time.perf_counter()
+    done = tokens = 0
+    # the cursor goes back to where the line begins: what is printed next, if only by a stop, writes over it
+    live = sys.stderr.isatty() and not console.is_dumb_terminal
+    first, every, form = (LIVE_SECONDS, 0.2, "\x1b[K{}\r") if live else (LINE_SECONDS, LINE_SECONDS, "{}\n")
+
+    def advance(count: int, new_tokens: int = 0) -> None:
+        nonlocal done, tokens, last
+        done, tokens, now = done + count, tokens + new_tokens, time.perf_counter()
+        if live and done >= total:
+            print(form.format("") if last > start else "", end="", file=sys.stderr, flush=True)
+        elif now - start >= first and now - last >= every:
             left = duration((now - start) / done * max(0, total - done))
-            note(f"{title}: {min(done, total)} of {total} {unit}, {left} left")
+            rate = f", {tokens / (now - start):,.0f} tokens/s" if tokens else ""
+            text = f"{title}: {min(done, total)} of {total} {unit}{rate}, {left} left"
+            print(form.format(text[: console.width - 1] if live else text), end="", file=sys.stderr, flush=True)
             last = now
 
     return advance

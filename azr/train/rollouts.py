@@ -22,7 +22,9 @@ def generate(s, role: str, modes: list[str], prompts: list[str], n: int, key: st
     share = math.ceil(n * len(ids) / s.ranks.world)
     advance = pulse(f"step {title}" if title[0].isdigit() else title, share, "responses")
     with s.policy.using(s.arms.adapter(role, "default")):
-        completions = s.policy.generate(ids, n, s.sampling, seeds, on_finish=lambda *_: advance(1))
+        completions = s.policy.generate(
+            ids, n, s.sampling, seeds, on_finish=lambda i, j, completion: advance(1, len(completion.ids))
+        )
     return [
         Sample(role, modes[i], prompts[i], ids[i], completion, s.policy.decode(completion.ids), f"{key}/{i}")
         for i, row in enumerate(completions)

@@ -140,6 +140,9 @@ class StepLines:
         if "held_out/deduction/accuracy" in metrics or "held_out/all/accuracy" in metrics:
             held = [metrics.get(f"held_out/{mode}/accuracy", float("nan")) for mode in MODES]
             say(f"{INDENT}held-out greedy accuracy in % ({INITIALS}): {percent(held)}")
+        moved = {role: metrics.get(f"{role}/all/probe_kl") for role in ("proposer", "solver")}
+        if moved := ", ".join(f"{role} {kl:.4f}" for role, kl in moved.items() if kl is not None):
+            say(f"{INDENT}KL from step 0, nats a token: {moved}")
         if len(self.seconds) == PROJECT_AFTER and left:
             whole, shares = elapsed + left, where_time_goes(self.recent).split(";")[0]
             cost = f", ${whole / 3600 * price:.2f} at ${price:g} an hour" if price else ""

@@ -164,7 +164,7 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
             # also without gradient: the metrics of the gap and the clip are about all sampled tokens
             parts.append(columns_of(batch))
-            advance(len(indices))
+            advance(len(indices), sum(len(sample.completion.ids) for sample in batch.samples))
             for sample, row in zip(batch.samples, entropy.tolist()):
                 sample.entropy = row[: len(sample.completion.ids)]
     return loss_sum, parts

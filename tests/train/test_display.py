@@ -37,6 +37,7 @@ def row(step):
     row = {"step": step, "time/step": 12.34, "time/elapsed": 3600.0 * step, "train/sampled_tokens": 90000}
     row |= {"time/propose": 4.0, "time/solve": 4.0, "time/update": 4.0}
     row |= {"memory/peak_process": 3.21, "train/tokens": 90000}
+    row |= {"proposer/all/probe_kl": 0.01234, "solver/all/probe_kl": 0.0567}
     for mode in MODES:
         row |= {f"proposer/{mode}/valid_rate": 1.0, f"solver/{mode}/accuracy": 1.0, f"held_out/{mode}/accuracy": 0.5}
         row |= {f"proposer/{mode}/entropy": 0.7, f"solver/{mode}/entropy": 0.6}
@@ -108,6 +109,7 @@ def test_nothing_is_wider_than_the_terminal(columns, steps):
     step = next(row for row in rows if re.match(rf"(step +)?10/{steps} ", row.strip()) or f" 10/{steps} " in row)
     assert "valid 100 100 100" in step and "solved 100 100 100" in step and " left" in step
     assert ("12.3 s" in step and "%" in step) == (columns > 100)
+    assert "         KL from step 0, nats a token: proposer 0.0123, solver 0.0567" in rows
 
 
 def test_the_widest_line_has_every_entropy():
@@ -191,10 +193,22 @@ def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, ca
     monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
     advance = console.pulse("step 3, solve", 512, "answers")
     for count in (1, 127, 64, 400, 9):
-        advance(count)
+        advance(count, 31 * count)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "step 3, solve: 128 of 512 answers, 1:33 min left"
+    assert lines[0] == "step 3, solve: 128 of 512 answers, 128 tokens/s, 1:33 min left"
     assert len(lines) == 2 and lines[1].startswith("step 3, solve: 512 of 512")  # what is counted twice is no more
     clock = iter([0.0, 31.0])
     console.pulse("seed, 0", 0, "answers")(1)  # a process whose share was nothing
     assert capsys.readouterr().err == "seed, 0: 0 of 0 answers, 0:00 min left\n"
+
+
+def test_on_a_terminal_a_phase_has_one_line_that_goes_away(monkeypatch, capsys):
+    for seconds, shown in (([0, 4, 4.5], ""), ([0, 6, 7], "\x1b[Kthe update: 1 of 2 rows, 0:06 min left\r\x1b[K\r")):
+        clock = iter(seconds)
+        monkeypatch.setattr(console.time, "perf_counter", lambda clock=clock: next(clock))
+        monkeypatch.setattr(console.sys.stderr, "isatty", lambda: True, raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+        advance = console.pulse("the update", 2, "rows")
+        advance(1)
+        advance(1)
+        assert capsys.readouterr().err == shown
