@@ -144,10 +144,8 @@ def sample_and_grade(args: argparse.Namespace, ranks=None) -> int:
             settings, lines = run.settings_of(args, benchmark)
             out = Path(args.out) if args.out else run.default_out(settings, benchmark, several)
             parts = run.parts_of(settings, temperatures, out)
-            say(
-                f"{benchmark.name}: {benchmark.part or f'{len(benchmark.items)} problems'} of {benchmark.path}, "
-                f"{settings.samples} samples each, into {out}"
-            )
+            what = f"{benchmark.part or f'{len(benchmark.items)} problems'} of {benchmark.path}"
+            say(f"{benchmark.name}: {what}, {settings.samples} samples each, into {out}")
             for line in lines:
                 say(f"  {line}")
             for (rows, info), (each, place) in zip(run.run_each(parts, benchmark, ranks), parts):

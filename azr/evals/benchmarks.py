@@ -175,7 +175,7 @@ def evenly_spread(benchmark: Benchmark, count: int | None) -> Benchmark:
     items, total = benchmark.items, len(benchmark.items)
     if count is None or count >= total:
         return benchmark
-    part = f"{count} of {total} problems, evenly spread over the file"
+    part = f"{count} problems, evenly spread over the {total}"
     return replace(benchmark, items=tuple(items[i * total // count] for i in range(count)), part=part)
 
 

@@ -321,7 +321,7 @@ def test_a_part_of_a_benchmark_is_evenly_spread():
     few = evenly_spread(whole, 30)
     assert Counter(item.task.mode for item in few.items) == dict.fromkeys(("deduction", "abduction", "induction"), 10)
     assert len({item.task.program.count("\n") for item in few.items if item.task.mode == "deduction"}) > 4
-    assert few.part == "30 of 2100 problems, evenly spread over the file"
+    assert few.part == "30 problems, evenly spread over the 2100"
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +400,7 @@ def test_several_temperatures_are_each_what_one_writes(whole, tmp_path, capsys):
         (("1,0", whole[0]), "holds the samples of one temperature"),
         (("1,0", tmp_path / "new" / "deep", "--match-entropy"), "--match-entropy takes one --temperature"),
         (("1,0", tmp_path / "new" / "deep", "--model", "none"), "no model 'none'"),
-        (("1,0", out, "--limit", "4"), "(part 5 of 2100 problems, evenly spread over the file -> 4 of"),
+        (("1,0", out, "--limit", "4"), "(part 5 problems, evenly spread over the 2100 -> 4 problems"),
         (("0.9,0.3", out, "--top-p", "0.5"), "made in another way (top_p 0.95 -> 0.5)"),  # than T1 beside them
     ):
         code, printed = main(*words)
