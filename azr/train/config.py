@@ -13,6 +13,7 @@ from azr.command import MOST, Number, Parser
 from azr.jsonl import read_object
 from azr.machine import cost, doctor, plan
 from azr.models import base_description, model_path
+from azr.policy.opening import newest_checkpoint
 from azr.tasks.prompts import template_hash
 from azr.train import rules
 from azr.train.rewards import SHAPES
@@ -58,7 +59,9 @@ class Config:
         "The model to train: tiny (the embedded one), qwen-0.5b, -1.5b, -3b, -7b or -14b, a hub id, or a directory.",
         group="the run",
     )
-    adapter: str | None = setting(None, "Training starts from this PEFT adapter of the same base (a warm start).")
+    adapter: str | None = setting(
+        None, "Training starts from this PEFT adapter of the same base, or from the newest one of a run (a warm start)."
+    )
     train: str = setting(
         "lora",
         "lora trains an adapter on a frozen base; full trains every weight of an unquantized model, where it fits (in "
@@ -399,6 +402,8 @@ def resolve(config: Config) -> tuple[Config, str]:
 
     Raises PlanError (a ValueError) for what is unknown or does nothing.
     """
+    if config.adapter and (Path(config.adapter) / "checkpoints").is_dir():  # a run, as every script takes one
+        config = dataclasses.replace(config, adapter=str(newest_checkpoint(Path(config.adapter))))
     tiny = base_description(config.model) is not None
     preset, why, card = preset_of(config)
     values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)} | {

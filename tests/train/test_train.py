@@ -169,7 +169,7 @@ def test_a_config_from_before_is_read_with_one_line(finished, held_out, tmp_path
 def test_a_warm_start_from_an_adapter(finished, held_out, tmp_path):
     out, quantization, _ = finished
     adapter, flags = out / "checkpoints/step_3", ("--steps", 1, "--eval-samples", 0, "--quantization", quantization)
-    done = train(tmp_path / "run", held_out, *flags, "--adapter", adapter)
+    done = train(tmp_path / "run", held_out, *flags, "--adapter", out)  # a run: its newest
     assert done.returncode == 0 and "warm start from the adapter" in done.stdout, done.stderr
     began = tmp_path / "run/checkpoints/step_0/adapter_model.safetensors"
     assert began.read_bytes() == (adapter / "adapter_model.safetensors").read_bytes()
