@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 
 MINUTES = float(os.environ.get("UPLOAD_MINUTES", "10"))  # between two uploads: what a lost machine may cost
+LIMIT = 3600.0  # seconds of an upload: one that hangs is given up, or it would be the last
 LOGS = ("config.json", "environment.json", "metrics.jsonl", "samples.jsonl", "probe.jsonl")
 
 
@@ -44,22 +45,31 @@ def train_command(run: Path, flags: list[str]) -> list[str]:
 def stage(run: Path, aside: Path) -> None:
     """A copy that fits together: checkpoints first, then logs, which a resume cuts off after its checkpoint.
 
-    OSError if a checkpoint was pruned while it was copied; the next turn will do.
+    Files of a checkpoint never change: a second name is as good as a copy and costs no time and no space. OSError if a
+    checkpoint was pruned while it was looked at; the next turn will do.
     """
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     whole = shutil.ignore_patterns("*.tmp*", "*.broken")  # a checkpoint is whole once it has its name
     for folder in ("checkpoints", "eval"):
         if (run / folder).is_dir():
-            shutil.copytree(run / folder, aside / folder, ignore=whole)
+            copy = os.link if folder == "checkpoints" else shutil.copyfile
+            shutil.copytree(run / folder, aside / folder, ignore=whole, copy_function=copy)
     for name in LOGS:
         if (run / name).is_file():
             shutil.copyfile(run / name, aside / name)
 
 
+def give_up(*_) -> None:
+    """What SIGALRM does."""
+    raise TimeoutError(f"no end after {LIMIT:g} s")
+
+
 def upload(api: HfApi, repo: str, run: Path) -> bool:
     """Puts a copy of the run into the repo, what is gone here is deleted there too; whether it worked."""
     aside = run.with_name(run.name + ".upload")
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         stage(run, aside)
         api.upload_folder(repo_id=repo, folder_path=aside, commit_message="run", delete_patterns=["checkpoints/**"])
@@ -67,6 +77,7 @@ def upload(api: HfApi, repo: str, run: Path) -> bool:
         print(f"upload failed, tried again later: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return False
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         shutil.rmtree(aside, ignore_errors=True)
     return True
 
