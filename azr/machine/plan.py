@@ -232,20 +232,17 @@ def choose_preset(name: str, model: str, free: int | None) -> tuple[Preset, str]
 
     `free`: bytes of GPU memory, None without a GPU. PlanError: unknown name.
     """
-    if name != "auto":
-        if name not in PRESETS:
-            raise PlanError(f"unknown preset {name}: take auto, {', '.join(PRESETS)}")
-        if model == "tiny":
-            return TINY, f"preset tiny: the embedded model has its own sizes, {name} is not needed"
-        return PRESETS[name], f"preset {name}, as asked"
+    if name != "auto" and name not in PRESETS:
+        raise PlanError(f"unknown preset {name}: take auto, {', '.join(PRESETS)}")
     if model == "tiny":
         return TINY, "preset tiny: sizes of the embedded model"
+    if name != "auto":
+        return PRESETS[name], f"preset {name}, as asked"
     smallest = next(iter(PRESETS.values()))
     if free is None:
         return smallest, f"preset {smallest.name}: no GPU found, so the smallest; name a card's size with --preset"
     # The driver and the context take their part, so no card has all of its memory free.
-    fitting = [preset for preset in PRESETS.values() if free >= 0.9 * preset.gib * GIB]
-    preset = fitting[-1] if fitting else smallest
+    preset = [smallest, *(preset for preset in PRESETS.values() if free >= 0.9 * preset.gib * GIB)][-1]
     return preset, f"preset {preset.name}: {free / GIB:.1f} GiB of GPU memory are free"
 
 
@@ -480,12 +477,9 @@ def elsewhere(plan: Plan) -> list[str]:
     planned to see that they do."""
     options = []
     for size, shape in reversed(QWEN25.items()):  # the largest first
-        if (
-            shape.parameters < plan.shape.parameters
-            and plan_memory(shape, plan.preset, plan.capacity, plan.device).fits
-        ):
-            name = f"Qwen/Qwen2.5-Coder-{size}"
-            options.append(f"--model {next((alias for alias, path in ALIASES.items() if path == name), name)}")
+        smaller = shape.parameters < plan.shape.parameters
+        if smaller and plan_memory(shape, plan.preset, plan.capacity, plan.device).fits:
+            options.append(f"--model qwen-{size.lower()}")
             break
     full = {"train": "full", "quantization": "none"} if plan.preset.train == "full" else {}
     for preset in (dataclasses.replace(preset, **full) for preset in PRESETS.values()):
