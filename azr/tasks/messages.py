@@ -81,7 +81,7 @@ def _decoded(text: str) -> Iterator[str]:
     for several, one, base in _CODES:
         for run in several.findall(text):
             yield "".join(chr(int(code, base)) for code in one.findall(run))
-    for word in {"".join(text.split()), *re.findall(r"\S{16,}", text)}:
+    for word in dict.fromkeys(("".join(text.split()), *re.findall(r"\S{16,}", text))):
         for unpack in _PACKED:
             try:
                 yield unpack(word + "=" * (-len(word) % 4 if "=" not in word else 0)).decode("ascii")
