@@ -6,9 +6,9 @@
 Imports nothing outside of this folder.
 """
 
-from sandbox import literal
-from sandbox.outcomes import Job, Outcome
-from sandbox.pool import Sandbox, SandboxError
-from sandbox.profiles import BENCHMARK, PROPOSAL, Profile
+from . import literal
+from .outcomes import Job, Outcome
+from .pool import Sandbox, SandboxError
+from .profiles import BENCHMARK, PROPOSAL, Profile
 
 __all__ = ["BENCHMARK", "Job", "Outcome", "PROPOSAL", "Profile", "Sandbox", "SandboxError", "literal"]

@@ -14,7 +14,7 @@ import os
 import select
 import sys
 
-from sandbox import BENCHMARK, PROPOSAL, Job, Sandbox, SandboxError
+from . import BENCHMARK, PROPOSAL, Job, Sandbox, SandboxError
 
 LINE_BYTES = 16_000_000
 MAX_WORKERS = 1024

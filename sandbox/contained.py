@@ -26,7 +26,7 @@ import re
 from dis import findlabels
 from opcode import opmap
 
-from sandbox.gate import all_codes
+from .gate import all_codes
 
 # By name, for Python 3.10 to 3.13. An operation that is not listed, because it is new or dangerous, costs a program its
 # company and nothing else. Missing on purpose: STORE_ATTR (reaches shared objects), SETUP_FINALLY and PUSH_EXC_INFO

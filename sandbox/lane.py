@@ -21,9 +21,9 @@ import sys
 import time
 from dataclasses import asdict
 
-from sandbox.outcomes import Bundle, Piece
-from sandbox.profiles import Profile
-from sandbox.wire import FRAME, HEAD
+from .outcomes import Bundle, Piece
+from .profiles import Profile
+from .wire import FRAME, HEAD
 
 # Seconds by the clock that a child may take for a second of CPU time.
 WALL_FACTOR = 30

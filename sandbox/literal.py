@@ -22,9 +22,9 @@ from collections import Counter, OrderedDict, defaultdict
 from decimal import Decimal
 from fractions import Fraction
 
-from sandbox.equality import equal
-from sandbox.limits import Limits, LiteralError, NotLiteral, TooLarge
-from sandbox.reader import ArgumentReader, Reader
+from .equality import equal
+from .limits import Limits, LiteralError, NotLiteral, TooLarge
+from .reader import ArgumentReader, Reader
 
 __all__ = [
     "Limits",

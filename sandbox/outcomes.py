@@ -11,8 +11,8 @@ import signal
 from copy import copy
 from dataclasses import dataclass, field, replace
 
-from sandbox import literal
-from sandbox.wire import OVERSLEPT, decode
+from . import literal
+from .wire import OVERSLEPT, decode
 
 # Seconds of CPU time that earlier inputs of a child may use up before a later input's time-out is doubted: within a
 # child all inputs share one timer, and a verdict must not depend on what ran before.

@@ -23,12 +23,12 @@ import weakref
 from collections import deque
 from dataclasses import replace
 
-from sandbox import literal
-from sandbox.contained import worth_trying
-from sandbox.lane import Lane
-from sandbox.outcomes import CPU_SLACK, Bundle, Outcome, Piece, Repeat, refusal, settle, settle_together
-from sandbox.profiles import PROPOSAL, Profile
-from sandbox.wire import REPORT, pack_args
+from . import literal
+from .contained import worth_trying
+from .lane import Lane
+from .outcomes import CPU_SLACK, Bundle, Outcome, Piece, Repeat, refusal, settle, settle_together
+from .profiles import PROPOSAL, Profile
+from .wire import REPORT, pack_args
 
 # PYTHONHASHSEED of every validation. All verdicts come from the first, so that none depends on which lane was free. Not
 # 0: it shows in sys.flags. Four for every program: no reading of a program tells for certain that hash order is out of

@@ -8,7 +8,7 @@ A Profile goes to the lanes when they start; it is the same for every program of
 
 from dataclasses import dataclass, field
 
-from sandbox.limits import Limits
+from .limits import Limits
 
 # Modules whose functions give the same answer each time and reach nothing outside. Not random, time or datetime
 # (another answer each time), not os, sys or threading, not statistics, which imports random.

@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from keyword import iskeyword
 
-from sandbox.limits import LiteralError, TooLarge
+from .limits import LiteralError, TooLarge
 
 # One alternative for each kind of token, none of which can match in two ways: matching is linear in the text, whatever
 # it is. White space and comments are part of the expression.

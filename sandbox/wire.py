@@ -14,7 +14,7 @@ Imports literal.py, and is imported by both sides, so that they cannot disagree.
 import marshal
 import struct
 
-from sandbox import literal
+from . import literal
 
 HEAD = struct.Struct("=I")  # length of a request
 FRAME = struct.Struct("=cII")  # kind, length of the text in bytes, CPU time used so far in microseconds

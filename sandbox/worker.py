@@ -24,7 +24,7 @@ import typing
 import warnings
 from functools import partial
 
-from sandbox import addresses, confine, contained, gate, literal, wire
+from . import addresses, confine, contained, gate, literal, wire
 
 RESULT_FD = 31  # the only descriptor that the filter lets a child write to: the last below RLIMIT_NOFILE
 # Looked up before the forks: Python loads a codec's module at its first use, and in a child there are no files.

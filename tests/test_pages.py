@@ -127,7 +127,10 @@ def test_files_work_alone(tmp_path):
     for number, (name, code) in enumerate(examples):
         folder = tmp_path / str(number)
         if name.endswith("/"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            # inside another package too, under another name
+            for copy in (name, "yours/judge"):
+                shutil.copytree(ROOT / name, folder / copy, ignore=shutil.ignore_patterns("__pycache__"))
+            code += code.replace(f"from {name.strip('/')} ", "from yours.judge ")
         else:
             folder.mkdir()
             shutil.copy(ROOT / name, folder)
