@@ -210,9 +210,7 @@ def coverage(arms: Arms) -> str:
         cells = [over_seeds(results, lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in KS]
         tasks_too = show(difference_interval(np.mean([solved(r, 32) for r in results], axis=0) - base[32]))
         rows.append([titled(arms, name), *cells, tasks_too])
-    answers = sum(result["sampled"]["1"]["n"] for result in arms["base"])
-    made = table(["arm (seeds)", *(f"k = {k}" for k in KS), "k = 32, over tasks"], rows)
-    return f"{made}\n\n{len(base[1])} tasks, 64 answers to each ({answers} of the base)."
+    return table([f"arm (seeds), {len(base[1])} tasks", *(f"k = {k}" for k in KS), "k = 32, over tasks"], rows)
 
 
 def frontier(arms: Arms) -> str:
