@@ -53,7 +53,7 @@ from azr.policy.policy import Policy, Sampling
 from azr.runs import Run
 from azr.stop import StopRequest
 from azr.tasks import MODES, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
-from azr.train import data, loop, ppo, rollouts, trackers, update
+from azr.train import data, loop, rollouts, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, as_json, dry_run, parse, resolve
 from azr.train.distributed import Ranks, together
@@ -328,7 +328,7 @@ def token_weights(samples: list[Sample]) -> list[float]:
 
     w_g is 1/6, so six groups count the same however long their responses are; an empty group leaves the others alone.
     """
-    tokens, w = Counter(), ppo.group_share(samples)
+    tokens, w = Counter(), data.group_share(samples)
     for sample in samples:
         tokens[sample.role, sample.mode] += len(sample.completion.ids)
     return [w / max(1, tokens[sample.role, sample.mode]) for sample in samples]

@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from azr.jsonl import plain, read_object, sync, tolerant_lines, write_json_atomic
+from .jsonl import plain, read_object, sync, tolerant_lines, write_json_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -52,11 +52,18 @@ def imports(module: str, annotations: bool = True) -> list[tuple[str, str | None
             continue
         if isinstance(node, ast.Import):
             found += [(alias.name, None) for alias in node.names if alias.name in MODULES]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "") in MODULES:
+        elif isinstance(node, ast.ImportFrom) and (source := absolute(module, node)) in MODULES:
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                found.append((inner, None) if inner in MODULES else (node.module, alias.name))
+                inner = f"{source}.{alias.name}"
+                found.append((inner, None) if inner in MODULES else (source, alias.name))
     return found
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    """The module that an import takes names from, one with dots too."""
+    package = module.split(".")[: None if MODULES[module].name == "__init__.py" else -1]
+    parts = package[: len(package) - node.level + 1] if node.level else []
+    return ".".join([*parts, *filter(None, [node.module])])
 
 
 def test_rooms_import_downwards_only():
@@ -150,6 +157,28 @@ fit = linear_fit([0, 1, 2, 3, 4, 5, 6, 7], [1, 3, 5, 7, 9, 11, 13, 15])
 assert abs(fit.coefficients[1].mean - 2) < 1e-9 and fit.r2.mean > 0.999
 """,
 }
+
+
+ENGINE = """
+from yours.engine.policy import Policy, Sampling
+policy = Policy.load(MODEL, "none", device="cpu")
+prompt = policy.encode("User: propose deduction")
+[[a, b]] = policy.generate([prompt], 2, Sampling(max_new_tokens=4), [[1, 1]])
+assert a == b and len(a.ids) == 4 and not {name for name in __import__("sys").modules if name.startswith("azr")}
+"""
+
+
+def test_the_engine_works_inside_another_package(tmp_path):
+    """The first of the larger pieces of docs/copy.md: its imports are relative."""
+    place = tmp_path / "yours" / "engine"
+    shutil.copytree(ROOT / "azr" / "policy", place / "policy", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("models", "isolated", "jsonl", "console"):
+        shutil.copy(ROOT / "azr" / f"{name}.py", place)
+    shutil.copytree(ROOT / "azr" / "tiny", tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", "import sys; sys.path[0] = ''\n" + ENGINE.replace("MODEL", "'model'")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("files", [*((name,) for name in ALONE), *TOGETHER], ids=lambda files: files[0])

@@ -12,4 +12,4 @@ def __getattr__(name: str):
 
     if name not in HOME:
         raise AttributeError(f"azr.policy has no {name}")
-    return getattr(importlib.import_module(f"azr.policy.{HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{HOME[name]}"), name)

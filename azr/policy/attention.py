@@ -41,7 +41,7 @@ def paged_decode(backend: str, q, k_pages, v_pages, block_table, lengths, scale:
     in a CUDA graph; the work of sdpa on a GPU grows with max_pages, that of the others with the lengths.
     """
     if backend == "triton":
-        from azr.policy import triton_attention  # here, since Triton is optional
+        from . import triton_attention  # here, since Triton is optional
 
         return triton_attention.decode(q, k_pages, v_pages, block_table, lengths, scale)
     if backend == "flash":

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import torch
 
-from azr.console import warn
+from ..console import warn
 
 LEAST_ROWS = 16  # of logits at once: 10 MB for a vocabulary of 151,936, so with fewer nothing is gained
 T = TypeVar("T")

@@ -14,8 +14,8 @@ import sys
 import torch
 import torch.nn.functional as F
 
-from azr.console import warn
-from azr.isolated import one_line
+from ..console import warn
+from ..isolated import one_line
 
 NAME = "eager"  # how measurements call these functions, beside those of decode_triton.py
 # Largest difference at which a kernel counts as right: one rounding of a value near 1, where two orders of a sum fall
@@ -88,7 +88,7 @@ def operations(device: torch.device, dtype: torch.dtype):
     if device.type != "cuda":
         return here
     try:
-        from azr.policy import decode_triton
+        from . import decode_triton
 
         # Tried out, not asked for: an installed Triton may lack a compiler, or miscompile for a card it does not know.
         worst = largest_difference(here, decode_triton, device, dtype)

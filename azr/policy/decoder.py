@@ -21,8 +21,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from azr.policy.decode_ops import operations
-from azr.policy.lora import active_adapters, dequantized, is_plain
+from .decode_ops import operations
+from .lora import active_adapters, dequantized, is_plain
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # Rotary scalings whose angles depend on the position alone. With the others ("dynamic", "longrope") they change with

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from azr.console import warn
-from azr.policy.attention import paged_decode
-from azr.policy.backoff import free_memory
-from azr.policy.cache import Group, Pages, Sequence, pages_for
-from azr.policy.cpu_attention import ByPage
-from azr.policy.graphs import Graphs
-from azr.policy.sampling import Completion, Sampling, sample_tokens, seed_tensor
-from azr.policy.scheduler import Scheduler
+from ..console import warn
+from .attention import paged_decode
+from .backoff import free_memory
+from .cache import Group, Pages, Sequence, pages_for
+from .cpu_attention import ByPage
+from .graphs import Graphs
+from .sampling import Completion, Sampling, sample_tokens, seed_tensor
+from .scheduler import Scheduler
 
 if TYPE_CHECKING:
-    from azr.policy.engine import Engine
+    from .engine import Engine
 
 
 class Results:

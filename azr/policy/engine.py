@@ -17,13 +17,13 @@ sharing between different prompts, chunked prefill, speculative decoding, severa
 
 import torch
 
-from azr.console import note
-from azr.policy.attention import choose_attention
-from azr.policy.backoff import free_memory
-from azr.policy.cache import Sequence, copies_pay, pages_for
-from azr.policy.decoder import ROLLOUT_WEIGHTS, Decoder
-from azr.policy.decoding import Decoding, Results
-from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
+from ..console import note
+from .attention import choose_attention
+from .backoff import free_memory
+from .cache import Sequence, copies_pay, pages_for
+from .decoder import ROLLOUT_WEIGHTS, Decoder
+from .decoding import Decoding, Results
+from .sampling import Completion, Sampling, StopTable, check_requests
 
 CPU_CACHE_BYTES = 2 << 30  # a CPU shares its memory with everything else, so what is free says little
 # Decode steps between two looks at the tokens. At each look the host waits for the GPU and then the GPU for the host;

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from azr.policy.load import fill
-from azr.policy.opening import ModelError
+from .load import fill
+from .opening import ModelError
 
 FILE = "model.safetensors"
 # of the embedded model: what this repository reads besides the weights (export copies them too)

@@ -17,7 +17,7 @@ import re
 import warnings
 from dataclasses import dataclass
 
-from azr.isolated import output_of, read_text
+from ..isolated import output_of, read_text
 
 PINNED = "2.13.0"  # torch of requirements.txt
 PYTORCH = "https://download.pytorch.org/whl"

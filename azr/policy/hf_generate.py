@@ -17,8 +17,8 @@ from contextlib import contextmanager
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
-from azr.policy.decoding import Results
-from azr.policy.sampling import Completion, Sampling, StopTable, check_requests
+from .decoding import Results
+from .sampling import Completion, Sampling, StopTable, check_requests
 
 
 class HFGenerate:

@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from azr.console import warn
-from azr.isolated import one_line
-from azr.models import ALIASES, only_cached
-from azr.policy.backoff import allocate_in_segments_that_grow, is_out_of_memory
-from azr.policy.gpu import look, why_no_four_bit, why_unusable
-from azr.policy.lora import fuse
-from azr.policy.opening import ModelError, check_adapter, fingerprint, not_finite
+from ..console import warn
+from ..isolated import one_line
+from ..models import ALIASES, only_cached
+from .backoff import allocate_in_segments_that_grow, is_out_of_memory
+from .gpu import look, why_no_four_bit, why_unusable
+from .lora import fuse
+from .opening import ModelError, check_adapter, fingerprint, not_finite
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -18,8 +18,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from azr.jsonl import read_object
-from azr.models import base_description, model_path
+from ..jsonl import read_object
+from ..models import base_description, model_path
 
 QUANTIZATIONS = ("nf4", "none")
 DTYPES = ("float32", "bfloat16", "float16")  # of computation, as azr.json names them
@@ -123,7 +123,7 @@ def origin(asked: str | None, stored: str | None) -> str:
 
 def checkpoints_of(run: Path) -> dict[int, Path]:
     """step -> checkpoint with an adapter or a whole model, ascending; {} if `run` is no run directory."""
-    from azr.runs import step_directories, weights_of
+    from ..runs import step_directories, weights_of
 
     return {step: path for step, path in step_directories(run) if weights_of(path)}
 

@@ -21,19 +21,19 @@ from pathlib import Path
 
 import torch
 
-from azr.console import note, warn
-from azr.isolated import one_line
-from azr.policy.attention import AttentionError
-from azr.policy.backoff import halve_rollout, is_out_of_memory, retry
-from azr.policy.decoder import Unsupported
-from azr.policy.engine import Engine
-from azr.policy.full import FullWeights
-from azr.policy.hf_generate import HFGenerate
-from azr.policy.load import LoraSettings, ModelError, adapter_tensors, add_copy, fill_adapter, load_model
-from azr.policy.opening import Opening, check_base, is_full
-from azr.policy.residual import keep_in_fp32
-from azr.policy.sampling import Completion, Sampling
-from azr.policy.scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
+from ..console import note, warn
+from ..isolated import one_line
+from .attention import AttentionError
+from .backoff import halve_rollout, is_out_of_memory, retry
+from .decoder import Unsupported
+from .engine import Engine
+from .full import FullWeights
+from .hf_generate import HFGenerate
+from .load import LoraSettings, ModelError, adapter_tensors, add_copy, fill_adapter, load_model
+from .opening import Opening, check_base, is_full
+from .residual import keep_in_fp32
+from .sampling import Completion, Sampling
+from .scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
 
 __all__ = ["Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
 

@@ -12,7 +12,7 @@ Imports a tuple of names from decoder.py; with these in its place it can be copi
 
 import torch
 
-from azr.policy.decoder import ARCHITECTURES
+from .decoder import ARCHITECTURES
 
 
 def keep_in_fp32(backbone, config) -> None:

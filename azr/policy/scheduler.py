@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from azr.policy.cache import Group, Pages, Sequence, pages_for
+from .cache import Group, Pages, Sequence, pages_for
 
 
 @dataclass

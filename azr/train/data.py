@@ -21,9 +21,18 @@ from azr.tasks.prompts import propose_prompt, solve_prompt
 if TYPE_CHECKING:
     from azr.tasks import Buffers, Sample
 
+GROUPS = 6  # (proposer, solver) x (deduction, abduction, induction)
 FILL_WAVES = 20  # rounds of sampling that fill a step up to a number of tokens
 FILL = "fill-"  # in the group of what was sampled for that
 FIRST_GUESS = 32  # tokens of an answer, before there is one
+
+
+def group_share(samples: list[Sample]) -> float:
+    """w_g, the weight of a (role, mode) group in the loss: 1 / 6. With mathematics from a file, a seventh: 1 / 7.
+
+    The equal weight that AZR's groups have by the order of its micro-batches, each of which holds one role and mode.
+    """
+    return 1 / (GROUPS + any(sample.mode == "math" for sample in samples))
 
 
 def draw(data: list[Task], step: int, count: int, seed: int, wave: int | None = None) -> list[Task]:

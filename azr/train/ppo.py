@@ -11,16 +11,6 @@ import math
 
 import torch
 
-GROUPS = 6  # (proposer, solver) x (deduction, abduction, induction)
-
-
-def group_share(samples) -> float:
-    """w_g, the weight of a (role, mode) group in the loss: 1 / 6. With mathematics from a file, a seventh: 1 / 7.
-
-    The equal weight that AZR's groups have by the order of its micro-batches, each of which holds one role and mode.
-    """
-    return 1 / (GROUPS + any(sample.mode == "math" for sample in samples))
-
 
 def clipped(log_prob, old_log_prob, advantage, clip_low: float = 0.2, clip_high: float = 0.2) -> torch.Tensor:
     """Where the clip takes the gradient away, bool (batch, time): r above its bound and A > 0, or below and A < 0."""

@@ -20,7 +20,7 @@ from azr.policy.sampling import Completion
 from azr.tasks import Sample, Task, parse_answer, parse_proposal
 from azr.train import ppo, update
 from azr.train.arms import Arm
-from azr.train.data import draw, fitting, prompt_of, tokens
+from azr.train.data import draw, fitting, group_share, prompt_of, tokens
 
 if TYPE_CHECKING:
     from azr.policy.policy import Policy
@@ -58,7 +58,7 @@ def mixed_token_weights(samples: list[Sample], weights: list[float], gamma: floa
         own, other = parts[(*group, foreign)], parts.get((*group, not foreign), 0)
         if own and other:  # the weight of the group, by its own tokens
             share = torch.tensor(gamma if foreign else 1 - gamma)  # fp32, as the weights are
-            weight = (torch.tensor(ppo.group_share(samples) / own) * share).item()
+            weight = (torch.tensor(group_share(samples) / own) * share).item()
         mixed.append(weight)
     return mixed
 
