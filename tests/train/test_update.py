@@ -248,7 +248,8 @@ def train(out, few_held_out, monkeypatch, *flags, tokens=None, rows=None) -> lis
     load, honest = Policy.load, Policy._score_batch
 
     def tight_score(self, indices, prompts, responses, *rest):
-        if tokens and held_at_once(prompts, responses) > tokens:
+        # what the backward pass holds: the probe is scored without one, before the first step
+        if tokens and torch.is_grad_enabled() and held_at_once(prompts, responses) > tokens:
             run_out()
         return honest(self, indices, prompts, responses, *rest)
 
