@@ -47,9 +47,8 @@ from sandbox import Sandbox
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets for each process
 # Between ranks that sample, minutes; a process that died closes its connections, which the others see at once.
 PATIENCE = timedelta(minutes=10)
-PIECE = (
-    2**24
-)  # numbers of a gradient that are sent at once, 64 MB: a second copy of all would cost as much as the first
+# Numbers of a gradient that are sent at once, 64 MB: a second copy of all would cost as much as the first.
+PIECE = 2**24
 POLL = 0.0005  # seconds between two looks whether all have come: a signal is handled between them
 LOOK = 0.1  # seconds between two looks whether another process has been stopped, where nothing else tells
 GONE = "another process has ended; the same command goes on (train_azr.py: --resume auto), with any number of them"
