@@ -53,7 +53,7 @@ from azr.policy.policy import Policy, Sampling
 from azr.runs import Run
 from azr.stop import StopRequest
 from azr.tasks import MODES, Buffers, Sample, Task, parse_answer, parse_proposal, solve_prompt, validate
-from azr.train import data, loop, rollouts, trackers, update
+from azr.train import ahead, data, loop, rollouts, trackers, update
 from azr.train.arms import Arms
 from azr.train.config import Config, as_json, dry_run, parse, resolve
 from azr.train.distributed import Ranks, together
@@ -76,6 +76,7 @@ class State:
     sandbox: Sandbox | None = None  # runs proposed programs and answers
     buffers: Buffers = field(default_factory=Buffers)  # valid tasks by mode, with the step each came in
     arms: Arms = field(default_factory=Arms)  # what this run does differently; nothing by default
+    ahead: ahead.Ahead | None = None  # what was worked out before its phase, in the first three
     sizes: Sizes | None = None  # tokens of a micro-batch; lowered when memory runs out
     loss_scale: LossScale = field(default_factory=LossScale)  # of fp16
     template: str = "azr"  # the wording of the prompts
@@ -98,17 +99,19 @@ def train_step(s: State, step: int) -> tuple[dict, list[Sample], list[Sample]]:
     """One step: (metrics, proposals, answers). Until it is recorded a stop drops it."""
     c, s.clock = s.config, Clock()
 
-    # 1. Propose: per mode, programs with inputs (induction: inputs and a message), shown earlier tasks as references.
-    proposals = propose(s, step) if s.arms.proposes else []
-    s.clock.lap("propose")
+    with ahead.working(s, step):  # no idle tail: the last proposals are sampled beside the answers to the first
+        # 1. Propose: per mode, programs with inputs (induction: inputs, a message), shown earlier tasks as references.
+        proposals = propose(s, step) if s.arms.proposes else []
+        s.clock.lap("propose")
 
-    # 2. Validate: what is not deterministic, terminating, literal-valued and new is refused with its reason.
-    validate_all(s, proposals)
-    s.clock.lap("validate")
+        # 2. Validate: what is not deterministic, terminating, literal-valued and new is refused with its reason.
+        validate_all(s, proposals)
+        s.clock.lap("validate")
 
-    # 3. Solve: c.answers answers to each valid task; the share that is correct is its solve rate r.
-    tasks = [sample.task for sample in proposals if sample.task] + backfill(s, step, proposals) + s.arms.tasks(s, step)
-    answers = solve(s, step, tasks, c.answers) if tasks else []
+        # 3. Solve: c.answers answers to each valid task; the share that is correct is its solve rate r.
+        tasks = [sample.task for sample in proposals if sample.task]
+        tasks += backfill(s, step, proposals) + s.arms.tasks(s, step)
+        answers = solve(s, step, tasks, c.answers) if tasks else []
     answers += s.arms.answers(s, step, solve)
     more = s.arms.samples(s, step, proposals, answers, solve)  # trained on too, but no part of r
 
@@ -142,12 +145,13 @@ def propose(s: State, step: int | str, modes: tuple = MODES, count: int | None =
             else:
                 asked.append((mode, s.buffers.sample(mode, c.references, rng)))
     prompts = [rollouts.fitting_prompt(s, mode, references) for mode, references in asked]
+
+    def parse(i: int, response: str):
+        mode, references = asked[i]
+        return parse_proposal(mode, response, references[0].program if mode == "induction" else None)
+
     with s.arms.proposing(s):
-        samples = rollouts.generate(s, "proposer", [mode for mode, _ in asked], prompts, 1, f"{step}/propose")
-    for sample, (mode, references) in zip(samples, asked):
-        program = references[0].program if mode == "induction" else None
-        sample.parsed = rollouts.read(sample, parse_proposal(mode, sample.response, program))
-    return samples
+        return rollouts.generate(s, "proposer", [mode for mode, _ in asked], prompts, 1, f"{step}/propose", parse)
 
 
 # ------------------------------------------------------------------------------------------------ phase 2: validate
@@ -173,11 +177,14 @@ def validate_all(s: State, proposals: list[Sample], exempt: set[str] = frozenset
 
 def solve(s: State, step: int | str, tasks: list[Task], n: int, key: str = "solve") -> list[Sample]:
     """n judged answers to each task. An answer that no verdict could be had for (reason infra) is left out."""
-    prompts = [solve_prompt(task, s.template) for task in tasks]
-    samples = rollouts.generate(s, "solver", [task.mode for task in tasks], prompts, n, f"{step}/{key}")
+    prompts, modes = [solve_prompt(task, s.template) for task in tasks], [task.mode for task in tasks]
+
+    def parse(i: int, response: str):
+        return parse_answer(modes[i], response)
+
+    samples = rollouts.generate(s, "solver", modes, prompts, n, f"{step}/{key}", parse, data.names(tasks))
     for i, sample in enumerate(samples):
         sample.task = tasks[i // n]
-        sample.parsed = rollouts.read(sample, parse_answer(sample.mode, sample.response))
     s.clock.lap("solve")
     return rollouts.judged(s, samples)
 

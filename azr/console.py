@@ -77,7 +77,8 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def pulse(title: str, total: int, unit: str) -> Callable[..., None]:
-    """Gives advance(count, tokens=0), which says on stderr how far a phase is, with the time left and tokens a second.
+    """Gives advance(count, tokens=0, more=0), which says on stderr how far a phase is, with the time left and tokens a
+    second. more: what has come to the total.
 
     On a terminal one line that is written anew, from LIVE_SECONDS on, and gone when all is done; elsewhere a line every
     LINE_SECONDS. So a short phase shows nothing.
@@ -88,9 +89,9 @@ def pulse(title: str, total: int, unit: str) -> Callable[..., None]:
     live = sys.stderr.isatty() and not console.is_dumb_terminal
     first, every, form = (LIVE_SECONDS, 0.2, "\x1b[K{}\r") if live else (LINE_SECONDS, LINE_SECONDS, "{}\n")
 
-    def advance(count: int, new_tokens: int = 0) -> None:
-        nonlocal done, tokens, last
-        done, tokens, now = done + count, tokens + new_tokens, time.perf_counter()
+    def advance(count: int, new_tokens: int = 0, more: int = 0) -> None:
+        nonlocal done, tokens, total, last
+        done, tokens, total, now = done + count, tokens + new_tokens, total + more, time.perf_counter()
         if live and done >= total:
             print(form.format("") if last > start else "", end="", file=sys.stderr, flush=True)
         elif now - start >= first and now - last >= every:

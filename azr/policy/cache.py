@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class Sequence:
     """One sample: its prompt, what was sampled so far, and the pages that hold its keys and values."""
 
-    index: int  # among all samples of the call: prompt number times n plus sample number
+    index: int  # among all samples of the call, in the order of their prompts
     prompt: tuple[int, ...]  # token ids
     limit: int  # new tokens, at most
+    seed: int = 0  # one of `sampling.seed_tensor`
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)  # in the order of the tokens

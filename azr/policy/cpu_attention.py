@@ -53,7 +53,8 @@ class ByPage:
         """Take the next step, if it differs from the last one by one more key of each row, in the page it writes to.
         False: a page or a row came or went."""
         table, lengths = block_table.numpy(), lengths.numpy()
-        if not (np.array_equal(table, self.table) and np.array_equal(lengths, self.lengths + 1)):
+        full = (self.lengths % self.page_size == 0).any()  # the next key of such a row is the first of another page
+        if full or not (np.array_equal(table, self.table) and np.array_equal(lengths, self.lengths + 1)):
             return False
         self.lengths = lengths
         self.bias.put(self.next, 0)

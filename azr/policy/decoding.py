@@ -1,8 +1,8 @@
 """One call of `Engine.generate` on the device: the KV cache, prefills, decode steps, and what became of each sample.
 
-    results = Results(len(prompts), n, on_finish=None)
-    Decoding(engine, sequences, seeds, longest, sampling, results).run()
-    results.by_prompt()                     # n completions for each prompt
+    results = Results(on_finish=None)
+    Decoding(engine, engine.sequences(requests, results), longest, sampling, results).run()
+    results.rows                            # the completions of each prompt
 
 scheduler.py decides who runs; here its decisions become tensors. Before each block of steps everything that a step
 needs is made from the host's lists, so there is no state on the device that could go stale. On CUDA the CPU reads the
@@ -26,42 +26,52 @@ from .backoff import free_memory
 from .cache import Group, Pages, Sequence, pages_for
 from .cpu_attention import ByPage
 from .graphs import Graphs
-from .sampling import Completion, Sampling, sample_tokens, seed_tensor
+from .sampling import Completion, Sampling, sample_tokens
 from .scheduler import Scheduler
 
 if TYPE_CHECKING:
     from .engine import Engine
 
+LOOK = 16  # decode steps between two looks at what has come in: each look may end in a prefill, which holds up all
+
 
 class Results:
-    """The n completions of each prompt of one call; on_finish(prompt, sample, completion) is called as each ends."""
+    """The completions of each prompt of one call; on_finish(prompt, sample, completion) is called as each ends."""
 
-    def __init__(self, prompts: int, n: int, on_finish: Callable[[int, int, Completion], None] | None):
-        self.prompts, self.n, self.on_finish = prompts, n, on_finish
-        self.completions: list[Completion | None] = [None] * (prompts * n)
+    def __init__(self, on_finish: Callable[[int, int, Completion], None] | None):
+        self.on_finish = on_finish
+        self.rows: list[list[Completion | None]] = []
+        self.places: list[tuple[int, int]] = []  # of each sample of the call: its prompt, and its number there
+
+    def add(self, n: int) -> int:
+        """Makes room for n completions of one more prompt; the index of the first among all samples of the call."""
+        first, prompt = len(self.places), len(self.rows)
+        self.places += [(prompt, j) for j in range(n)]
+        self.rows.append([None] * n)
+        return first
 
     def put(self, index: int, completion: Completion) -> None:
-        """The completion of sample `index` of the call, which is sample index % n of prompt index // n."""
-        self.completions[index] = completion
+        """The completion of sample `index` of the call."""
+        prompt, j = self.places[index]
+        self.rows[prompt][j] = completion
         if self.on_finish is not None:
-            self.on_finish(*divmod(index, self.n), completion)
+            self.on_finish(prompt, j, completion)
 
-    def refuse(self, prompt: int, length: int, limit: int, why: str) -> None:
-        """Give a prompt of `length` tokens, which can never be sampled, n completions without ids, and say why."""
+    def refuse(self, first: int, length: int, limit: int, why: str) -> None:
+        """Give a prompt of `length` tokens, which can never be sampled, completions without ids, and say why. first:
+        the index of its first sample."""
+        prompt = self.places[first][0]
         warn(f"prompt {prompt} is not sampled: it has {length} tokens and asks for {limit} more; {why}")
-        for index in range(prompt * self.n, (prompt + 1) * self.n):
-            self.put(index, Completion([], [], "too_long"))
-
-    def by_prompt(self) -> list[list[Completion]]:
-        """The completions, n for each prompt."""
-        return [self.completions[i * self.n : (i + 1) * self.n] for i in range(self.prompts)]
+        for j in range(len(self.rows[prompt])):
+            self.put(first + j, Completion([], [], "too_long"))
 
 
 class Decoding:
     """One call: a scheduler of the samples, and the cache and steps that carry out what it decides.
 
-    seeds: one for each sample of the call. longest: tokens of the longest prompt with its limit. The decoder must have
-    been prepared (`Decoder.prepare`) for longest + engine.block positions: a block may run past the last token.
+    longest: tokens of the longest prompt with its limit, those that `more` brings among them (see Engine.generate; its
+    samples are `most` at most). The decoder must have been prepared (`Decoder.prepare`) for longest + engine.block
+    positions: a block may run past the last token.
 
     Nothing here may refer back to this object (a closure that is stored, a graph that holds a bound method): such a
     circle would keep gigabytes of cache alive after the call, until Python happens to look for circles.
@@ -71,16 +81,18 @@ class Decoding:
         self,
         engine: Engine,
         sequences: list[Sequence],
-        seeds: list[int],
         longest: int,
         sampling: Sampling,
         results: Results,
+        more: Callable[[], list[tuple] | None] | None = None,
+        most: int = 0,
     ):
         self.engine, self.sampling, self.results = engine, sampling, results
         self.decoder, self.device, self.page_size = engine.decoder, engine.decoder.device, engine.page_size
         on_cpu = self.device.type == "cpu"
-        self.stop, self.seeds = engine.stop_table(sampling.stop), seed_tensor(seeds, self.device)
-        slots = min(engine.max_batch, len(sequences))
+        self.stop = engine.stop_table(sampling.stop)
+        self.more, self.steps_to_look = more, LOOK
+        slots = min(engine.max_batch, len(sequences) + most)
         self.width = pages_for(longest + engine.block, self.page_size)  # pages of the longest sequence
         # No more pages than all slots at full length can use, and one prompt that is held for samples that wait.
         self.cache = self._allocate(self._affordable(min(engine.pages, (slots + 1) * self.width)))
@@ -94,9 +106,9 @@ class Decoding:
         self.graphs = None if on_cpu else Graphs(slots, self.width, self.device, engine.side_stream)
 
     def run(self) -> None:
-        """Until every sample has ended."""
+        """Until every sample has ended and no more prompts come."""
         scheduler = self.scheduler
-        while scheduler.waiting or scheduler.running:
+        while self._look_for_more() or scheduler.waiting or scheduler.running:
             if scheduler.may_admit() and self._prefill_step():
                 continue
             if scheduler.running:
@@ -104,6 +116,21 @@ class Decoding:
             else:
                 # Nobody runs and nobody could start: a held prompt has the pages that the first in line needs.
                 scheduler.drop_held()
+
+    def _look_for_more(self) -> bool:
+        """Takes in the prompts that have come, LOOK decode steps after it did so last, or at once if there is nothing
+        else to do. Counted in steps and not in seconds: who runs beside whom decides roundings. False: none come."""
+        idle = not (self.scheduler.waiting or self.scheduler.running)
+        if self.more and (idle or self.steps_to_look <= 0):
+            self.steps_to_look, requests = LOOK, self.more()
+            if requests is None:
+                self.more = None
+            else:
+                new = self.engine.sequences(requests, self.results)
+                if any(pages_for(len(s.prompt) + s.limit, self.page_size) > self.width for s in new):
+                    raise ValueError("more() brought a prompt that is longer than the longest of the first")
+                self.scheduler.add(new)
+        return self.more is not None
 
     # -- the cache
 
@@ -195,6 +222,7 @@ class Decoding:
         """`block` steps for all that run; the CPU waits for the device once, at the end."""
         # No more steps than the sample with the most tokens left can use.
         steps = min(self.engine.block, max(s.limit - len(s.ids) for s in self.scheduler.running))
+        self.steps_to_look -= steps
         self.scheduler.reserve(steps)
         running = self.scheduler.running  # after `reserve`, which may have preempted some
         table = self._page_table(running, steps)
@@ -278,4 +306,4 @@ class Decoding:
         return torch.tensor(values, dtype=torch.int64).to(self.device, non_blocking=True)
 
     def _seeds(self, sequences: list[Sequence]) -> torch.Tensor:
-        return self.seeds[self._tensor([s.index for s in sequences])]
+        return self._tensor([s.seed for s in sequences])

@@ -23,7 +23,7 @@ from .backoff import free_memory
 from .cache import Sequence, copies_pay, pages_for
 from .decoder import ROLLOUT_WEIGHTS, Decoder
 from .decoding import Decoding, Results
-from .sampling import Completion, Sampling, StopTable, check_requests
+from .sampling import Completion, Sampling, StopTable, check_requests, seed_tensor
 
 CPU_CACHE_BYTES = 2 << 30  # a CPU shares its memory with everything else, so what is free says little
 # Decode steps between two looks at the tokens. At each look the host waits for the GPU and then the GPU for the host;
@@ -95,6 +95,8 @@ class Engine:
         seeds: list[list[int]],
         max_new_tokens: list[int] | None = None,
         on_finish=None,
+        more=None,
+        most: int = 0,
     ) -> list[list[Completion]]:
         """n completions for each prompt; seeds[i][j] decides sample j of prompt i.
 
@@ -102,13 +104,18 @@ class Engine:
         as sample j of prompt i ends, long before the slowest one does. A prompt that exceeds the model's
         context or the whole cache with its limit gives completions without ids and finish_reason "too_long", and one
         line on stderr. The same call gives the same bits. ValueError: an empty prompt, seeds of another shape.
+
+        more() brings further prompts while the first are sampled: a list of (prompt, seeds, limit), a sample for each
+        seed, or None once there will be no more. It is called every LOOK decode steps, and when nothing else is left to
+        do; then it should wait for what is on its way. Their completions follow the others. It brings `most` samples at
+        most, and no prompt that is longer with its limit than the longest of the first ones (ValueError). The same bits
+        come if it brings the same at the same calls.
         """
         limits = check_requests(prompts, n, sampling, seeds, max_new_tokens)
-        results = Results(len(prompts), n, on_finish)
-        longest = max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0)
-        self._resolve_weights(longest)
+        results = Results(on_finish)
+        self._resolve_weights(max((len(prompt) + limit for prompt, limit in zip(prompts, limits)), default=0))
         self._resolve_pages()
-        fitting = self._fitting(prompts, limits, results)
+        fitting = self.sequences(zip(prompts, seeds, limits), results)
         if fitting:
             # Of those that fit: one endless prompt must not widen the page tables of all.
             longest = max(len(s.prompt) + s.limit for s in fitting)
@@ -117,12 +124,12 @@ class Engine:
                 # Held by no name, so that its cache is gone before `empty_cache`. Parameters must not move in
                 # inference mode, so it begins after `prepare`; a GPU, which runs behind the host, gains nothing by it.
                 with torch.inference_mode(self.decoder.device.type == "cpu"):
-                    Decoding(self, fitting, [s for row in seeds for s in row], longest, sampling, results).run()
+                    Decoding(self, fitting, longest, sampling, results, more, most).run()
             finally:
                 self.decoder.release()
                 if self.decoder.device.type == "cuda":
                     torch.cuda.empty_cache()  # so that training gets the memory in one piece
-        return results.by_prompt()
+        return results.rows
 
     def stop_table(self, stop: tuple[str, ...]) -> StopTable:
         """Which tokens can end a response with these stop strings; made once, as it decodes the whole vocabulary."""
@@ -132,17 +139,19 @@ class Engine:
 
     # -- requests
 
-    def _fitting(self, prompts, limits, results: Results) -> list[Sequence]:
-        """The samples of the prompts that can fit; the others get their completions here and a line on stderr."""
+    def sequences(self, requests, results: Results) -> list[Sequence]:
+        """The samples of those (prompt, seeds, limit) that can fit; the others get their completions here and a line on
+        stderr."""
         fitting, context = [], getattr(self.config, "max_position_embeddings", None)
-        for i, (prompt, limit) in enumerate(zip(prompts, limits)):
-            most = len(prompt) + limit
+        for prompt, seeds, limit in requests:
+            first, most = results.add(len(seeds)), len(prompt) + limit
             if context and most > context:
-                results.refuse(i, len(prompt), limit, f"the model's context is {context}")
+                results.refuse(first, len(prompt), limit, f"the model's context is {context}")
             elif pages_for(most, self.page_size) > self.pages:
-                results.refuse(i, len(prompt), limit, f"the KV cache has {self.pages} pages of {self.page_size}")
+                results.refuse(first, len(prompt), limit, f"the KV cache has {self.pages} pages of {self.page_size}")
             else:
-                fitting += [Sequence(i * results.n + j, tuple(prompt), limit) for j in range(results.n)]
+                mixed = seed_tensor(seeds, "cpu").tolist()
+                fitting += [Sequence(first + j, tuple(prompt), limit, seed) for j, seed in enumerate(mixed)]
         return fitting
 
     # -- sizes, in bytes

@@ -34,20 +34,22 @@ class HFGenerate:
         self.config = self.base.config.get_text_config()  # of a model that also sees, the part that reads
 
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None, on_finish=None
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds, max_new_tokens=None, on_finish=None, **_
     ) -> list[list[Completion]]:
         """n completions for each prompt; arguments and errors are those of `Engine.generate`.
 
-        All seeds together seed one generator (see above), and `on_finish` is called for all samples at the end.
+        All seeds together seed one generator (see above), and `on_finish` is called for all samples at the end. What
+        `more` has is not taken: a batch is over before the next begins.
         """
         limits = check_requests(prompts, n, sampling, seeds, max_new_tokens)
-        results, rows = Results(len(prompts), n, None), []
+        results, rows = Results(None), []
         context = getattr(self.config, "max_position_embeddings", None)
         for i, (prompt, limit) in enumerate(zip(prompts, limits)):
+            first = results.add(n)
             if context and len(prompt) + limit > context:
-                results.refuse(i, len(prompt), limit, f"the model's context is {context}")
+                results.refuse(first, len(prompt), limit, f"the model's context is {context}")
             else:
-                rows += [i * n + j for j in range(n)]
+                rows += range(first, first + n)
         table = StopTable(self.tokenizer, self.config.vocab_size, sampling.stop, self.eos_ids) if rows else None
         digest = hashlib.sha256(repr([list(row) for row in seeds]).encode()).digest()
         with self._sampling_state(seed=int.from_bytes(digest[:4], "little")):
@@ -56,9 +58,10 @@ class HFGenerate:
                 texts, most = [prompts[index // n] for index in batch], [limits[index // n] for index in batch]
                 for index, completion in zip(batch, self._batch(texts, most, sampling, table)):
                     results.put(index, completion)
-        for index, completion in enumerate(results.completions if on_finish else ()):
-            on_finish(*divmod(index, n), completion)
-        return results.by_prompt()
+        for i, row in enumerate(results.rows if on_finish else ()):
+            for j, completion in enumerate(row):
+                on_finish(i, j, completion)
+        return results.rows
 
     @contextmanager
     def _sampling_state(self, seed: int):

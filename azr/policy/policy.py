@@ -185,21 +185,27 @@ class Policy:
         seeds,
         max_new_tokens: list[int] | None = None,
         on_finish=None,
+        more=None,
+        most: int = 0,
     ) -> list[list[Completion]]:
         """n completions of each prompt from the current weights; seeds[i][j], 64 bits, decides sample j of prompt i.
 
         max_new_tokens: a limit for each prompt instead of sampling's. on_finish(i, j, completion): called as each ends
         (twice, with the same tokens, if memory ran out and the call was repeated). A prompt that can't fit gives
-        completions without ids, finish_reason "too_long". See engine.py.
+        completions without ids, finish_reason "too_long". more, most: prompts that come while the call runs (none
+        are taken once memory has run out). See engine.py.
         ValueError: an empty prompt, seeds of another shape.
         """
         training = self.model.training
         self.model.eval()
         seeds = [list(row) for row in seeds]
         longest = max(map(len, prompt_ids), default=0) + max(max_new_tokens or [sampling.max_new_tokens])
+        further = iter([{"more": more, "most": most}] if more else [])
         try:
             return retry(
-                lambda: self.engine.generate(prompt_ids, n, sampling, seeds, max_new_tokens, on_finish),
+                lambda: self.engine.generate(
+                    prompt_ids, n, sampling, seeds, max_new_tokens, on_finish, **next(further, {})
+                ),
                 lambda: halve_rollout(self.engine, longest, n * len(prompt_ids)),
                 "sampling",
             )

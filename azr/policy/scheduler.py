@@ -43,13 +43,18 @@ class Scheduler:
     """
 
     def __init__(self, sequences: list[Sequence], slots: int, pages: Pages, page_size: int, prefill_tokens: int):
-        self.waiting = by_prompt(sequences)
+        self.waiting: deque[Group] = deque()
+        self.add(sequences)
         self.running: list[Sequence] = []
         self.slots, self.pages = slots, pages
         self.page_size, self.prefill_tokens = page_size, prefill_tokens
         # A sample was preempted and none has ended since. Admitting it again at once would take the pages that the
         # others grow into, and the same sample would be prefilled and preempted in every block.
         self.full = False
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """More samples, which wait behind those that wait already."""
+        self.waiting += by_prompt(sequences)
 
     @property
     def free_slots(self) -> int:

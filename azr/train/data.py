@@ -81,6 +81,15 @@ def from_buffers(buffers: Buffers, seed: int, step: int, wave: int, count: int) 
     return rng.sample(drawn, len(drawn))
 
 
+def names(tasks: list[Task]) -> list[str]:
+    """Of the tasks of one call, for their seeds: the hash, with a number where a task comes again."""
+    seen, names = Counter(), []
+    for task in tasks:
+        names.append(task.hash + f"-{seen[task.hash]}" * bool(seen[task.hash]))
+        seen[task.hash] += 1
+    return names
+
+
 def context_of(s) -> float:
     """The longest prompt with its response that the model of a State `s` was made for, in tokens."""
     return getattr(s.policy.base.config, "max_position_embeddings", None) or math.inf

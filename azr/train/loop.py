@@ -40,6 +40,7 @@ from azr.stop import StopNow, StopRequest
 from azr.tasks import MODES, SEED_PROGRAM, SEED_TASKS, Sample
 from azr.tasks.prompts import STOP
 from azr.train import checkpoint, ppo, screen, trackers, update
+from azr.train.ahead import RememberingSandbox
 from azr.train.arms import Arms
 from azr.train.config import Config, completed, template_of
 from azr.train.data import check_context
@@ -71,7 +72,7 @@ def run(config: Config, why: str, stop: StopRequest, ranks: Ranks, state_class: 
     maths = any(task.mode == "math" for arm in arms.arms for task in arm.judged)
     grader = math_answers.MathGrader(ranks.workers) if maths else nullcontext()
     run_dir = _directory(config)
-    with Sandbox() if ranks.world == 1 else SharedSandbox(ranks) as sandbox, grader as grader:
+    with RememberingSandbox() if ranks.world == 1 else SharedSandbox(ranks) as sandbox, grader as grader:
         s = make_state(state_class, config, policy, sandbox, run_dir, arms, grader, ranks)
         if ranks.leads:
             checkpoint.check_base_and_files(s, run_dir)

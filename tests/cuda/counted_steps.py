@@ -100,7 +100,7 @@ def decoding(policy, rows: int, weights: str):
     e.attention, e.page_size = "triton", 64  # not chosen by trying it out, as there is nothing to run it
     e.decoder.prepare(weights, 1024)
     sequences = [Sequence(i, tuple(range(PROMPT)), 512) for i in range(rows)]
-    return Decoding(e, sequences, list(range(rows)), PROMPT + 512, SAMPLING, Results(rows, 1, None))
+    return Decoding(e, sequences, PROMPT + 512, SAMPLING, Results(None))
 
 
 def each_layer(run, shape: Shape, layers: int | None = None) -> KernelCount:
@@ -134,7 +134,7 @@ def decode_step(
         with triton_counted(count), count:
             hidden = d.hidden(token, position, table)
             logits = policy.engine.head(hidden)
-            token, log_prob, _ = sample_tokens(logits, sampling, d.seeds, position, exact=False)
+            token, log_prob, _ = sample_tokens(logits, sampling, position, position, exact=False)
         assert hidden.dtype == torch.bfloat16 and logits.dtype == log_prob.dtype == torch.float32
         assert token.dtype == torch.int64 and token.shape == log_prob.shape == (rows,)
 

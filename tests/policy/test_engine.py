@@ -230,6 +230,44 @@ def test_limits_for_each_prompt(policy):
         policy.generate(prompts, 2, sampling, seeds, max_new_tokens=[1])
 
 
+@pytest.mark.parametrize("options", [{}, {"block": 8}, {"max_batch": 3}, {"page_size": 8, "pages": 16}])
+def test_prompts_that_come_while_others_are_sampled(options, policy):
+    """They have the completions that they have alone, whenever they come; and they are waited for."""
+    first, later = prompts_of(4, seed=1), prompts_of(5, seed=2)
+    seeds, seeds_later = seeds_of(4, 1), [[50 + i, 60 + i] for i in range(5)]
+    sampling = Sampling(max_new_tokens=40, stop=())
+    alone = policy.generate(first, 1, sampling, seeds) + policy.generate(later, 2, sampling, seeds_later)
+    engine, further = engine_of(policy, **options), [(*pair, 40) for pair in zip(later, seeds_later)]
+
+    def generate():
+        brought, last, ended, looks = iter([[], further[:2], [], further[2:4], []]), iter([further[4:]]), [], []
+
+        def more():
+            looks.append(len(ended))
+            if len(ended) == 14:
+                return None
+            return next(last, []) if len(ended) == 12 else next(brought, [])
+
+        out = engine.generate(
+            first, 1, sampling, seeds, on_finish=lambda i, j, _: ended.append((i, j)), more=more, most=10
+        )
+        return out, ended, looks
+
+    out, ended, looks = generate()
+    assert [[c.ids for c in row] for row in out] == [[c.ids for c in row] for row in alone]
+    assert sorted(ended) == [(i, j) for i, row in enumerate(alone) for j in range(len(row))]
+    assert looks[0] < 4 and 12 in looks and looks[-1] == 14  # in the middle; and when nothing else is left
+    assert generate() == (out, ended, looks)  # bit for bit
+
+
+def test_a_prompt_that_comes_later_must_not_be_longer_than_the_first(policy):
+    engine, brought = engine_of(policy, page_size=8), iter([[([5] * 60, [1], 8)]])
+    with pytest.raises(ValueError, match="longer than"):
+        engine.generate([[5, 6]], 1, Sampling(max_new_tokens=8), [[1]], more=lambda: next(brought, None), most=1)
+    refused = engine.generate([[5] * 600], 1, Sampling(max_new_tokens=8), [[1]], more=lambda: 1 / 0, most=1)
+    assert refused[0][0].finish_reason == "too_long"  # nothing runs, so nothing is asked for
+
+
 # ------------------------------------------------------------------------------------------------- the live policy
 
 

@@ -16,9 +16,9 @@ from azr.policy.policy import LoraSettings, Policy
 from azr.runs import Run
 from azr.stop import StopRequest
 from azr.train import checkpoint, loop
+from azr.train.ahead import RememberingSandbox
 from azr.train.arms import Arms
 from azr.train.config import Config, resolve
-from sandbox import Sandbox
 
 STEPS = 2  # the second samples from, and scores, adapters that an update has moved
 SMALL = {
@@ -47,7 +47,7 @@ class World:
         self.directory, self.found = directory, {}
         self.policy = self.load()
         self.start = self.policy.adapter_state()
-        self.sandbox = Sandbox(2)
+        self.sandbox = RememberingSandbox(2)
         self.sandbox.__enter__()
         self.buffers = None
 
