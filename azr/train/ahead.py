@@ -10,9 +10,10 @@ which order. What is new is that most of what they ask for is there. A response 
 an outcome from its job, so working ahead changes no sample but by the rounding of sums in another batch, and what was
 worked out in vain (a task that turns out to be a duplicate) costs time alone.
 
-Nor does it make a run depend on the clock: proposals that end within the same LOOK steps of decoding are validated
-together in a thread, and the prompts that come of them enter the batch LAG looks later, whether or not they could have
-been there sooner; if they are late, sampling waits for them.
+Nor does it make a run depend on the clock: the engine looks for prompts every so many steps of decoding
+(decoding.LOOK). The proposals that have ended by then are validated together in a thread, and the prompts that come of
+them enter the batch LAG looks later, whether or not they could have been there sooner; if they are late, sampling waits
+for them.
 
 Left out: proposals and answers of different weights (an adapter each, a frozen proposer), several processes, engines
 without a batch that others can enter: there the phases wait for each other.
@@ -37,7 +38,10 @@ if TYPE_CHECKING:
     from azr.tasks import Parsed, Task
     from azr.tasks.task import Proposal
 
-LAG = 2  # looks of the engine between a proposal's end and the prompts of its task, in which it is validated
+# Looks of the engine in which a batch of proposals is validated: the prompts of its tasks come in after so many, or when
+# nothing else runs. Few, and sampling waits for a slow sandbox; many, and they come late: 8 instead of 1 costs a card
+# 0.8 % of sampling (tests/bench_ahead.py), and is more than a second of decoding.
+LAG = 8
 VALIDATED, JUDGED = 8, 64  # proposals, answers at a time: the sandbox has a process for each of a few, not of many
 
 
