@@ -2,9 +2,9 @@
 
     python tests/bench_smollm2.py DIR --make               its directory (docs/real_model.md)
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
-    python results/warm_start.py measure DIR base sft/30 sft selfplay      results/smollm2.json; what exists is skipped
+    python results/warm_start.py measure DIR base small selfplay     results/smollm2.json; what exists is skipped
 
-`train` goes on where it was stopped; everything is fp32 on a CPU, 80 s a step on one core. A state is measured by
+`train` goes on where it was stopped; everything is fp32 on a CPU, 60 s a step of the warm start. A state is measured by
 its proposals (valid share at temperature 1, references from the generator) and by its greedy answers to held-out tasks
 of one and two statements, whose programs neither occur nor have their like in what the warm start is trained on.
 
@@ -33,11 +33,13 @@ from azr.tasks import MODES, parse_proposal, propose_prompt, validate
 from gate_numbers import level
 
 FILE = RESULTS / "smollm2.json"
-COUNT = 400  # solutions and proposals of each mode: more than are drawn
+COUNT = 600  # solutions and proposals of each mode: more than are drawn
+DATA = f"--count {COUNT} --seed 1 --solutions --proposals --style full"
 COMMON = (
     "--allow-cpu --quantization none --dtype fp32 --lora-rank 16 --max-new-tokens 256 --eval-every 0 --eval-samples 0"
 )
-SFT = "--algorithm sft --step-tokens 1200 --learning-rate 1e-3 --steps 100 --save-every 5"
+SFT = "--algorithm sft --step-tokens 900 --learning-rate 1e-3 --save-every 5"
+FIRST, SECOND = 56, 24  # steps: with proposals of up to six statements, then with none of more than two
 SELFPLAY = "--prompts-per-mode 4 --answers 4 --references 2 --learning-rate 1e-4 --steps 6 --save-every 1"
 # one row a role and mode in the probe instead of 64: on a CPU those would take longer than the training
 SCRIPT = "import sys, train_azr as t; t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
@@ -50,13 +52,26 @@ def call(*words: object) -> None:
     subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
 
 
+def make_data(runs: Path) -> None:
+    """small.jsonl: solutions and proposals of at most two statements. mixed.jsonl: the same solutions, proposals of all
+    sizes."""
+    for name, flags in (("small", "--statements 1,2"), ("all", "")):
+        if not (runs / f"{name}.jsonl").exists():
+            call("-m", "azr.tasks", "make", "tiny", runs / f"{name}.jsonl", *DATA.split(), *flags.split())
+    small, every = ((runs / f"{name}.jsonl").read_text().splitlines(True) for name in ("small", "all"))
+    mixed = [row for row in small if not json.loads(row).get("references")]
+    mixed += [row for row in every if json.loads(row).get("references")]
+    (runs / "mixed.jsonl").write_text("".join(mixed))
+
+
 def train(model: Path, runs: Path) -> None:
-    """The data, the warm start and self-play from it, each unless it is complete."""
-    data = runs / "warm.jsonl"
-    if not data.exists():
-        flags = f"--count {COUNT} --seed 1 --solutions --proposals --style full".split()
-        call("-m", "azr.tasks", "make", "tiny", data, *flags)
-    for name, flags in {"sft": f"{SFT} --data {data}", "selfplay": f"{SELFPLAY} --adapter {runs / 'sft'}"}.items():
+    """The data, the warm start in two parts and self-play from it, each unless it is complete."""
+    make_data(runs)
+    for name, flags in {
+        "mixed": f"{SFT} --steps {FIRST} --data {runs / 'mixed.jsonl'}",
+        "small": f"{SFT} --steps {SECOND} --data {runs / 'small.jsonl'} --adapter {runs / 'mixed'}",
+        "selfplay": f"{SELFPLAY} --adapter {runs / 'small'}",
+    }.items():
         out = runs / name
         again = ["--resume", "auto"] if any((out / "checkpoints").glob("step_*")) else []
         call("-c", SCRIPT, "--model", model, *COMMON.split(), *flags.split(), "--out", out, *again)
@@ -82,7 +97,7 @@ def proposed(policy, sandbox) -> dict[str, dict[str, int]]:
     reasons, sampling = {}, Sampling(temperature=1.0, max_new_tokens=256, stop=(STOP,))
     for mode in MODES:
         rng = random.Random(f"warm start/{mode}")
-        references = [draw_proposal(mode, rng).references[:2] for _ in range(PROPOSALS)]
+        references = [draw_proposal(mode, rng, most=max(LEVELS)).references[:2] for _ in range(PROPOSALS)]
         prompts = [policy.encode(propose_prompt(mode, shown, "azr")) for shown in references]
         seeds = [[sample_seed(0, f"{mode}/{i}", 0)] for i in range(PROPOSALS)]
         texts = [policy.decode(row[0].ids) for row in policy.generate(prompts, 1, sampling, seeds)]

@@ -401,21 +401,24 @@ def task_of(mode: str, example: Example) -> Task:
     return Task(mode, example.program.text, arguments_text(example.arguments), repr(example.output))
 
 
-def draw_proposal(mode: str, rng: random.Random, stage: Stage = STAGES[LAST]) -> DrawnProposal:
-    """A proposal that follows one to three references (induction: about the program of its reference)."""
+def draw_proposal(mode: str, rng: random.Random, stage: Stage = STAGES[LAST], most: int | None = None) -> DrawnProposal:
+    """A proposal that follows one to three references (induction: about the program of its reference).
+
+    most: statements of any of these programs, at most; None: as in the training of the embedded model.
+    """
     if mode == "induction":
-        return _draw_induction_proposal(rng, stage)
+        return _draw_induction_proposal(rng, stage, most)
     size = rng.choices(range(1, len(STATEMENTS) + 1), STATEMENTS)[0]
     references = []
     for _ in range(rng.choices((1, 2, 3), (25, 50, 25))[0]):
-        near = min(len(STATEMENTS), max(1, size + rng.choice((-1, 0, 0, 1))))
+        near = min(most or len(STATEMENTS), max(1, size + rng.choice((-1, 0, 0, 1))))
         references.append(draw(rng, stage, near))
     mean = sum(len(e.program.statements) for e in references) / len(references)
     tasks = [task_of(mode, e) for e in references]
     like = frozenset(s.kind for s in rng.choice(references).program.statements)
     if rng.random() < SEED_REFERENCE:
         tasks, mean, like = [SEED_TASKS["deduction"]], 1.0, frozenset()
-    count = min(MAX_STATEMENTS, max(1, round(mean + rng.random() - 0.5) + rng.choices(*FOLLOW)[0]))
+    count = min(most or MAX_STATEMENTS, max(1, round(mean + rng.random() - 0.5) + rng.choices(*FOLLOW)[0]))
     example = draw(rng, stage, count, like=like)
     task = task_of(mode, example)
     text, given = task.program, task.input
@@ -425,9 +428,9 @@ def draw_proposal(mode: str, rng: random.Random, stage: Stage = STAGES[LAST]) ->
     return DrawnProposal(tasks, response, task)
 
 
-def _draw_induction_proposal(rng: random.Random, stage: Stage) -> DrawnProposal:
+def _draw_induction_proposal(rng: random.Random, stage: Stage, most: int | None) -> DrawnProposal:
     while True:
-        task = draw_task("induction", rng, stage).task
+        task = draw_task("induction", rng, stage, most and rng.randint(1, most)).task
         inputs = [given for given, _ in task.visible + task.hidden]
         if sum(map(len, inputs)) <= MAX_INPUTS:
             break

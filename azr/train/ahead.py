@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from azr.tasks import Parsed, Task
     from azr.tasks.task import Proposal
 
-# Looks of the engine in which a batch of proposals is validated: the prompts of its tasks come in after so many, or when
-# nothing else runs. Few, and sampling waits for a slow sandbox; many, and they come late: 8 instead of 1 costs a card
-# 0.8 % of sampling (tests/bench_ahead.py), and is more than a second of decoding.
+# Looks of the engine in which a batch of proposals is validated: the prompts of its tasks come in after so many, or
+# when nothing else runs. Few, and sampling waits for a slow sandbox; many, and they come late: 8 instead of 1 costs a
+# card 0.8 % of sampling (tests/bench_ahead.py), and is more than a second of decoding.
 LAG = 8
 VALIDATED, JUDGED = 8, 64  # proposals, answers at a time: the sandbox has a process for each of a few, not of many
 

@@ -77,14 +77,15 @@ def tiny_tasks(options: argparse.Namespace) -> list[Task]:
 
 
 def tiny_proposals(options: argparse.Namespace) -> list[Task]:
-    """`count` distinct valid proposals a mode of the generator, with the references that they follow."""
+    """`count` distinct valid proposals a mode of the generator, with the references that they follow; no program has
+    more statements than --statements allows."""
     from azr.tiny import documents as recipe
 
-    proposals = []
+    proposals, most = [], max(map(int, options.statements.split(","))) if options.statements else None
     for mode in MODES:
         rng, by_hash = random.Random(f"{options.seed}/{mode}/proposals"), {}
         while len(by_hash) < options.count:
-            drawn = recipe.draw_proposal(mode, rng)
+            drawn = recipe.draw_proposal(mode, rng, most=most)
             if task := drawn.task:
                 complete = dataclasses.replace(task, response=drawn.response, references=tuple(drawn.references))
                 by_hash.setdefault(task.hash, complete)
@@ -163,7 +164,9 @@ def main(arguments: list[str] | None = None) -> int:
     tiny.add_argument("--count", type=Number(int, 1, 10**7), default=1000, help="tasks a mode (default 1000)")
     tiny.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}; math sorts digits")
     tiny.add_argument("--seed", type=Number(int, 0, MOST), default=0)
-    tiny.add_argument("--statements", metavar="N[,N...]", help="of the programs; default: as in training")
+    tiny.add_argument(
+        "--statements", metavar="N[,N...]", help="of the programs, in proposals at most; default: as in training"
+    )
     tiny.add_argument("--proposals", action="store_true", help="as many proposals a mode too, for a warm start by sft")
     tiny.add_argument("--style", choices=STYLES, help="of the thoughts; default ladder: as in training")
     run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")

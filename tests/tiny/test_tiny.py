@@ -174,6 +174,16 @@ def ranks(values):
     return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_proposals_of_few_statements(mode):
+    """For a warm start: neither a proposal nor what it refers to is larger, and both sizes occur."""
+    rng, sizes = random.Random(11), Counter()
+    for _ in range(60):
+        drawn = recipe.draw_proposal(mode, rng, most=2)
+        sizes.update(statements(task.program) for task in [*drawn.references, drawn.task] if task)
+    assert set(sizes) - {0} == {1, 2}  # 0: the identity program
+
+
 def test_difficulty_of_proposals_follows_their_references():
     rng, pairs = random.Random(2), []
     for _ in range(500):
