@@ -304,10 +304,10 @@ def test_out_of_memory_in_each_phase_changes_nothing(whole, few_held_out, tmp_pa
 def test_out_of_memory_that_stays_saves_what_is_complete(whole, few_held_out, tmp_path, monkeypatch, capfd):
     out, honest = before_step_3(whole, tmp_path), Engine.generate
 
-    def tight(engine, prompts, *rest):
+    def tight(engine, prompts, *rest, **further):
         engine.max_batch, engine.pages = 1, min(engine.pages, 16)  # few halvings are left
         run_out()
-        return honest(engine, prompts, *rest)
+        return honest(engine, prompts, *rest, **further)
 
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "generate", tight)

@@ -23,7 +23,7 @@ ALIKE = {"temperature": 0.1, "references": 1, "prompts_per_mode": 10}  # many pr
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("ahead"))
+    world = World(tmp_path_factory.mktemp("ahead"), RememberingSandbox)
     yield world
     world.close()
 

@@ -26,7 +26,7 @@ from bench_ranks import compared, processes
 from simulated_ranks import Step, sampling_seconds, shares
 
 SMALL = (
-    "--steps 1 --prompts-per-mode 2 --answers 2 --max-new-tokens 24 --token-budget 160 --eval-every 1 --eval-samples 0"
+    "--steps 1 --prompts-per-mode 2 --answers 2 --max-new-tokens 40 --token-budget 160 --eval-every 1 --eval-samples 0"
 )
 
 
