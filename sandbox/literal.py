@@ -192,15 +192,17 @@ def _float_text(value):
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-# Texts that JSON may read in our place: no names, no strings, no braces, so that nothing means something else there.
-_NUMBERS_AND_LISTS = re.compile(r"[-+0-9eE., \[\]]*").fullmatch
+# Texts that JSON may read in our place: no names, and strings in single quotes that hold no quote, no escape and no
+# line end, so that nothing means something else there. Linear: no character can be matched in two ways.
+_MARKS = r"[-+0-9eE., \[\]{}:]*"
+_AS_JSON = re.compile(rf"{_MARKS}(?:'[^'\"\\\x00-\x1f\ud800-\udfff]*'{_MARKS})*").fullmatch
 
 
 def parse(text: str, limits: Limits = DEFAULT):
     """The value of one literal (or of a bare tuple "1, 2"). Raises LiteralError, TooLarge among them."""
-    if type(text) is str and 200 < len(text) <= limits.text and _NUMBERS_AND_LISTS(text):
+    if _may_be_json(text, limits):
         try:
-            value = json.loads(text)  # ten times faster, and means the same for what it accepts
+            value = json.loads(text.replace("'", '"'))  # several times faster, the same for what it accepts
             canon(value, limits)  # for what it raises
             return value
         except (ValueError, RecursionError):
@@ -216,6 +218,13 @@ def parse(text: str, limits: Limits = DEFAULT):
 def parse_args(text: str, limits: Limits = DEFAULT) -> tuple[tuple, dict]:
     """(args, kwargs) of the text between the parentheses of a call. Each one is a literal, or spells a constant in
     one of the few ways that published inputs do (see reader.ArgumentReader). Raises LiteralError."""
+    if _may_be_json(text, limits):
+        try:
+            values = tuple(json.loads(f"[{text}]".replace("'", '"')))
+            canon_args(values, {}, limits)
+            return values, {}
+        except (ValueError, RecursionError):
+            pass  # as in `parse`
     reader = ArgumentReader(text, limits)
     args, kwargs = [], {}
     while reader.kind != "end":
@@ -231,6 +240,14 @@ def parse_args(text: str, limits: Limits = DEFAULT) -> tuple[tuple, dict]:
         if not reader.take(",") and reader.kind != "end":
             raise LiteralError(f"unexpected {reader.text!r:.40}")
     return tuple(args), kwargs
+
+
+def _may_be_json(text, limits):
+    """Whether JSON, if it can read the text, reads what Reader would. A key that a dict has twice is one value to
+    `canon` and two to Reader: only where so short a text is within the limit anyway."""
+    if type(text) is not str or len(text) > limits.text or not _AS_JSON(text):
+        return False
+    return "{" not in text or len(text) <= limits.nodes
 
 
 def has_set(value) -> bool:

@@ -42,7 +42,8 @@ class Outcome:
     status: str  # ok timeout memory error forbidden killed not_literal too_large syntax infra nondeterministic
     output: str | None  # canonical text, for ok
     detail: str  # first word for machines: an exception's class, "import os", "hash_seed", ...
-    # CPU time of loading the program and of its inputs up to this one, as the child says: a hint, not a measurement.
+    # CPU time of loading the program and of its inputs up to this one, as the child says: a hint, not a measurement. 0
+    # of an input that ended its process.
     seconds: float = field(default=0.0, compare=False, repr=False)
 
 
@@ -328,10 +329,10 @@ def _value(kind, text, is_canonical, seconds=0.0):
     if kind == "O":
         return Outcome("ok", text, "", seconds) if is_canonical(text) else None
     if kind == "E":
-        return _exception(text)
+        return replace(_exception(text), seconds=seconds)
     statuses = {"U": "not_literal", "L": "too_large"}
     if kind in statuses:
-        return Outcome(statuses[kind], None, "".join(c if c.isprintable() else "?" for c in text[:200]))
+        return Outcome(statuses[kind], None, "".join(c if c.isprintable() else "?" for c in text[:200]), seconds)
     return None
 
 

@@ -222,6 +222,19 @@ def test_the_limit_grows_with_the_reference(sandbox, tmp_path):
     assert [grade.reason for grade in found] == ["ok", "timeout"]
 
 
+def test_an_input_that_is_left_out_raises_no_limit(sandbox, tmp_path, capsys):
+    body = (
+        "    from time import process_time\n    end = process_time() + (0.5 if x == {} else 0)\n"
+        "    while process_time() < end:\n        pass\n    return object() if x == {} else x\n"
+    )
+    before = sandbox.state["children"]
+    for slow, limit in ((2, 2.0), (7, 1.0)):  # answered after half a second, and left out after as much
+        [problem] = load_problems(write(tmp_path / "own.jsonl", ROW | {"canonical_solution": body.format(slow, 7)}))
+        reference = reference_of(problem, sandbox)
+        assert limit <= reference.cpu_seconds < limit + 0.8 and len(reference.faults) == 1
+    assert sandbox.state["children"] == before + 2  # nothing is run again to be measured
+
+
 def test_the_proposal_profile_is_refused(own):
     with Sandbox(workers=1) as sandbox, pytest.raises(ValueError, match="BENCHMARK"):
         reference_of(own[0], sandbox)
