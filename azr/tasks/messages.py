@@ -18,6 +18,7 @@ import re
 import unicodedata
 import urllib.parse
 from collections.abc import Iterator
+from functools import lru_cache
 
 from azr.tasks.lines import KEYWORDS
 from azr.tasks.program import read_program
@@ -160,16 +161,24 @@ def leaked_code(program: str, message: str) -> str:
         return "a code fence"
     if _DEFINITION.search(message):
         return "a function definition"
+    public, pieces = _code_of(program)
+    words = _words(message, public)
+    for size in sorted({len(piece) for piece in pieces}):
+        for i in range(len(words) - size + 1):
+            if tuple(words[i : i + size]) in pieces:
+                return " ".join(words[i : i + size])
+    return ""
+
+
+@lru_cache(maxsize=64)
+def _code_of(program: str) -> tuple[set[str], set[tuple[str, ...]]]:
+    """(words that every program may hold, stretches of up to eight words whose presence in a message counts as this
+    program's code). Once per program: a message may have a hundred readings."""
     # In the program's normal form, so that new names for its variables do not hide it. Words that every program may
     # hold stay; all others become "$" on both sides.
     shape = read_program(program).shape
     public = {word for row in shape for word in row if word.isidentifier()} | KEYWORDS
-    text = _joined(_words(message, public))
-    for row in shape:
-        for piece in _pieces(row, public):
-            if _is_code(piece) and _joined(piece) in text:
-                return " ".join(piece)
-    return ""
+    return public, {piece for row in shape for piece in _pieces(row, public)}
 
 
 def _words(text: str, public: set[str]) -> list[str]:
@@ -177,24 +186,25 @@ def _words(text: str, public: set[str]) -> list[str]:
     return ["$" if word[0].isalpha() and word not in public else word for word in _WORD.findall(text)]
 
 
-def _pieces(row: tuple[str, ...], public: set[str]):
-    """Stretches of a statement whose presence in a message counts as its code."""
+def _pieces(row: tuple[str, ...], public: set[str]) -> Iterator[tuple[str, ...]]:
+    """The stretches of a statement that count: its whole expression, of a longer one every eight words in a row; those
+    with a mark that prose does not use, a floor division or a call."""
     if row[0] in ("def", "class", "import", "from", "@", "async"):
         return
     body = row[1:] if row[0] in KEYWORDS else row[row.index("=") + 1 :] if "=" in row else row
     body = body[:-1] if body and body[-1] == ":" else body
     words = _words(" ".join(body), public)
-    if len(words) >= (3 if row[0] == "return" else 6):
-        yield words
-    for i in range(len(words) - 7):
-        yield words[i : i + 8]
-
-
-def _is_code(piece: list[str]) -> bool:
-    """Marks that prose does not use, a floor division, or a call."""
-    pairs = list(zip(piece, piece[1:]))
-    called = any(after == "(" and before.isidentifier() and before not in KEYWORDS for before, after in pairs)
-    return called or ("/", "/") in pairs or any(not word[0].isalnum() and word not in _PROSE for word in piece)
+    if len(words) < (3 if row[0] == "return" else 6):
+        return
+    size = min(len(words), 8)
+    marks = [not word[0].isalnum() and word not in _PROSE for word in words]
+    pairs = [
+        before == after == "/" or after == "(" and before.isidentifier() and before not in KEYWORDS
+        for before, after in zip(words, words[1:])
+    ]
+    for i in range(len(words) - size + 1):
+        if any(marks[i : i + size]) or any(pairs[i : i + size - 1]):
+            yield tuple(words[i : i + size])
 
 
 def _joined(words: list[str]) -> str:
