@@ -353,7 +353,7 @@ def test_colliding_keys_are_refused():
     assert len(parse("{" + ", ".join(map(str, range(3_000))) + "}", WIDE)) == 3_000
 
 
-def test_reading_and_comparing_take_linear_time():
+def test_reading_takes_linear_time():
     shared = 2**61 - 1  # all multiples have the hash 0
     halves = [*range(30_000), *(n * shared for n in range(20_000))]
     tuples = ["(" + ", ".join(f"-{1 + (n >> bit & 1)}" for bit in range(14)) + ")" for n in range(3_000)]
@@ -364,23 +364,7 @@ def test_reading_and_comparing_take_linear_time():
     for text in (f"'{'ß' * 8000}'" + ".title()" * 900, "'a' * 16000" + " + ''" * 2000, "[0] * 4000" + " + []" * 2000):
         with pytest.raises(TooLarge, match="operations"):
             parse_args(text)
-    noisy = {(n / 3, float("nan")) for n in range(2_000)}
-    assert equal(noisy, {(x * (1 + 1e-12), y) for x, y in noisy})
-    assert not equal(noisy, {(x * (1 + 1e-6), y) for x, y in noisy})
-    # Sets in sets whose elements pair in no order of size: tried in every way at each level they took 3 s.
-    rng = random.Random(1)
-    left, right = ([numbers_near(1.5, (16, 16, 4), rng)] for _ in range(2))
-    began_sets = time.process_time()
-    assert not equal(left, right)
-    assert time.process_time() - began_sets < 1
     assert time.process_time() - began < 5
-
-
-def numbers_near(x, sizes, rng):
-    """Sets in sets of these sizes, of numbers that only rounding tells from x."""
-    if not sizes:
-        return x * (1 + 1e-8 * rng.random())
-    return frozenset(numbers_near(x, sizes[1:], rng) for _ in range(sizes[0]))
 
 
 def test_what_a_published_grader_takes_for_a_plain_value():
@@ -405,41 +389,6 @@ def sys_hash_modulus():
     import sys
 
     return sys.hash_info.modulus
-
-
-@pytest.mark.parametrize(
-    "a, b, same",
-    [
-        (1, 1.0, True),
-        (1, True, True),
-        ([1], (1,), False),
-        ("1", 1, False),
-        ({1}, frozenset({1}), True),
-        (0.0, -0.0, True),
-        (0.1 + 0.2, 0.3, True),
-        (1.0, 1.0 + 1e-6, False),
-        (1e-300, 0.0, False),
-        (math.nan, math.nan, True),
-        ([math.nan], [math.nan], True),
-        ({math.nan}, {math.nan}, True),
-        ({"a": 0.1 + 0.2}, {"a": 0.3}, True),
-        ({0.1 + 0.2: 1}, {0.3: 1}, True),
-        (2**60, float(2**60), True),
-        (2**60 + 1, float(2**60), False),
-        (10**400, math.inf, False),
-        ({(0.1 + 0.2, 1), (5, 6)}, {(5, 6), (0.3, 1)}, True),
-        ({0.3: 1, 0.1 + 0.2: 2}, {0.3: 2, 0.1 + 0.2: 1}, False),
-        ({1: 2}, {1: 2, 3: 4}, False),
-        (b"a", "a", False),
-        (None, 0, False),
-        ({1.0, 2.0}, {1.0, 2.5}, False),
-        (1, 1 + 1e-12, False),
-        (math.inf, math.inf, True),
-        (math.inf, 1e308, False),
-    ],
-)
-def test_equality(a, b, same):
-    assert equal(a, b) is same and equal(b, a) is same
 
 
 # --- against ast.literal_eval --------------------------------------------------------------------------------
