@@ -217,7 +217,7 @@ def test_the_limit_grows_with_the_reference(sandbox, tmp_path):
     row = ROW | {"canonical_solution": burn.format(0.4), "plus_input": []}
     [problem] = load_problems(write(tmp_path / "own.jsonl", row))
     references = calibrate([problem], sandbox)
-    assert 1.6 <= references["Own/1"].cpu_seconds < 3  # 4 x 0.4 s, though both inputs take 0.8 s together
+    assert 1.5 <= references["Own/1"].cpu_seconds < 3  # 4 x 0.4 s by a coarse clock, not 4 x 0.8 s of both
     found = grade([(problem, burn.format(seconds)) for seconds in (1.3, 4)], sandbox, references)
     assert [grade.reason for grade in found] == ["ok", "timeout"]
 
@@ -231,7 +231,7 @@ def test_an_input_that_is_left_out_raises_no_limit(sandbox, tmp_path, capsys):
     for slow, limit in ((2, 2.0), (7, 1.0)):  # answered after half a second, and left out after as much
         [problem] = load_problems(write(tmp_path / "own.jsonl", ROW | {"canonical_solution": body.format(slow, 7)}))
         reference = reference_of(problem, sandbox)
-        assert limit <= reference.cpu_seconds < limit + 0.8 and len(reference.faults) == 1
+        assert limit - 0.1 <= reference.cpu_seconds < limit + 0.8 and len(reference.faults) == 1
     assert sandbox.state["children"] == before + 2  # nothing is run again to be measured
 
 
