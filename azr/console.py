@@ -94,7 +94,7 @@ def pulse(title: str, total: int, unit: str) -> Callable[..., None]:
         done, tokens, total, now = done + count, tokens + new_tokens, total + more, time.perf_counter()
         if live and done >= total:
             print(form.format("") if last > start else "", end="", file=sys.stderr, flush=True)
-        elif now - start >= first and now - last >= every:
+        elif done and now - start >= first and now - last >= every:
             left = duration((now - start) / done * max(0, total - done))
             rate = f", {tokens / (now - start):,.0f} tokens/s" if tokens else ""
             text = f"{title}: {min(done, total)} of {total} {unit}{rate}, {left} left"

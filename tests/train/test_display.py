@@ -200,6 +200,12 @@ def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, ca
     clock = iter([0.0, 31.0])
     console.pulse("seed, 0", 0, "answers")(1)  # a process whose share was nothing
     assert capsys.readouterr().err == "seed, 0: 0 of 0 answers, 0:00 min left\n"
+    clock = iter([0.0, 31.0, 70.0])
+    advance = console.pulse("step 4, propose", 2, "responses")
+    advance(0, more=6)  # answers have come to the proposals before one of them has ended
+    assert capsys.readouterr().err == ""
+    advance(2)
+    assert capsys.readouterr().err == "step 4, propose: 2 of 8 responses, 3:30 min left\n"
 
 
 def test_on_a_terminal_a_phase_has_one_line_that_goes_away(monkeypatch, capsys):
