@@ -2,7 +2,7 @@
 
     python tests/bench_smollm2.py DIR --make               its directory (docs/real_model.md)
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
-    python results/warm_start.py measure DIR base small selfplay     results/smollm2.json; what exists is skipped
+    python results/warm_start.py measure DIR base small/24 selfplay     results/smollm2.json; what exists is skipped
 
 `train` goes on where it was stopped; everything is fp32 on a CPU, 60 s a step of the warm start. A state is measured by
 its proposals (valid share at temperature 1, references from the generator) and by its greedy answers to held-out tasks
