@@ -30,7 +30,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 # of pytest, docker, pip, torchrun, accelerate and vLLM
 OTHERS = {"--dist", "--gpus", "--index-url", "--no-deps", "--no-build-isolation", "--nproc-per-node", "--nnodes"}
 OTHERS |= {"--env", "--flavor", "--mem", "--secrets", "--signal", "--timeout"}  # of job queues
-OTHERS |= {"--num-processes", "--config-file", "--tensor-parallel-size"}
+OTHERS |= {"--num-processes", "--config-file", "--tensor-parallel-size", "--parallel"}
 
 
 def anchors(page: Path) -> set[str]:

@@ -107,7 +107,7 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
             changes += [(loop, "SEED_ROUNDS", 2)]
         if why:
             changes += [
-                (loop, "Sandbox", NoSandbox),
+                (loop, "RememberingSandbox", NoSandbox),
                 (train_azr, "validate", made_up_validate),
                 (rollouts, "judge", made_up_judge),
             ]
