@@ -38,10 +38,9 @@ def completions(s, role: str, ids: list[list[int]], seeds: list[list[int]], key:
     known, ahead = s.ahead.completions if s.ahead else {}, s.ahead if role == "proposer" else None
     rows = [[known.get((tuple(prompt), seed)) for seed in row] for prompt, row in zip(ids, seeds)]
     missing = [i for i, row in enumerate(rows) if None in row]
+    # a step's number and phase, or "seed", its round and phase
     title, n = ", ".join(key.split("/")), len(seeds[0]) if seeds else 0
-    title = (
-        f"step {title}" if title[0].isdigit() else title
-    )  # a step's number and phase, or "seed", its round and phase
+    title = f"step {title}" if title[0].isdigit() else title
     advance = pulse(title, math.ceil(n * len(missing) / s.ranks.world), "responses")
 
     def ended(i: int, j: int, completion) -> None:
