@@ -23,8 +23,10 @@ ALIKE = {"temperature": 0.1, "references": 1, "prompts_per_mode": 10}  # many pr
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world = World(tmp_path_factory.mktemp("ahead"), RememberingSandbox)
+    world, threads = World(tmp_path_factory.mktemp("ahead"), RememberingSandbox), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield world
+    torch.set_num_threads(threads)
     world.close()
 
 
@@ -94,6 +96,14 @@ def test_how_fast_the_sandbox_is_decides_nothing(world, tmp_path, monkeypatch):
     slow = steps(world, tmp_path / "slow")
     assert quick.samples == slow.samples and quick.ahead == slow.ahead > 0
     assert str(quick.losses) == str(slow.losses)
+
+
+def test_threads_that_would_wait_for_each_other_do_not_share_their_cores(world, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        assert steps(world, tmp_path).ahead == 0
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("proposer", ["frozen-base", "separate"])
