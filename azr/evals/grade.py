@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from azr.console import note
 from azr.evals import code_answers, math_answers
 from azr.evals.benchmarks import Benchmark, Item
 from azr.evals.held_out import answer_key
@@ -76,6 +77,7 @@ class Grader:
         if kind == "code":
             # A sandbox of one lane for each thread, opened when it is needed; the first now, for what it has to say.
             self._idle: queue.SimpleQueue = queue.SimpleQueue()
+            self._kept = code_answers.keeper()
             self._idle.put(self._sandbox())
             for _ in range(self.workers - 1):
                 self._idle.put(None)
@@ -138,6 +140,17 @@ class Grader:
                 yield futures[future], future.result()
         finally:  # also of a stop: what has not begun is dropped, what runs ends with its sandbox
             threads.shutdown(wait=False, cancel_futures=True)
+            self._kept.trim()
+        self._say_where_outputs_are_from()
+
+    def _say_where_outputs_are_from(self) -> None:
+        """One line, where reference solutions were not run, or will not be run by the next call."""
+        kept, what = self._kept, "outputs of the reference solutions"
+        if kept.used:
+            count = f"{len(kept.used)} of {len(self.references)}"
+            note(f"{what}: {count} from the cache of {min(kept.used)} ({kept.place})")
+        elif kept.made:
+            note(f"{what}: kept in {kept.place} for the next call")
 
     def _program(self, item: Item, answer: Answer) -> Grade:
         sandbox = self._idle.get()
@@ -145,7 +158,7 @@ class Grader:
             sandbox = sandbox or self._sandbox(quiet=True)
             with self._locks[item.task_id]:
                 if item.task_id not in self.references:
-                    self.references[item.task_id] = code_answers.reference_of(item.code, sandbox)
+                    self.references[item.task_id] = code_answers.reference_of(item.code, sandbox, self._kept)
             text = program_text(item.code, answer.text, answer.form)
             verdict = code_answers.grade(item.code, text, self.references[item.task_id], sandbox)
         finally:
