@@ -15,13 +15,14 @@ from dataclasses import replace
 from azr.tasks.behaviour import CPU_SECONDS, observe
 from azr.tasks.duplicates import duplicate_key, instance_key, program_key
 from azr.tasks.messages import expressions, leak, shows
-from azr.tasks.program import bare, read_program, skeleton
+from azr.tasks.program import MAX_SOURCE, bare, read_program, skeleton
 from azr.tasks.task import INDUCTION_INPUTS, VISIBLE, Proposal, Task, Verdict, bad_characters
 from sandbox import Job, Outcome, Sandbox, literal
 
 MIN_OUTPUTS = 3  # distinct outputs of an induction task: with fewer, a constant or a test is a good guess
 MIN_HIDDEN = 2  # distinct ones among the hidden pairs, which decide
-MAX_PROGRAM, MAX_INPUT, MAX_MESSAGE, MAX_OUTPUT = 8_192, 1_000, 2_000, 400  # characters: what a prompt shows in full
+# Characters: what a prompt shows in full, and of a program what is read.
+MAX_PROGRAM, MAX_INPUT, MAX_MESSAGE, MAX_OUTPUT = MAX_SOURCE, 1_000, 2_000, 400
 
 
 def validate(
