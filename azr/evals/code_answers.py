@@ -408,8 +408,11 @@ def accepts(problem: Problem, arguments: str, output: str, wanted: str) -> bool:
 
 def close(value: Any, expected: Any, atol: float = 0.0) -> bool:
     """Equal, or of the same kind with floats that differ by at most atol + 1e-7 |expected| (atol 0: 1e-6)."""
+    if literal.equal(value, expected, rel=0):
+        return True
+    # A set has no tolerance inside, and has just been compared.
     return (
-        literal.equal(value, expected, rel=0) or type(value) is type(expected) and _near(value, expected, atol or ATOL)
+        type(value) is type(expected) and type(value) not in (set, frozenset) and _near(value, expected, atol or ATOL)
     )
 
 

@@ -34,7 +34,7 @@ from typing import Any
 from azr.console import warn
 from azr.jsonl import replacing
 
-MOST_BYTES = 512_000_000  # of all files together: HumanEval+ and MBPP+ take a twentieth of it
+MOST_BYTES = 64_000_000  # of all files together
 
 
 def directory(name: str) -> Path | None:
