@@ -32,7 +32,8 @@ TIME_FACTOR, LEAST_SECONDS = 4.0, 1.0  # evalplus: limit = max(1 s, 4 x the refe
 REFERENCE_SECONDS = 30.0  # CPU time of one input of a reference solution
 # A reference solution that took less has the least limit even where all takes 2.5 times as long as when it ran.
 QUICK_SECONDS = 0.1
-LASTING = frozenset(("ok", "error", "forbidden", "not_literal", "too_large", "syntax"))  # the same at each call
+# The same at each call; memory too, since its limit is that of the profile.
+LASTING = frozenset(("ok", "error", "forbidden", "memory", "not_literal", "syntax", "too_large"))
 ATOL, RTOL = 1e-6, 1e-7  # floats where a problem gives no tolerance; relative part, for all
 ANSWER_SECONDS = 60.0  # of all inputs of an answer; evalplus: min(60 s, the sum of the limits)
 # Inputs that a process of an answer takes: a process costs as much as a thousand calls that are quick.
@@ -280,34 +281,31 @@ def reference_of(problem: Problem, sandbox: Sandbox, kept: Kept | None = None) -
 
 def _run_reference(problem: Problem, sandbox: Sandbox) -> tuple[dict, bool]:
     """What the reference solution gives, as it is kept: its outputs (None: no value), its faults, and the place of its
-    slowest input and the seconds that it took. And whether another call would find the same: what ran out of time or
-    memory, or was no verdict, may be for what else the machine had to do."""
-    limit = REFERENCE_SECONDS
-    [outcomes] = sandbox.run([_reference_job(problem, problem.inputs, limit * len(problem.inputs))])
+    slowest input and the seconds that it took. And whether another call would find the same: what ran out of time, or
+    was no verdict, may be for what else the machine had to do."""
+    [outcomes] = sandbox.run([_reference_job(problem, problem.inputs)])
     faults = [
         f"{_name(problem.base, place)}: {outcome.status} {outcome.detail}".rstrip()
         for place, outcome in enumerate(outcomes)
         if outcome.status != "ok"
     ]
     seconds, slowest = _slowest(outcomes)
-    ran = {"outputs": [outcome.output for outcome in outcomes], "faults": faults, "slowest": slowest}
-    lasting = all(outcome.status in LASTING for outcome in outcomes)
-    return ran | {"seconds": seconds}, lasting
+    outputs, lasting = [outcome.output for outcome in outcomes], all(outcome.status in LASTING for outcome in outcomes)
+    return {"outputs": outputs, "faults": faults, "slowest": slowest, "seconds": seconds}, lasting
 
 
 def _timed_again(problem: Problem, ran: dict, sandbox: Sandbox) -> dict | None:
     """The same with the time that the slowest input takes now: the machine may be another one or have more to do, and
     an answer has its limit by it. None if it has another outcome now."""
     places = sorted({0, ran["slowest"]})  # the first one bears the time of loading the program
-    inputs = tuple(problem.inputs[place] for place in places)
-    [outcomes] = sandbox.run([_reference_job(problem, inputs, REFERENCE_SECONDS * len(inputs))])
+    [outcomes] = sandbox.run([_reference_job(problem, tuple(problem.inputs[place] for place in places))])
     same = [outcome.output for outcome in outcomes] == [ran["outputs"][place] for place in places]
     return ran | {"seconds": _slowest(outcomes)[0]} if same else None
 
 
-def _reference_job(problem: Problem, inputs: tuple[str, ...], seconds: float) -> Job:
-    program = problem.prompt + problem.solution
-    return Job(program, inputs, REFERENCE_SECONDS, problem.entry_point, job_seconds=seconds)
+def _reference_job(problem: Problem, inputs: tuple[str, ...]) -> Job:
+    program, each = problem.prompt + problem.solution, REFERENCE_SECONDS
+    return Job(program, inputs, each, problem.entry_point, job_seconds=each * len(inputs))
 
 
 def _slowest(outcomes: list[Outcome]) -> tuple[float, int]:
