@@ -77,7 +77,6 @@ def analyse(table: Table) -> dict:
         "split": {"tasks": _change(pair, at[0], at[last]), "solver": mean_row(gain[ends])},
         # the final solver was trained on the last stage's tasks, the base on none: do they differ more there?
         "lead_grows": _change(gain, at[0], at[last]),
-        "tokens_change": {n: _change(t, at[0], at[last]) for n, t in table.tokens.items()},
         "logged_change": _change(table.logged, at[0], at[last]),
     }
     result["verdict"] = verdict(result)

@@ -29,7 +29,7 @@ from azr.analysis.reader import (
     TREND_STEPS,
     Digest,
     RunData,
-    ends,
+    first_and_last,
     mean_row,
     read_run,
     read_samples,
@@ -37,7 +37,7 @@ from azr.analysis.reader import (
 )
 from azr.command import Number
 from azr.console import warn
-from azr.fits import as_json, difference_of_means, linear_fit, ratio_of_sums
+from azr.fits import as_json, linear_fit
 from azr.jsonl import replacing
 from azr.palette import BLACK, BLUE, COLORS, GRAY, GREEN, PURPLE, SKY, VERMILION, YELLOW
 from azr.passk import share_interval
@@ -117,40 +117,29 @@ def mean_distances(rows: list[Counter], seed: int) -> np.ndarray:
 
 
 def diversity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
-    """Per window: distances among up to PROGRAMS proposed programs, the share of distinct ones, duplicates."""
-    from azr.tasks.program import read_program
-
-    windows, sampled = [], []
-    for number, (first, last) in enumerate(bounds):
+    """In the first and last window: distances among up to PROGRAMS proposed programs, and the share of duplicates."""
+    result = {}
+    for name, number in (("first", 0), ("last", len(bounds) - 1)):
+        first, last = bounds[number]
         # an induction proposal is about a program that it was given
         proposals = [p for p in digest.proposals if first <= p.step <= last and p.mode != "induction"]
         valid = [p.task["program"] for p in proposals if p.task]
         texts = random.Random(f"diversity/{number}").sample(valid, min(PROGRAMS, len(valid)))
-        sampled.append(texts)
-        windows.append(
-            {
-                "distinct_share": len({read_program(text).form for text in texts}) / len(texts) if texts else None,
-                "distinct_n": len(texts),
-                "duplicate_rate": mean_row(
-                    np.array([p.reason == "duplicate" for p in proposals], float), share_interval
-                ),
-            }
-        )
-    # one child for all windows, as starting it costs more than its work
-    rows = iter(profiles([text for texts in sampled for text in texts]))
-    for number, texts in enumerate(sampled):
-        trees = [row for _, row in zip(texts, rows) if row is not None]
-        windows[number]["program_distance"] = mean_row(mean_distances(trees, number))
-    return {"windows": windows, "distance": "pq-gram, p = 2, q = 3"}
+        duplicates = np.array([p.reason == "duplicate" for p in proposals], float)
+        result[name] = {
+            "duplicate_rate": mean_row(duplicates, share_interval),
+            "program_distance": mean_row(mean_distances([tree for tree in profiles(texts) if tree], number)),
+        }
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------- the rest
 
 
 def validity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
-    """Per role and mode: the share of every reason in each window, n, and the share of `ok` with its interval."""
+    """Per mode: the share of every reason of its proposals in each window, n, and that of `ok` with its interval."""
     result = {}
-    for (role, mode), by_step in digest.reasons.items():
+    for mode, by_step in digest.reasons.items():
         rows = []
         for a, b in bounds:
             total = sum((by_step[step] for step in range(a, b + 1) if step in by_step), Counter())
@@ -159,51 +148,39 @@ def validity(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
             shares = {reason: count / n for reason, count in total.most_common()}
             rows.append({"n": n, "shares": shares, "ok": mean_row(ok, share_interval)} if n else None)
         if any(rows):
-            result[f"{role}/{mode}"] = rows
+            result[mode] = rows
     return result
 
 
-def solve_rates(digest: Digest, bounds: list[tuple[int, int]], answers: int) -> dict:
-    """Per mode: how many of `answers` were right, as shares of the valid proposals, in the first and last window."""
+def solve_rates(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
+    """Per mode, of its valid proposals in the first and in the last window: the mean solve rate, and the share that is
+    solved sometimes but not always."""
     result = {}
     for mode in MODES:
         for name, (a, b) in (("first", bounds[0]), ("last", bounds[-1])):
             rates = [p.solve_rate for p in digest.proposals if p.mode == mode and a <= p.step <= b]
             rates = np.array([r for r in rates if r is not None], float)
             if len(rates):
-                histogram = np.bincount(np.rint(rates * answers).astype(int), minlength=answers + 1) / len(rates)
                 learnable = ((rates > 0) & (rates < 1)).astype(float)
                 result[f"{mode}/{name}"] = {
-                    "n": len(rates),
-                    "histogram": histogram.tolist(),
                     "mean": mean_row(rates, share_interval),
                     "learnable": mean_row(learnable, share_interval),
                 }
     return result
 
 
-def lengths(digest: Digest, bounds: list[tuple[int, int]]) -> dict:
-    """Per mode: answer tokens of right and wrong answers by window, and tokens = b0 + b1 step / 100 + b2 right.
+def lengths(digest: Digest) -> dict:
+    """Per mode: tokens of an answer = b0 + b1 step / 100 + b2 right.
 
     b1 is the drift of length that is not explained by answering more or less often right; intervals resample steps.
     """
     result = {}
     for mode, columns in digest.answers.items():
         step, tokens, correct = columns["step"], columns["tokens"], columns["correct"]
-        if not len(step):
-            continue
-        windows = []
-        for a, b in bounds:
-            row = {}
-            for name, chosen in (("right", correct), ("wrong", ~correct)):
-                pick = (step >= a) & (step <= b) & chosen
-                n = int(pick.sum())
-                row[name] = as_json(ratio_of_sums(tokens[pick], np.ones(n), step[pick]), n) if n > 1 else None
-            windows.append(row)
-        fit = linear_fit(np.column_stack([step / 100, correct]), tokens, step)
-        names = ("tokens_at_start", "per_100_steps", "right_minus_wrong")
-        result[mode] = {"windows": windows, "n": fit.n, "steps": fit.groups}
-        result[mode] |= {name: as_json(value, fit.n) for name, value in zip(names, fit.coefficients)}
+        if len(step):
+            fit = linear_fit(np.column_stack([step / 100, correct]), tokens, step)
+            _, drift, right = fit.coefficients
+            result[mode] = {"n": fit.n, "per_100_steps": as_json(drift), "right_minus_wrong": as_json(right)}
     return result
 
 
@@ -217,16 +194,6 @@ def phases(run: RunData) -> dict:
         if measured.any() and name not in NO_SECONDS:
             share = float(values[measured].sum() / total[measured].sum())
             result[name] = mean_row(values[measured]) | {"share": share}
-    return result
-
-
-def changes(run: RunData, metric: str) -> dict:
-    """A metric of each role and mode: mean in the first and in the last tenth of the steps, and their difference."""
-    result = {}
-    for key in (f"{role}/{mode}/{metric}" for role in ROLES for mode in MODES):
-        if pair := ends(run.column(key)):
-            change = as_json(difference_of_means(*pair), min(map(len, pair)))
-            result[key] = {"first": mean_row(pair[0]), "last": mean_row(pair[1]), "change": change}
     return result
 
 
@@ -244,17 +211,16 @@ def probe_kl(run: RunData) -> dict:
 
 def dynamics(run: RunData, digest: Digest, windows: int = WINDOWS) -> dict:
     """All of it for one run, ready for JSON."""
-    bounds, answers = stages(run.steps, windows), run.config.get("answers") or 8
+    bounds = stages(run.steps, windows)
     gap, outside = run.column("train/log_prob_gap"), run.column("train/gap_outside_10")
     return {
         "windows": bounds,
         "validity": validity(digest, bounds),
-        "solve_rate": solve_rates(digest, bounds, answers),
-        "answers_a_task": answers,
-        "lengths": lengths(digest, bounds),
+        "solve_rate": solve_rates(digest, bounds),
+        "lengths": lengths(digest),
         "diversity": diversity(digest, bounds),
-        "rewards": changes(run, "reward"),
-        "entropy": changes(run, "entropy"),
+        "rewards": first_and_last(run, "reward", MODES),
+        "entropy": first_and_last(run, "entropy", MODES),
         "probe_kl": probe_kl(run),
         "log_prob_gap": mean_row(gap) | {"max": float(np.nanmax(gap))} if np.isfinite(gap).any() else None,
         "gap_outside_10": mean_row(outside),
@@ -277,12 +243,10 @@ def print_result(run: RunData, result: dict) -> None:
     for mode, row in result["lengths"].items():
         drift = f"- (of {TREND_STEPS} steps or more)" if few else shown(row["per_100_steps"], 2)
         print(f"  {mode:10s}{drift};  {shown(row['right_minus_wrong'], 2)}  (n {row['n']})")
-    print("Mean rewards, first and last tenth of the steps:")
-    for key, row in result["rewards"].items():
-        print_change(key.removesuffix("/reward").ljust(22), row["first"], row["last"])
-    print("Entropy of its own samples, nats per token, first and last tenth of the steps:")
-    for key, row in result["entropy"].items():
-        print_change(key.removesuffix("/entropy").ljust(22), row["first"], row["last"])
+    for what, key in (("Mean rewards", "rewards"), ("Entropy of its own samples, nats per token", "entropy")):
+        print(f"{what}, first and last tenth of the steps:")
+        for name, row in result[key].items():
+            print_change(name.ljust(22), row["first"], row["last"])
     if moved := result["probe_kl"]:
         a, *_, b = [*(steps := next(iter(moved.values()))), *steps]
         print(f"KL from the policy of step 0, on its text (the probe), nats per token, step {a} -> {b}:")
@@ -300,7 +264,7 @@ def print_proposals(result: dict) -> None:
     """The part of `print_result` about what was proposed: valid, solved, how different."""
     print("Share of proposals that are valid, and what the others failed on most:")
     for mode in MODES:
-        rows = result["validity"].get(f"proposer/{mode}")
+        rows = result["validity"].get(mode)
         if rows and rows[0] and rows[-1]:
             why = [(reason, share) for reason, share in rows[-1]["shares"].items() if reason != "ok"][:3]
             causes = ", ".join(f"{reason} {100 * share:.0f} %" for reason, share in why) or "none refused"
@@ -315,7 +279,7 @@ def print_proposals(result: dict) -> None:
             if first and last:
                 print_change(f"{mode:10s}", first[key], last[key])
     print("Proposed programs, distance of their syntax trees (0 same, 1 nothing in common), and duplicates:")
-    first, last = result["diversity"]["windows"][0], result["diversity"]["windows"][-1]
+    first, last = (result["diversity"][end] for end in ("first", "last"))
     for key, name in (("program_distance", "distance"), ("duplicate_rate", "duplicates")):
         if first[key] and last[key]:
             print_change(f"{name:12s}", first[key], last[key])
@@ -327,9 +291,7 @@ def print_proposals(result: dict) -> None:
 def draw_validity(result: dict):
     """Stacked shares of the reasons, a panel per mode, all on one scale."""
     drawn, axes = figures.figure(1, 3, 3.5, 2.9)
-    shares = {
-        mode: [row["shares"] if row else {} for row in result["validity"].get(f"proposer/{mode}", [])] for mode in MODES
-    }
+    shares = {mode: [row["shares"] if row else {} for row in result["validity"].get(mode, [])] for mode in MODES}
     total = sum((Counter(row) for rows in shares.values() for row in rows), Counter())
     reasons = [reason for reason, _ in total.most_common() if reason != "ok"][:REASONS_SHOWN]
     names, top = [reason.replace("_", " ") for reason in (*reasons, "other")], 0.05

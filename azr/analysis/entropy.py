@@ -25,7 +25,7 @@ import numpy as np
 
 from azr.analysis import figures
 from azr.analysis.figures import STEP, look, looks, print_change, shown
-from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, ends, mean_row, read_runs
+from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, first_and_last, read_runs
 from azr.command import Number
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
@@ -186,17 +186,10 @@ def curves(args) -> int:
     result = {"runs": {}, "fits": fits_of(runs)}
     for run in runs:
         probe = probe_curve(run, args) if not args.no_probe else {}
-        result["runs"][str(run.path)] = {"training": training_summary(run), "probe": probe}
+        result["runs"][str(run.path)] = {"training": first_and_last(run, "entropy", (*MODES, "all")), "probe": probe}
     print_curves(result)
     figures.write_outputs(args, "entropy", result, {"entropy": draw_curves(runs, result)})
     return 0
-
-
-def training_summary(run: RunData) -> dict:
-    """{"role/mode": {"first", "last"}}: token-mean entropy over the first and last tenth of the steps, with intervals
-    over steps."""
-    pairs = {f"{role}/{m}": ends(run.column(f"{role}/{m}/entropy")) for role in ROLES for m in (*MODES, "all")}
-    return {name: {"first": mean_row(pair[0]), "last": mean_row(pair[1])} for name, pair in pairs.items() if pair}
 
 
 def adapter_of(checkpoint: Path, role: str) -> Path:

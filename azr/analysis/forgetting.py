@@ -167,7 +167,7 @@ def sizes(run: RunData, checkpoint: Path) -> dict:
     except ModelError as error:
         warn(f"{checkpoint}: size and sparsity of the update are left out: {error}")
         return {}
-    return {name: norms.get(name) for name in ("U1_rms", *SIZES)}
+    return {name: norms.get(name) for name in SIZES}
 
 
 def chosen_checkpoints(run: RunData, count: int) -> dict[int, Path]:

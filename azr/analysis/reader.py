@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,7 +169,7 @@ class Digest:
     """samples.jsonl in one pass: all proposals, compact columns of the answers, and some of both as they are."""
 
     proposals: list[Proposal]
-    reasons: dict  # (role, mode) -> {step: Counter of reasons}
+    reasons: dict  # mode -> {step: Counter of what became of its proposals}
     answers: dict  # mode -> {"step", "tokens", "correct"}: arrays (answers,)
     examples: dict  # (step, mode) -> [rank, a proposal's row, the first answer to its task or None]
     notes: list[str]
@@ -181,14 +181,14 @@ def read_samples(run: RunData, example_steps: tuple[int, ...] = ()) -> Digest:
     path = run.path / "samples.jsonl"
     if not path.is_file():
         raise RunError(f"{path}: no such file; the run has not logged any sample yet")
-    digest = Digest([], {group: defaultdict(Counter) for group in GROUPS}, {}, {}, [])
+    digest = Digest([], {mode: defaultdict(Counter) for mode in MODES}, {}, {}, [])
     columns = {mode: ([], [], []) for mode in MODES}
     strange = 0
     for row in tolerant_lines(path, digest.notes):
         try:
             step, role, mode, reason, task = (row[name] for name in ("step", "role", "mode", "reason", "task"))
-            digest.reasons[role, mode][step][reason] += 1
             if role == "proposer":
+                digest.reasons[mode][step][reason] += 1
                 digest.proposals.append(Proposal(step, mode, task, reason, row["solve_rate"]))
             elif role == "solver":
                 for column, value in zip(columns[mode], (step, row["tokens"], row["reward"].get("correct", False))):
@@ -240,6 +240,13 @@ def mean_row(values: np.ndarray, interval: Callable = bootstrap_interval) -> dic
     """{"mean", "low", "high", "n"} of the values that are finite, which are resampled; None without any."""
     values = values[np.isfinite(values)]
     return as_json(interval(values), len(values)) if len(values) else None
+
+
+def first_and_last(run: RunData, metric: str, modes: Sequence[str]) -> dict:
+    """{"role/mode": {"first", "last"}}: means of a metric in the first and the last tenth of the steps, with intervals
+    over steps."""
+    pairs = {f"{role}/{mode}": ends(run.column(f"{role}/{mode}/{metric}")) for role in ROLES for mode in modes}
+    return {name: {"first": mean_row(pair[0]), "last": mean_row(pair[1])} for name, pair in pairs.items() if pair}
 
 
 def remembered(path: Path, key: list, fresh: bool, make: Callable[[], dict]) -> dict:
