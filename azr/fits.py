@@ -25,11 +25,6 @@ class Fit:
     n: int
     groups: int
 
-    def to_json(self) -> dict:
-        """Returns plain data: coefficients (the intercept first) and R^2 with intervals, n, resampled units."""
-        rows = [as_json(c) for c in self.coefficients]
-        return {"coefficients": rows, "r2": as_json(self.r2), "n": self.n, "resampled_units": self.groups}
-
 
 def as_json(interval: Interval, n: int | None = None) -> dict:
     """{"mean", "low", "high"} of floats, and n."""

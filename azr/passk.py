@@ -93,7 +93,7 @@ class Interval:
     def __str__(self) -> str:
         if np.ndim(self.mean):
             return ", ".join(str(self[i]) for i in range(len(self.mean)))
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return shown(self)
 
     def __getitem__(self, column: int) -> Interval:
         return Interval(float(self.mean[column]), float(self.low[column]), float(self.high[column]))
@@ -107,6 +107,16 @@ class Interval:
         """{"mean", "low", "high"} of floats; null for NaN."""
         pairs = zip(("mean", "low", "high"), (self.mean, self.low, self.high))
         return {name: float(value) if math.isfinite(value) else None for name, value in pairs}
+
+
+def shown(value: Interval | dict | None, digits: int = 3, sign: bool = False) -> str:
+    """An estimate with its interval as text; of an Interval, a dict of its fields, or None, which is "-"."""
+    row = value if isinstance(value, dict) else value.to_json() if value else {}
+    mean, low, high = (math.nan if row.get(key) is None else row[key] for key in ("mean", "low", "high"))
+    if math.isnan(mean):
+        return "-"
+    form = f"{'+' if sign else ''}.{digits}f"
+    return f"{mean:{form}} [{'no interval' if math.isnan(low) else f'{low:{form}}, {high:{form}}'}]"
 
 
 def bootstrap_interval(

@@ -21,14 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import shown
 from azr.analysis.reader import MODES, TREND_STEPS, RunData, mean_row, read_runs, read_samples, remembered, stages
 from azr.command import Number
 from azr.console import note, warn
 from azr.fits import as_json, difference_of_means, linear_fit
 from azr.jsonl import write_json_atomic
 from azr.palette import BLACK, GRAY, Style, style
-from azr.passk import share_interval
+from azr.passk import share_interval, shown
 from azr.runs import weights_of
 
 STAGES, ANSWERS = 4, 8

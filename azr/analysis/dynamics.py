@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import STEP, print_change, shown
+from azr.analysis.figures import STEP, print_change
 from azr.analysis.reader import (
     MODES,
     ROLES,
@@ -40,7 +40,7 @@ from azr.console import warn
 from azr.fits import as_json, linear_fit
 from azr.jsonl import replacing
 from azr.palette import BLACK, BLUE, COLORS, GRAY, GREEN, PURPLE, SKY, VERMILION, YELLOW
-from azr.passk import share_interval
+from azr.passk import share_interval, shown
 
 WINDOWS = 10
 PROGRAMS = 100  # proposed in a window, whose distances are measured

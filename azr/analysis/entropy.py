@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import STEP, look, looks, print_change, shown
+from azr.analysis.figures import STEP, look, looks, print_change
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, first_and_last, read_runs
 from azr.command import Number
 from azr.console import warn
 from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
 from azr.palette import BLACK, style
-from azr.passk import bootstrap_interval
+from azr.passk import bootstrap_interval, shown
 from azr.policy.opening import agree
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ import numpy as np
 from azr.analysis.reader import MODES, RunData
 from azr.jsonl import write_json_atomic
 from azr.palette import BLACK, Style, arm_of, series, style
+from azr.passk import shown
 
 STEP = "training step"
 LINES = ("-", "--", ":", "-.")  # runs of the same arm
@@ -141,16 +142,6 @@ def write_outputs(args, name: str, result: dict, figures: dict) -> None:
         written.append(Path(args.out) / f"{title}.png")
         written[-1].write_bytes(drawn if isinstance(drawn, bytes) else png(drawn))
     print("\nwritten: " + ", ".join(map(str, written)))
-
-
-def shown(interval, digits: int = 3) -> str:
-    """An estimate with its interval for the screen; takes an Interval, its dict, or None, which is "-"."""
-    row = interval if isinstance(interval, dict) else interval.to_json() if interval else {}
-    mean, low, high = (float("nan") if row.get(key) is None else row[key] for key in ("mean", "low", "high"))
-    if mean != mean:
-        return "-"
-    ends = "no interval" if low != low else f"{low:.{digits}f}, {high:.{digits}f}"
-    return f"{mean:.{digits}f} [{ends}]"
 
 
 def print_change(name: str, first: dict, last: dict, more: str = "") -> None:

@@ -21,13 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import figures
-from azr.analysis.figures import shown
 from azr.analysis.reader import ROLES, RunData, read_runs, remembered
 from azr.command import Number
 from azr.console import note, warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.models import model_path
-from azr.passk import difference_interval, share_interval
+from azr.passk import difference_interval, share_interval, shown
 from azr.policy.opening import ModelError
 from azr.runs import weights_of
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from azr.analysis import difficulty, dynamics, entropy, figures, forgetting, html
-from azr.analysis.figures import STEP, shown
+from azr.analysis.figures import STEP
 from azr.analysis.health import Health
 from azr.analysis.reader import (
     MODES,
@@ -40,7 +40,7 @@ from azr.evals.held_out import EvalResult, difference, plot_pass_at_k
 from azr.fits import difference_of_means, over_runs
 from azr.jsonl import read_object, replacing, tolerant_lines
 from azr.palette import style
-from azr.passk import powers_of_two, share_interval
+from azr.passk import powers_of_two, share_interval, shown
 
 STAGES_SHOWN = 4
 CONFIG_SHOWN = "model seed steps recipe algorithm learning_rate prompts_per_mode answers lora_rank quantization".split()
@@ -163,7 +163,7 @@ def facts_of(entry: Entry) -> list[str]:
             before, after, gain = base.pass_at_k(k), trained.pass_at_k(k), difference(base, trained, k)
             sentences.append(
                 f"pass@{k} on {len(base.tasks)} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after "
-                f"{step} steps, difference {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]."
+                f"{step} steps, difference {shown(gain, sign=True)}."
             )
     for role in ROLES:
         if pair := mean_ends(run, role):
@@ -236,9 +236,8 @@ def pass_table(entry: Entry) -> str:
     for mode in [*base.modes, None]:
         for k in sorted(entry.ks):
             gain = difference(base, trained, k, mode)
-            change = f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
             verdict = "cannot tell" if not gain.excludes_zero else "better" if gain.mean > 0 else "worse"
-            cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode)), change, verdict]
+            cells = [str(base.pass_at_k(k, mode)), str(trained.pass_at_k(k, mode)), shown(gain, sign=True), verdict]
             rows.append([mode or "all", len(base.of(mode)), k, *cells])
     return html.table(["mode", "tasks", "k", "base", f"step {step}", "difference, paired", f"step {step} is"], rows)
 

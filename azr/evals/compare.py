@@ -238,14 +238,11 @@ def verdict(rows: list[dict], point: dict | None, n: int, margin: float) -> tupl
     claim += f"here k is up to {rows[-1]['k']} and n = {n}."
     if wide:
         capacity, claim = about_capacity(rows, wide[-1], margin)
-    shown = {row["k"]: signed(row["difference"]) for row in (rows[0], (wide or rows)[-1])}  # one, if there is one k
+    shown = {
+        row["k"]: passk.shown(row["difference"], sign=True) for row in (rows[0], (wide or rows)[-1])
+    }  # one, if there is one k
     numbers = ", ".join(text if len(rows) == 1 else f"{text} at k = {k}" for k, text in shown.items())
     return capacity or name, f"{lead}: {numbers}. {claim}"
-
-
-def signed(difference: dict) -> str:
-    """+0.127 [+0.079, +0.176]."""
-    return "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**difference)
 
 
 def who_leads(rows: list[dict], point: dict | None) -> tuple[str, str]:

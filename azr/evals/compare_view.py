@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr import passk
 from azr.console import prose, say
 from azr.palette import COMPARISON, GRAY, MODELS, style
 
@@ -30,13 +31,7 @@ SET_NAMES = {
 
 def span(value: dict | None, sign: bool = False) -> str:
     """mean [low, high], with a star where all problems are equal; "-" where undefined."""
-    if value is None or value["mean"] is None:
-        return "-"
-    form = "{:+.3f}" if sign else "{:.3f}"
-    if value["low"] is None:
-        return form.format(value["mean"])
-    star = "*" if value.get("all_equal") else ""
-    return f"{form} [{form}, {form}]{star}".format(value["mean"], value["low"], value["high"])
+    return passk.shown(value, sign=sign) + ("*" if value and value.get("all_equal") else "")
 
 
 def p_value(p: float) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from azr import passk
 from azr.console import say
 from azr.evals import compare, compare_view
-from azr.evals.compare import CAPACITY_K, Graded, signed
+from azr.evals.compare import CAPACITY_K, Graded
 from azr.jsonl import replacing, write_json_atomic
 
 LADDER = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # what a claim against the base needs
@@ -207,12 +207,13 @@ def verdict(at_best: dict, counts: tuple[int, int], k: int | None, margin: float
     base, tuned = (f"{place} ({named(one[f'{side}_temperature'])})" for place, side in zip(of, ("base", "tuned")))
     first = place_of(one["difference"])
     lead = f"Cannot tell tuned at {tuned} from" if first == "cannot tell" else f"Tuned at {tuned} is {first}"
-    lead += f" the base at {base}: pass@1 {signed(one['difference'])}."
+    lead += f" the base at {base}: pass@1 {passk.shown(one['difference'], sign=True)}."
     if many is None or k < CAPACITY_K:
         claim = f"No claim about coverage: that takes k = {CAPACITY_K} or more, and n >= 2k samples above temperature 0"
         return {"pass@1": first, "coverage": None}, f"{lead} {claim}{f', here k is {k}' if k else ''}."
     then, gain = place_of(many["difference"]), many["difference"]
-    text = f"pass@{k} {signed(gain)} ({named(many['tuned_temperature'])} against {named(many['base_temperature'])})"
+    places = f"{named(many['tuned_temperature'])} against {named(many['base_temperature'])}"
+    text = f"pass@{k} {passk.shown(gain, sign=True)} ({places})"
     missed = 1 - many["base"]["mean"]
     if then != "cannot tell":
         claim = f"Its coverage is {then} {'all that' if then == 'above' else 'what'} the base reaches: {text}."

@@ -13,6 +13,7 @@ from rich.text import Text
 from azr.console import INDENT, console, duration, prose, say
 from azr.evals.held_out import EvalResult, difference, well_formed_difference
 from azr.models import base_description
+from azr.passk import shown
 from azr.tasks import MODES, Sample
 from azr.train import rules
 from azr.train.metrics import mean
@@ -253,7 +254,7 @@ def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
 def signed(gain) -> str:
     """The mean of a difference with its interval, and a star if the interval leaves 0 out."""
     mark = "*" if gain.excludes_zero else " "
-    return f"{gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] {mark}"
+    return f"{shown(gain, sign=True)} {mark}"
 
 
 def training_table(first: list[dict], last: list[dict]) -> None:
