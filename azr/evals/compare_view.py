@@ -6,6 +6,7 @@ markdown(result) -> str     show(page, out)     plot(result) -> bytes      resul
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ def curve_table(result: dict) -> str:
         ]
         for row in result["pass@k"]
     ]
-    return _table(["k", "base", "tuned", "tuned - base", "p", "p, Holm", "ahead"], rows)
+    return table(["k", "base", "tuned", "tuned - base", "p", "p, Holm", "ahead"], rows)
 
 
 def set_table(result: dict) -> str:
@@ -72,7 +73,7 @@ def set_table(result: dict) -> str:
         ]
         for key, name in SET_NAMES.items()
     ]
-    return _table([f"within {sets['samples']} samples", "tuned", "second base", "tuned - second base"], rows) + (
+    return table([f"within {sets['samples']} samples", "tuned", "second base", "tuned - second base"], rows) + (
         f"\n\nSecond base: {sets['second_base']}, averaged over all ways to split them; base against tuned likewise at "
         "half the samples. Two samples of one model differ too, so only the last column is a claim."
     )
@@ -87,7 +88,7 @@ def answer_table(result: dict) -> str:
         ("answers cut by the length limit", answers["truncated"]),
     ]
     rows = [[name, span(v["base"]), span(v["tuned"]), span(v["difference"], sign=True)] for name, v in pairs if v]
-    return _table(["answers", "base", "tuned", "tuned - base"], rows) if rows else ""
+    return table(["answers", "base", "tuned", "tuned - base"], rows) if rows else ""
 
 
 def markdown(result: dict) -> str:
@@ -150,7 +151,7 @@ def frontier_page(result: dict) -> str:
     head = [text for name in (1, k) if name for text in (f"base pass@{name}", "tuned", "tuned - base")]
     several = sum(at["pass@1"]["difference"] is not None for at in result["temperatures"].values()) > 1
     where = "Curves, sets and answers at one temperature: compare its two directories, such as A/T1 and B/T1." * several
-    return _page(result, "", _table(["T", *head], rows), where)
+    return _page(result, "", table(["T", *head], rows), where)
 
 
 def frontier_table(frontier: dict) -> str:
@@ -166,11 +167,12 @@ def frontier_table(frontier: dict) -> str:
         ]
         for t, row in frontier["temperatures"].items()
     ]
-    return _table(["T", "answers", "pass@1", *([f"pass@{k}"] if k else []), "answers that are the greedy one"], rows)
+    return table(["T", "answers", "pass@1", *([f"pass@{k}"] if k else []), "answers that are the greedy one"], rows)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def table(header: Sequence[str], rows: list[Sequence]) -> str:
     """A Markdown table whose columns stand one below the other as plain text too."""
+    header, *rows = ([str(cell) for cell in line] for line in (header, *rows))
     widths = [max(map(len, column)) for column in zip(header, *rows)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines)

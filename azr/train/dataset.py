@@ -4,9 +4,9 @@
 
 A row is a task of the buffers, with the step that it came in (0: the seed stage) and how it was solved. `near` names
 problems of public benchmarks with which its program has 13 tokens in a row in common (as in GPT-3's report, arXiv
-2005.14165, appendix C), `near_share` the part of its 13-grams that the nearest of them has. Logs are read line by line
-and rows written by the thousand; what is held are the buffers. Needs pyarrow, which nothing else here does. Left out:
-tasks that have left a full buffer, responses, names of variables (a program with other names is no duplicate here).
+2005.14165, appendix C), `near_share` the part of its 13-grams that the nearest of them has. Needs pyarrow, which
+nothing else here does. Left out: tasks that have left a full buffer, responses, names of variables (a program with
+other names is no duplicate here).
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import re
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 
 from azr.evals.benchmarks import load
+from azr.evals.compare_view import table
 from azr.jsonl import read_object, replacing
 from azr.runs import read_samples
 from azr.tasks import Task
 
 GRAM = 13
-ROWS = 1000  # in a row group: what is in memory as columns
+ROWS = 1000  # in a row group: what a viewer reads at once
 MARK = "<!-- written by python -m azr.tasks make run -->"  # a README.md without it is somebody's own
 COLUMNS = {
     "hash": "32 hex digits of the content",
@@ -57,6 +57,7 @@ size_categories: [{size}]
 configs: [{{config_name: default, data_files: {name}}}]
 ---"""
 CLASSES, BELOW = ("never", "up to 1/4", "up to 1/2", "up to 3/4", "below 1", "always"), (0.0, 0.25, 0.5, 0.75, 0.9999)
+UNKNOWN = "not measured"
 
 
 def tokens(text: str) -> list[str]:
@@ -134,79 +135,63 @@ def write_parquet(run: Path, out: Path, tasks: list[tuple[Task, int]], near: lis
     kinds = dict.fromkeys(COLUMNS, text) | dict.fromkeys(("step", "answers", "correct", "statements", "tokens"), whole)
     kinds |= dict.fromkeys(("visible", "hidden"), pyarrow.list_(pyarrow.struct({"input": text, "output": text})))
     kinds |= {"solve_rate": number, "near_share": number, "near": pyarrow.list_(text)}
-    schema, summary, rows = pyarrow.schema(list(kinds.items())), Summary(near), rows_of(run, tasks, near)
-    with replacing(out) as file, parquet.ParquetWriter(file, schema, compression="zstd") as writer:
-        while part := list(islice(rows, ROWS)):
-            writer.write_table(pyarrow.Table.from_pylist(part, schema))
-            summary.add(part)
+    rows = list(rows_of(run, tasks, near))
+    columns = pyarrow.Table.from_pylist(rows, pyarrow.schema(list(kinds.items())))
+    with replacing(out) as file:
+        parquet.write_table(columns, file, ROWS, compression="zstd")
     with replacing(card) as file:
-        file.write(summary.card(read_object(run / "config.json"), out.name).encode())
+        file.write(data_card(rows, read_object(run / "config.json"), out.name, near).encode())
 
 
-class Summary:
-    """Counts of rows, for the card."""
-
-    def __init__(self, near: list[str]) -> None:
-        self.near = [name.partition("=")[0] for name in near]
-        self.modes, self.rates, self.met, self.half = Counter(), Counter(), Counter(), Counter()
-        self.problems: dict[str, set[str]] = defaultdict(set)
-        self.seed, self.last, self.short, self.sizes = 0, 0, 0, []
-
-    def add(self, rows: list[dict]) -> None:
-        """Counts these too."""
-        for row in rows:
-            mode, rate = row["mode"], row["solve_rate"]
-            self.modes[mode] += 1
-            self.rates[mode, None if rate is None else CLASSES[bisect_left(BELOW, rate)]] += 1
-            self.seed += row["step"] == 0
-            self.last = max(self.last, row["step"])
-            self.short += row["tokens"] < GRAM
-            self.sizes.append(row["tokens"])
-            names = [problem.partition("/")[0] for problem in row["near"]]
-            for name, problem in zip(names, row["near"]):
-                self.problems[name].add(problem)
-            self.met.update(set(names))
-            self.half.update(names[:1] if row["near_share"] >= 0.5 else [])
-
-    def card(self, config: dict, name: str) -> str:
-        """The README.md of a data set on the hub: a header in YAML that its viewer reads, then what is in the file."""
-        count, model = sum(self.modes.values()), Path(config["model"]).name
-        size = next((text for most, text in SIZES if count < most), "1M<n<10M")
-        title = f"Python tasks invented by {model} in self-play"
-        rates = [(*CLASSES, "not measured"), *([self.rates[m, c] for c in (*CLASSES, None)] for m in self.modes)]
-        sizes = sorted(self.sizes) or [0]
-        near = [(b, len(self.problems[b]), self.met[b], self.half[b]) for b in self.near]
-        parts = [
-            HEADER.format(title=json.dumps(title), size=size, name=json.dumps(name)),
-            MARK,
-            f"# {title}",
-            f"{count:,} tasks: each a small Python program and a question about it, answered by running the program. "
-            f"The model proposed them while it was trained on solving them: {self.seed:,} before the first update (in "
-            f"step 0), the last in step {self.last}. What did not end, was not deterministic or was there before was "
-            "refused.",
-            table(("setting", "value"), [(key, config[key]) for key in SETTINGS if config.get(key) is not None]),
-            "## How they were solved",
-            "Tasks by the share of right answers in the step in which they came, by the model as it was then.",
-            table(("solved", *self.modes), list(zip(*rates))),
-            "## Size",
-            f"Tokens of a program: median {sizes[len(sizes) // 2]}, 90 % below {sizes[len(sizes) * 9 // 10]}, longest "
-            f"{sizes[-1]}.",
-            "## Near-duplicates of benchmarks",
-            f"Programs with {GRAM} tokens in a row in common with a problem (its prompt and solution, or its program). "
-            f"{self.short:,} programs are shorter than that and were not compared; names count as they are.",
-            table(("benchmark", "its problems met", "tasks that meet one", "with half of their 13-grams"), near)
-            if near
-            else "Not looked for: `--near NAME=FILE` was not given.",
-            "## Columns",
-            table(("column", "what it holds"), [(f"`{key}`", text) for key, text in COLUMNS.items()]),
-            "## Licence",
-            "Not chosen yet: put yours into the header. The licence of the model may bind what it wrote. Programs have "
-            "run in a sandbox and were not read by anyone; run them in one too.",
-        ]
-        return "\n\n".join(parts) + "\n"
+def data_card(rows: list[dict], config: dict, name: str, near: list[str]) -> str:
+    """The README.md of a data set on the hub: a header in YAML that its viewer reads, then what `name` holds."""
+    modes, sizes = Counter(row["mode"] for row in rows), sorted(row["tokens"] for row in rows) or [0]
+    solved = Counter((row["mode"], class_of(row["solve_rate"])) for row in rows)
+    seed, last = sum(row["step"] == 0 for row in rows), max((row["step"] for row in rows), default=0)
+    short = sum(row["tokens"] < GRAM for row in rows)
+    size = next((text for most, text in SIZES if len(rows) < most), "1M<n<10M")
+    title = f"Python tasks invented by {Path(config['model']).name} in self-play"
+    benchmarks = [each.partition("=")[0] for each in near]
+    parts = [
+        HEADER.format(title=json.dumps(title), size=size, name=json.dumps(name)),
+        MARK,
+        f"# {title}",
+        f"{len(rows):,} tasks: each a small Python program and a question about it, answered by running the program. "
+        f"The model proposed them while it was trained on solving them: {seed:,} before the first update (in step 0), "
+        f"the last in step {last}. What did not end, was not deterministic or was there before was refused.",
+        table(("setting", "value"), [(key, config[key]) for key in SETTINGS if config.get(key) is not None]),
+        "## How they were solved",
+        "Tasks by the share of right answers in the step in which they came, by the model as it was then.",
+        table(("solved", *modes), [(c, *(solved[mode, c] for mode in modes)) for c in (*CLASSES, UNKNOWN)]),
+        "## Size",
+        f"Tokens of a program: median {sizes[len(sizes) // 2]}, 90 % below {sizes[len(sizes) * 9 // 10]}, longest "
+        f"{sizes[-1]}.",
+        "## Near-duplicates of benchmarks",
+        f"Programs with {GRAM} tokens in a row in common with a problem (its prompt and solution, or its program). "
+        f"{short:,} programs are shorter than that and were not compared; names count as they are.",
+        table(
+            ("benchmark", "its problems met", "tasks that meet one", "with half of their 13-grams"),
+            [(benchmark, *met(rows, f"{benchmark}/")) for benchmark in benchmarks],
+        )
+        if near
+        else "Not looked for: `--near NAME=FILE` was not given.",
+        "## Columns",
+        table(("column", "what it holds"), [(f"`{key}`", text) for key, text in COLUMNS.items()]),
+        "## Licence",
+        "Not chosen yet: put yours into the header. The licence of the model may bind what it wrote. Programs have "
+        "run in a sandbox and were not read by anyone; run them in one too.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def table(head: tuple[str, ...], rows: list[tuple]) -> str:
-    """In Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def class_of(rate: float | None) -> str:
+    """The one of CLASSES that a solve rate lies in, UNKNOWN for None."""
+    return UNKNOWN if rate is None else CLASSES[bisect_left(BELOW, rate)]
+
+
+def met(rows: list[dict], start: str) -> tuple[int, int, int]:
+    """Of a benchmark whose problems' names begin with `start`: how many of them rows meet, how many rows meet one, and
+    how many have half of their 13-grams in common with one that is their nearest."""
+    problems = [[problem for problem in row["near"] if problem.startswith(start)] for row in rows]
+    half = [row["near_share"] >= 0.5 and row["near"][0].startswith(start) for row in rows if row["near"]]
+    return len({problem for names in problems for problem in names}), sum(map(bool, problems)), sum(half)
