@@ -192,7 +192,6 @@ def run(base: Graded, tuned: Graded, ks: list[int] | None = None, margin: float 
         "solved_in_n": solved_in_n(base, tuned),
         "sets": set_figures(base, tuned),
         "answers": answer_figures(base, tuned),
-        "histogram": histogram(base.c, tuned.c, n),
         "intervals": INTERVALS,
         "notes": notes,
     }
@@ -413,13 +412,3 @@ def answer_figures(base: Graded, tuned: Graded) -> dict:
         "entropy": pair(*entropy[:, finite], most=math.log(base.n)) if finite.any() else None,
         "entropy_problems": int(finite.sum()),
     }
-
-
-def histogram(c_base: np.ndarray, c_tuned: np.ndarray, n: int) -> dict:
-    """Problems by the share of right answers: exactly 0, ten bins between, exactly 1."""
-    labels = ["0", *(f"{i / 10:.1f}-{(i + 1) / 10:.1f}" for i in range(10)), "1"]
-    bins = {"bins": labels}
-    for name, c in (("base", c_base), ("tuned", c_tuned)):
-        place = np.where(c == 0, 0, np.where(c == n, 11, 1 + np.minimum(9, 10 * c // n)))
-        bins[name] = np.bincount(place, minlength=12).tolist()
-    return bins

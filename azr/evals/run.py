@@ -1,7 +1,7 @@
 """Samples a benchmark: N answers a problem from a base, or from a base and its unmerged adapter, into a directory.
 
-    settings = settings_of(options, benchmark)            # quantization, dtype, template as the adapter's azr.json says
-    rows = sample(settings, benchmark, out)               # goes on where an interrupted run stopped
+    settings, lines = settings_of(options, benchmark)     # quantization, dtype, template as the adapter's azr.json says
+    for rows, info in run_each([(settings, out)], benchmark, ranks):      # goes on where an interrupted run stopped
 
 Files: config.json (what decides the answers), samples.jsonl (a line a sample), then graded.jsonl and result.json
 by azr/evals/score.py. A sample's seed follows from (seed, problem, sample) alone, so --samples can be raised later and
@@ -173,20 +173,16 @@ def describe(settings: Settings, policy, benchmark: Benchmark) -> dict:
 # ---------------------------------------------------------------- sampling
 
 
-def run(settings: Settings, benchmark: Benchmark, out: Path) -> tuple[list[Row], dict]:
-    """Makes what is missing; returns (samples, what describes them). ValueError, before sampling, for what can't be."""
-    ((rows, info),) = run_each([(settings, out)], benchmark)
-    return rows, info
+def run_each(
+    parts: list[tuple[Settings, Path]], benchmark: Benchmark, ranks: Alone
+) -> Iterator[tuple[list[Row], dict]]:
+    """Makes what is missing; yields (samples, what describes them) for each (settings, directory), which differ in
+    temperature and number of samples only. ValueError, before the first answer is sampled, for what can't be.
 
-
-def run_each(parts: list[tuple[Settings, Path]], benchmark: Benchmark, ranks=None) -> Iterator[tuple[list[Row], dict]]:
-    """Yields what `run` returns for each (settings, directory); they differ in temperature and number of samples only.
-
-    The model is loaded once, and all directories are checked before the first answer is sampled.
+    The model is loaded once, and all directories are checked before.
     """
     from azr.policy.policy import Policy, Sampling
 
-    ranks = ranks or Alone()
     with contextlib.ExitStack() as locks:
         for _, out in parts if ranks.leads else ():
             locks.enter_context(locked(out))

@@ -122,7 +122,6 @@ def test_more_solved_is_a_capacity_gain(results, tmp_path):
     assert distinct["base"]["mean"] <= 1 < distinct["tuned"]["mean"] <= 3 and distinct["difference"]["low"] > 0
     assert 0 < entropy["base"]["mean"] < np.log(5) and result["answers"]["entropy_problems"] == 300
     assert result["answers"]["truncated"]["base"]["mean"] == pytest.approx(1 / 64)
-    assert sum(result["histogram"]["base"]) == sum(result["histogram"]["tuned"]) == 300
     counts = result["solved_in_n"]
     assert sum(counts[name] for name in compare.SETS) == 300
     assert len(counts["problems"]["tuned_only"]) == counts["tuned_only"]

@@ -324,11 +324,17 @@ def test_a_part_of_a_benchmark_is_evenly_spread():
     assert few.part == "30 problems, evenly spread over the 2100"
 
 
+def sampled(settings, benchmark, out):
+    """(samples, what describes them) of a run at one temperature."""
+    ((rows, info),) = run.run_each([(settings, out)], benchmark, score.Alone())
+    return rows, info
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run that nothing disturbed."""
     out = tmp_path_factory.mktemp("run")
-    rows, info = run.run(settings(), TINY, out)
+    rows, info = sampled(settings(), TINY, out)
     return out, (out / "samples.jsonl").read_bytes(), rows, info
 
 
@@ -346,18 +352,18 @@ def test_an_interrupted_run_goes_on_to_the_same_file(whole, tmp_path, keep):
     _, data, _, info = whole
     (tmp_path / "samples.jsonl").write_bytes(data[: int(keep * len(data))])
     (tmp_path / "config.json").write_text(json.dumps(info))
-    run.run(settings(), TINY, tmp_path)
+    sampled(settings(), TINY, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == data
 
 
 def test_more_samples_add_only_the_missing_ones(whole, tmp_path):
     _, data, rows, _ = whole
-    run.run(settings(samples=2), TINY, tmp_path)
+    sampled(settings(samples=2), TINY, tmp_path)
     first = (tmp_path / "samples.jsonl").read_bytes()
-    again, _ = run.run(settings(), TINY, tmp_path)
+    again, _ = sampled(settings(), TINY, tmp_path)
     after = (tmp_path / "samples.jsonl").read_bytes()
     assert after == data and set(first.splitlines()) < set(after.splitlines())
-    fewer, _ = run.run(settings(samples=2), TINY, tmp_path)
+    fewer, _ = sampled(settings(samples=2), TINY, tmp_path)
     assert len(fewer) == 10 and (tmp_path / "samples.jsonl").read_bytes() == after
 
 
@@ -372,10 +378,10 @@ def test_a_stop_in_the_middle_of_a_cell_costs_no_finished_answer(whole, tmp_path
 
     monkeypatch.setattr(run, "append", stop_after_ten)
     with pytest.raises(KeyboardInterrupt):
-        run.run(settings(), TINY, tmp_path)
+        sampled(settings(), TINY, tmp_path)
     assert len((tmp_path / "samples.jsonl").read_bytes().splitlines()) == 10
     monkeypatch.setattr(run, "append", write)
-    run.run(settings(), TINY, tmp_path)
+    sampled(settings(), TINY, tmp_path)
     assert (tmp_path / "samples.jsonl").read_bytes() == whole[1]
 
 
@@ -411,9 +417,9 @@ def test_several_temperatures_are_each_what_one_writes(whole, tmp_path, capsys):
 def test_other_settings_are_refused(whole):
     out, data, _, _ = whole
     with pytest.raises(ValueError, match="temperature 1.0 -> 0.5"):
-        run.run(settings(temperature=0.5), TINY, out)
+        sampled(settings(temperature=0.5), TINY, out)
     with pytest.raises(ValueError, match="exceeds the model's context"):
-        run.run(settings(max_new_tokens=100_000), TINY, out)
+        sampled(settings(max_new_tokens=100_000), TINY, out)
     assert (out / "samples.jsonl").read_bytes() == data
 
 
@@ -450,12 +456,12 @@ def test_an_adapter_is_measured_as_it_was_trained(adapter):
 
 def test_the_temperature_that_gives_the_bases_entropy(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "MATCH_ANSWERS", 40)
-    _, info = run.run(settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path)
+    _, info = sampled(settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path)
     matched = info["matched"]
     assert matched["temperature"] >= 0.5 and info["decoding"]["match_entropy"]
     close = abs(matched["entropy"] - matched["base_entropy"]) <= 0.05 * matched["base_entropy"]
     assert close or matched["temperature"] == 0.5 and matched["entropy"] >= matched["base_entropy"]
-    _, again = run.run(settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path)
+    _, again = sampled(settings(adapter=str(adapter), match_entropy=True, samples=1, temperature=0.5), TINY, tmp_path)
     assert again == info
     with pytest.raises(ValueError, match="needs --adapter"):
         settings(match_entropy=True)
