@@ -50,7 +50,7 @@ def linear_fit(x, y, groups=None, draws: int = DRAWS, seed: int = 0) -> Fit:
     products = np.column_stack(
         [(design[:, :, None] * design[:, None, :]).reshape(len(y), p * p), design * y[:, None], y**2]
     )
-    units = _group_sums(products, None if groups is None else np.asarray(groups)[keep])
+    units = products if groups is None else _group_sums(products, np.asarray(groups)[keep])
 
     def statistic(sums: np.ndarray) -> np.ndarray:
         """(..., p + 1): intercept, slopes in the units of x, R^2."""
@@ -81,22 +81,19 @@ def linear_fit(x, y, groups=None, draws: int = DRAWS, seed: int = 0) -> Fit:
     return Fit(parts[:-1], parts[-1], len(y), len(units))
 
 
-def ratio_of_sums(hits, of, groups=None, seed: int = 0) -> Interval:
-    """sum(hits) / sum(of) with the units (or groups) resampled: a token mean, where a unit is a sequence."""
-    columns = _group_sums(np.column_stack([hits, of]).astype(np.float64), groups)
-    return bootstrap_statistic(columns, lambda sums: sums[..., 0] / sums[..., 1], seed=seed)
+def ratio_of_sums(hits, of) -> Interval:
+    """sum(hits) / sum(of) with the units resampled: a token mean, where a unit is a sequence."""
+    return bootstrap_statistic(np.column_stack([hits, of]), lambda sums: sums[..., 0] / sums[..., 1])
 
 
-def difference_of_means(a, b, seed: int = 0) -> Interval:
+def difference_of_means(a, b) -> Interval:
     """mean(b) - mean(a) of two independent samples, each resampled."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    low, high = bootstrap_interval(a, seed=seed), bootstrap_interval(b, seed=seed + 1)
+    low, high = bootstrap_interval(a), bootstrap_interval(b, seed=1)
     mean = high.mean - low.mean
     # the errors of two independent means add in squares, each side with the interval's own skew (Newcombe 1998)
-    down, up = (
-        np.hypot(high.mean - high.low, low.high - low.mean),
-        np.hypot(high.high - high.mean, low.mean - low.low),
-    )
+    down = np.hypot(high.mean - high.low, low.high - low.mean)
+    up = np.hypot(high.high - high.mean, low.mean - low.low)
     return Interval(mean, float(mean - down), float(mean + up))
 
 
@@ -109,16 +106,9 @@ def over_runs(values) -> Interval:
     return Interval(float(values.mean()), float(values.mean() - half), float(values.mean() + half))
 
 
-def blocks(n: int, length: int) -> np.ndarray:
-    """Returns block numbers (n,) for a block bootstrap of a series whose neighbours resemble each other."""
-    return np.arange(n) // max(1, length)
-
-
-def _group_sums(columns: np.ndarray, groups) -> np.ndarray:
-    """(groups, columns) sums over each group; without groups the rows themselves."""
-    if groups is None:
-        return columns
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
+def _group_sums(columns: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """(groups, columns) sums over each group."""
+    _, index = np.unique(groups, return_inverse=True)
     sums = np.zeros((index.max() + 1, columns.shape[1]))
     np.add.at(sums, index, columns)
     return sums

@@ -28,7 +28,7 @@ from azr.analysis.figures import STEP, look, looks, print_change
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, first_and_last, read_runs
 from azr.command import Number
 from azr.console import warn
-from azr.fits import FEW, as_json, blocks, linear_fit, ratio_of_sums
+from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
 from azr.palette import BLACK, style
 from azr.passk import bootstrap_interval, shown
@@ -146,7 +146,7 @@ def fits_of(runs: list[RunData]) -> dict:
         held += [(x, y, i) for i, (x, y) in enumerate(zip(h, r)) if np.isfinite(x) and np.isfinite(y)]
         accuracy = np.mean([run.column(f"solver/{mode}/accuracy") for mode in MODES], axis=0)
         # no block may join steps of two runs, hence numbers that are far apart
-        own += list(zip(h, accuracy, blocks(len(h), BLOCK) + 1e6 * number))
+        own += list(zip(h, accuracy, np.arange(len(h)) // BLOCK + 1e6 * number))
     result = {}
     for name, rows, grouped in (("held_out_accuracy", held, False), ("own_tasks_accuracy", own, True)):
         x, y, group = np.array(rows).T if rows else (np.empty(0),) * 3

@@ -266,8 +266,7 @@ def render(plan: Plan, config, card: Card | None, why: str) -> str:
     stay = "models that stay" if plan.preset.train == "full" else "adapters that stay"
     lines += [
         f"disk         {gb['adapters']} {stay}, {gb['states']} states to resume from,",
-        f"             {gb['samples']} samples.jsonl, {gb['download']} model files to load:",
-        f"             {sum(parts.values()) / GB:.2f} GB ({free_disk(config.out) / GB:.0f} GB are free here)",
+        f"             {gb['samples']} samples.jsonl, {gb['download']} model files to load",
     ]
     return "\n".join(lines)
 

@@ -14,7 +14,6 @@ their like). No torch is imported, but to ask a GPU what is free.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -146,10 +145,7 @@ def shape_of(model: str) -> Shape:
     """The shape of an alias, a directory with a config.json, or a Qwen2.5 hub id. PlanError for what is not known."""
     path = model_path(model)
     if (file := Path(path) / "config.json").is_file():
-        try:
-            return Shape.from_config(json.loads(file.read_text()))
-        except ValueError as error:
-            raise PlanError(f"{file}: {error}") from error
+        return Shape.from_config(read_object(file, PlanError))
     if match := re.fullmatch(r"Qwen/Qwen2\.5(?:-Coder)?-([\d.]+B)(?:-Instruct)?", path):
         if match[1] in QWEN25:
             return QWEN25[match[1]]

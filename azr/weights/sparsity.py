@@ -116,7 +116,6 @@ def mask_overlaps(w0: torch.Tensor, delta: torch.Tensor, masks: dict, null: size
             "overlap": (share := sizes.ratio(int((changed & mask).sum()), total)),
             "null": float(null.overlaps[name].mean()) if null else None,
             "excess": sizes.excess(share, null.overlaps[name]) if null and total else None,
-            "mask_share": spectra.MASK_SHARE,
         }
         for name, mask in masks.items()
     }
@@ -348,9 +347,6 @@ def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> di
         "parameters": base.parameters,
         "matrices": len(update.adapted),
         "matched_factor": factor,
-        "null_draws": sizes.DRAWS,
-        "null_sample": sizes.SAMPLE,
         "excluded": base.excluded,
         "notes": notes,
-        "dtypes": {"base": base.dtypes(), **({"tuned": update.tuned.dtypes()} if kind == "pair" else {})},
     }

@@ -137,7 +137,7 @@ def test_dry_run_that_does_not_fit_exits_1_and_its_advice_exits_0():
 
 def test_dry_run_of_the_embedded_model_plans_for_the_cpu():
     code, out, _ = typed("--dry-run", "--steps", "10")
-    assert code == 0 and "fp32" in out and "fits" in out and "GB are free here" in out and "time, computed" not in out
+    assert code == 0 and "fp32" in out and "fits" in out and "GB are free at" in out and "time, computed" not in out
 
 
 def test_a_saved_config_comes_back_and_a_wrong_one_is_refused(tmp_path):
