@@ -120,7 +120,11 @@ def test_what_is_unknown_is_said(tmp_path):
     for model in ("nobody/model", "Qwen/Qwen2.5-Coder-9B", "qwen-4b", str(tmp_path)):
         with pytest.raises(PlanError, match="not known offline"):
             shape_of(model)
-    for text, message in (('{"hidden_size": 1}', "does not give its sizes"), ("{", "config.json"), ("[]", "JSON object")):
+    for text, message in (
+        ('{"hidden_size": 1}', "does not give its sizes"),
+        ("{", "config.json"),
+        ("[]", "JSON object"),
+    ):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(PlanError, match=message) as caught:
             shape_of(str(tmp_path))
