@@ -381,7 +381,7 @@ def curves(entries: list[Entry], drawn: dict) -> list[tuple[str, str]]:
     sections = [("Entropy and held-out accuracy", inside)]
     for entry in (entry for entry in entries if entry.passes):
         base, trained, step = entry.passes
-        plot_pass_at_k({"base": base, f"step {step}": trained}, plot := BytesIO())
+        plot_pass_at_k(base, trained, f"step {step}", plot := BytesIO())
         drawn[f"{entry.run.name}_pass_at_k"] = plot.getvalue()
         inside = html.image(plot.getvalue(), "pass@k") + pass_table(entry)
         sections.append((f"pass@k of {entry.run.name}, before and after", inside))

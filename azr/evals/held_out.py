@@ -3,7 +3,7 @@
     tasks = load_tasks("held_out.jsonl")
     base = evaluate(policy, tasks, n=16, sampling=Sampling(temperature=1.0), template="tiny", sandbox=sandbox, seed=0)
     difference(base, trained, k=1, mode="deduction")        # Interval(mean, low, high), paired over problems
-    plot_pass_at_k({"base": base, "trained": trained}, "pass_at_k.png")
+    plot_pass_at_k(base, trained, "trained", "pass_at_k.png")
 
 Estimators and intervals are those of azr/passk.py: over problems like these, not over training runs. Left out: k beyond
 n. No torch is imported here.
@@ -24,7 +24,7 @@ import numpy as np
 
 from azr.console import warn
 from azr.jsonl import strict_lines
-from azr.palette import MODELS, series
+from azr.palette import MODELS
 from azr.passk import Interval, bootstrap_interval, bootstrap_statistic, pass_at_k, powers_of_two, share_interval
 
 if TYPE_CHECKING:
@@ -115,11 +115,11 @@ class EvalResult:
         total = self.column(of, mode).sum()
         return float(self.column(hits, mode).sum() / total) if total else math.nan
 
-    def metrics(self, prefix: str = "held_out") -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Flat metrics a mode, and over "all" when there are several modes."""
         result = {}
         for mode in [*self.modes, *([None] if len(self.modes) > 1 else [])]:
-            name = f"{prefix}/{mode or 'all'}"
+            name = f"held_out/{mode or 'all'}"
             tasks = self.of(mode)
             result |= {
                 f"{name}/accuracy": self.share("correct", "n", mode),
@@ -267,20 +267,27 @@ def answer_key(mode: str, answer: str) -> str:
 # ---------------------------------------------------------------- the plot
 
 
-def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequence[int] | None = None) -> None:
-    """pass@k over k as PNG: a panel a mode and one for all tasks; the first result is the base of the comparison.
+def plot_pass_at_k(
+    base: EvalResult, trained: EvalResult, name: str, path: Any, ks: Sequence[int] | None = None
+) -> None:
+    """pass@k over k as PNG into a file: a panel a mode and one for all tasks; `name` is that of the trained model.
 
-    The band around another curve is the 95 % interval of its paired difference from the base, so the difference is
+    The band around its curve is the 95 % interval of its paired difference from the base, so the difference is
     established where the band leaves the base's curve. Needs matplotlib.
     """
     from matplotlib.figure import Figure
 
-    base = next(iter(results.values()))
-    ks = sorted(ks or powers_of_two(min(int(result.column("n").min()) for result in results.values())))
+    ks = ks or powers_of_two(int(min(base.column("n").min(), trained.column("n").min())))
     panels = [*base.modes, *([None] if len(base.modes) > 1 else [])]
     figure = Figure(figsize=(3.0 * len(panels), 3.2), layout="constrained")
     for axes, mode in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
-        _draw_panel(axes, results, ks, mode)
+        means = [result.pass_at_k(ks, mode).mean for result in (base, trained)]
+        for label, mean, (color, marker) in zip(("base", name), means, MODELS.values()):
+            axes.plot(ks, mean, marker=marker, markersize=4, linewidth=1.4, color=color, label=label)
+        gap = difference(base, trained, ks, mode)
+        low, high = (np.clip(means[1] - gap.mean + end, 0, 1) for end in (gap.low, gap.high))
+        text = f"{name}: 95 % of its paired difference from base"
+        axes.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0, label=text)
         axes.set_xscale("log", base=2)
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
@@ -294,17 +301,3 @@ def plot_pass_at_k(results: dict[str, EvalResult], path: str | Path, ks: Sequenc
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower left", ncols=len(names), fontsize=8, frameon=False)
     figure.savefig(path, dpi=150, format="png")
-
-
-def _draw_panel(axes: Any, results: dict[str, EvalResult], ks: list[int], mode: str | None) -> None:
-    """The curve of every result, and around all but the first the band of its difference from the first."""
-    base = next(iter(results.values()))
-    for index, (name, result) in enumerate(results.items()):
-        curve = result.pass_at_k(ks, mode)
-        color, marker = [*MODELS.values()][index] if index < len(MODELS) else series(index)
-        axes.plot(ks, curve.mean, marker=marker, markersize=4, linewidth=1.4, color=color, label=name)
-        if result is not base:
-            gap = difference(base, result, ks, mode)
-            low, high = (np.clip(curve.mean - gap.mean + end, 0, 1) for end in (gap.low, gap.high))
-            text = f"{name}: 95 % of its paired difference from {next(iter(results))}"
-            axes.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0, label=text)

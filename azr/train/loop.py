@@ -371,7 +371,7 @@ def conclude(s, watch) -> None:
         screen.before_after(base, trained, ks)
         plot = s.run.dir / "plots" / "pass_at_k.png"
         plot.parent.mkdir(exist_ok=True)
-        plot_pass_at_k({"base": base, NAMES[s.config.algorithm]: trained}, plot, ks)
+        plot_pass_at_k(base, trained, NAMES[s.config.algorithm], plot, ks)
         console.say(f"pass@k, base against trained: {plot}")
     if best := s.evaluation.mark_best():
         console.say(best)
