@@ -32,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .jsonl import plain, read_object, sync, tolerant_lines, write_json_atomic
 
@@ -178,6 +178,26 @@ def _cut(path: Path, step: int) -> int:
     return offset - end
 
 
+def hold(directory: Path) -> TextIO:
+    """The file lock of a directory, for this process alone until it is closed: two that write there would mix what they
+    write. RunError if another process has it; OSError."""
+    lock = open(directory / "lock", "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            lock.seek(0)
+            with lock:
+                holder = lock.read().strip() or "unknown"
+            raise RunError(f"{directory}: process {holder} is writing there; stop it first") from error
+        say(f"warning: {directory}: this file system has no locks ({error}); run one process only in this directory")
+        return lock
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -206,7 +226,7 @@ class Run:
         holds = run._look(resume)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            run._take_lock()
+            run._lock = hold(out)
             if holds:
                 run._continue(complete)
             elif resume == "auto":
@@ -244,22 +264,6 @@ class Run:
         if not holds and resume != "auto":
             raise RunError(f"{self.dir}: there is no run to resume; --resume takes a run directory, auto or none")
         return holds
-
-    def _take_lock(self) -> None:
-        """Exclusive for this process: two of them writing one run would mix their checkpoints."""
-        self._lock = open(self.dir / "lock", "a+")
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                self._lock.seek(0)
-                holder = self._lock.read().strip() or "unknown"
-                raise RunError(f"{self.dir}: process {holder} is writing to this run; stop it first") from error
-            say(f"warning: {self.dir}: this file system has no locks ({error}); run one process only in this directory")
-            return
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
 
     def _continue(self, complete: Callable[[dict], dict]) -> None:
         """Finds the checkpoint to resume from and takes the logs back to it."""

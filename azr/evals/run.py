@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -37,6 +36,7 @@ from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
 from azr.machine import plan
 from azr.models import base_description, model_path
 from azr.policy.opening import Opening, agree, check_template, origin
+from azr.runs import hold
 
 SAMPLES_PER_CELL = 16
 TOKENS_PER_CALL = 1 << 20  # a cell's answers times their longest length, about: what a kill can cost
@@ -327,16 +327,10 @@ def locked(out: Path) -> Iterator[None]:
     try:
         new = [path for path in (out, *out.parents) if not path.exists()]
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "a+")
+        lock = hold(out)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror}); name a place with --out") from error
     with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"{out}: another process is writing there; stop it first, or give another --out"
-            ) from error
         try:
             yield
         finally:
