@@ -23,7 +23,6 @@ class Fit:
     coefficients: list[Interval]
     r2: Interval
     n: int
-    groups: int
 
 
 def as_json(interval: Interval, n: int | None = None) -> dict:
@@ -78,7 +77,7 @@ def linear_fit(x, y, groups=None, draws: int = DRAWS, seed: int = 0) -> Fit:
     else:
         whole = bootstrap_statistic(units, with_fit, draws=draws, seed=seed)
     parts = [Interval(float(whole.mean[i]), float(whole.low[i]), float(whole.high[i])) for i in range(p + 1)]
-    return Fit(parts[:-1], parts[-1], len(y), len(units))
+    return Fit(parts[:-1], parts[-1], len(y))
 
 
 def ratio_of_sums(hits, of) -> Interval:

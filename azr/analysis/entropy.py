@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 TOP_SHARE = 0.2  # of the tokens, arXiv 2506.01939
 SOLVER = "solver/all/entropy"
-BLOCK = 10  # steps that are resampled together: neighbouring steps have nearly the same policy
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,12 @@ def by_group(rows: list[Row], entropy: list, log_prob: list) -> dict:
 # ------------------------------------------------------------------------------------------------------- the fit
 
 
-def fit_reward(entropy, reward, groups=None) -> dict:
+def fit_reward(entropy, reward) -> dict:
     """R = -a exp(H) + b (Cui et al. 2025, arXiv 2505.22617, eq. 3) by least squares: a, b, the ceiling b - a at H = 0,
-    R^2, with intervals that resample observations (or groups)."""
+    R^2, with intervals that resample observations."""
     entropy, reward = np.asarray(entropy, float), np.asarray(reward, float)
-    direct = linear_fit(np.exp(entropy), reward, groups)
-    ceiling = linear_fit(np.exp(entropy) - 1, reward, groups).coefficients[0]  # the intercept is then R at H = 0
+    direct = linear_fit(np.exp(entropy), reward)
+    ceiling = linear_fit(np.exp(entropy) - 1, reward).coefficients[0]  # the intercept is then R at H = 0
     slope, complete = direct.coefficients[1], np.isfinite(entropy) & np.isfinite(reward)
     return {
         "a": {"mean": -slope.mean, "low": -slope.high, "high": -slope.low},
@@ -133,26 +132,15 @@ def fit_reward(entropy, reward, groups=None) -> dict:
         "ceiling": as_json(ceiling),
         "r2": as_json(direct.r2),
         "n": direct.n,
-        "resampled_units": direct.groups,
         "entropy_range": [float(entropy[complete].min()), float(entropy[complete].max())],
     }
 
 
-def fits_of(runs: list[RunData]) -> dict:
-    """Held-out accuracy and accuracy on own tasks against the solver's entropy."""
-    held, own = [], []
-    for number, run in enumerate(runs):
-        h, r = run.column(SOLVER), run.column("held_out/all/accuracy")
-        held += [(x, y, i) for i, (x, y) in enumerate(zip(h, r)) if np.isfinite(x) and np.isfinite(y)]
-        accuracy = np.mean([run.column(f"solver/{mode}/accuracy") for mode in MODES], axis=0)
-        # no block may join steps of two runs, hence numbers that are far apart
-        own += list(zip(h, accuracy, np.arange(len(h)) // BLOCK + 1e6 * number))
-    result = {}
-    for name, rows, grouped in (("held_out_accuracy", held, False), ("own_tasks_accuracy", own, True)):
-        x, y, group = np.array(rows).T if rows else (np.empty(0),) * 3
-        if np.sum(np.isfinite(x) & np.isfinite(y)) >= 3:
-            result[name] = fit_reward(x, y, group if grouped else None)
-    return result
+def fit_of(runs: list[RunData]) -> dict | None:
+    """`fit_reward` of the held-out accuracy against the solver's entropy, over the evaluations of all runs; None with
+    fewer than three. (Accuracy on a run's own tasks says nothing here: these change with the proposer.)"""
+    h, r = (np.concatenate([run.column(key) for run in runs]) for key in (SOLVER, "held_out/all/accuracy"))
+    return fit_reward(h, r) if np.sum(np.isfinite(h) & np.isfinite(r)) >= 3 else None
 
 
 # ------------------------------------------------------------------------------------------------------- commands
@@ -183,7 +171,7 @@ def measure(args) -> int:
 def curves(args) -> int:
     """--run: what was logged while training, the frozen probe at every checkpoint, and the fit."""
     runs = read_runs(args.run)
-    result = {"runs": {}, "fits": fits_of(runs)}
+    result = {"runs": {}, "fit": fit_of(runs)}
     for run in runs:
         probe = probe_curve(run, args) if not args.no_probe else {}
         result["runs"][str(run.path)] = {"training": first_and_last(run, "entropy", (*MODES, "all")), "probe": probe}
@@ -252,17 +240,17 @@ def print_curves(result: dict) -> None:
             for name, row in run["probe"][start].items():
                 if name != "all" and row["tokens"]:
                     print_change(f"{name:22s}", row["token_mean"], run["probe"][end][name]["token_mean"])
-    for name, fit in result["fits"].items():
-        print(f"\nR = -a exp(H) + b with R = {name.replace('_', ' ')}, H = solver entropy, n = {fit['n']}:")
-        print(f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}")
-        if fit["resampled_units"] < FEW:
-            print(f"  {fit['resampled_units']} points are too few for intervals: give several runs or evaluate more.")
-        low, high = fit["entropy_range"]
-        print(f"  H was between {low:.2f} and {high:.2f}; the value at H = 0 lies outside of what was seen.")
-        if fit["a"]["low"] <= 0:
-            print("  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy.")
-    if "held_out_accuracy" not in result["fits"]:
+    if (fit := result["fit"]) is None:
         print("\nToo few held-out evaluations for the fit of R = -a exp(H) + b: three are needed (--eval-every).")
+        return
+    print(f"\nR = -a exp(H) + b with R = held-out accuracy, H = solver entropy, n = {fit['n']}:")
+    print(f"  a {shown(fit['a'])}, b {shown(fit['b'])}, at H = 0: {shown(fit['ceiling'])}, R^2 {shown(fit['r2'])}")
+    if fit["n"] < FEW:
+        print(f"  {fit['n']} points are too few for intervals: give several runs or evaluate more.")
+    low, high = fit["entropy_range"]
+    print(f"  H was between {low:.2f} and {high:.2f}; the value at H = 0 lies outside of what was seen.")
+    if fit["a"]["low"] <= 0:
+        print("  The interval of a holds 0 or less: this run does not show that accuracy was bought with entropy.")
 
 
 # ------------------------------------------------------------------------------------------------------- plots
@@ -308,8 +296,8 @@ def draw_curves(runs: list[RunData], result: dict):
     for run, own in zip(runs, looks(runs)):
         reward = run.column("held_out/all/accuracy")
         axes[-1].plot(run.column(SOLVER), reward, label=run.name, **own | {"linestyle": ""})
-    title, fit = "held-out accuracy against entropy", result["fits"].get("held_out_accuracy")
-    if fit and fit["resampled_units"] >= FEW:
+    title, fit = "held-out accuracy against entropy", result["fit"]
+    if fit and fit["n"] >= FEW:
         x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']} evaluations"
         axes[-1].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color=BLACK, linewidth=1)
     figures.label(axes[-1], title, "solver entropy H, nats per token", "held-out accuracy R, share solved")
