@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr import drawing
 from azr.analysis import figures
 from azr.analysis.reader import MODES, TREND_STEPS, RunData, mean_row, read_runs, read_samples, remembered, stages
 from azr.command import Number
@@ -239,26 +240,26 @@ def print_result(run: RunData, result: dict) -> None:
 def draw(run_name: str, result: dict):
     """The figure of one run: share solved per stage, the change split into tasks and solver, answer lengths in
     tokens."""
-    drawn, (rates, split, tokens) = figures.figure(1, 3, 3.7, 3.2)
+    drawn, (rates, split, tokens) = drawing.figure(3, 3.7, 3.2)
     x, last = np.arange(len(result["stages"])), len(result["solvers"]) - 1
     styles = {0: style("base"), last: style("tuned")}  # the checkpoint between them has none of its own
     for axes, key in ((rates, "rate"), (tokens, "tokens")):
         for i, name in enumerate(result["solvers"]):
-            shape = figures.look(styles.get(i, Style(GRAY, "v")))
-            figures.points(axes, x, result[key][name], name.replace("_", " "), shape, shift=0.06 * (i - 1))
+            shape = drawing.look(styles.get(i, Style(GRAY, "v")))
+            drawing.points(axes, x, result[key][name], name.replace("_", " "), shape, shift=0.06 * (i - 1))
         axes.set_xticks(x, [f"{a}-{b}" for a, b in result["stages"]])
         axes.set_ylim(bottom=0)
     logged = [row["mean"] if row else np.nan for row in result["logged_rate"]]
     rates.plot(x, logged, "--", color=BLACK, linewidth=1, label="solver of that step, as logged in training")
-    figures.label(rates, f"{run_name}: fixed solvers on proposals", "steps they were proposed in", "share solved")
-    figures.label(tokens, "length of their answers", "steps they were proposed in", "tokens per answer")
-    figures.zero_line(split)
+    drawing.label(rates, f"{run_name}: fixed solvers on proposals", "steps they were proposed in", "share solved")
+    drawing.label(tokens, "length of their answers", "steps they were proposed in", "tokens per answer")
+    drawing.zero_line(split)
     for i, row in enumerate((result["split"]["tasks"], result["split"]["solver"], result["logged_change"])):
-        figures.points(split, [i], [row], "", figures.look(Style(BLACK, "o"), ""))
+        drawing.points(split, [i], [row], "", drawing.look(Style(BLACK, "o"), ""))
     split.set_xticks(range(3), ["tasks\n(solver fixed)", "solver\n(tasks fixed)", "as logged"], fontsize=7.5)
     split.set_xlim(-0.5, 2.5)
-    figures.label(split, "change, first to last stage", "", "difference of the share solved")
-    figures.legend(drawn, [rates])
+    drawing.label(split, "change, first to last stage", "", "difference of the share solved")
+    drawing.legend(drawn, [rates])
     return drawn
 
 

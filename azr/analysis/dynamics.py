@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr import drawing
 from azr.analysis import figures
 from azr.analysis.figures import STEP, print_change
 from azr.analysis.reader import (
@@ -290,7 +291,7 @@ def print_proposals(result: dict) -> None:
 
 def draw_validity(result: dict):
     """Stacked shares of the reasons, a panel per mode, all on one scale."""
-    drawn, axes = figures.figure(1, 3, 3.5, 2.9)
+    drawn, axes = drawing.figure(3, 3.5, 2.9)
     shares = {mode: [row["shares"] if row else {} for row in result["validity"].get(mode, [])] for mode in MODES}
     total = sum((Counter(row) for rows in shares.values() for row in rows), Counter())
     reasons = [reason for reason, _ in total.most_common() if reason != "ok"][:REASONS_SHOWN]
@@ -302,26 +303,26 @@ def draw_validity(result: dict):
             middles = [(a + b) / 2 for a, b in result["windows"]]
             one.stackplot(middles, stack, labels=names, colors=[*COLORS[: len(reasons)], GRAY], alpha=0.85)
         top = max([top, *(1.1 * sum(column) for column in zip(*stack))])
-        figures.label(one, f"{mode}: refused, by reason", STEP, "share of proposals")
+        drawing.label(one, f"{mode}: refused, by reason", STEP, "share of proposals")
     for one in axes:
         one.set_ylim(0, top)
-    figures.legend(drawn, axes)
+    drawing.legend(drawn, axes)
     return drawn
 
 
 def draw_rewards(run: RunData):
     """Mean reward of each role and mode at every step."""
-    drawn, axes = figures.figure(1, len(run.roles), 5.2, 3.1)
+    drawn, axes = drawing.figure(len(run.roles), 5.2, 3.1)
     for one, role in zip(axes, run.roles):
         figures.curves(one, [run], f"{role}/{{}}/reward")
-        figures.label(one, f"{role}: reward", STEP, "mean reward per sample")
-    figures.legend(drawn, axes)
+        drawing.label(one, f"{role}: reward", STEP, "mean reward per sample")
+    drawing.legend(drawn, axes)
     return drawn
 
 
 def draw_time(run: RunData, seconds: dict):
     """The seconds of each phase of a step, stacked; phases that take less than a thousandth of it are left out."""
-    drawn, (axes,) = figures.figure(1, 1, 6.0, 3.3)
+    drawn, (axes,) = drawing.figure(1, 6.0, 3.3)
     title, names = "time of a step, by phase", [name for name, row in seconds.items() if row["share"] >= 0.001]
     if names:
         values = [np.nan_to_num(run.column(f"time/{name}")) for name in names]
@@ -331,8 +332,8 @@ def draw_time(run: RunData, seconds: dict):
         axes.set_ylim(0, top := 1.2 * np.percentile(total, 97))
         if beyond := int((total > top).sum()):
             title += f" ({beyond} steps go beyond the top, up to {total.max():.0f} s)"
-    figures.label(axes, title, STEP, "seconds")
-    figures.legend(drawn, [axes])
+    drawing.label(axes, title, STEP, "seconds")
+    drawing.legend(drawn, [axes])
     return drawn
 
 

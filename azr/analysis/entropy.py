@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from azr import drawing
 from azr.analysis import figures
-from azr.analysis.figures import STEP, look, looks, print_change
+from azr.analysis.figures import STEP, looks, print_change
 from azr.analysis.reader import GROUPS, MODES, ROLES, RunData, first_and_last, read_runs
 from azr.command import Number
 from azr.console import warn
@@ -261,7 +262,7 @@ def draw_training(panels, runs: list[RunData], roles: Sequence[str] = ROLES) -> 
     for axes, role in zip(panels, roles):
         figures.curves(axes, runs, f"{role}/{{}}/entropy")
         what = figures.of_modes(runs, "nats per token")
-        figures.label(axes, f"{role}: entropy on its own samples", STEP, what)
+        drawing.label(axes, f"{role}: entropy on its own samples", STEP, what)
     top = max(axes.get_ylim()[1] for axes in panels)
     for axes in panels:
         axes.set_ylim(0, top)  # the same scale, so that the roles can be compared by eye
@@ -270,7 +271,7 @@ def draw_training(panels, runs: list[RunData], roles: Sequence[str] = ROLES) -> 
 def look_of_role(role: str, run: RunData, own: dict, runs: list[RunData]) -> dict:
     """How a role's curve on the probe looks, with its label: of several runs in the run's look, the proposer dashed."""
     if len(runs) == 1:
-        return look(style(role)) | {"label": role}
+        return drawing.look(style(role)) | {"label": role}
     return own | ({"linestyle": "--"} if role == "proposer" else {}) | {"label": f"{run.name}, {role}"}
 
 
@@ -281,15 +282,15 @@ def draw_probe(axes, runs: list[RunData], probes: list[dict | None]) -> None:
         for role in ROLES if probe else ():
             rows = [groups.get(f"{role}/all", {}).get("token_mean") for groups in probe.values()]
             shape = look_of_role(role, run, own, runs)
-            figures.points(axes, list(map(int, probe)), rows, shape.pop("label"), shape)
+            drawing.points(axes, list(map(int, probe)), rows, shape.pop("label"), shape)
     axes.set_ylim(bottom=0)
-    figures.label(axes, "entropy on the frozen probe", STEP, "nats per token")
+    drawing.label(axes, "entropy on the frozen probe", STEP, "nats per token")
 
 
 def draw_curves(runs: list[RunData], result: dict):
     """The figure of --run: both roles while training, the frozen probe, and held-out accuracy against entropy."""
     probes = [result["runs"][str(run.path)]["probe"] for run in runs]
-    drawn, axes = figures.figure(1, 4 if any(probes) else 3, 3.4, 3.1)
+    drawn, axes = drawing.figure(4 if any(probes) else 3, 3.4, 3.1)
     draw_training(axes[:2], runs)
     if any(probes):
         draw_probe(axes[2], runs, probes)
@@ -300,8 +301,8 @@ def draw_curves(runs: list[RunData], result: dict):
     if fit and fit["n"] >= FEW:
         x, title = np.linspace(*fit["entropy_range"], 50), f"R = -a exp(H) + b, n = {fit['n']} evaluations"
         axes[-1].plot(x, fit["b"]["mean"] - fit["a"]["mean"] * np.exp(x), color=BLACK, linewidth=1)
-    figures.label(axes[-1], title, "solver entropy H, nats per token", "held-out accuracy R, share solved")
-    figures.legend(drawn, axes)
+    drawing.label(axes[-1], title, "solver entropy H, nats per token", "held-out accuracy R, share solved")
+    drawing.legend(drawn, axes)
     return drawn
 
 

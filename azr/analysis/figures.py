@@ -1,68 +1,25 @@
-"""Small plots for the instruments: curves with gaps, bands, bars; PNG files and PNG bytes. matplotlib is loaded late.
-
-Also the flags that every instrument takes (--json, --out) and what they write.
-"""
+"""Curves of runs, and the flags that every instrument takes (--json, --out) with what they write."""
 
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
 import numpy as np
 
 from azr.analysis.reader import MODES, RunData
+from azr.drawing import look, png
 from azr.jsonl import write_json_atomic
-from azr.palette import BLACK, Style, arm_of, series, style
+from azr.palette import arm_of, series, style
 from azr.passk import shown
 
 STEP = "training step"
 LINES = ("-", "--", ":", "-.")  # runs of the same arm
-LEGEND_INCHES = 1.45  # of a column of the legend
-
-
-def figure(rows: int = 1, columns: int = 1, width: float = 3.6, height: float = 2.9):
-    """(figure, list of axes) without pyplot, so that nothing global is kept."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    axes = list(drawn.subplots(rows, columns, squeeze=False).ravel())
-    for one in axes:
-        one.grid(alpha=0.25)
-        one.tick_params(labelsize=8)
-        for side in ("top", "right"):
-            one.spines[side].set_visible(False)
-    return drawn, axes
-
-
-def label(axes, title: str, x: str, y: str) -> None:
-    """Titles a panel and its axes; y: what is plotted, with its unit."""
-    axes.set_title(title, fontsize=9.5, loc="left")
-    axes.set_xlabel(x, fontsize=8.5)
-    axes.set_ylabel(y, fontsize=8.5)
-
-
-def legend(drawn, axes: list) -> None:
-    """One legend for all panels, below them, where it hides no data; each name once, none without names. To the left,
-    where a narrow screen begins."""
-    named = {}
-    for one in axes:
-        for handle, name in zip(*one.get_legend_handles_labels()):
-            named.setdefault(name, handle)
-    if named:
-        columns = min(len(named), max(1, int(drawn.get_figwidth() / LEGEND_INCHES)))
-        place = {"loc": "outside lower left", "ncols": columns}
-        drawn.legend(named.values(), named, fontsize=8, frameon=False, **place)
 
 
 def of_modes(runs: list[RunData], what: str) -> str:
     """The label of what `curves` draws."""
     return f"{what}, mean of modes" if len(runs) > 1 else what
-
-
-def look(own: Style, line: str = "-") -> dict:
-    """A style as matplotlib's keywords for a line with markers."""
-    return {"color": own.color, "marker": own.marker, "linestyle": line, "markersize": 4, "linewidth": 1.4}
 
 
 def looks(runs: list[RunData]) -> list[dict]:
@@ -98,26 +55,6 @@ def curves(axes, runs: list[RunData], key: str) -> None:
                 axes.plot(run.steps, values, color=shape["color"], alpha=0.2, linewidth=0.8)
                 every = max(1, len(run.steps) // 8)
                 axes.plot(run.steps, smooth(values, len(run.steps) // 20), label=name, markevery=every, **shape)
-
-
-def points(axes, x, intervals: list, name: str, shape: dict, shift: float = 0.0) -> None:
-    """Estimates with their intervals: dicts with mean, low, high; None and NaN are gaps. shape: as of `look`."""
-    rows = [[(row or {}).get(key) for key in ("mean", "low", "high")] for row in intervals]
-    mean, low, high = np.array(rows, float).reshape(-1, 3).T
-    error = np.maximum(0, np.nan_to_num(np.stack([mean - low, high - mean])))
-    axes.errorbar(np.asarray(x, float) + shift, mean, error, elinewidth=0.9, capsize=2, label=name, **shape)
-
-
-def zero_line(axes) -> None:
-    """A thin line at 0, for differences."""
-    axes.axhline(0, color=BLACK, linewidth=0.8)
-
-
-def png(drawn) -> bytes:
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------- command lines

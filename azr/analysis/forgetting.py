@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from azr import drawing
 from azr.analysis import figures
 from azr.analysis.reader import ROLES, RunData, read_runs, remembered
 from azr.command import Number
@@ -305,17 +306,17 @@ def draw(runs: list[RunData], measured: dict[str, dict], fitted: dict) -> dict:
         lost = {run: drops(entry).get(outcome, {}) for run, entry in measured.items()}
         if not any(lost.values()):
             continue
-        drawn[f"forgetting_{outcome}"], axes = figures.figure(1, len(names), 2.6, 2.9)
+        drawn[f"forgetting_{outcome}"], axes = drawing.figure(len(names), 2.6, 2.9)
         for j, (one, name) in enumerate(zip(axes, names)):
             for own, (run, rows) in zip(figures.looks(runs), lost.items()):
                 x = [value_of(measured[run]["checkpoints"][step], name) for step in rows]
-                figures.points(one, x, list(rows.values()), Path(run).name, own | {"linestyle": ""})
-            figures.zero_line(one)
+                drawing.points(one, x, list(rows.values()), Path(run).name, own | {"linestyle": ""})
+            drawing.zero_line(one)
             one.locator_params(axis="x", nbins=4)
             fit = fitted.get(outcome, {}).get("predictors", {}).get(name)
             title = f"R² {shown(fit['r2'], 2)}, n {fit['n']}" if fit and fit["n"] >= FEW else "too few points for R²"
-            figures.label(one, title, PREDICTORS[name], f"{OUTCOMES[outcome]}, share" if j == 0 else "")
-        figures.legend(drawn[f"forgetting_{outcome}"], axes)
+            drawing.label(one, title, PREDICTORS[name], f"{OUTCOMES[outcome]}, share" if j == 0 else "")
+        drawing.legend(drawn[f"forgetting_{outcome}"], axes)
     return drawn
 
 

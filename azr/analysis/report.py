@@ -15,11 +15,11 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
+from azr import drawing
 from azr.analysis import difficulty, dynamics, entropy, figures, forgetting, html
 from azr.analysis.figures import STEP
 from azr.analysis.health import Health
@@ -325,7 +325,7 @@ def run_sections(entry: Entry, drawn: dict) -> list[tuple[str, str]]:
 
 def picture(drawn: dict[str, bytes], name: str, figure, alt: str) -> str:
     """The HTML of a figure, which is drawn once, for the page and for the file of that name."""
-    drawn[name] = figures.png(figure)
+    drawn[name] = drawing.png(figure)
     return html.image(drawn[name], alt)
 
 
@@ -373,17 +373,16 @@ def curves(entries: list[Entry], drawn: dict) -> list[tuple[str, str]]:
     probes = [entry.extra.get("probe", {}).get("probe") for entry in entries]
     moved = [dynamics.probe_kl(run) for run in runs]
     if panels := [panel for panel in ((entropy.draw_probe, probes), (draw_probe_kl, moved)) if any(panel[1])]:
-        figure, axes = figures.figure(1, len(panels), 5.2, 3.2)
+        figure, axes = drawing.figure(len(panels), 5.2, 3.2)
         for one, (draw, rows) in zip(axes, panels):
             draw(one, runs, rows)
-        figures.legend(figure, axes)
+        drawing.legend(figure, axes)
         inside += picture(drawn, "probe", figure, "entropy on the frozen probe, and KL from the policy of step 0")
     sections = [("Entropy and held-out accuracy", inside)]
     for entry in (entry for entry in entries if entry.passes):
         base, trained, step = entry.passes
-        plot_pass_at_k(base, trained, f"step {step}", plot := BytesIO())
-        drawn[f"{entry.run.name}_pass_at_k"] = plot.getvalue()
-        inside = html.image(plot.getvalue(), "pass@k") + pass_table(entry)
+        figure = plot_pass_at_k(base, trained, f"step {step}")
+        inside = picture(drawn, f"{entry.run.name}_pass_at_k", figure, "pass@k") + pass_table(entry)
         sections.append((f"pass@k of {entry.run.name}, before and after", inside))
     if any("proposer" in run.roles for run in runs):
         alt = "valid, solved and learnable proposals"
@@ -397,23 +396,23 @@ def curves(entries: list[Entry], drawn: dict) -> list[tuple[str, str]]:
 def draw_overview(runs: list[RunData]):
     """Entropy of the roles there are and held-out accuracy; by mode for one run, else by run."""
     roles = [role for role in ROLES if any(role in run.roles for run in runs)]
-    drawn, axes = figures.figure(1, len(roles) + 1, 3.7, 3.1)
+    drawn, axes = drawing.figure(len(roles) + 1, 3.7, 3.1)
     entropy.draw_training(axes[:-1], runs, roles)
     counts = set()
     for i, (run, own) in enumerate(zip(runs, figures.looks(runs))):
         for j, mode in enumerate(MODES if len(runs) == 1 else ("all",)):
             steps, rows = held_out(run, mode)
             if rows:
-                name, shape = (mode, figures.look(style(mode))) if len(runs) == 1 else (run.name, own)
-                figures.points(axes[-1], steps, rows, name, shape, shift=0.6 * (i + j))
+                name, shape = (mode, drawing.look(style(mode))) if len(runs) == 1 else (run.name, own)
+                drawing.points(axes[-1], steps, rows, name, shape, shift=0.6 * (i + j))
                 counts.add(rows[0]["n"])
     axes[-1].set_xlim(left=0)
     axes[-1].set_ylim(bottom=0)
     tasks = " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if all(counts) and counts else ""
     per_mode = " per mode" if len(runs) == 1 else ""
     title = f"held-out accuracy, greedy{f', {tasks} tasks{per_mode}' if tasks else ''}"
-    figures.label(axes[-1], title, STEP, "share solved")
-    figures.legend(drawn, axes)
+    drawing.label(axes[-1], title, STEP, "share solved")
+    drawing.legend(drawn, axes)
     return drawn
 
 
@@ -424,7 +423,7 @@ def draw_probe_kl(axes, runs: list[RunData], moved: list[dict]) -> None:
             steps = {0: 0.0} | rows[f"{role}/all"]
             axes.plot(steps.keys(), steps.values(), **entropy.look_of_role(role, run, own, runs))
     axes.set_ylim(bottom=0)
-    figures.label(axes, "KL from the policy of step 0, on the frozen probe", STEP, "nats per token")
+    drawing.label(axes, "KL from the policy of step 0, on the frozen probe", STEP, "nats per token")
 
 
 def held_out(run: RunData, mode: str) -> tuple[list[int], list[dict]]:
@@ -446,12 +445,12 @@ def held_out(run: RunData, mode: str) -> tuple[list[int], list[dict]]:
 
 def draw_proposer(runs: list[RunData]):
     """Valid, solved and learnable shares by step."""
-    drawn, axes = figures.figure(1, 3, 3.7, 2.9)
+    drawn, axes = drawing.figure(3, 3.7, 2.9)
     for one, (key, (title, what)) in zip(axes, RATES.items()):
         figures.curves(one, runs, f"proposer/{{}}/{key}")
         one.set_ylim(0, 1)
-        figures.label(one, title, STEP, figures.of_modes(runs, what))
-    figures.legend(drawn, axes)
+        drawing.label(one, title, STEP, figures.of_modes(runs, what))
+    drawing.legend(drawn, axes)
     return drawn
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 
+from azr import drawing
 from azr.analysis import figures
 from azr.command import Number
 from azr.palette import style
@@ -26,7 +27,7 @@ def main(args) -> int:
     """Prints where each shape is highest and plots them all; returns the exit code. ValueError for bad input."""
     rewards = curves(args.answers, args.ends_penalty)
     print(f"Expected proposer reward of a valid task, solve rate measured on {args.answers} answers:")
-    drawn, (axes,) = figures.figure(1, 1, 5.6, 4.0)
+    drawn, (axes,) = drawing.figure(1, 5.6, 4.0)
     for i, shape in enumerate(SHAPES):
         best = max(rewards[shape])
         flat, p = best - min(rewards[shape]) < 1e-9, rewards["p"][rewards[shape].index(best)]
@@ -35,10 +36,10 @@ def main(args) -> int:
         # markers at different places, so that of two equal curves (learnability, above-chance) both are seen
         every = max(1, len(rewards["p"]) // 10)
         places = (i * every // len(SHAPES), every)
-        axes.plot(rewards["p"], rewards[shape], label=shape, markevery=places, **figures.look(style(shape)))
+        axes.plot(rewards["p"], rewards[shape], label=shape, markevery=places, **drawing.look(style(shape)))
     penalty = f", ends penalty {args.ends_penalty:g}" if args.ends_penalty else ""
     title = f"expected proposer reward, {args.answers} answers per task{penalty}"
-    figures.label(axes, title, "true solve rate p of a task", f"expected reward E[R(k / {args.answers})]")
-    figures.legend(drawn, [axes])
+    drawing.label(axes, title, "true solve rate p of a task", f"expected reward E[R(k / {args.answers})]")
+    drawing.legend(drawn, [axes])
     figures.write_outputs(args, "proposer_rewards", rewards, {"proposer_rewards": drawn})
     return 0

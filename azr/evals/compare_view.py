@@ -5,13 +5,12 @@ markdown(result) -> str     show(page, out)     plot(result) -> bytes      resul
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from azr import passk
+from azr import drawing, passk
 from azr.console import prose, say
 from azr.palette import COMPARISON, GRAY, MODELS, style
 
@@ -192,60 +191,38 @@ def show(page: str, out: Path, needs: str | None = None) -> None:
 
 def plot(result: dict) -> bytes:
     """PNG: both curves with bands, and their paired difference."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    curves, difference = figure.subplots(1, 2)
-    ks = [row["k"] for row in result["pass@k"]]
-    for name in ("base", "tuned"):
-        _band(curves, ks, [row[name] for row in result["pass@k"]], name)
-    curves.set_ylabel("pass@k, mean over problems")
-    curves.set_title("each with its own 95 % band", loc="left", fontsize=9.5)
-    curves.legend(frameon=False, fontsize=8)
-    _band(difference, ks, [row["difference"] for row in result["pass@k"]], "difference")
-    difference.set_ylabel("difference of pass@k")
-    difference.axhline(0, color="black", linewidth=0.8)
-    for row in result["pass@k"]:
+    drawn, (curves, gap) = drawing.figure(2, 4.0, 3.5)
+    rows, x = result["pass@k"], "k, answers per problem"
+    ks = [row["k"] for row in rows]
+    for name, axes in (("base", curves), ("tuned", curves), ("difference", gap)):
+        _band(axes, ks, [row[name] for row in rows], name)
+    drawing.zero_line(gap)
+    for row in rows:
         if row["ahead"]:
-            difference.plot(row["k"], row["difference"]["mean"], "D", color=COLORS["difference"], markersize=7)
+            gap.plot(row["k"], row["difference"]["mean"], "D", color=COLORS["difference"], markersize=7)
     if result["crossing"]:
         k = result["crossing"]["k"]
-        difference.axvspan(k["low"], k["high"], color=COLORS["crossing"], alpha=0.2, label="crossing, 95 %")
-        difference.legend(frameon=False, fontsize=8)
-    difference.set_title("tuned - base, paired; large: established", loc="left", fontsize=9.5)
-    for axes in (curves, difference):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.minorticks_off()
-        axes.set_xlabel("k, answers per problem")
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=8)
-    return _png(figure)
-
-
-def _png(figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+        gap.axvspan(k["low"], k["high"], color=COLORS["crossing"], alpha=0.2, label="crossing, 95 %")
+    drawing.label(curves, "each with its own 95 % band", x, "pass@k, mean over problems")
+    drawing.label(gap, "tuned - base, paired; large: established", x, "difference of pass@k")
+    for axes in (curves, gap):
+        drawing.doubling(axes, ks)
+    drawing.legend(drawn, [curves, gap])
+    return drawing.png(drawn)
 
 
 def frontier_plot(sides: dict[str, dict[str, dict]], k: int | None, problems: int) -> bytes:
     """PNG of pass@1 against pass@k. sides: "base" or "tuned" -> temperature -> {"pass@1", "pass@k"}, or None there."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.6), layout="constrained")
-    axes = figure.subplots()
+    drawn, (axes,) = drawing.figure(1, 6.5, 4.6)
     for name, rows in sides.items():
         hot = {t: (row["pass@1"], row["pass@k"]) for t, row in rows.items() if row["pass@1"] and row["pass@k"]}
         greedy = next((row["pass@1"]["mean"] for t, row in rows.items() if not float(t) and row["pass@1"]), None)
         frontier_line(axes, hot, greedy, name, name)
     axes.plot([], [], color=GRAY, linewidth=2, label="greedy, on the axis")
-    axes.set(xlabel="pass@1", ylabel=f"pass@{k}" if k else "(too few samples for pass@k)")
-    axes.set_title(f"{problems} problems; small numbers: temperature; bars: 95 %", fontsize=9.5, loc="left")
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    return _png(figure)
+    title, y = f"{problems} problems; small numbers: temperature; bars: 95 %", f"pass@{k}"
+    drawing.label(axes, title, "pass@1", y if k else "(too few samples for pass@k)")
+    drawing.legend(drawn, [axes])
+    return drawing.png(drawn)
 
 
 def frontier_line(

@@ -3,7 +3,7 @@
     tasks = load_tasks("held_out.jsonl")
     base = evaluate(policy, tasks, n=16, sampling=Sampling(temperature=1.0), template="tiny", sandbox=sandbox, seed=0)
     difference(base, trained, k=1, mode="deduction")        # Interval(mean, low, high), paired over problems
-    plot_pass_at_k(base, trained, "trained", "pass_at_k.png")
+    drawn = plot_pass_at_k(base, trained, "trained")        # a figure; azr/drawing.py makes a PNG of it
 
 Estimators and intervals are those of azr/passk.py: over problems like these, not over training runs. Left out: k beyond
 n. No torch is imported here.
@@ -18,13 +18,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from azr import drawing
 from azr.console import warn
 from azr.jsonl import strict_lines
-from azr.palette import MODELS
+from azr.palette import style
 from azr.passk import Interval, bootstrap_interval, bootstrap_statistic, pass_at_k, powers_of_two, share_interval
 
 if TYPE_CHECKING:
@@ -267,37 +268,26 @@ def answer_key(mode: str, answer: str) -> str:
 # ---------------------------------------------------------------- the plot
 
 
-def plot_pass_at_k(
-    base: EvalResult, trained: EvalResult, name: str, path: Any, ks: Sequence[int] | None = None
-) -> None:
-    """pass@k over k as PNG into a file: a panel a mode and one for all tasks; `name` is that of the trained model.
+def plot_pass_at_k(base: EvalResult, trained: EvalResult, name: str, ks: Sequence[int] | None = None):
+    """The figure of pass@k over k: a panel a mode and one for all tasks; `name` is that of the trained model.
 
     The band around its curve is the 95 % interval of its paired difference from the base, so the difference is
     established where the band leaves the base's curve. Needs matplotlib.
     """
-    from matplotlib.figure import Figure
-
     ks = ks or powers_of_two(int(min(base.column("n").min(), trained.column("n").min())))
     panels = [*base.modes, *([None] if len(base.modes) > 1 else [])]
-    figure = Figure(figsize=(3.0 * len(panels), 3.2), layout="constrained")
-    for axes, mode in zip(figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels):
+    drawn, every = drawing.figure(len(panels), 3.0, 3.2, share=True)
+    for axes, mode in zip(every, panels):
         means = [result.pass_at_k(ks, mode).mean for result in (base, trained)]
-        for label, mean, (color, marker) in zip(("base", name), means, MODELS.values()):
-            axes.plot(ks, mean, marker=marker, markersize=4, linewidth=1.4, color=color, label=label)
+        for mean, words, side in zip(means, ("base", name), ("base", "tuned")):
+            axes.plot(ks, mean, label=words, **drawing.look(style(side)))
         gap = difference(base, trained, ks, mode)
         low, high = (np.clip(means[1] - gap.mean + end, 0, 1) for end in (gap.low, gap.high))
-        text = f"{name}: 95 % of its paired difference from base"
-        axes.fill_between(ks, low, high, color=color, alpha=0.2, linewidth=0, label=text)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ks, [str(k) for k in ks])
-        axes.minorticks_off()
-        axes.set_title(f"{mode or 'all'}, {len(base.of(mode))} tasks", fontsize=9.5, loc="left")
-        axes.set_xlabel("k, answers per task", fontsize=8.5)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylim(bottom=0)
-    figure.axes[0].set_ylabel("pass@k, mean over tasks", fontsize=8.5)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower left", ncols=len(names), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150, format="png")
+        words = f"{name}: 95 % of its paired difference from base"
+        axes.fill_between(ks, low, high, color=style("tuned").color, alpha=0.2, linewidth=0, label=words)
+        drawing.doubling(axes, ks)
+        shown = "pass@k, mean over tasks" if axes is every[0] else ""
+        drawing.label(axes, f"{mode or 'all'}, {len(base.of(mode))} tasks", "k, answers per task", shown)
+    every[0].set_ylim(bottom=0)
+    drawing.legend(drawn, every)
+    return drawn

@@ -27,6 +27,7 @@ import torch
 
 from azr import console
 from azr.console import prose, warn
+from azr.drawing import png
 from azr.evals import math_answers
 from azr.evals.held_out import load_tasks, plot_pass_at_k
 from azr.jsonl import tolerant_lines, write_jsonl_atomic
@@ -371,7 +372,7 @@ def conclude(s, watch) -> None:
         screen.before_after(base, trained, ks)
         plot = s.run.dir / "plots" / "pass_at_k.png"
         plot.parent.mkdir(exist_ok=True)
-        plot_pass_at_k(base, trained, NAMES[s.config.algorithm], plot, ks)
+        plot.write_bytes(png(plot_pass_at_k(base, trained, NAMES[s.config.algorithm], ks)))
         console.say(f"pass@k, base against trained: {plot}")
     if best := s.evaluation.mark_best():
         console.say(best)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from azr.drawing import png
 from azr.evals import held_out
 from azr.evals.held_out import EvalResult, TaskResult, evaluate, load_tasks, plot_pass_at_k
 
@@ -211,11 +212,11 @@ def test_difference_finds_a_gain_and_refuses_other_tasks_or_settings():
 def test_plot_has_a_panel_a_mode_and_one_for_all(tmp_path):
     matplotlib_image = pytest.importorskip("matplotlib.image")
     rng, path = np.random.default_rng(7), tmp_path / "p.png"
-    plot_pass_at_k(made_up(rng, 0), made_up(rng, 0.2), "trained", path)
+    path.write_bytes(png(plot_pass_at_k(made_up(rng, 0), made_up(rng, 0.2), "trained")))
     image = matplotlib_image.imread(path)
     assert image.shape[1] > 2.5 * image.shape[0] and len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
     with pytest.raises(ValueError, match="k must lie between"):
-        plot_pass_at_k(made_up(rng, 0), made_up(rng, 0), "trained", path, ks=[1, 32])
+        plot_pass_at_k(made_up(rng, 0), made_up(rng, 0), "trained", ks=[1, 32])
 
 
 def test_no_torch_is_imported():
