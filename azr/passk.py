@@ -279,7 +279,5 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Exact two-sided p of McNemar's test from the problems that only a, only b solved: Binomial(a + b, 1/2)."""
-    n, tail, ways = only_a + only_b, 0, 1
-    for i in range(min(only_a, only_b) + 1):
-        tail, ways = tail + ways, ways * (n - i) // (i + 1)  # ways = comb(n, i), in exact integers
-    return min(1.0, 2 * tail / 2**n)
+    n = only_a + only_b
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n)
