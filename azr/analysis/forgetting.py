@@ -111,11 +111,9 @@ def write_responses(policy, prompts: list[list[int]], run: RunData, seed: int) -
 
 
 def per_token(rows: list[np.ndarray]) -> dict:
-    """Token mean of a divergence with its interval over sequences, and the mean over sequences of their sums."""
+    """Token mean of a divergence with its interval over sequences."""
     rows = [row for row in rows if len(row)]
-    sums, counts = np.array([row.sum() for row in rows]), np.array([len(row) for row in rows])
-    row = as_json(ratio_of_sums(sums, counts), len(rows))
-    return row | {"per_sequence": float(sums.mean()), "tokens": int(counts.sum())}
+    return as_json(ratio_of_sums([row.sum() for row in rows], [len(row) for row in rows]), len(rows))
 
 
 def kl_at(policy, run: RunData, asked: dict) -> dict:
