@@ -463,12 +463,11 @@ def describe_environment() -> dict:
         commit = None
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "versions": versions,
         "git": commit,
         "platform": platform.platform(),
-        "cpu_count": cpus,
+        "cpu_count": len(os.sched_getaffinity(0)),
         "gpu": gpu,
         "threads": torch.get_num_threads() if torch is not None else None,
         "command": sys.argv,

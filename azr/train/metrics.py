@@ -158,8 +158,7 @@ def memory(at_once: dict | None = None) -> dict[str, float]:
 
     at_once: {part: {name: size}}, what is computed at once, which memory running out lowers; the numbers are added.
     """
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    peak = {"memory/peak_process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    peak = {"memory/peak_process": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         peak["memory/peak_gpu"] = torch.cuda.max_memory_allocated() / 1e9
