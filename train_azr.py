@@ -294,7 +294,7 @@ def ppo_update(s: State, step: int, samples: list[Sample]) -> dict[str, float]:
     order = list(range(len(samples)))
     random.Random(f"{c.seed}/{step}/minibatches").shuffle(order)
     if c.minibatches > 1:  # the ratio of PPO needs the log-probs before the first of several optimizer steps
-        update.old_log_probs(s, [sample for sample in samples if update.has_ratio(sample)])
+        update.old_log_probs(s, [x for x in samples if update.has_ratio(x) and update.has_gradient(s, x)])
     for number in range(c.minibatches):
         batch = [samples[i] for i in sorted(order[number :: c.minibatches])]
         s.arms.mark(s, batch, sample_seed(c.seed, f"{step}/control", number))

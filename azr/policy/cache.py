@@ -33,6 +33,7 @@ class Sequence:
     seed: int = 0  # one of `sampling.seed_tensor`
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)  # in the order of the tokens
 
     @property

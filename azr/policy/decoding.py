@@ -275,28 +275,32 @@ class Decoding:
 
     # -- between host and device
 
-    def _read(self, steps: Callable[[bool], list[tuple]]) -> tuple[list[list[int]], list[list[float]]]:
-        """(tokens, log-probs), a list for each row, from steps(exact) -> [(token, log_prob, sure), ...], one a step.
+    def _read(self, steps: Callable[[bool], list[tuple]]) -> list[list[list]]:
+        """[tokens, log-probs, entropies], a list for each row, from steps(exact) -> [(token, log_prob, entropy, sure),
+        ...], one a step.
 
         The host waits for the device here and nowhere else. Where the quick truncation was not sure of a row, all
         steps are done again, exactly: they overwrite what they wrote.
         """
         for exact in (False, True):
-            tokens, log_probs, sure = zip(*steps(exact))
+            *sampled, sure = zip(*steps(exact))
             if exact or sure[0] is None or bool(torch.stack(sure).all()):
                 break
-        return torch.stack(tokens).t().tolist(), torch.stack(log_probs).t().tolist()
+        # each copy to the host waits: all that is not a token in one
+        floats = torch.stack([torch.stack(values) for values in sampled[1:]])
+        return [torch.stack(sampled[0]).t().tolist(), *floats.transpose(1, 2).tolist()]
 
-    def _record(self, sequences: list[Sequence], tokens: list[list[int]], log_probs: list[list[float]]) -> None:
-        """Append what was sampled, a list for each sequence, and let go of those that ended."""
+    def _record(self, sequences: list[Sequence], *sampled: list[list]) -> None:
+        """Append what was sampled, [tokens, log-probs, entropies] of each sequence, and let go of those that ended."""
         ended = set()
-        for s, new_ids, new_log_probs in zip(sequences, tokens, log_probs):
-            for token, log_prob in zip(new_ids, new_log_probs):
+        for s, *rows in zip(sequences, *sampled):
+            for token, log_prob, entropy in zip(*rows):
                 s.ids.append(token)
                 s.log_probs.append(log_prob)
+                s.entropy.append(entropy)
                 reason = self.stop.reason(s.ids) or ("length" if len(s.ids) >= s.limit else None)
                 if reason:
-                    self.results.put(s.index, Completion(s.ids, s.log_probs, reason))
+                    self.results.put(s.index, Completion(s.ids, s.log_probs, reason, s.entropy))
                     ended.add(s)
                     break  # the rest of the block was sampled after the end
         self.scheduler.retire(ended)

@@ -99,8 +99,9 @@ class HFGenerate:
             logits_processor=[watch.see],
             stopping_criteria=[watch],
         )[:, width:]
-        rows = zip(out.tolist(), torch.cat(watch.log_probs, 1).tolist(), watch.ends)
-        return [Completion(tokens[:end], log_probs[:end], reason) for tokens, log_probs, (end, reason) in rows]
+        columns = (torch.cat(values, 1).tolist() for values in (watch.log_probs, watch.entropy))
+        rows = zip(out.tolist(), *columns, watch.ends)
+        return [Completion(ids[:end], log_p[:end], why, entropy[:end]) for ids, log_p, entropy, (end, why) in rows]
 
 
 class _Watch(StoppingCriteria):
@@ -109,6 +110,7 @@ class _Watch(StoppingCriteria):
     def __init__(self, table: StopTable, width: int, limits, temperature: float):
         self.table, self.width, self.limits, self.temperature = table, width, limits, temperature
         self.log_probs: list[torch.Tensor] = []  # (rows, 1) of each step
+        self.entropy: list[torch.Tensor] = []
         self.ends: list[tuple[int, str] | None] = [None] * len(limits)  # (tokens, reason) of each row
 
     def see(self, input_ids, scores):
@@ -119,7 +121,9 @@ class _Watch(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         """(rows,) bool: the rows that have ended by EOS, by a stop string or at their own limit."""
         time, z = input_ids.shape[1] - self.width, self.logits
-        self.log_probs.append(z.gather(-1, input_ids[:, -1:]) - torch.logsumexp(z, -1, keepdim=True))
+        log_p = torch.log_softmax(z, -1)
+        self.log_probs.append(log_p.gather(-1, input_ids[:, -1:]))
+        self.entropy.append(-torch.linalg.vecdot(log_p.exp(), log_p)[:, None])
         for row, tail in enumerate(input_ids[:, -min(time, max(1, self.table.tail)) :].tolist()):
             if self.ends[row] is None:
                 reason = self.table.reason(tail) or ("length" if time >= self.limits[row] else None)

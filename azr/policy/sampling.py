@@ -1,13 +1,13 @@
 """Sampling: one token a row from fp32 logits, a random number for each (seed, position), and when a response ends.
 
-    token, log_prob, _ = sample_tokens(logits, Sampling(top_p=0.95), seed_tensor(seeds, device), position)
+    token, log_prob, entropy, _ = sample_tokens(logits, Sampling(top_p=0.95), seed_tensor(seeds, device), position)
 
 Every sample has its own seed, and its t-th token consumes the number of (seed, t), whatever else is in the batch and
 however often the sequence was interrupted. Left out: penalties, min-p, beams, per-token biases. Imports nothing of the
 project and can be copied out alone.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ class Completion:
     ids: list[int]  # the EOS token or the tokens that complete a stop string are included
     log_probs: list[float]  # of the untruncated distribution at the sampling temperature (greedy: at 1)
     finish_reason: str  # "stop" | "eos" | "length" | "too_long" (can never fit: not sampled, no ids)
+    entropy: list[float] = field(default_factory=list)  # of the same distribution, nats, one a token; empty: not known
 
 
 def check_requests(prompts: list[list[int]], n: int, sampling: Sampling, seeds, limits: list[int] | None) -> list[int]:
@@ -104,29 +105,29 @@ def uniform(mixed_seeds: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
 
 
 def sample_tokens(logits, sampling: Sampling, mixed_seeds, position, exact: bool = True) -> tuple:
-    """One token for each row of `logits` (rows, vocabulary): ids (rows,), fp32 log-probs (rows,) and `sure`.
+    """One token for each row of `logits` (rows, vocabulary): ids, fp32 log-probs and entropies (rows,), and `sure`.
 
     Inverse CDF with sums in float64 and one uniform number per (seed, position). Order of the truncations as in
-    transformers: temperature, then top-k, then top-p on what is left. The log-prob ignores both. The host never waits
-    for the device.
+    transformers: temperature, then top-k, then top-p on what is left. Log-prob and entropy (nats; NaN with a
+    logit of -inf) ignore both. The host never waits for the device.
 
     With exact=False top-p looks at the `CUT` most probable tokens only, which is much faster. sure (rows,) bool is then
     False where it needs more of them, and the row has to be sampled again, exactly. None: nothing can be missing.
     """
     z = logits.float()
     sure = None
+    if sampling.temperature not in (0, 1):  # saves a tensor of the size of the logits
+        z = z / sampling.temperature
+    log_p = z - torch.logsumexp(z, -1, keepdim=True)
+    p = log_p.exp()
+    entropy = -torch.linalg.vecdot(p, log_p)
     if sampling.temperature == 0:
-        log_z = torch.logsumexp(z, -1, keepdim=True)
         token = z.argmax(-1)
     else:
-        if sampling.temperature != 1:  # saves a tensor of the size of the logits
-            z = z / sampling.temperature
-        log_z = torch.logsumexp(z, -1, keepdim=True)
-        p = (z - log_z).exp_()
         if sampling.top_p < 1 or sampling.top_k:
             p, sure = truncate(p, sampling.top_k, sampling.top_p, p.shape[-1] if exact else CUT)
         token = inverse_cdf(p, uniform(mixed_seeds, position))
-    return token, (z.gather(-1, token[:, None]) - log_z).squeeze(-1), sure
+    return token, log_p.gather(-1, token[:, None]).squeeze(-1), entropy, sure
 
 
 def truncate(p: torch.Tensor, top_k: int, top_p: float, looked_at: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -28,6 +28,7 @@ def generate(s, role: str, modes: list[str], prompts: list[str], n: int, key: st
         for completion in row
     ]
     for k, sample in enumerate(samples):
+        sample.entropy = sample.completion.entropy
         sample.parsed = read(sample.completion, parse(k // n, sample.response))
     return samples
 

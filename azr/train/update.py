@@ -46,7 +46,7 @@ class Batch:
 
 @dataclasses.dataclass
 class Columns:
-    """The sampled tokens of a whole optimizer step, flat (tokens,), and the samples they come from, in their order."""
+    """The sampled tokens with a gradient of a whole optimizer step, flat (tokens,), and their samples, in order."""
 
     samples: list[Sample]
     log_prob: torch.Tensor
@@ -54,6 +54,7 @@ class Columns:
     sampler: torch.Tensor
     advantage: torch.Tensor
     clip: tuple[float, float]  # the bounds that were used
+    sampled: int  # tokens of the step that the policy sampled, those without a gradient among them
 
 
 def make_optimizer(policy: Policy, learning_rate: float) -> torch.optim.AdamW:
@@ -103,6 +104,11 @@ def has_ratio(sample: Sample) -> bool:
     return not sample.from_base and sample.objective != "sft"
 
 
+def has_gradient(s, sample: Sample) -> bool:
+    """Whether a sample moves the weights: without an advantage it does not, unless an arm says so."""
+    return sample.update and not sample.from_base and bool(sample.advantage or s.arms.every_token)
+
+
 def score(s, samples: list[Sample], with_grad: bool):
     """Micro-batches of (indices, log_prob, entropy, mask) over the responses of the samples, each of one adapter."""
     adapters = [s.arms.adapter(sample.role, "default") for sample in samples]
@@ -135,25 +141,21 @@ def gradient(s, samples: list[Sample], weights: list[float], loss_of: Callable[[
     own = [x for part, _ in parts for x in part]
     # an optimizer step may have nothing to score, and its metrics are still asked for
     columns = zip(*(tensors for _, tensors in parts)) if parts else [[torch.zeros(0)]] * 4
-    return loss, Columns(own, *(torch.cat(list(column)) for column in columns), clip=s.arms.clip(CLIP, CLIP))
+    sampled = sum(len(x.completion.ids) for x in samples if not x.from_base and not x.objective)
+    return loss, Columns(own, *(torch.cat(list(column)) for column in columns), s.arms.clip(CLIP, CLIP), sampled)
 
 
 def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple[float, list]:
     """(loss, parts of the columns); adds the gradient, micro-batch by micro-batch, to the parameters, times the scale.
 
-    Samples without advantage have no gradient (unless an arm says so): for the metrics they are scored without one.
-    Samples of the base, adapter off, are not the policy's to score.
+    Samples without a gradient are not scored: sampling has told their entropies. What was not sampled (a response of a
+    file) has none yet, and gets them here.
     """
-    loss_sum, parts, advance = 0.0, [], pulse("update", len(samples), "responses")
+    graded = [i for i, sample in enumerate(samples) if sample.completion.ids and has_gradient(s, sample)]
+    unknown = [i for i, x in enumerate(samples) if x.completion.ids and not x.entropy and not has_gradient(s, x)]
+    loss_sum, parts, advance = 0.0, [], pulse("update", len(graded) + len(unknown), "responses")
     # two passes: a micro-batch is scored either with activations kept for a gradient or, far cheaper, without
-    for with_grad in (True, False):
-        part = [
-            i
-            for i, sample in enumerate(samples)
-            if len(sample.completion.ids)
-            and not sample.from_base
-            and (sample.update and bool(sample.advantage or s.arms.every_token)) == with_grad
-        ]
+    for with_grad, part in ((True, graded), (False, unknown)):
         for indices, log_prob, entropy, mask in score(s, [samples[i] for i in part], with_grad):
             chosen = [part[i] for i in indices]
             batch = make_batch([samples[i] for i in chosen], [weights[i] for i in chosen], log_prob, entropy, mask)
@@ -162,11 +164,10 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
                 if log_prob.requires_grad:  # else another process has the gradient of this micro-batch
                     s.loss_scale.backward(loss)
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
-            # also without gradient: the metrics of the gap and the clip are about all sampled tokens
             parts.append(columns_of(batch))
             advance(len(indices), sum(len(sample.completion.ids) for sample in batch.samples))
             for sample, row in zip(batch.samples, entropy.tolist()):
-                sample.entropy = row[: len(sample.completion.ids)]
+                sample.entropy = sample.entropy or row[: len(sample.completion.ids)]
     return loss_sum, parts
 
 
@@ -192,7 +193,8 @@ def columns_of(batch: Batch) -> tuple[list[Sample], list[torch.Tensor]]:
 
 
 def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
-    """Metrics of an optimizer step over its sampled tokens: the gap between sampler and trainer, and the clip."""
+    """Metrics of an optimizer step: the gap between sampler and trainer, of the tokens with a gradient, and the share
+    of all sampled tokens that the clip took the gradient from."""
     every = torch.ones_like(columns.log_prob, dtype=torch.bool)
     gap = ppo.gap_statistics(columns.old, columns.sampler, every, GAP_CAP)
     clipped = ppo.clipped(columns.log_prob, columns.old, columns.advantage, *columns.clip)
@@ -204,7 +206,7 @@ def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
         "gap_k3": gap["k3"],
         "gap_capped": gap["capped"],
         "tokens": sum(len(sample.completion.ids) for sample in samples if not sample.from_base),
-        "clip_fraction": (clipped.sum() / max(1, len(clipped))).item(),
+        "clip_fraction": clipped.sum().item() / max(1, columns.sampled),
     }
 
 

@@ -134,9 +134,9 @@ def decode_step(
         with triton_counted(count), count:
             hidden = d.hidden(token, position, table)
             logits = policy.engine.head(hidden)
-            token, log_prob, _ = sample_tokens(logits, sampling, position, position, exact=False)
-        assert hidden.dtype == torch.bfloat16 and logits.dtype == log_prob.dtype == torch.float32
-        assert token.dtype == torch.int64 and token.shape == log_prob.shape == (rows,)
+            token, log_prob, entropy, _ = sample_tokens(logits, sampling, position, position, exact=False)
+        assert hidden.dtype == torch.bfloat16 and logits.dtype == log_prob.dtype == entropy.dtype == torch.float32
+        assert token.dtype == torch.int64 and token.shape == log_prob.shape == entropy.shape == (rows,)
 
     return each_layer(run, shape, layers)
 

@@ -122,10 +122,11 @@ def mixed_prompts(each: int, vocab: int = 250, seed: int = 0) -> list[list[int]]
 
 def check_log_probs(policy, prompts, out, temperature=1.0, tolerance=2e-5):
     flat = [(p, c) for p, row in zip(prompts, out) for c in row]
-    expected, _ = policy.score_lists([p for p, _ in flat], [c.ids for _, c in flat], temperature)
-    gaps = [abs(a - b) for (_, c), e in zip(flat, expected) for a, b in zip(c.log_probs, e)]
-    assert all(len(c.log_probs) == len(c.ids) for _, c in flat)
-    assert max(gaps) < tolerance and sum(gaps) / len(gaps) < tolerance / 5
+    expected = policy.score_lists([p for p, _ in flat], [c.ids for _, c in flat], temperature)
+    assert all(len(c.log_probs) == len(c.entropy) == len(c.ids) for _, c in flat)
+    for name, values in zip(("log_probs", "entropy"), expected):
+        gaps = [abs(a - b) for (_, c), row in zip(flat, values) for a, b in zip(getattr(c, name), row)]
+        assert max(gaps) < tolerance and sum(gaps) / len(gaps) < tolerance / 5
 
 
 # ------------------------------------------------------------------------------------------- against transformers
@@ -496,7 +497,7 @@ def test_inverse_cdf_is_exact_and_never_draws_what_has_no_probability():
         assert (below <= target + 1e-12).all() and (target <= at + 1e-12).all()
         assert (p.gather(-1, token[:, None]) > 0).all()
     logits = p.log()
-    token, log_prob, _ = sample_tokens(logits, Sampling(top_k=3), seed_tensor([1] * 6, "cpu"), torch.arange(6))
+    token, log_prob, _, _ = sample_tokens(logits, Sampling(top_k=3), seed_tensor([1] * 6, "cpu"), torch.arange(6))
     assert torch.allclose(log_prob, logits.log_softmax(-1).gather(-1, token[:, None]).squeeze(-1), atol=1e-6)
 
 

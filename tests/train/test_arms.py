@@ -162,7 +162,7 @@ def test_clip_bounds_and_what_counts_as_touched():
     def share(name, log_prob=log_prob):
         arm = control(name)
         arm.marks = {id(sample): [1.0, 1.0, 0.0, 0.0, 0.0]}
-        columns = update.Columns([sample], log_prob, old, old, advantage, arm.clip(0.2, 0.2))
+        columns = update.Columns([sample], log_prob, old, old, advantage, arm.clip(0.2, 0.2), old.numel())
         return arm.metrics(columns)["control_share"]
 
     assert share("clip-higher") == pytest.approx(1 / 5)  # 1.25 with A > 0; 1.35 stays clipped

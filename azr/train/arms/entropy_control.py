@@ -86,8 +86,7 @@ class Control(Arm):
 
     def metrics(self, columns):
         """`control_share`: the share of the sampled tokens that the control touched, 0 without tokens."""
-        share = self.touched(columns).double().mean().item() if len(columns.log_prob) else 0.0
-        return {"control_share": share}
+        return {"control_share": self.touched(columns).sum().item() / max(1, columns.sampled)}
 
 
 class Bonus(Control):
@@ -244,13 +243,6 @@ class KlCov(Marking):
 
 class TopEntropy(Marking):
     """Only the tokens of highest entropy are trained (Wang et al. 2025, arXiv 2506.01939)."""
-
-    def prepare(self, s, step, samples):
-        """Entropies under the weights that sampled; with minibatches the old log-probs bring them."""
-        if self.config.minibatches == 1:
-            for sample, now in zip(samples, update.scored(s, samples)):
-                sample.entropy = now.entropy
-        return {}
 
     def choose(self, advantage, log_prob, samples, generator):
         """All but the tokens of highest entropy; the strength is the share that is trained."""

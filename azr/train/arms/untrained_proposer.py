@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from azr.train import update
 from azr.train.arms import Arm
 from azr.train.data import FILL, fill, from_buffers, tokens
 
@@ -45,14 +44,6 @@ class FrozenBase(NoUpdate):
     def proposing(self, s):
         """Sampling with the adapter off."""
         return s.policy.disable_adapter()
-
-    def prepare(self, s, step, samples):
-        """Their entropies are those of the base that wrote them: the update does not score them."""
-        metrics = super().prepare(s, step, samples)
-        proposals = [sample for sample in samples if sample.from_base]
-        for sample, of_base in zip(proposals, update.scored(s, proposals, base=True)):
-            sample.entropy = of_base.entropy
-        return metrics
 
 
 class Matched(NoUpdate):
