@@ -427,9 +427,7 @@ def match_entropy(policy, prompts: dict, sampling, seed: int) -> dict:
 
     def entropy(temperature: float) -> float:
         rows = policy.generate(ids, n, dataclasses.replace(sampling, temperature=temperature), seeds)
-        answers = [(prompt, completion.ids) for prompt, row in zip(ids, rows) for completion in row]
-        _, entropies = policy.score_lists(*map(list, zip(*answers)), temperature)
-        values = [value for row in entropies for value in row]
+        values = [value for row in rows for completion in row for value in completion.entropy]
         return sum(values) / len(values)
 
     with bar("matching the base's entropy") as advance:

@@ -202,7 +202,7 @@ TINY = Preset(
     8,
     192,
     512,
-    2048,
+    1024,
     320,
     references=2,
     lora_rank=16,
