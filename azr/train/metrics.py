@@ -40,16 +40,7 @@ def step_metrics(proposals: list[Sample], answers: list[Sample], trained: list[S
             metrics |= proposer_metrics(mode, proposals, trained, n)
         elif given and mode != "math":
             metrics |= under(f"proposer/{mode}", _group([], [sample for sample in given if sample.mode == mode]))
-        mine = [sample for sample in answers if sample.mode == mode]
-        solver = {
-            "accuracy": mean(sample.correct for sample in mine),
-            "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
-            "timeout_rate": mean(sample.reason == "timeout" for sample in mine),
-            "tasks": len({sample.task.hash for sample in mine}),
-            "commonest_share": commonest_share(mine),
-            **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
-        }
-        metrics |= under(f"solver/{mode}", solver)
+        metrics |= solver_metrics(mode, answers, trained)
     return metrics
 
 
@@ -65,6 +56,20 @@ def commonest_share(answers: list[Sample]) -> float:
     """
     texts = Counter(sample.parsed.value for sample in answers if sample.parsed.value is not None)
     return texts.most_common(1)[0][1] / len(answers) if texts else math.nan
+
+
+def solver_metrics(mode: str, answers: list[Sample], trained: list[Sample]) -> dict[str, float]:
+    """Of the answers of a mode; see `step_metrics`."""
+    mine = [sample for sample in answers if sample.mode == mode]
+    metrics = {
+        "accuracy": mean(sample.correct for sample in mine),
+        "well_formed_rate": mean(sample.parsed.well_formed for sample in mine),
+        "timeout_rate": mean(sample.reason == "timeout" for sample in mine),
+        "tasks": len({sample.task.hash for sample in mine}),
+        "commonest_share": commonest_share(mine),
+        **_group(mine, [sample for sample in trained if sample.role == "solver" and sample.mode == mode]),
+    }
+    return under(f"solver/{mode}", metrics)
 
 
 def proposer_metrics(mode: str, proposals: list[Sample], trained: list[Sample], n: int) -> dict[str, float]:
