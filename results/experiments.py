@@ -33,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(RESULTS)]
 
 STEPS = 80  # of the default run of the embedded model
 COMMON = "--eval-samples 0".split()
+LONG = 160  # steps: is what tells self-play from rlvr the method, or how far a run has come?
 STEP_TOKENS = 5400  # response tokens a step of rlvr and sft, as joint has: `python -m azr.tasks make run` tells them
 BASES = 2  # samples of the untrained model
 
@@ -62,6 +63,8 @@ ARMS = {
     "frozen-base": Arm("--proposer frozen-base", 5),
     "separate": Arm("--proposer separate", 5),
     "rlvr": Arm(f"{RLVR}/tasks.jsonl", 5, 3),
+    "joint-long": Arm("", steps=LONG),
+    "rlvr-long": Arm(f"{RLVR}/tasks.jsonl", steps=LONG),
     "sft": Arm(f"{SFT}/gold.jsonl", 3, 3),
     "sft-traces": Arm(f"{SFT}/traces.jsonl"),
     "sft-worded": Arm(f"{SFT}/worded.jsonl"),

@@ -29,6 +29,8 @@ KS = (1, 2, 4, 8, 16, 32)
 WINDOW = 10  # steps, as measure.py has them
 FEWEST = 1  # seeds of an arm that is shown; without an interval where there is one
 FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
+FEW_ARMS = ("joint", "rlvr", "sft", "sft-worded")  # where what the others show is what joint shows
+LONG = "-long"  # ends the name of an arm that has twice the steps of the others
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
 Arms = dict[str, list[dict]]
@@ -143,12 +145,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def available(arms: Arms, least: int = FEWEST, key: str = "greedy") -> list[str]:
     """Arms with at least so many seeds in which this was measured, joint and what it is compared with first. Not those
-    on another base, whose own untrained model is not measured."""
+    on another base, whose own untrained model is not measured, nor those of twice the steps (`longer`)."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
     mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
     names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if len(arms[name]) >= least]
+    return [name for name in names if len(arms[name]) >= least and not name.endswith(LONG)]
+
+
+def brief(arms: Arms) -> list[str]:
+    """Of the arms that were sampled from, those of FEW_ARMS."""
+    return [name for name in available(arms, key="sampled") if name in FEW_ARMS]
 
 
 def is_full(name: str) -> bool:
@@ -256,7 +263,7 @@ def leash(arms: Arms) -> str:
     never = {index for index, n, right in rows_of_base if n == tries and right == 0}
     mask = np.array([index in never for index in few_tasks()])
     rows = []
-    for name in ("base", *available(arms, key="sampled")):
+    for name in ("base", *brief(arms)):
         # the first sample of the base is among the tries by which the tasks were chosen
         results = arms[name][1:] if name == "base" else arms[name]
         if results:
@@ -324,10 +331,33 @@ def rate_change(result: dict) -> float | None:
     return rates[1]["mean"] - rates[0]["mean"]
 
 
+def longer(arms: Arms) -> str:
+    """What twice the steps change: of self-play and of RLVR, beside the arm of the usual length."""
+    base, rows = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in (16, 32)}, []
+    for name in (name for arm in ("joint", "rlvr") for name in (arm, arm + LONG) if name in arms):
+        cells = [over_seeds(arms[name], lambda r: (greedy(r) - greedy(arms["base"][0])).mean())]
+        cells += [f"{np.mean([traced(r) for r in arms[name]]):.2f}"]
+        cells += [over_seeds(arms[name], lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in base]
+        cells += [over_seeds(arms[name], statements_change, 2), over_seeds(arms[name], rate_change)]
+        cells += [over_seeds(arms[name], lambda r, role=role: probe_change(r, role)) for role in ("proposer", "solver")]
+        rows.append([titled(arms, name), *cells])
+    head = ["arm (seeds)", "greedy, less base", "worked-out thoughts", "k = 16, less base", "k = 32, less base"]
+    head += ["statements: change", "the untrained model solves: change", "probe, proposer: change", "solver"]
+    return table(head, rows)
+
+
+def statements_change(result: dict) -> float | None:
+    """How many statements more the last proposals have than the first; None without proposals."""
+    if not result["proposals"]:
+        return None
+    first, *_, final = result["proposals"]["statements"]
+    return final - first
+
+
 def lengths(arms: Arms) -> str:
     """Tokens of a greedy answer to frozen tasks, by number of statements."""
     rows = [["base", *(f"{x:.0f}" for x in arms["base"][0]["greedy"]["tokens"])]]
-    for name in available(arms, key="sampled"):
+    for name in brief(arms):
         tokens = np.mean([r["greedy"]["tokens"] for r in arms[name]], axis=0)
         rows.append([titled(arms, name), *(f"{x:.0f}" for x in tokens)])
     return table(["arm (seeds)", *(f"{n} st." if n < 7 else "7-8 st." for n in LEVELS)], rows)
@@ -437,6 +467,7 @@ TABLES = (
     entropy,
     proposed,
     lengths,
+    longer,
     updates,
     every_weight,
     forgotten,
