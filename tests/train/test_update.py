@@ -219,6 +219,30 @@ def test_a_response_without_tokens_is_left_out_of_the_gradient(policy, config):
     assert nothing["tokens"] == 0 and nothing["loss"] == 0 and nothing["skipped"] == 0
 
 
+def test_what_has_no_advantage_is_not_scored_unless_its_entropy_is_unknown(policy, config, monkeypatch):
+    """Sampling has told its entropies; a response of a file has none, and gets the trainer's."""
+    samples, scored, score = sampled(policy), [], policy.score
+    for sample in samples:
+        sample.entropy = list(sample.completion.entropy)
+    still = [x for x in samples if not x.advantage]
+    given, kept = still[0], [list(x.entropy) for x in still]
+    given.entropy, given.objective = [], "truncated"
+    whole, metrics = gradient(policy, samples, config, Sizes(400))
+
+    def counted(prompts, responses, *sizes):
+        scored.extend(responses)
+        return score(prompts, responses, *sizes)
+
+    monkeypatch.setattr(policy, "score", counted)
+    again, _ = gradient(policy, samples, config, Sizes(400))
+    assert torch.equal(whole, again) and len(scored) == len(samples) - len(still)  # given has its entropies by now
+    assert all(a == pytest.approx(b, abs=2e-5) for a, b in zip([x.entropy for x in still], kept))
+    assert metrics["clip_fraction"] == 0 and metrics["tokens"] == sum(len(x.completion.ids) for x in samples)
+    given.entropy = []
+    gradient(policy, samples, config, Sizes(400))
+    assert len(scored) == 2 * (len(samples) - len(still)) + 1
+
+
 def gradient_of_nothing(policy, samples, config):
     optimizer = update.make_optimizer(policy, 1e-3)
     return optimizer, train_azr.optimizer_step(state(policy, optimizer, config, Sizes(400)), samples)
