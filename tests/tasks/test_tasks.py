@@ -1,7 +1,6 @@
 """The three modes: tasks as JSON, which proposals are valid, which are duplicates or held out, the seed tasks."""
 
 import json
-import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +10,7 @@ from azr.tasks import SEED_PROGRAM, SEED_TASKS, Proposal, Task, judge, validate
 from azr.tasks.messages import leak, leaked_code
 from azr.tasks.program import skeleton
 from sandbox import PROPOSAL, Sandbox
+from tests.timing import cpu_seconds
 
 DOUBLE = "def f(x):\n    return x * 2"
 
@@ -220,9 +220,11 @@ def test_messages():
 def test_many_readings_of_a_message_take_no_time():
     program = "def f(x):\n    return " + "x + 1 * " * 900 + "1"
     runs, hidden = "41 " * 8 + "z ", " ".join(f"{ord(letter):x}" for letter in "x + 1 * x + 1 * x")
-    began = time.process_time()
-    assert leak(program, (runs * 80)[:2_000]) == "" and "*" in leak(program, runs * 70 + hidden)
-    assert time.process_time() - began < 2  # a hundred readings, each once compared with a thousand pieces of code: 6 s
+
+    def search():
+        assert leak(program, (runs * 80)[:2_000]) == "" and "*" in leak(program, runs * 70 + hidden)
+
+    assert cpu_seconds(search, 2) < 2  # a hundred readings, each once compared with a thousand pieces of code: 6 s
 
 
 def test_the_seed_tasks_are_right(sandbox):
