@@ -10,8 +10,7 @@ Prefill and update are bound by the products (6 FLOPs a weight and trained token
 of the inputs; 8 where the weights get one). Peaks are those of the data sheets; what is reached of them, and how long a
 response is, is a guess in three paces, stated with the result. The middle one and the time of a layer follow what an
 H200 measured with a 3B (docs/gpu.md); no other card has been measured. A run measures its own steps and corrects this
-after the third. Left out: CPUs, evaluations, loading, several GPUs, and that answers are sampled beside the last
-proposals (azr/train/ahead.py), which by the same figures saves 7 to 14 % of sampling. No torch is imported.
+after the third. Left out: CPUs, evaluations, loading, several GPUs. No torch is imported.
 """
 
 from __future__ import annotations
@@ -71,7 +70,8 @@ CARDS = {
 @dataclass(frozen=True)
 class Pace:
     """A guess at what decides the time: shares of the card's peaks that are reached, of bandwidth and of products, mean
-    tokens of a proposal and of an answer, share of proposals that are valid."""
+    tokens of a proposal and of an answer, share of proposals that are valid, share of their tasks that are solved
+    sometimes and failed sometimes: the others give no gradient and are not trained on."""
 
     name: str
     bandwidth: float
@@ -79,13 +79,18 @@ class Pace:
     proposal: int
     answer: int
     valid: float
+    mixed: float
 
 
+# mixed: 0.63 of the response tokens of ten steps of the embedded model
 PACES = (
-    Pace("middle", 0.6, 0.3, 400, 400, 0.75),
-    Pace("fast", 0.8, 0.4, 200, 200, 0.5),
-    Pace("slow", 0.4, 0.2, 1000, 1000, 1.0),
+    Pace("middle", 0.6, 0.3, 400, 400, 0.75, 0.65),
+    Pace("fast", 0.8, 0.4, 200, 200, 0.5, 0.5),
+    Pace("slow", 0.4, 0.2, 1000, 1000, 1.0, 1.0),
 )
+# Of the two samplings' seconds remain, for answers are sampled beside the last proposals (azr/train/ahead.py): 0.86 to
+# 0.93, followed response by response on five cards (tests/bench_ahead.py --card).
+AHEAD = 0.9
 LONGEST_OVER_MEAN = 4  # of the responses of a phase; when few are left, slots stand empty
 PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, tokens
 # s of a layer of a decode step that no bandwidth shortens, with the weights as copies and as stored: 22 and 49 kernels,
@@ -135,7 +140,8 @@ class StepTime:
     validate: float  # validating and judging, in the sandbox
     update: float
     sampled: int
-    trained: int
+    trained: int  # prompts included, one to a row of the update
+    written: int  # to samples.jsonl
 
     @property
     def total(self) -> float:
@@ -144,7 +150,8 @@ class StepTime:
 
 
 def step_time(plan: Plan, card: Card, pace: Pace) -> StepTime:
-    """Computes a step of the recipe lean: one response a proposal, n answers to each valid task, all trained on."""
+    """Computes a step of the recipe lean: one response a proposal, n answers to each valid task; trained on are the
+    proposals and the answers of mixed tasks."""
     preset, shape = plan.preset, plan.shape
     proposals = 3 * preset.prompts_per_mode
     tasks = max(1, round(proposals * pace.valid))
@@ -153,15 +160,18 @@ def step_time(plan: Plan, card: Card, pace: Pace) -> StepTime:
     to_propose = int(PROPOSE_PROMPT * preset.prompt_tokens)
     to_solve = min(SOLVE_PROMPT, int(0.6 * to_propose))
     sampled = proposals * proposal + answers * answer
-    rows = answers  # of the update, each with its prompt, unless answers to one prompt fit into a row
+    mixed = max(1, round(tasks * pace.mixed))
+    rows = mixed * preset.answers  # of the update, each with its prompt, unless answers to one prompt fit into a row
     if 2 * answer + to_solve <= SHARED_ROW:
-        rows = tasks * math.ceil(preset.answers * answer / (SHARED_ROW - to_solve))
-    trained = sampled + proposals * to_propose + rows * to_solve
+        rows = mixed * math.ceil(preset.answers * answer / (SHARED_ROW - to_solve))
+    scored = proposals * proposal + mixed * preset.answers * answer
+    trained = scored + proposals * to_propose + rows * to_solve
+    written = sampled + proposals * to_propose + answers * to_solve
     card = dataclasses.replace(card, bandwidth=card.bandwidth * pace.bandwidth, tflops=card.tflops * pace.products)
-    propose = sampling_time(plan, card, proposals, proposal, to_propose, proposals)
-    solve = sampling_time(plan, card, answers, answer, to_solve, tasks)
-    update = update_time(shape, preset, card, sampled, trained)
-    return StepTime(propose, solve, (proposals + answers) / RUNS_A_SECOND, update, sampled, trained)
+    propose = AHEAD * sampling_time(plan, card, proposals, proposal, to_propose, proposals)
+    solve = AHEAD * sampling_time(plan, card, answers, answer, to_solve, tasks)
+    update = update_time(shape, preset, card, scored, trained)
+    return StepTime(propose, solve, (proposals + answers) / RUNS_A_SECOND, update, sampled, trained, written)
 
 
 def sampling_time(plan: Plan, card: Card, responses: int, length: int, prompt: int, distinct: int) -> float:
@@ -190,11 +200,11 @@ def decode_bytes(shape: Shape, quantization: str, rows: float) -> float:
     return shape.linear_parameters * linear + 2 * shape.vocabulary * shape.hidden
 
 
-def update_time(shape: Shape, preset: Preset, card: Card, sampled: int, trained: int) -> float:
-    """Seconds at the card's rates; the head counts for the sampled tokens alone, with the gradient in two halves. With
+def update_time(shape: Shape, preset: Preset, card: Card, scored: int, trained: int) -> float:
+    """Seconds at the card's rates; the head counts for the scored tokens alone, with the gradient in two halves. With
     every weight trained also the copy of all of them, which for an adapter takes no time to speak of."""
     full = preset.train == "full"
-    flops = (8 if full else 6) * (shape.linear_parameters * trained + shape.vocabulary * shape.hidden * sampled)
+    flops = (8 if full else 6) * (shape.linear_parameters * trained + shape.vocabulary * shape.hidden * scored)
     passes = 3 * (trained / preset.token_budget + 1) if preset.quantization == "nf4" else 0
     unpack = passes * 4.5 * shape.linear_parameters
     copied = COPIES * shape.parameters / TO_HOST if full else 0
@@ -214,7 +224,7 @@ def disk(plan: Plan, model: str, steps: int, eval_every: int) -> dict[str, float
         stays = value * plan.shape.parameters
         state = stays + (12 if value == 2 else 8) * plan.shape.parameters  # masters, where there are some, and moments
     count = 2 + (steps - 1) // eval_every if eval_every else 2  # step 0, evaluated ones, the last
-    tokens = step_time(plan, CARDS["h100"], PACES[0]).trained * steps
+    tokens = step_time(plan, CARDS["h100"], PACES[0]).written * steps
     hub = not Path(model_path(model)).is_dir()
     return {
         "adapters": count * stays,
@@ -292,6 +302,7 @@ def times(plan: Plan, card: Card, steps: int, price: float | None) -> list[str]:
     row("tokens a step", (f"{time.sampled:,}" for time in each))
     row("  an answer", (f"{min(pace.answer, plan.preset.max_new_tokens)}" for pace in PACES))
     row("  valid", (f"{100 * pace.valid:.0f} %" for pace in PACES))
+    row("  trained on", (f"{100 * pace.mixed:.0f} %" for pace in PACES))
     row("  of the peaks", (f"{100 * pace.bandwidth:.0f}/{100 * pace.products:.0f} %" for pace in PACES))
     lines += ["             computed, not measured on this card (an H200 was: docs/gpu.md);"]
     return [*lines, "             a run says after 3 steps what its own steps make of it"]
