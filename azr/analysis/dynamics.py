@@ -10,14 +10,11 @@ child process, because a deeply nested one can take an interpreter down. Left ou
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import random
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 
@@ -39,7 +36,6 @@ from azr.analysis.reader import (
 from azr.command import Number
 from azr.console import warn
 from azr.fits import as_json, linear_fit
-from azr.jsonl import replacing
 from azr.palette import BLACK, BLUE, COLORS, GRAY, GREEN, PURPLE, SKY, VERMILION, YELLOW
 from azr.passk import share_interval, shown
 
@@ -351,17 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run directory")
     what = f"parts of the run (default {WINDOWS})"
     parser.add_argument("--windows", type=Number(int, 1, 10**4), default=WINDOWS, help=what)
-    parser.add_argument("--csv", metavar="FILE", help="metrics.jsonl as a table too, a row a step, a column a metric")
     figures.add_output_arguments(parser)
-
-
-def write_csv(run: RunData, path: Path) -> None:
-    """The metrics of every step in the order of metrics.jsonl; a cell is empty where a step lacks one."""
-    names = list(dict.fromkeys(name for row in run.rows for name in row))
-    with replacing(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        writer = csv.DictWriter(text, names)
-        writer.writeheader()
-        writer.writerows(run.rows)
 
 
 def main(args) -> int:
@@ -371,7 +357,5 @@ def main(args) -> int:
     for note in result["notes"]:
         warn(f"{run.path}: {note}")
     print_result(run, result)
-    if args.csv:
-        write_csv(run, Path(args.csv))
     figures.write_outputs(args, "dynamics", result, plots(run, result) if args.out else {})
     return 0

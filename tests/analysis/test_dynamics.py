@@ -1,6 +1,5 @@
 """What dynamics measures, on runs whose answers are known, and tolerant reading of run directories."""
 
-import csv
 import json
 
 import numpy as np
@@ -113,15 +112,9 @@ def test_what_is_no_run_is_refused(run_dir, tmp_path):
 
 
 def test_command(run_dir, tmp_path):
-    files = ("--json", tmp_path / "d.json", "--out", tmp_path / "plots", "--csv", tmp_path / "m.csv")
+    files = ("--json", tmp_path / "d.json", "--out", tmp_path / "plots")
     done = run_here(analyze.main, "dynamics", run_dir, *files)
     assert done.returncode == 0, done.stderr
     assert "Share of proposals that are valid" in done.stdout
     assert json.loads((tmp_path / "d.json").read_text())["lengths"]["induction"]["n"] > 0
     assert len(list((tmp_path / "plots").glob("*.png"))) == 3
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    with open(tmp_path / "m.csv", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [float(row["step"]) for row in table] == [line["step"] for line in lines]
-    for row, line in zip(table, lines):
-        assert {k: float(v) for k, v in row.items() if v} == {k: v for k, v in line.items() if v is not None}
