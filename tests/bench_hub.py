@@ -1,6 +1,7 @@
 """docs/jobs/hub_job.py on a hub that is a folder, fails and stalls: killed at many moments, each time on an empty disk.
 
     python tests/bench_hub.py --json FILE            20 kills, then a hub that never answers
+    python tests/bench_hub.py --stall 2 --steps 40   what a step loses to uploads: runs by turns without and with them
 
 A kill is SIGKILL to the job with all its processes, at one of four kinds of moments in turn: some seconds after its
 start, some time after a step, in the middle of an upload, while a checkpoint is written. What comes after is a job in
@@ -229,11 +230,30 @@ def steps_in(run: Path, uploads: list[dict]) -> dict:
     return {"steps": len(times), "median": statistics.median(times), "longest": max(times), "uploads": len(uploads)}
 
 
+def stalls(bench: Bench, rounds: int) -> dict:
+    """Seconds of every step that samples and trains alone (no evaluation), by turns without a hub and as its job, whose
+    uploads follow each other by a second; how many of them there were."""
+    found: dict[str, list[float]] = {"alone": [], "with uploads": []}
+    uploads = 0
+    for number in range(rounds):
+        alone, hub = bench.folder / f"alone-{number}", bench.folder / f"hub-{number}"
+        Fork([sys.executable, "train_azr.py", *bench.flags(), "--out", str(alone)]).wait()
+        job, _ = bench.job(number, hub)
+        job.wait()
+        uploads += lines(hub / "uploads.jsonl")
+        for name, run in (("alone", alone), ("with uploads", hub / "head")):
+            rows = metrics(run, True)[1:]  # the first step makes Adam's moments and warms caches
+            found[name] += [row["time/step"] - row.get("time/evaluate", 0.0) for row in rows]
+    figures = {name: {"median": statistics.median(x), "longest": max(x), "steps": len(x)} for name, x in found.items()}
+    return figures | {"uploads": uploads}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stall", type=int, default=0, metavar="ROUNDS", help="only what a step loses to uploads")
     parser.add_argument("--json", metavar="FILE", help="where the figures go")
     args = parser.parse_args()
     import matplotlib.pyplot  # noqa: F401  what a run imports is imported once, before the forks
@@ -245,6 +265,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="hub-") as name:
         folder = Path(name)
         bench, hub, alone = Bench(folder, args.steps), folder / "hub", folder / "alone"
+        if args.stall:
+            print(json.dumps(stalls(bench, args.stall), indent=1))
+            return 0
         # not in this process: torch's threads, once started, are no good in a fork
         Fork([sys.executable, "train_azr.py", *bench.flags(), "--out", str(alone)]).wait()
         result = {"undisturbed": steps_in(alone, []), "kills": []}
