@@ -31,11 +31,11 @@ def gap_statistics(trainer_log_prob, sampler_log_prob, mask, cap: float = 2.0) -
     """The sampler-trainer gap over response tokens, of difference d = log p_trainer - log p_sampler and ratio exp(d).
 
     mean, p99 and max of |d| in nats; outside_10: share of tokens whose ratio is not in [0.9, 1.1]; capped: share whose
-    ratio exceeds `cap`; k3: estimate of KL(sampler || trainer).
+    ratio exceeds `cap`; k3: estimate of KL(sampler || trainer). All NaN where the mask leaves no token.
     """
     trainer, sampler = trainer_log_prob.detach()[mask].double(), sampler_log_prob[mask].double()
     if not (count := len(trainer)):
-        return dict.fromkeys(("mean", "p99", "max", "outside_10", "capped", "k3"), 0.0)
+        return dict.fromkeys(("mean", "p99", "max", "outside_10", "capped", "k3"), math.nan)
     gap = trainer - sampler
     size, ratio = gap.abs(), gap.exp()
     return {

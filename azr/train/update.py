@@ -10,6 +10,7 @@ costs a repetition with smaller micro-batches (backoff.py), never a sample. Left
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -212,14 +213,18 @@ def statistics(columns: Columns, samples: list[Sample]) -> dict[str, float]:
 
 def of_step(updates: list[dict[str, float]]) -> dict[str, float]:
     """The metrics of a step from those of its optimizer steps: counts are added, all else is averaged, but for the
-    greatest gap and the lowest loss scale."""
+    greatest gap and the lowest loss scale. An optimizer step without a sampled token has no gap, NaN, and is left out
+    of it; any other NaN stays one."""
     # a mean would hide the one bad token or the one overflow that these are logged for
     together = {"tokens": sum, "skipped": sum, "overflows": sum, "log_prob_gap_max": max, "loss_scale": min}
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
+    def of(name: str) -> float:
+        values = [metrics[name] for metrics in updates]
+        if "gap" in name:
+            values = [value for value in values if not math.isnan(value)]
+        return together.get(name, lambda numbers: sum(numbers) / len(numbers))(values) if values else math.nan
 
-    return {name: together.get(name, mean)([metrics[name] for metrics in updates]) for name in updates[0]}
+    return {name: of(name) for name in updates[0]}
 
 
 def padded(rows: list[list[float]], like: torch.Tensor) -> torch.Tensor:

@@ -217,6 +217,10 @@ def test_a_response_without_tokens_is_left_out_of_the_gradient(policy, config):
     assert empty.entropy == []
     _, nothing = gradient_of_nothing(policy, [empty], config)
     assert nothing["tokens"] == 0 and nothing["loss"] == 0 and nothing["skipped"] == 0
+    assert math.isnan(nothing["log_prob_gap"])  # no token to compare is not a gap of zero
+    step = update.of_step([metrics, nothing])
+    assert step["log_prob_gap"] == metrics["log_prob_gap"] and step["loss"] == metrics["loss"] / 2
+    assert math.isnan(update.of_step([metrics, metrics | {"loss": math.nan}])["loss"])
 
 
 def test_what_has_no_advantage_is_not_scored_unless_its_entropy_is_unknown(policy, config, monkeypatch):
