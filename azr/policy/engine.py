@@ -15,6 +15,8 @@ is no synchronisation with the trainer that could be forgotten. The engine knows
 sharing between different prompts, chunked prefill, speculative decoding, several GPUs.
 """
 
+from contextlib import nullcontext
+
 import torch
 
 from ..console import note
@@ -123,7 +125,8 @@ class Engine:
                 self.decoder.prepare(self.rollout_weights, longest + self.block)
                 # Held by no name, so that its cache is gone before `empty_cache`. Parameters must not move in
                 # inference mode, so it begins after `prepare`; a GPU, which runs behind the host, gains nothing by it.
-                with torch.inference_mode(self.decoder.device.type == "cpu"):
+                # Not inference_mode(False) there: that turns gradients on, whatever stands around it.
+                with torch.inference_mode() if self.decoder.device.type == "cpu" else nullcontext():
                     Decoding(self, fitting, longest, sampling, results, more, most).run()
             finally:
                 self.decoder.release()

@@ -106,6 +106,16 @@ def test_graphs_sample_what_plain_steps_sample(name, watched, monkeypatch, on_cp
     assert max(abs(x - y) for a, b in pairs for x, y in zip(a.log_probs, b.log_probs)) < 1e-5
 
 
+def test_weights_that_are_trained_are_sampled_from_without_a_gradient(on_cpu):
+    """As with --train full: logits would be kept for a backward pass, and slices are not added to in place."""
+    asked = request(3, 2) | {"sampling": Sampling(max_new_tokens=12, stop=())}
+    with PretendedCard():
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=8)
+        policy.model.requires_grad_(True)
+        found = policy.generate(**asked)
+    assert [[c.ids for c in row] for row in found] == [[c.ids for c in row] for row in on_cpu.generate(**asked)]
+
+
 def test_attention_auto_without_a_kernel_is_sdpa(capsys, on_cpu):
     with PretendedCard():
         policy = on_card(on_cpu)
