@@ -284,8 +284,8 @@ class Policy:
         qwen = isinstance(self.engine, Engine) and self.base.config.model_type in ("qwen2", "qwen3")
         more = {"attention_mask": {"full_attention": None}} if qwen else {}
         if len(rows) < len(indices):
-            seen, place = shared_mask(len(rows), length, list(spans.values()))
-            more = {"attention_mask": seen.to(self.device), "position_ids": place.to(self.device)}
+            seen, place = shared_mask(len(rows), length, list(spans.values()), self.device)
+            more = {"attention_mask": seen, "position_ids": place}
         hidden = self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)[position]
         log_prob, entropy = ChunkedLogProb.apply(hidden, self.head.weight, target, temperature, chunk)
         padded = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_prob, entropy)]

@@ -103,13 +103,14 @@ class OnCard(torch.Tensor):
 
 class PretendedCard(TorchDispatchMode):
     """See the module. memory: bytes there are; live, peak: bytes in use, now and at most; waits: operation -> times;
-    captures: operations in each graph."""
+    captures: operations in each graph; sent: bytes from the host."""
 
     def __init__(self, memory: int = 1 << 40):
         super().__init__()
         self.memory, self.live, self.reserved, self.peak = memory, 0, 0, 0
         self.users: Counter[int] = Counter()  # address of a storage -> tensors that refer to it
         self.waits, self.captures, self.tape = Counter(), [], None
+        self.sent = 0
         self.stack = contextlib.ExitStack()
 
     def __enter__(self):
@@ -160,6 +161,8 @@ class PretendedCard(TorchDispatchMode):
         to_host = wanted == "cpu" or (name == "copy_" and not isinstance(given[0], OnCard))
         if to_host or name in WAITS or _by_mask(name, args):
             self._wait(name)
+        if name in COPIES and not to_host:
+            self.sent += sum(t.numel() * t.element_size() for t in given if not isinstance(t, OnCard))
         wrapped = {id(t.held): t for t in given if isinstance(t, OnCard)}
         args, kwargs = _held(args), {key: _held(value) for key, value in kwargs.items()}
         if wanted:

@@ -166,6 +166,24 @@ def test_a_wait_in_a_captured_step_is_refused_and_leaves_nothing(watched, monkey
             assert not alive(watched) and card.live == before
 
 
+# ------------------------------------------------------------------------------------------------------------ scoring
+
+
+def test_answers_that_share_their_prompt_are_scored_without_a_mask_from_the_host(on_cpu):
+    """A mask is length x length: 130 MB a micro-batch at full size, which a GPU would wait for."""
+    prompts = [[1 + (7 * i) % 250 for i in range(40)]] * 6
+    responses = [[2 + (11 * i + j) % 250 for i in range(25 + j)] for j in range(6)]
+    expected = on_cpu.score_lists(prompts, responses)
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, attn="sdpa", page_size=PAGE)
+        before = card.sent
+        found = policy.score_lists(prompts, responses)
+        tokens = len(prompts[0]) + sum(map(len, responses))
+        assert card.sent - before < 100 * tokens < tokens**2
+    for mine, theirs in zip(found, expected):
+        assert all(a == pytest.approx(b, abs=1e-5) for a, b in zip(mine, theirs))
+
+
 # ----------------------------------------------------------------------------------------------------------- back-off
 
 
