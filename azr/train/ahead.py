@@ -90,13 +90,16 @@ def working(s, step: int) -> Iterator[None]:
     if not possible(s):
         yield
         return
-    with ThreadPoolExecutor(1, "ahead") as worker:
-        s.ahead, s.sandbox.memory = Ahead(s, step, worker), {}
-        try:
-            yield
-        finally:
-            s.ahead = s.sandbox.memory = None
-            worker.shutdown(cancel_futures=True)  # a stop does not wait for what nobody will ask for
+    worker, whole = ThreadPoolExecutor(1, "ahead"), False
+    s.ahead, s.sandbox.memory = Ahead(s, step, worker), {}
+    try:
+        yield
+        whole = True
+    finally:
+        s.ahead = s.sandbox.memory = None
+        # A stop does not wait for what nobody will ask for: programs that loop can take minutes. The thread ends when
+        # the sandbox is closed.
+        worker.shutdown(wait=whole, cancel_futures=True)
 
 
 class Ahead:
@@ -112,7 +115,7 @@ class Ahead:
         self.asked: list[tuple[Task, tuple, list[int]]] = []  # by the place of a prompt among those brought: its seeds
         self.answers: list[tuple[Task, str]] = []  # that have ended since the last look
         self.judged: list[Future] = []
-        self.longest = 0  # tokens of the longest prompt of a proposal: the engine has room for no longer one
+        self.lengths: list[int] = []  # of the prompts of the proposals: the engine has room for no longer one
 
     # -- before, during (called by the engine, in its thread) and after the sampling of the proposals
 
@@ -120,11 +123,13 @@ class Ahead:
         """A proposal to each of these is sampled now; what Policy.generate needs to know. advance: a console.pulse."""
         self.advance = advance
         self.sampling = self.proposing = len(prompts)
-        self.longest = max(map(len, prompts), default=0)
+        self.lengths = [len(prompt) for prompt in prompts]
         return {"more": self.more, "most": len(prompts) * self.s.config.answers}
 
-    def proposed(self, parsed: Parsed) -> None:
-        """A proposal has ended."""
+    def proposed(self, place: int, completion, parsed: Parsed) -> None:
+        """The proposal to the prompt at this place has ended."""
+        if completion.finish_reason == "too_long":  # refused, before any other has ended: no room was made for it
+            self.lengths[place] = 0
         self.sampling -= 1
         self.proposing -= 1
         if parsed.value is not None:
@@ -164,7 +169,7 @@ class Ahead:
         config = self.s.config
         for task in tasks:
             prompt = tuple(self.s.policy.encode(solve_prompt(task, self.s.template)))
-            if len(prompt) <= self.longest and data.fits(self.s, task):
+            if len(prompt) <= max(self.lengths) and data.fits(self.s, task):
                 seeds = seeds_of(self.s, self.key, task.hash, config.answers)
                 self.asked.append((task, prompt, seeds))
                 yield prompt, seeds, config.max_new_tokens

@@ -47,7 +47,8 @@ def completions(s, role: str, ids: list[list[int]], seeds: list[list[int]], key:
     def ended(i: int, j: int, completion) -> None:
         advance(1, len(completion.ids))
         if ahead and i < len(missing):
-            ahead.proposed(read(completion, parse(missing[i], s.policy.decode(completion.ids))))
+            parsed = parse(missing[i], s.policy.decode(completion.ids))
+            ahead.proposed(i, completion, read(completion, parsed))
         elif ahead:
             ahead.answered(i - len(missing), j, completion)
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import random
+import threading
 import time
 from types import SimpleNamespace
 
@@ -11,8 +12,10 @@ import torch
 from arms_world import World
 
 import train_azr
+from azr.policy.sampling import Completion
 from azr.runs import Run
 from azr.stop import StopRequest
+from azr.tasks import MODES, Parsed, solve_prompt
 from azr.train import ahead
 from azr.train.ahead import RememberingSandbox
 from sandbox import Job
@@ -130,6 +133,32 @@ def test_after_a_stop_nothing_is_remembered(world, tmp_path):
             s.ahead.worker.submit(time.sleep, 0.1)
             raise KeyboardInterrupt
         assert s.ahead is None and s.sandbox.memory is None
+
+
+def test_a_stop_does_not_wait_for_programs_that_run(world, tmp_path):
+    """64 answers that loop take two cores a minute and more; a spot machine is gone after half of one."""
+    with StopRequest() as stop, Run.open(tmp_path, {"steps": 0}, "none") as run:
+        s, over = world.state(run, stop, **SETTINGS), threading.Event()
+        with contextlib.suppress(KeyboardInterrupt), ahead.working(s, 1):
+            looping = s.ahead.worker.submit(over.wait, 60)
+            raise KeyboardInterrupt
+        assert not looping.done()
+        over.set()
+
+
+def test_no_prompt_is_brought_that_the_engine_has_no_room_for(world, tmp_path):
+    """It makes room for the longest prompt that it can sample, not for one that it refuses."""
+    refused, ended = Completion([], [], "too_long"), Completion([5], [0.0], "stop")
+    with StopRequest() as stop, Run.open(tmp_path, {"steps": 0}, "none") as run:
+        s = world.state(run, stop, **SETTINGS)
+        tasks = [task for mode in MODES for task in s.buffers.sample(mode, 4, random.Random(0))]
+        lengths = sorted(len(s.policy.encode(solve_prompt(task, s.template))) for task in tasks)
+        with ahead.working(s, 1):
+            s.ahead.expect([[1] * lengths[0], [1] * lengths[-1]], lambda *_, **__: None)
+            assert len(list(s.ahead._requests(tasks))) == len(tasks)
+            s.ahead.proposed(1, refused, Parsed(False, None, "too_long", ""))
+            s.ahead.proposed(0, ended, Parsed(False, None, "no_format", ""))
+            assert {len(prompt) for prompt, *_ in s.ahead._requests(tasks)} == {lengths[0]} < set(lengths)
 
 
 def test_without_memory_the_phases_wait_for_each_other(world, tmp_path, monkeypatch, capsys):
