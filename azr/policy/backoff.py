@@ -63,14 +63,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def retry(work: Callable[[], T], smaller: Callable[[], str], what: str) -> T:
+def retry(work: Callable[[], T], smaller: Callable[[], str], what: str, failures: int = 0) -> T:
     """work(), again whenever memory runs out; one line on stderr each time.
 
     After the first failure only unused memory is freed: what an earlier phase left behind is no reason to compute less
     for the rest of the run. From the second on smaller() lowers something and says what; an exception of its own
-    (DoesNotFit) ends the attempts.
+    (DoesNotFit) ends the attempts. failures: of the same work before, which count.
     """
-    failures = 0
     while True:
         try:
             return work()

@@ -56,6 +56,7 @@ class Policy:
         self.pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
         self.full: FullWeights | None = None  # of a model without an adapter that is, or was, trained as a whole
         self._checkpointing = False  # are activations recomputed?
+        self._ran_out = False  # did memory run out in the last call of `generate` with `more`?
         # Answers to one prompt are scored in one row of at most so many tokens, the prompt once: half the tokens of a
         # step. 0: every sample alone.
         self.shared_row = SHARED_ROW.get(self.device.type, 0)
@@ -200,17 +201,24 @@ class Policy:
         self.model.eval()
         seeds = [list(row) for row in seeds]
         longest = max(map(len, prompt_ids), default=0) + max(max_new_tokens or [sampling.max_new_tokens])
-        further = iter([{"more": more, "most": most}] if more else [])
+        attempts: list[dict] = []
+
+        def work() -> list[list[Completion]]:
+            attempts.append({"more": more, "most": most} if more and not attempts else {})
+            return self.engine.generate(prompt_ids, n, sampling, seeds, max_new_tokens, on_finish, **attempts[-1])
+
+        def smaller() -> str:
+            return halve_rollout(self.engine, longest, n * len(prompt_ids) + attempts[-1].get("most", 0))
+
         try:
-            return retry(
-                lambda: self.engine.generate(
-                    prompt_ids, n, sampling, seeds, max_new_tokens, on_finish, **next(further, {})
-                ),
-                lambda: halve_rollout(self.engine, longest, n * len(prompt_ids)),
-                "sampling",
-            )
+            # A repetition without `more` may fit whatever the sizes are: without counting the call before, memory
+            # would run out, and all be sampled a second time, in every step.
+            rows = retry(work, smaller, "sampling", int(bool(more) and self._ran_out))
         finally:
             self.model.train(training)
+        if more:
+            self._ran_out = len(attempts) > 1
+        return rows
 
     def score(
         self,

@@ -166,6 +166,34 @@ def test_a_wait_in_a_captured_step_is_refused_and_leaves_nothing(watched, monkey
             assert not alive(watched) and card.live == before
 
 
+# -------------------------------------------------------------------------------------- prompts that come in between
+
+
+@pytest.mark.parametrize(
+    "options", [{"page_size": PAGE}, {"page_size": 4, "max_batch": 5}, {"page_size": 8, "pages": 20}]
+)
+def test_prompts_that_come_into_a_running_batch(options, watched, on_cpu):
+    """Into graphs that are captured already, other rows of them, other pages; no more waits, nothing left behind."""
+    sampling, first, later = Sampling(max_new_tokens=40, stop=()), request(4, 1), request(4, 3, 1)
+    prompts = list(zip(later["prompt_ids"], later["seeds"], [40, 9, 22, 3]))
+    expected = on_cpu.generate(**first, sampling=sampling)
+    expected += on_cpu.generate(**later, sampling=sampling, max_new_tokens=[40, 9, 22, 3])
+    brought = iter([prompts[:1], [], prompts[1:3], prompts[3:]])
+    with PretendedCard() as card:
+        policy = on_card(on_cpu, **({"attn": "sdpa", "max_batch": 12} | options))
+        before, steps = card.live, []
+        with no_collection(), pytest.MonkeyPatch.context() as patch:
+            honest = Decoding._read  # once a block of steps, and once when samples start
+            patch.setattr(Decoding, "_read", lambda self, work: steps.append(1) or honest(self, work))
+            found = policy.generate(**first, sampling=sampling, more=lambda: next(brought, None), most=12)
+            assert not alive(watched) and card.live == before
+        assert card.waits == {"_to_copy": 2 * len(steps)}
+    pairs = [(a, b) for one, two in zip(expected, found, strict=True) for a, b in zip(one, two, strict=True)]
+    assert [a.ids for a, _ in pairs] == [b.ids for _, b in pairs]
+    for a, b in pairs:
+        assert a.log_probs + a.entropy == pytest.approx(b.log_probs + b.entropy, abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------ scoring
 
 
@@ -224,6 +252,29 @@ def test_a_card_that_is_too_small_frees_once_then_halves_and_settles(capsys, on_
     assert "freed what was cached, and once more" in lines[0] and "max_batch 16 -> " in lines[1]
     assert sum("freed" in line for line in lines) == 1, lines
     assert len(set(sizes)) == 1 and sizes[0][0] < 16
+
+
+def test_memory_that_suffices_without_prompts_that_come_later_runs_out_twice_and_not_in_every_step(capsys, on_cpu):
+    """The repetition is without them, and would fit in each step anew."""
+    sampling = Sampling(max_new_tokens=9, stop=())
+
+    def step(policy: Policy, call: int, late: bool = True) -> None:
+        brought = iter([[(prompt, [7, 8, 9], 9) for prompt in request(5, 1, call + 50)["prompt_ids"]]])
+        more = {"more": lambda: next(brought, None), "most": 15} if late else {}
+        policy.generate(**request(5, 1, call), sampling=sampling, **more)
+
+    with PretendedCard() as card:
+        policy, peaks = on_card(on_cpu, attn="sdpa", page_size=PAGE, max_batch=20, cache_bytes=1 << 24), []
+        before = card.live
+        for late in (False, True):
+            card.peak = before
+            step(policy, 0, late)
+            peaks.append(card.peak)
+        card.memory = sum(peaks) // 2
+        for call in range(4):
+            step(policy, call)
+    lines = [line.split(": ")[2] for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert lines[0].startswith("freed") and lines[1].startswith("max_batch 20 -> 10") and len(lines) == 2, lines
 
 
 def test_a_card_on_which_nothing_fits_says_so(on_cpu):
