@@ -11,8 +11,8 @@ is started again after it. What no longer fits the time is written as left out.
 Parts, in this order: hardware (versions, ceilings), build (3B, NF4 + LoRA), leak (memory over several calls, graphs
 against eager), kernels (against float64), gap (sampler against trainer, by dtype), decode (ms a step at 1 to 384 rows,
 kernel tables), micro (products, LoRA, norms, attention), update (8k and 32k tokens, with TF32, with PEFT's own LoRA),
-chunked, train (train_azr.py, two steps and a resumed one), cap24 (7B under 24 GB), peers (`generate`, continuous
-batching), smollm2 (a real model end to end).
+chunked, train (train_azr.py, two steps and a resumed one; a step with phases that overlap and without, and with every
+sample scored), cap24 (7B under 24 GB), peers (`generate`, continuous batching), smollm2 (a real model end to end).
 """
 
 import argparse
@@ -46,7 +46,7 @@ PARTS = {  # name: (module, function, seconds it takes, about)
     "update": ("parts_update", "update", 70),
     "chunked": ("parts_update", "chunked", 5),
     "gap": ("parts_correct", "gap", 70),  # builds policies of its own: after those that share one
-    "train": ("parts_train", "train", 100),
+    "train": ("parts_train", "train", 160),
     "cap24": ("parts_memory", "cap24", 40),
     "peers": ("parts_peers", "peers", 30),
     "smollm2": ("parts_smollm2", "smollm2", 90),

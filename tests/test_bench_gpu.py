@@ -1,6 +1,7 @@
 """bench_gpu.py in its dry mode: every step runs, failures and deaths leave the others; packing, tables."""
 
 import gc
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +13,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import bench_gpu
-from gpu import pack, tables
+from azr import tasks
+from azr.train import ahead
+from gpu import pack, parts_train, tables
 
 TINY = HERE.parent / "azr" / "tiny"  # in the place of SmolLM2
 PARTS = list(bench_gpu.PARTS)
@@ -63,6 +66,15 @@ def test_what_does_not_fit_the_time_is_left_out(tmp_path, monkeypatch, capsys):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["part"] for row in rows] == ["hardware", "train"] and all("left_out" in row for row in rows)
     assert capsys.readouterr().out.count("s are left") == 2
+
+
+def test_where_the_sandbox_refuses_the_stand_ins_take_what_the_real_functions_take():
+    def names(function) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert names(parts_train.made_up_validate) == names(tasks.validate)
+    assert names(parts_train.made_up_judge) == names(tasks.judge)
+    assert issubclass(parts_train.NoSandbox, ahead.RememberingSandbox)  # or no phases would overlap
 
 
 def test_without_a_gpu_it_says_so(tmp_path):

@@ -24,7 +24,9 @@ import torch
 from azr.machine import plan
 from azr.models import model_path
 from azr.train import metrics
+from azr.train.ahead import RememberingSandbox
 from gpu.bench import GB, Bench, patched
+from gpu.step_ways import in_ways, ways
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ("propose", "validate", "solve", "judge", "reward", "update", "evaluate", "step")
@@ -57,8 +59,10 @@ def train(bench: Bench) -> None:
             *allow_cpu(bench),
         ]
         bench.measure("two steps", lambda: run(bench, [*flags, "--steps", "2"], out), 75, "train")
-        resumed = [*flags, "--steps", "3", "--resume", "auto"]
-        bench.measure("resumed, one more", lambda: run(bench, resumed, out, since=2), 45, "train")
+        resumed, found = [*flags, "--steps", "3", "--resume", "auto"], {}
+        before = lambda *given: found.update(ways(bench, *given))  # noqa: E731
+        bench.measure("resumed, one more", lambda: run(bench, resumed, out, since=2, before=before), 85, "train")
+        bench.measure("a step in several ways", lambda: in_ways(found), 1, "train, in several ways")
 
 
 def nf4_or_none(bench: Bench) -> str:
@@ -86,10 +90,11 @@ def held_out(directory: str) -> str:
     return str(path)
 
 
-def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = False) -> dict:
-    """train_azr.main(flags) in this process; seconds by phase and memory after each. real: weights and rewards are."""
+def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = False, before=None) -> dict:
+    """train_azr.main(flags) in this process; seconds by phase and memory after each. real: weights and rewards are.
+    before(train_step, s, step, laps): called before each step; laps grow by a row a phase."""
     import train_azr
-    from azr.train import loop, rollouts
+    from azr.train import ahead, loop, rollouts
 
     why, laps, text = sandbox_refuses(), [], io.StringIO()
     start, turn = time.perf_counter(), itertools.count()
@@ -108,9 +113,12 @@ def run(bench: Bench, flags: list[str], out: str, since: int = 0, real: bool = F
         if why:
             changes += [
                 (loop, "RememberingSandbox", NoSandbox),
-                (train_azr, "validate", made_up_validate),
-                (rollouts, "judge", made_up_judge),
+                *((module, "validate", made_up_validate) for module in (train_azr, ahead)),
+                *((module, "judge", made_up_judge) for module in (rollouts, ahead)),
             ]
+        if before:
+            honest = train_azr.train_step
+            changes += [(train_azr, "train_step", lambda s, step: before(honest, s, step, laps) or honest(s, step))]
         for owner, name, value in changes:
             stack.enter_context(patched(owner, name, value))
         stack.enter_context(contextlib.redirect_stdout(text))
@@ -229,10 +237,13 @@ def sandbox_refuses() -> str | None:
     return None if done.returncode == 0 else f"the sandbox's doctor refuses ({(lines or [done.returncode])[-1]})"
 
 
-class NoSandbox:
+class NoSandbox(RememberingSandbox):
     """In the place of the sandbox: runs nothing."""
 
     state = {"workers": 0, "lanes": 0, "lanes_lost": 0, "weak": True}
+
+    def __init__(self):
+        pass
 
     def __enter__(self):
         return self
@@ -245,7 +256,7 @@ def coin(*parts) -> bool:
     return hashlib.sha256(repr(parts).encode()).digest()[0] < 128
 
 
-def made_up_validate(proposals, sandbox, known, exempt=frozenset()) -> list:
+def made_up_validate(proposals, sandbox, known, max_output_chars=0, exempt=frozenset(), held_out=frozenset()) -> list:
     """Half of the proposals are valid, by their hash; what a program returns is not known, so it is None."""
     from azr.tasks import Task, Verdict
 
