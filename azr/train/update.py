@@ -167,8 +167,9 @@ def accumulate(s, samples: list[Sample], weights: list[float], loss_of) -> tuple
                 loss_sum += loss.item()  # the CPU waits for the device here, once a micro-batch
             parts.append(columns_of(batch))
             advance(len(indices), sum(len(sample.completion.ids) for sample in batch.samples))
-            for sample, row in zip(batch.samples, entropy.tolist()):
-                sample.entropy = sample.entropy or row[: len(sample.completion.ids)]
+            if not all(sample.entropy for sample in batch.samples):  # else nothing is copied from the device
+                for sample, row in zip(batch.samples, entropy.tolist()):
+                    sample.entropy = sample.entropy or row[: len(sample.completion.ids)]
     return loss_sum, parts
 
 

@@ -247,6 +247,19 @@ def test_what_has_no_advantage_is_not_scored_unless_its_entropy_is_unknown(polic
     assert len(scored) == 2 * (len(samples) - len(still)) + 1
 
 
+def test_entropies_that_sampling_has_told_are_not_fetched_again(policy, config, monkeypatch):
+    """A copy of (batch, time) numbers from the device in each micro-batch, for which it waits."""
+    samples, fetched, tolist = sampled(policy), [], torch.Tensor.tolist
+    for sample in samples:
+        sample.entropy = list(sample.completion.entropy)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: fetched.append(self.dim()) or tolist(self))
+    gradient(policy, samples, config, Sizes(400))
+    assert 2 not in fetched
+    samples[1].entropy = []
+    gradient(policy, samples, config, Sizes(400))
+    assert 2 in fetched and samples[1].entropy
+
+
 def gradient_of_nothing(policy, samples, config):
     optimizer = update.make_optimizer(policy, 1e-3)
     return optimizer, train_azr.optimizer_step(state(policy, optimizer, config, Sizes(400)), samples)
