@@ -46,6 +46,7 @@ def leak(bench: Bench) -> None:
     bench.measure("generate, five times", lambda: five_calls(bench), 25, "leak")
     bench.measure("through Policy.generate", lambda: five_calls(bench, retried=True), 25, "leak")
     bench.measure("graph against eager", lambda: graph_against_eager(bench), 15, "graphs")
+    bench.measure("prompts that come later", lambda: late_prompts(bench), 10, "late prompts")
 
 
 def call(bench: Bench, policy, rows: int, tokens: int, length: int = 512, retried: bool = False, salt: int = 0):
@@ -122,6 +123,44 @@ def graph_against_eager(bench: Bench) -> dict:
         "max |dlogp|": max(gaps, default=0.0),
         "same call, same bits": repeated,
         "ok": equal == count and repeated and (bench.cpu or len(replays) > 0 and len(none) == 0),
+    }
+
+
+def late_prompts(bench: Bench) -> dict:
+    """Prompts that enter a running batch, as answers do beside proposals: twice the same bits, and nothing is left."""
+    from azr.policy.sampling import Sampling
+
+    policy, base = bench.any_policy()
+    rows, tokens, length = (3, 24, 16) if bench.cpu else (32, 96, 300)
+    first, *later = (prompts_of(rows, length, policy.base.config.vocab_size, salt) for salt in (1, 2, 3))
+    sampling, took = Sampling(max_new_tokens=tokens, stop=()), []
+    policy.model.eval()
+
+    def once() -> list:
+        brought = iter([[(prompt, [7, 8], tokens) for prompt in prompts] for prompts in later])
+        start, more = time.perf_counter(), lambda: next(brought, None)
+        done = policy.engine.generate(first, 1, sampling, [[i] for i in range(rows)], more=more, most=4 * rows)
+        bench.sync()
+        took.append(time.perf_counter() - start)
+        return [sample for row in done for sample in row]
+
+    once()
+    before = bench.memory()["allocated GB"]
+    with Replays() as replays:
+        pair = once(), once()
+    grown = bench.memory()["allocated GB"] - before
+    same = all(a == b for a, b in zip(*pair))
+    whole = {len(samples) for samples in pair} == {5 * rows} and all(len(x.ids) == tokens for x in pair[0])
+    return {
+        "base": base,
+        "samples": len(pair[0]),
+        "tokens": sum(len(sample.ids) for sample in pair[0]),
+        "s a call": took,
+        "replays": len(replays),
+        "captures": len(replays.captures),
+        "grown GB": grown,
+        "same call, same bits": same,
+        "ok": same and whole and grown < 0.05 and (bench.cpu or len(replays) > 0),
     }
 
 
