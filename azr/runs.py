@@ -260,7 +260,9 @@ class Run:
                 raise RunError(f"{self.dir}: is not empty; continue with --resume auto, or choose another --out")
             return False
         if holds and not (self.dir / "config.json").is_file():
-            raise RunError(f"{self.dir}: is not a run directory (it has files but no config.json)")
+            up = self.dir.absolute().parent  # a checkpoint lies in RUN/checkpoints
+            hint = f"; its run is {up.parent}" if up.name == "checkpoints" else ""
+            raise RunError(f"{self.dir}: is not a run directory (it has files but no config.json){hint}")
         if not holds and resume != "auto":
             raise RunError(f"{self.dir}: there is no run to resume; --resume takes a run directory, auto or none")
         return holds

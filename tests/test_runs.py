@@ -69,6 +69,11 @@ def test_none_takes_an_absent_or_empty_directory_only(tmp_path):
         with pytest.raises(RunError):
             Run.open(foreign, CONFIG, resume)
     assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    checkpoint = tmp_path / "mine" / "checkpoints" / "step_3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "azr.json").write_text("{}")
+    with pytest.raises(RunError, match=f"its run is {tmp_path / 'mine'}$"):
+        Run.open(checkpoint, CONFIG, str(checkpoint))
     with pytest.raises(RunError, match="cannot be a run directory"):
         Run.open(foreign / "thesis.tex" / "run", CONFIG)
     with pytest.raises(RunError, match="thesis.tex is no directory"):

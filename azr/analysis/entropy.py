@@ -31,6 +31,7 @@ from azr.command import Number
 from azr.console import warn
 from azr.fits import FEW, as_json, linear_fit, ratio_of_sums
 from azr.jsonl import tolerant_lines, write_json_atomic
+from azr.models import portable
 from azr.palette import BLACK, style
 from azr.passk import bootstrap_interval, shown
 from azr.policy.opening import agree
@@ -213,9 +214,10 @@ def probe_curve(run: RunData, args) -> dict:
 
 def print_groups(result: dict) -> None:
     """Prints the entropies of `by_group`, in nats a token."""
-    what = f"{result['base_model']} in {result['quantization']} ({result['dtype']})"
+    held = "unquantized" if result["quantization"] == "none" else f"in {result['quantization']}"
+    what = f"{portable(result['base_model'])}, {held} ({result['dtype']})"
     what += f" with {result['adapter']}" if result["adapter"] else ", no adapter"
-    print(f"Entropy of {what}, at temperature {result['temperature']}, on {result['data']}, in nats a token.")
+    print(f"Entropy of {what}, at temperature {result['temperature']:g}, on {result['data']}, in nats a token.")
     print(
         "Exact over the vocabulary; [95 % intervals over responses]. 'written' is -log p of the tokens that are there,"
     )

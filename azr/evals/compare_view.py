@@ -179,8 +179,9 @@ def table(header: Sequence[str], rows: list[Sequence]) -> str:
 
 def show(page: str, out: Path, needs: str | None = None) -> None:
     """The page on the screen, its notes aside: tables and `needs` as they are, the rest broken between words."""
-    for line in page.splitlines():
-        if not line.startswith(("![", "Note: ")):
+    lines = [line for line in page.splitlines() if not line.startswith(("![", "Note: "))]
+    for line, before in zip(lines, ["", *lines]):
+        if line or before:  # one blank line where some parts are left out
             # a table and a command line are not broken: one could not be read, the other not be pasted
             (say if line.startswith("|") or line == needs else prose)(line)
     say(f"tables and plot: {out / 'compare.md'}, compare.json, compare.png")

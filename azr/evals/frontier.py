@@ -24,7 +24,7 @@ from azr import passk
 from azr.console import say
 from azr.evals import compare, compare_view
 from azr.evals.compare import CAPACITY_K, Graded
-from azr.jsonl import replacing, write_json_atomic
+from azr.jsonl import read_object, replacing, write_json_atomic
 
 LADDER = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)  # what a claim against the base needs
 Points = dict[float, Graded]
@@ -50,7 +50,8 @@ def read(where: str | Path) -> Points:
     where = Path(where)
     alone = any((where / name).is_file() for name in ("result.json", "config.json"))  # the latter of a run's too
     places = [where] if alone else list(temperatures_in(where).values())
-    if not places or (where / "metrics.jsonl").exists():
+    model = (where / "config.json").is_file() and "benchmark" not in read_object(where / "config.json")
+    if not places or model or (where / "metrics.jsonl").exists():
         raise ValueError(f"{where}: no result directory of `eval_passk.py run` or `score`: it has no result.json")
     if absent := [path for path in places if not (path / "result.json").is_file()]:
         raise ValueError(f"{absent[0]}: is not finished; repeat the command that made it")

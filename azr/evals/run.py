@@ -390,6 +390,8 @@ def check_same(info: dict, out: Path) -> dict:
             raise ValueError(f"{out}: has samples, but no config.json that says what made them; give another --out")
         return {}
     stored = read_object(path)
+    if "benchmark" not in stored:
+        raise ValueError(f"{out}: holds something else (its config.json names no benchmark); give another --out")
     old, new = flat(stored), flat(info)
     if changed := [f"{key} {old.get(key)} -> {new.get(key)}" for key in old | new if old.get(key) != new.get(key)]:
         raise ValueError(

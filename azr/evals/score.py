@@ -81,7 +81,10 @@ def read_samples(path: str | Path, benchmark: Benchmark) -> list[Row]:
     for where, data in strict_lines(path):
         row = _row(data, where, counts)
         if row.task_id not in by_id:
-            raise ValueError(f"{where}: {benchmark.name} has no problem {ascii(row.task_id)[:80]}")
+            known = ", ".join(item.task_id for item in benchmark.items[:3])
+            raise ValueError(
+                f"{where}: {benchmark.name} has no problem {ascii(row.task_id)[:80]}; its first ids are {known}"
+            )
         if (row.task_id, row.sample) in rows:
             raise ValueError(f"{where}: sample {row.sample} of {row.task_id} is there twice")
         counts[row.task_id] += 1

@@ -19,6 +19,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -192,6 +193,15 @@ def main(arguments: list[str], parse) -> int:
         print("Windows has no seccomp for the sandbox: take WSL 2 or Docker")
         return 1
     config = parse(arguments)
+    try:
+        return report(config, arguments)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain at its exit
+        return 1
+
+
+def report(config, arguments: list[str]) -> int:
+    """Prints what `examine` finds, and the verdict; 1 if training cannot run here."""
     print("----- from here on it can be pasted into an issue: no names, no tokens -----", flush=True)
     show("command", f"train_azr.py {' '.join(arguments)}")
     blocks, slows = [], []

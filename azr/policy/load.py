@@ -179,8 +179,14 @@ def quiet():
 
 
 def _check_name(name: str) -> None:
-    """ModelError unless it is a directory or might be on the hub."""
-    if not Path(name).is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") != 1):
+    """ModelError unless it is the directory of a model or might be on the hub."""
+    path = Path(name)
+    if (path / "checkpoints").is_dir():
+        raise ModelError(f"{name} is a run, not a model: give the model it trained, and the run with --adapter")
+    if path.is_dir() and not (path / "config.json").is_file():
+        hint = "; it holds an adapter: give it with --adapter" if (path / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{name} is a directory without config.json, so it is no model{hint}")
+    if not path.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") != 1):
         known = f"{', '.join(ALIASES)}, a hub id (OWNER/NAME) or a directory that is there"
         raise ModelError(f"no model {name!r}: give {known}")
 
@@ -189,9 +195,6 @@ def _load_config(name: str, where: dict):
     from transformers import AutoConfig
 
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        hint = "; it holds an adapter: give it as the adapter" if (path / "adapter_config.json").is_file() else ""
-        raise ModelError(f"{name} is a directory without config.json, so it is no model{hint}")
     try:
         config = AutoConfig.from_pretrained(name, **where)
     except (OSError, ValueError, KeyError) as error:

@@ -148,7 +148,10 @@ def newest_checkpoint(path: Path, notes: list[str] | None = None) -> Path:
         raise ModelError(f"{path}: no such directory; give a checkpoint, such as RUN/checkpoints/step_100")
     if (path / "checkpoints").is_dir():
         raise ModelError(f"{path} has no checkpoint yet: a run writes its first one before the first step")
-    raise ModelError(f"{path} is no adapter: it needs adapter_config.json and adapter_model.safetensors")
+    raise ModelError(
+        f"{path} is no adapter (it needs adapter_config.json and adapter_model.safetensors): give a run, or a "
+        "checkpoint such as RUN/checkpoints/step_100"
+    )
 
 
 def read_record(directory: Path) -> dict:

@@ -344,6 +344,8 @@ def parse(arguments: list[str], description: str) -> Config:
 
 def read_config(path: str | Path) -> dict:
     """Settings of a config.json, but for what is asked of one command. ValueError, in one line, if it is none."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: is a directory; --config takes the file, such as {Path(path) / 'config.json'}")
     stored, kinds = modern(read_object(path)), {f.name: str(f.type) for f in dataclasses.fields(Config)}
     if unknown := sorted(stored.keys() - kinds.keys()):
         raise ValueError(f"{path}: unknown settings {', '.join(unknown[:5])}: no config.json of a run of this script")
@@ -460,7 +462,10 @@ def _lora_of(adapter: str) -> dict[str, float]:
         stored = read_object(Path(adapter) / "adapter_config.json")
         return {"lora_rank": int(stored["r"]), "lora_alpha": float(stored["lora_alpha"])}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--adapter {adapter}: no LoRA adapter of PEFT ({error})") from error
+        raise ValueError(
+            f"--adapter {adapter}: no LoRA adapter of PEFT ({error}); give a run, or a checkpoint such as "
+            "RUN/checkpoints/step_100"
+        ) from error
 
 
 def preset_of(config: Config) -> tuple[plan.Preset, str, cost.Card | None]:

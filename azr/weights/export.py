@@ -291,10 +291,9 @@ def write_merged(merge: Merge, source: Source, aside: Path, args) -> tuple[dict,
         report, failures = export_check.check(merge, aside, source.run, args.verify_samples)
         figures |= {"verified": not failures, **report}
         compared = "NOT verified" if failures else "verified"
-    update = (
-        f"LoRA rank {merge.adapter.config.get('r')} on\n{len(merge.adapter.targets)} matrices of a base held as "
-        f"{merge.reference.quantization}"
-    )
+    held = merge.reference.quantization
+    base = "an unquantized base" if held == "none" else f"a base in {held}"
+    update = f"LoRA rank {merge.adapter.config.get('r')} on\n{len(merge.adapter.targets)} matrices of {base}"
     result = f"The update is merged into the base and rounded to bf16, {compared};\n`export.json` has the figures."
     return figures, failures, model_card.card(source, merge.base.directory, update, result, "bfloat16")
 

@@ -253,7 +253,7 @@ def test_truncation(tmp_path):
 @pytest.mark.parametrize(
     "rows, said",
     [
-        ([{"task_id": "z", "answer": "1"}], "line 1: cruxeval-o has no problem 'z'"),
+        ([{"task_id": "z", "answer": "1"}], "line 1: cruxeval-o has no problem 'z'; its first ids are a"),
         ([{"task_id": "a"}], "lacks a completion"),
         ([{"answer": "1"}], "task_id is missing"),
         (["{"], None),
@@ -413,6 +413,12 @@ def test_several_temperatures_are_each_what_one_writes(whole, tmp_path, capsys):
         code, printed = main(*words)
         assert code == 2 and why in printed.err.splitlines()[-1]
     assert not (tmp_path / "new").exists() and sorted(path.name for path in out.glob("T*")) == ["T0", "T1"]
+
+
+def test_a_directory_of_something_else_is_no_place_for_results(tmp_path):
+    (tmp_path / "config.json").write_text('{"model": "tiny", "steps": 80}')
+    with pytest.raises(ValueError, match=r"holds something else .* give another --out"):
+        run.check_same({"benchmark": "tiny"}, tmp_path)
 
 
 def test_other_settings_are_refused(whole):

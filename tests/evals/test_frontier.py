@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_unlike_or_unfinished_results_are_refused_in_one_line(tmp_path, capsys):
     base, half, mixed, empty = (tmp_path / name for name in ("base", "half", "mixed", "empty"))
     ladder(base, {1.0: 0.4, 0.5: 0.5}, **small)
     ladder(half, {1.0: 0.4, 0.5: 0.5}, **small)
-    (half / "T0.5" / "config.json").write_text("{}")
+    (half / "T0.5" / "config.json").write_text('{"benchmark": "tiny"}')
     (half / "T0.5" / "result.json").unlink()
     ladder(mixed, {1.0: 0.4}, **small)
     ladder(mixed, {0.5: 0.4}, adapter="x", **small)
@@ -150,6 +151,7 @@ def test_unlike_or_unfinished_results_are_refused_in_one_line(tmp_path, capsys):
         ((base, half), "T0.5: is not finished; repeat the command that made it"),
         ((base, mixed), "results of different adapters"),
         ((base, empty), "it has no result.json"),
+        ((base, Path(compare.__file__).parents[1] / "tiny"), "it has no result.json"),
         ((base, silent), "does not say at which temperature"),
         ((base, other), "template differs"),
     ):

@@ -107,6 +107,14 @@ def test_without_any_package():
     assert "seccomp True" in line_of(done.stdout, "sandbox")
 
 
+def test_a_reader_that_goes_away_is_no_traceback():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(SCRIPT, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 1 and done.stderr == ""
+
+
 def test_a_bad_flag_is_refused():
     done = run([sys.executable, "-S", *SCRIPT[1:], "--modle", "tiny"])
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "--model" in done.stderr

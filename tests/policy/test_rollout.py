@@ -292,6 +292,8 @@ def test_loading_says_what_is_wrong(small, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "without config.json" in message(tmp_path / "empty")
     assert "it holds an adapter" in message(tmp_path / "adapter")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert "is a run, not a model" in message(tmp_path / "run", need_gpu=True)  # before a GPU is asked for
     assert "int3" in message(small, quantization="int3")
     assert "not both" in message(small, lora=LORA, adapter=tmp_path / "adapter")
     assert "is no adapter" in message(small, "none", adapter=tmp_path / "empty")

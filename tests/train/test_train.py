@@ -144,6 +144,13 @@ def test_a_saved_config_can_be_passed_back(finished):
     assert dataclasses.asdict(config) == {**stored, "seed": 7}
 
 
+def test_a_run_given_as_config_is_told_where_its_file_is(tmp_path):
+    from azr.train.config import read_config
+
+    with pytest.raises(ValueError, match=f"--config takes the file, such as {tmp_path}/config.json"):
+        read_config(tmp_path)
+
+
 def test_a_config_from_before_is_read_with_one_line(finished, held_out, tmp_path):
     """Settings that no longer exist are left out; a strength moves to the name of its control; the run goes on."""
     out, quantization, _ = finished
