@@ -52,6 +52,8 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     try:
         return module.main(args)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:  # RunError and ModelError are ValueErrors
         note(f"analyze.py {args.command}: {error}")
         return 2

@@ -223,6 +223,8 @@ def exit_code(work: Callable[..., int], *arguments) -> int:
     """What work(*arguments) returns; 2 and one line on stderr for an error that a user can act on."""
     try:
         return work(*arguments)
+    except BrokenPipeError:  # `| head` has read enough; what is finished stays
+        return 0
     except (ValueError, OSError, SandboxError, MathError) as error:
         print(f"eval_passk.py: {error}", file=sys.stderr)
         return 2

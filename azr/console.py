@@ -12,6 +12,7 @@ Needs rich; imports nothing else of this project and can be lifted out.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import textwrap
 import time
@@ -23,7 +24,23 @@ from rich.text import Text
 
 if hasattr(sys.stdout, "reconfigure"):  # what a model writes must not end a run where the locale is not UTF-8
     sys.stdout.reconfigure(errors="backslashreplace")
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 118)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """`| head`, or a `tee` that died: an error like any other, where rich would end the process at once."""
+        _silence(sys.stdout)
+        raise BrokenPipeError
+
+
+def _silence(file) -> None:
+    """Sends what is still printed nowhere: nobody reads it any more, and at its exit Python would complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, file.fileno())
+    os.close(nowhere)
+
+
+console = _Console(highlight=False, width=None if sys.stdout.isatty() else 118)
 INDENT = " " * 9
 LINE_SECONDS = 30  # between two lines of a bar where there is no terminal
 LIVE_SECONDS = 5  # from which on a phase shows on a terminal how far it is
@@ -41,7 +58,11 @@ def prose(text: str, file=None) -> None:
         text = textwrap.fill(
             text, max(40, console.width), subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
         )
-    print(text, file=file, flush=True)
+    try:
+        print(text, file=file, flush=True)
+    except BrokenPipeError:
+        _silence(file)
+        raise
 
 
 def note(text: str) -> None:

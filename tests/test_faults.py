@@ -27,7 +27,7 @@ from azr.policy import backoff
 from azr.policy.engine import Engine
 from azr.policy.policy import Policy
 from azr.runs import Run, newest_intact
-from azr.train import checkpoint, loop, rollouts, update
+from azr.train import checkpoint, loop, rollouts, screen, update
 from azr.train.config import Config, completed, resolve
 from azr.train.evaluation import Evaluation
 from sandbox import PROPOSAL, Sandbox, SandboxError
@@ -195,6 +195,23 @@ STOPS = [  # in the order of a run; what is stopped at its beginning, and at whi
     ("last checkpoint", runs, "_write_state", 2),
     ("end", loop, "conclude", 1),
 ]
+
+
+def test_a_reader_that_goes_away_costs_no_complete_step(whole, few_held_out, tmp_path, capfd):
+    honest, run = screen.StepLines.show, tmp_path / "run"
+
+    def show(self, metrics):
+        if metrics["step"] == 2:
+            raise BrokenPipeError
+        honest(self, metrics)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(screen.StepLines, "show", show)
+        patch.setattr(loop.os, "dup2", lambda *_: None)  # standard output is pytest's
+        assert train(run, few_held_out, "--steps", 3, "--save-every", 9) == 0
+    assert "step_2; go on with: python" in capfd.readouterr().err
+    assert train(run, few_held_out, "--resume", "auto") == 0
+    assert (run / "samples.jsonl").read_bytes() == (whole[0] / "samples.jsonl").read_bytes()
 
 
 def test_the_line_that_a_stop_prints_goes_on_whatever_was_stopped(whole, few_held_out, tmp_path, monkeypatch, capfd):

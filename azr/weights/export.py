@@ -372,6 +372,9 @@ def main(arguments: list[str]) -> int:
     except (ExportError, WeightsError, RunError, ModelError) as error:
         print(f"train_azr.py export: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`
+        print("train_azr.py export: stopped, for nobody reads its output any more", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("train_azr.py export: stopped, nothing written", file=sys.stderr)
         return 130

@@ -162,6 +162,16 @@ def test_ascii_locale_does_not_end_a_run():
     assert "\\xe9t\\xe9" in text and "+---" in text and "shown" in text
 
 
+@pytest.mark.parametrize("word", ["say", "prose"])
+def test_a_reader_that_goes_away_is_an_error_that_can_be_caught(word):
+    read, write = os.pipe()
+    os.close(read)
+    child = f"from azr import console\ntry: console.{word}('x')\nexcept BrokenPipeError: console.note('caught')"
+    done = subprocess.run([sys.executable, "-c", child], stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "caught\n")
+
+
 @pytest.mark.parametrize(
     "seconds, text", [(0, "0:00 min"), (59.6, "1:00 min"), (3599.4, "59:59 min"), (3600, "1:00 h")]
 )
