@@ -51,6 +51,7 @@ def main(arguments: list[str]) -> int:
             module.add_arguments(command)
     args = parser.parse_args(arguments)
     try:
+        importlib.import_module("azr.analysis.figures").check_outputs(args)
         return module.main(args)
     except BrokenPipeError:
         raise

@@ -78,11 +78,13 @@ def build_parser() -> Parser:
     )
     run.add_argument("--limit", type=Number(int, 1, 10**9), metavar="N", help="only N problems, evenly spread")
     score = add("score", "grade samples made elsewhere; imports no torch")
-    score.add_argument("samples", metavar="SAMPLES.jsonl")
+    what = 'lines {"task_id", "completion" | "solution" | "answer"}, also .gz; several of one id are its samples'
+    score.add_argument("samples", metavar="SAMPLES.jsonl", help=what)
     for command in (run, score):
         command.add_argument("--benchmark", required=True, metavar="NAME|NAME=FILE", help=", ".join(BENCHMARKS))
         command.add_argument("--k", type=parse_ks, metavar="1,2,4,...", help="default: powers of two up to N/2")
-        command.add_argument("--out", metavar="DIR", help="result directory; run: the same one goes on")
+        where = "the same one goes on" if command is run else "default: SAMPLES-NAME beside SAMPLES.jsonl"
+        command.add_argument("--out", metavar="DIR", help=f"result directory; {where}")
     compare = add("compare", "two result directories: paired, with intervals and a plot")
     compare.add_argument("base", metavar="A", help="result directory of the base, at one temperature or at several")
     compare.add_argument("tuned", metavar="B", help="result directory of the tuned model")

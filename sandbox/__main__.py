@@ -157,7 +157,8 @@ def workers(text: str) -> int:
 
 def main() -> int:
     """Exit code 2: the sandbox cannot work here, or bad arguments."""
-    parser = Parser(prog="python -m sandbox", description="Runs untrusted Python programs.")
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m sandbox", description=__doc__, formatter_class=shape)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, action, text in (
         ("run", run, "jobs in, outcomes out, one JSON object a line"),
@@ -168,7 +169,8 @@ def main() -> int:
         command.add_argument("--workers", type=workers, help="jobs at a time (default: one a core)")
         command.add_argument("--allow-weak", action="store_true", help="go on without seccomp, with limits alone")
         if name == "run":
-            command.add_argument("--profile", choices=("proposal", "benchmark"), default="proposal")
+            what = "proposal (default): some modules only, no clocks and no chance; benchmark: all of Python"
+            command.add_argument("--profile", choices=("proposal", "benchmark"), default="proposal", help=what)
     arguments = parser.parse_args()
     try:
         return arguments.action(arguments)

@@ -66,6 +66,14 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="write the plots (PNG) there, and without --json the numbers")
 
 
+def check_outputs(args) -> None:
+    """ValueError, before anything is computed: --json names a directory, or --out a file."""
+    if (file := getattr(args, "json", None)) and Path(file).is_dir():
+        raise ValueError(f"--json {file}: is a directory; give the name of a file, or the directory with --out")
+    if (folder := getattr(args, "out", None)) and Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"--out {folder}: is a file; --out takes a directory, --json a file")
+
+
 def write_outputs(args, name: str, result: dict, figures: dict) -> None:
     """--json FILE and --out DIR/NAME.json, DIR/FIGURE.png; says where. figures: name -> a figure or its PNG bytes."""
     numbers = args.json or (args.out and Path(args.out) / f"{name}.json")

@@ -2,13 +2,19 @@
 
     python -m azr.tasks validate < proposals.jsonl
     python -m azr.tasks judge < answers.jsonl
-    python -m azr.tasks make tiny|run|benchmark ...     the files of train_azr.py --data; --help says more
+    python -m azr.tasks make tiny|run|benchmark ...     the files of train_azr.py --data; `make --help` says more
+
+validate reads {"mode": "deduction"|"abduction", "program", "input"} or {"mode": "induction", "program", "message",
+"inputs": [ten texts]} and writes {"valid", "reason", "detail", "output" (induction: "outputs")}. judge reads a task
+with "answer" (induction: a program) and writes {"correct", "reason"}. An "id" is given back; a bad line gives
+{"error", "line"}. Reasons: docs/validation.md; tasks: docs/evaluation.md.
 
 Exit codes: 0 done, 1 some lines were bad, 2 bad arguments or no sandbox, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from azr.command import MAX_WORKERS, Number, Parser
@@ -68,12 +74,17 @@ def main(arguments: list[str] | None = None) -> int:
         from azr.train.make_data import main as make  # here: filters need nothing of training
 
         return make(arguments[1:])
-    parser = Parser(prog="python -m azr.tasks", description="JSON lines in, one verdict a line out.")
-    parser.add_argument("command", choices=["validate", "judge", "make"])
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m azr.tasks", description=__doc__, formatter_class=shape)
+    what = "the filter for proposals or for answers, or the maker of files"
+    parser.add_argument("command", choices=["validate", "judge", "make"], help=what)
     workers, characters = Number(int, 1, MAX_WORKERS), Number(int, 1, 10**8)
     parser.add_argument("--workers", type=workers, help="processes of the sandbox (default: cores)")
     parser.add_argument(
-        "--max-output-chars", type=characters, default=MAX_OUTPUT, help="validate: refuse longer outputs"
+        "--max-output-chars",
+        type=characters,
+        default=MAX_OUTPUT,
+        help=f"validate: refuse longer outputs (default {MAX_OUTPUT})",
     )
     options = parser.parse_args(arguments)
     try:

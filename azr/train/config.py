@@ -488,6 +488,8 @@ def preset_of(config: Config) -> tuple[plan.Preset, str, cost.Card | None]:
     preset, why = plan.choose_preset("auto" if card else name, model, free)
     if card and preset.gib:
         why = f"preset {preset.name}, for a {card.name}: {card.free / cost.GIB:.1f} of its {card.gib} GiB are free"
+    if not preset.gib and name != "auto":
+        why += f" (--preset {name} is for others)"
     return preset, why, card
 
 

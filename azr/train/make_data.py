@@ -163,14 +163,14 @@ def main(arguments: list[str] | None = None) -> int:
     tiny = commands.add_parser("tiny", help="tasks of the embedded model's generator")
     tiny.add_argument("--count", type=Number(int, 1, 10**7), default=1000, help="tasks a mode (default 1000)")
     tiny.add_argument("--modes", default=",".join(MODES), help=f"default {','.join(MODES)}; math sorts digits")
-    tiny.add_argument("--seed", type=Number(int, 0, MOST), default=0)
+    tiny.add_argument("--seed", type=Number(int, 0, MOST), default=0, help="another one gives other tasks (default 0)")
     tiny.add_argument(
         "--statements", metavar="N[,N...]", help="of the programs, in proposals at most; default: as in training"
     )
     tiny.add_argument("--proposals", action="store_true", help="as many proposals a mode too, for a warm start by sft")
     tiny.add_argument("--style", choices=STYLES, help="of the thoughts; default ladder: as in training")
     run = commands.add_parser("run", help="tasks, or verified answers, of a run of train_azr.py")
-    run.add_argument("run", type=Path, metavar="RUN")
+    run.add_argument("run", type=Path, metavar="RUN", help="the directory of a run")
     run.add_argument("--per-task", type=Number(int, 1, 10**6), default=4, help="different answers a task (default 4)")
     run.add_argument(
         "--near", nargs="+", default=[], metavar="NAME=FILE", help=".parquet: benchmarks to look for near-duplicates of"
@@ -178,11 +178,16 @@ def main(arguments: list[str] | None = None) -> int:
     for command in (tiny, run):
         command.add_argument("--solutions", action="store_true", help="with responses, for sft and off-policy")
     benchmark = commands.add_parser("benchmark", help="problems of a public benchmark's file")
-    benchmark.add_argument("name", metavar="NAME=FILE")
+    benchmark.add_argument("name", metavar="NAME=FILE", help="as eval_passk.py --benchmark takes it")
     for command in (tiny, run, benchmark):
-        command.add_argument("out", type=Path, metavar="FILE")
+        command.add_argument("out", type=Path, metavar="FILE", help="the file to write, .jsonl; of a run also .parquet")
     options = parser.parse_args(arguments)
     try:
+        if options.out.is_dir():
+            raise ValueError(
+                f"{options.out} is a directory; give the name of a file, such as {options.out / 'tasks.jsonl'}"
+            )
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         if options.out.suffix == ".parquet":
             tasks, hint = data_set(options)
         else:
@@ -191,7 +196,12 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python -m azr.tasks make: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("python -m azr.tasks make: stopped, nothing written", file=sys.stderr)
+        return 130
     what = "solutions" if getattr(options, "solutions", False) else "tasks"
+    if getattr(options, "proposals", False):
+        what += ", half of them proposals"
     modes = ", ".join(f"{mode} {count}" for mode, count in Counter(task.mode for task in tasks).items())
     print(f"{options.out}: {len(tasks)} {what} ({modes}){hint}")
     return 0

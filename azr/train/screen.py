@@ -259,8 +259,11 @@ def signed(gain) -> str:
 
 def training_table(first: list[dict], last: list[dict]) -> None:
     """Means over the first and the last steps of what was measured while training."""
-    table = Table(title=f"while training: mean of the first and the last {len(first)} steps", title_justify="left")
-    for name in ("", *MODES):
+    steps = "step" if len(first) == 1 else f"{len(first)} steps"
+    table = Table(title=f"while training: mean of the first and the last {steps}", title_justify="left")
+    names = {key for row in [*first, *last] for key, value in row.items() if value is not None}
+    modes = [mode for mode in (*MODES, "math") if any(f"/{mode}/" in name for name in names)]
+    for name in ("", *modes):
         table.add_column(name, justify="left" if not name else "right")
     rows = [
         ("valid proposals", "proposer/{}/valid_rate"),
@@ -272,11 +275,10 @@ def training_table(first: list[dict], last: list[dict]) -> None:
         ("solver entropy", "solver/{}/entropy"),
         ("answer tokens", "solver/{}/response_tokens"),
     ]
-    names = {key for row in [*first, *last] for key in row}
     for title, key in rows:
-        if key.format(MODES[0]) not in names:
-            continue  # a run without proposers
-        cells = [f"{average(first, key.format(mode))} -> {average(last, key.format(mode))}" for mode in MODES]
+        if not any(key.format(mode) in names for mode in modes):
+            continue  # a run without proposers, or one that samples nothing
+        cells = [f"{average(first, key.format(mode))} -> {average(last, key.format(mode))}" for mode in modes]
         table.add_row(title, *cells)
     console.print(table)
 

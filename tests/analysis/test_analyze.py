@@ -258,6 +258,8 @@ def test_files_that_are_not_there_or_not_whole(tmp_path, base, capsys):
     assert "no such directory" in refused(capsys, "--base", tmp_path / "none", "--adapter", adapter)
     assert "holds an adapter" in refused(capsys, "--base", adapter, "--adapter", adapter)
     assert "is no adapter" in refused(capsys, "--base", base, "--adapter", base)
+    for flag, path in (("--json", base), ("--out", base / "config.json")):
+        assert f"{flag} {path}: is a " in refused(capsys, "--base", base, "--tuned", base, flag, path)
     assert "no such directory" in refused(capsys, "--base", base, "--adapter", tmp_path / "nowhere")
     sharded = write_model(tmp_path / "sharded", weights(), shards=3)
     shard = sharded / "model-00002-of-00003.safetensors"

@@ -290,6 +290,9 @@ def test_task_files_of_the_generator(tmp_path, capsys):
     with pytest.raises(ValueError, match="line 1: has no .response."):
         load_tasks(again, solutions=True)
     assert make_data.main(["run", str(tmp_path), str(again)]) == 2
+    assert make_data.main(["tiny", str(tmp_path), "--count", "1"]) == 2  # before it draws
+    assert f"is a directory; give the name of a file, such as {tmp_path}/tasks.jsonl" in capsys.readouterr().err
+    assert make_data.main(["tiny", str(tmp_path / "new" / "deep.jsonl"), "--count", "1"]) == 0
     capsys.readouterr()
     for flags, words in (
         (["--modes", "poetry"], "poetry: there are"),

@@ -179,6 +179,14 @@ def test_durations(seconds, text):
     assert console.duration(seconds) == text
 
 
+def test_the_table_of_a_run_has_its_modes_and_measures_alone(capsys):
+    row = {"solver/math/entropy": 0.5, "solver/math/well_formed_rate": None, "train/loss": 1.0}
+    display.training_table([row], [row])
+    shown = capsys.readouterr().out
+    assert "last step " in shown and "math" in shown and "0.50 -> 0.50" in shown
+    assert not any(word in shown for word in ("deduction", "well-formed", "valid"))
+
+
 def test_averages_of_nothing_are_a_dash():
     rows = [{"a": None, "b": 1.0}, {"b": 2.0}]
     assert (display.average(rows, "a"), display.average(rows, "b")) == ("-", "1.50")
