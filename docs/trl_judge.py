@@ -59,13 +59,16 @@ class JudgeReward:
 def main(arguments: list[str]) -> int:
     """GRPO of TRL on the embedded model with this judge, a few steps."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tasks")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--out", default="runs/trl")
+    parser.add_argument("tasks", help="JSON lines that python -m azr.tasks make wrote")
+    parser.add_argument("--steps", type=int, default=2, help="steps of GRPO (2)")
+    parser.add_argument("--out", default="runs/trl", help="TRL's directory (runs/trl)")
     options = parser.parse_args(arguments)
-    from datasets import Dataset  # these take seconds to import: after a wrong flag was told
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    try:  # these take seconds to import: after a wrong flag was told
+        from datasets import Dataset
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        parser.error(f"{error}: pip install trl")
 
     from azr.models import model_path
 

@@ -106,4 +106,8 @@ def main(repo: str, flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit("hub_job.py: the first argument is the repo of the run, YOU/NAME\n\n" + __doc__)
+    if "CODE" not in os.environ and "COMMAND" not in os.environ:
+        sys.exit("hub_job.py: CODE is not set: --env CODE=GIT-URL names the repository that is trained")
     sys.exit(main(sys.argv[1], sys.argv[2:]))
