@@ -106,8 +106,12 @@ def main(repo: str, flags: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    wrong = ""
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit("hub_job.py: the first argument is the repo of the run, YOU/NAME\n\n" + __doc__)
-    if "CODE" not in os.environ and "COMMAND" not in os.environ:
-        sys.exit("hub_job.py: CODE is not set: --env CODE=GIT-URL names the repository that is trained")
+        wrong = f"the first argument is the repo of the run, YOU/NAME\n\n{__doc__}"
+    elif "CODE" not in os.environ and "COMMAND" not in os.environ:
+        wrong = "CODE is not set: --env CODE=GIT-URL names the repository that is trained"
+    if wrong:
+        print(f"hub_job.py: {wrong}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(sys.argv[1], sys.argv[2:]))
