@@ -64,6 +64,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
-        sys.exit("analyze.py: stopped")
+        print("analyze.py: stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:  # | head
         os._exit(0)

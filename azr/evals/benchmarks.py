@@ -248,6 +248,11 @@ def _code_items(path: Path, name: str) -> list[Item]:
         raise ValueError(f"{path}: expected evalplus's .jsonl.gz file")
     else:
         problems = code_answers.load_problems(path)
+    other = "HumanEval/" if name == "mbpp+" else "Mbpp/"
+    if problems and problems[0].task_id.startswith(other):
+        raise ValueError(
+            f"{path}: {problems[0].task_id} is no problem of {name}; name the benchmark that the file holds"
+        )
     return [Item(problem.task_id, code=problem) for problem in problems]
 
 

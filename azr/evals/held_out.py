@@ -47,7 +47,8 @@ def load_tasks(path: str | Path, solutions: bool = False, proposals: bool = Fals
 
     path, tasks, repeats = Path(path), {}, 0
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected one task as JSON a line")
+        fault = "is a directory" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {fault}; expected one task as JSON a line")
     for where, row in strict_lines(path):
         try:
             task = Task.from_json(row)

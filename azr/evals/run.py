@@ -31,12 +31,11 @@ from azr.evals import benchmarks
 from azr.evals.benchmarks import Benchmark
 from azr.evals.frontier import temperatures_in
 from azr.evals.held_out import sample_seed
-from azr.evals.score import Alone, Row, file_of, files_of, read_samples
+from azr.evals.score import Alone, Row, file_of, files_of, locked, read_samples
 from azr.jsonl import read_object, write_json_atomic, write_jsonl_atomic
 from azr.machine import plan
 from azr.models import base_description, model_path
 from azr.policy.opening import Opening, agree, check_template, origin
-from azr.runs import hold
 
 SAMPLES_PER_CELL = 16
 TOKENS_PER_CALL = 1 << 20  # a cell's answers times their longest length, about: what a kill can cost
@@ -316,29 +315,6 @@ def _text(policy, completion, sampling, settings: Settings) -> str:
 
 
 # ---------------------------------------------------------------- the directory
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Lets one process at a time into a directory: two would make the same samples. ValueError if another is there.
-
-    A directory in which nothing was made, since the model or the settings were refused, goes again.
-    """
-    try:
-        new = [path for path in (out, *out.parents) if not path.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        lock = hold(out)
-    except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error.strerror}); name a place with --out") from error
-    with lock:
-        try:
-            yield
-        finally:
-            if [path.name for path in out.iterdir()] == ["lock"]:
-                (out / "lock").unlink()
-                for path in new:
-                    with contextlib.suppress(OSError):  # another one is in it
-                        path.rmdir()
 
 
 def joined(path: Path, benchmark: Benchmark) -> dict[tuple[str, int], Row]:

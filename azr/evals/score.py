@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from azr.console import bar, note, say, warn
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
 from azr.jsonl import read_object, strict_lines, tolerant_lines, write_json_atomic, write_jsonl_atomic
+from azr.runs import hold
 from azr.stop import DUPLICATE_SECONDS
 
 FORMS = ("completion", "solution", "answer")
@@ -326,6 +328,30 @@ def show(result: dict, out: Path) -> None:
 # ---------------------------------------------------------------- score
 
 
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Lets one process at a time into a directory: two would make, or grade, the same samples. ValueError if another
+    is there.
+
+    A directory in which nothing was made, since the model or the settings were refused, goes again.
+    """
+    try:
+        new = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        lock = hold(out)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); name a place with --out") from error
+    with lock:
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == ["lock"]:
+                (out / "lock").unlink()
+                for path in new:
+                    with contextlib.suppress(OSError):  # another one is in it
+                        path.rmdir()
+
+
 def score(samples: str, benchmark: Benchmark, ks: list[int] | None, out: str | None) -> dict:
     """Grades samples made elsewhere, or by `run` (then what its config.json says is kept). See `conclude`."""
     path = Path(samples)
@@ -333,14 +359,11 @@ def score(samples: str, benchmark: Benchmark, ks: list[int] | None, out: str | N
     check_ks(ks, min(Counter(row.task_id for row in rows).values()))
     stem = path.name.removesuffix(".gz").removesuffix(".jsonl")
     directory = Path(out) if out else path.parent / f"{stem}-{benchmark.name}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{directory}: cannot be made ({error.strerror}); name a place with --out") from error
     names = "model adapter base_model revision quantization template template_hash decoding".split()
     info = dict.fromkeys(names)
     with contextlib.suppress(ValueError):
         stored = read_object(path.parent / "config.json")
         if stored.get("benchmark") == benchmark.name and "decoding" in stored:
             info = {name: stored.get(name) for name in names}
-    return conclude(benchmark, rows, directory, ks, info | {"samples": str(path), "made_by": "score"})
+    with locked(directory):
+        return conclude(benchmark, rows, directory, ks, info | {"samples": str(path), "made_by": "score"})

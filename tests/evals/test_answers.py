@@ -157,8 +157,26 @@ def test_a_score_that_was_cut_off_goes_on_to_the_same_result(tmp_path, file, mon
         torn.write('{"key": "0123')
     again = score.score(given, benchmark, [1], str(tmp_path / "cut"))
     assert calls[4] == (3, 7) and calls[-1] == (7, 7) and again == whole
-    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"graded.jsonl", "result.json"}
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"graded.jsonl", "result.json", "lock"}
     assert (tmp_path / "cut" / "graded.jsonl").read_text() == (tmp_path / "whole" / "graded.jsonl").read_text()
+
+
+def test_a_second_score_of_one_directory_is_refused(tmp_path, file):
+    """Two would take each other's partial grades away."""
+    given = samples(tmp_path / "s.jsonl", [RIGHT])
+    with score.locked(tmp_path / "out"):
+        code = f"import sys, eval_passk as e; sys.exit(e.main({['score', given, '--benchmark', f'humaneval+={file}']!r}"
+        code += f" + ['--out', {str(tmp_path / 'out')!r}]))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "is writing there" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_the_file_of_another_benchmark_is_refused(tmp_path):
+    path = tmp_path / "humaneval.jsonl"
+    path.write_text(json.dumps(HALF | {"task_id": "HumanEval/0", "plus_input": [[1]]}) + "\n")
+    assert load(f"humaneval+={path}").items[0].code.task_id == "HumanEval/0"
+    with pytest.raises(ValueError, match="HumanEval/0 is no problem of mbpp"):
+        load(f"mbpp+={path}")
 
 
 def test_grades_of_another_benchmark_are_not_taken_over(tmp_path, file):

@@ -65,7 +65,7 @@ def test_load_tasks_names_the_bad_line(tmp_path, line):
 def test_load_tasks_refuses_an_empty_or_absent_file(tmp_path):
     (tmp_path / "empty").write_text("\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\n")
-    for name, message in (("empty", "no tasks"), ("absent", "no such"), ("binary", "line 1"), ("", "no such")):
+    for name, message in (("empty", "no tasks"), ("absent", "no such"), ("binary", "line 1"), ("", "is a directory")):
         with pytest.raises(ValueError, match=message):
             load_tasks(tmp_path / name)
 
