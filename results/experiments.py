@@ -72,7 +72,7 @@ ARMS = {
     "rlvr-hard": Arm(f"{RLVR}/hard.jsonl", light=True),
     "uniform": Arm("--proposer-reward uniform", light=True),
     "half-peak": Arm("--proposer-reward half-peak", light=True),
-    "azr": Arm("--recipe azr", light=True),
+    "azr": Arm("--recipe azr", 5, light=True),
     "fresh": Arm("--solver-tasks fresh", light=True),
     "seed-references": Arm("--solver-tasks fresh", script="results/seed_references.py", light=True),
     "no-update-matched": Arm("--proposer no-update-matched", 5),
