@@ -2,7 +2,7 @@
 
     python tests/bench_smollm2.py DIR --make               its directory (docs/real_model.md)
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
-    python results/warm_start.py measure DIR base small/24 selfplay     results/smollm2.json; what exists is skipped
+    python results/warm_start.py measure DIR base small/121 selfplay    results/smollm2.json; what exists is skipped
 
 `train` goes on where it was stopped; everything is fp32 on a CPU, 60 s a step of the warm start. A state is measured by
 its proposals (valid share at temperature 1, references from the generator) and by its greedy answers to held-out tasks
@@ -39,7 +39,7 @@ COMMON = (
     "--allow-cpu --quantization none --dtype fp32 --lora-rank 16 --max-new-tokens 256 --eval-every 0 --eval-samples 0"
 )
 SFT = "--algorithm sft --step-tokens 900 --learning-rate 1e-3 --save-every 5"
-FIRST, SECOND = 56, 24  # steps: with proposals of up to six statements, then with none of more than two
+FIRST, SECOND = 56, 121  # steps: with proposals of up to six statements, then with none of more than two
 SELFPLAY = "--prompts-per-mode 4 --answers 4 --references 2 --learning-rate 1e-4 --steps 6 --save-every 1"
 # one row a role and mode in the probe instead of 64: on a CPU those would take longer than the training
 SCRIPT = "import sys, train_azr as t; t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
