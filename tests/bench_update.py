@@ -25,22 +25,12 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 BOUND = 1e-4  # the gradients' relative difference
-
-
-@contextlib.contextmanager
-def replaced(owner, name: str, value):
-    """`owner.name` is `value` within."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 def ways(policy) -> dict[str, list]:
@@ -50,9 +40,9 @@ def ways(policy) -> dict[str, list]:
     from azr.policy.lora import _Fused
     from azr.train import update
 
-    everything = partial(replaced, update, "accumulate", all_scored(update.accumulate))
-    alone = partial(replaced, policy, "shared_row", 0)
-    plain = partial(replaced, _Fused, "forward", Linear.forward)
+    everything = partial(patch.object, update, "accumulate", all_scored(update.accumulate))
+    alone = partial(patch.object, policy, "shared_row", 0)
+    plain = partial(patch.object, _Fused, "forward", Linear.forward)
     simple = [everything, alone, plain]
     return {"as it is": [], "all scored": simple[:1], "a row each": simple[:2], "PEFT": simple}
 
@@ -137,7 +127,7 @@ def main() -> int:
     flags = f"--steps {1 if options.quick else options.steps} --eval-every 0 --eval-samples 0"
     flags += " --prompts-per-mode 2" if options.quick else ""
     bench = Bench(update.gradient, 1 if options.quick else options.rounds, options.profile)
-    with tempfile.TemporaryDirectory() as folder, replaced(update, "gradient", bench):
+    with tempfile.TemporaryDirectory() as folder, patch.object(update, "gradient", bench):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             code = train_azr.main([*flags.split(), "--out", str(Path(folder, "run"))])
     means = {name: sum(seconds) / len(seconds) for name, seconds in bench.seconds.items()}

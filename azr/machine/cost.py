@@ -88,8 +88,8 @@ PACES = (
     Pace("fast", 0.8, 0.4, 200, 200, 0.5, 0.5),
     Pace("slow", 0.4, 0.2, 1000, 1000, 1.0, 1.0),
 )
-# Of the two samplings' seconds remain, for answers are sampled beside the last proposals (azr/train/ahead.py): 0.86 to
-# 0.93, followed response by response on five cards (tests/bench_ahead.py --card).
+# Of the two samplings' seconds remain, for answers are sampled beside the last proposals (azr/train/ahead.py): 0.87 to
+# 0.93, followed response by response on four cards (tests/bench_ahead.py --card).
 AHEAD = 0.9
 LONGEST_OVER_MEAN = 4  # of the responses of a phase; when few are left, slots stand empty
 PROPOSE_PROMPT, SOLVE_PROMPT = 0.5, 350  # mean prompt: share of prompt_tokens, tokens
