@@ -128,7 +128,7 @@ def sample_and_grade(args: argparse.Namespace, ranks=None) -> int:
     """Samples what is missing and grades all of it; 0, also when it was stopped on request. ValueError: bad input.
 
     ranks: of a process that torchrun started (azr/train/distributed.py); None: this one alone."""
-    from azr.console import say
+    from azr.console import counted, say
     from azr.evals import frontier, run
     from azr.evals.score import Alone, check_ks, conclude
     from azr.stop import StopNow, StopRequest
@@ -147,7 +147,7 @@ def sample_and_grade(args: argparse.Namespace, ranks=None) -> int:
             out = Path(args.out) if args.out else run.default_out(settings, benchmark, several)
             parts = run.parts_of(settings, temperatures, out)
             what = f"{benchmark.part or f'{len(benchmark.items)} problems'} of {benchmark.path}"
-            say(f"{benchmark.name}: {what}, {settings.samples} samples each, into {out}")
+            say(f"{benchmark.name}: {what}, {counted(settings.samples, 'sample')} each, into {out}")
             for line in lines:
                 say(f"  {line}")
             for (rows, info), (each, place) in zip(run.run_each(parts, benchmark, ranks), parts):

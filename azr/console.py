@@ -46,6 +46,11 @@ LINE_SECONDS = 30  # between two lines of a bar where there is no terminal
 LIVE_SECONDS = 5  # from which on a phase shows on a terminal how far it is
 
 
+def counted(count: int, noun: str) -> str:
+    """1 step, 2 steps."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def say(text: str = "") -> None:
     """A line, never wrapped into pieces that a log file would break."""
     console.print(Text(text), soft_wrap=True)

@@ -17,6 +17,7 @@ Left out: sharding over machines; give each a list of ARM/SEED instead.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -261,9 +262,10 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs go")
     arguments = parser.parse_args()
     if arguments.command == "list":
-        for arm, settings in ALL.items():
-            count = sum(result(arm, seed).exists() for seed in range(settings.seeds))
-            print(f"{arm:20s} {count}/{settings.seeds}  {settings.flags}")
+        with contextlib.suppress(BrokenPipeError):  # `| head`
+            for arm, settings in ALL.items():
+                count = sum(result(arm, seed).exists() for seed in range(settings.seeds))
+                print(f"{arm:20s} {count}/{settings.seeds}  {settings.flags}", flush=True)
         return 0
     given = [name.split("/") for name in arguments.names]
     known = {*ALL, "base"}

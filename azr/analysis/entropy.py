@@ -329,4 +329,6 @@ def main(args) -> int:
     """Measures, prints, writes. ValueError, in one line, for bad input."""
     if bool(args.run) == bool(args.data):
         raise ValueError("give either --data FILE (with --model) or --run RUN")
+    if args.run and (args.model or args.adapter or args.quantization):
+        raise ValueError("--run takes the model that its run names: leave --model, --adapter and --quantization out")
     return curves(args) if args.run else measure(args)

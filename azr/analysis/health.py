@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from azr.analysis.checks import CHECKS, WINDOW, Finding, Window
+from azr.console import counted
 from azr.jsonl import read_object
 from azr.runs import RunError, read_metrics
 
@@ -94,7 +95,8 @@ class Health:
         """Lines for the end of a run."""
         if lines := self.warnings():
             return ["what to look at:", *(f"- {line}" for line in lines)]
-        return [f"health: nothing to warn of in {self.window.count} steps (checks: python analyze.py health --limits)"]
+        steps = counted(self.window.count, "step")
+        return [f"health: nothing to warn of in {steps} (checks: python analyze.py health --limits)"]
 
 
 def example(run_dir: Path, f: Finding) -> str | None:
@@ -148,9 +150,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args) -> int:
     """Prints, returns the exit code. ValueError, in one line: no such run."""
     if args.limits:
+        print("check          limit  judged from  why")
         for check in CHECKS:
             sign = "<" if check.below else " "
-            print(f"{check.name:13s}{sign}{check.limit:5g}  from step {check.steps:2d}  {check.why}")
+            print(f"{check.name:13s}{sign}{check.limit:5g}  step {check.steps:2d}      {check.why}")
         return 0
     if args.run is None:
         raise ValueError("which run? give its directory (or --limits)")

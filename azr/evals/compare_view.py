@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from azr import drawing, passk
-from azr.console import prose, say
+from azr.console import counted, prose, say
 from azr.palette import COMPARISON, GRAY, MODELS, style
 
 COLORS = {name: own.color for name, own in (MODELS | COMPARISON).items()}
@@ -95,7 +95,7 @@ def markdown(result: dict) -> str:
     counts, samples = result["solved_in_n"], result["samples_per_problem"]
     return _page(
         result,
-        f", {samples} samples each",
+        f", {counted(samples, 'sample')} each",
         curve_table(result),
         "p: sign-flip permutation test on per-problem pass@k, two-sided; Holm: corrected over the k of this table. "
         "A model is called ahead where the corrected p is below 0.05 and the interval excludes 0.",

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from azr import passk
-from azr.console import bar, note, say, warn
+from azr.console import bar, counted, note, say, warn
 from azr.evals.benchmarks import Benchmark
 from azr.evals.grade import Answer, Grade, Grader
 from azr.jsonl import read_object, strict_lines, tolerant_lines, write_json_atomic, write_jsonl_atomic
@@ -304,8 +304,8 @@ def truncation(rows: list[Row], grades: list[Grade], names: list[str]) -> dict |
 def show(result: dict, out: Path) -> None:
     """The figures as plain lines, and where they are."""
     say(
-        f"{result['benchmark']}: {result['problems']} problems, {result['samples_per_problem']} samples each; 95 % "
-        "intervals over problems like these"
+        f"{result['benchmark']}: {result['problems']} problems, {counted(result['samples_per_problem'], 'sample')} "
+        "each; 95 % intervals over problems like these"
     )
     parts = {"": result["pass@k"]}
     if "pass@k_plus" in result:

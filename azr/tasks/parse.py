@@ -15,7 +15,7 @@ import re
 from dataclasses import dataclass
 
 from azr.tasks.lines import string_end
-from azr.tasks.task import MODES, Parsed, Proposal
+from azr.tasks.task import INDUCTION_INPUTS, MODES, Parsed, Proposal
 
 _ANSWER = re.compile(r"</think>\s*<answer>")
 # Three ticks or more, and perhaps a language, in whose name c++, c# and objective-c have marks.
@@ -128,8 +128,9 @@ _BROKEN = "the response is not '...</think> <answer>...</answer>'"
 
 
 def parse_proposal(mode: str, response: str, program: str | None = None) -> Parsed:
-    """A proposal: the first ```python block that defines f with the first ```input block; for induction all ```input
-    blocks and the last ```message block, about `program`. Whether it is a task is for `validate` to say.
+    """A proposal: the first ```python block that defines f with the first ```input block; for induction the last ten
+    ```input blocks (a model that writes more is not wrong: AZR reads it so) and the last ```message block, about
+    `program`. Whether it is a task is for `validate` to say.
 
     Never raises on a response. ValueError: a mode without proposals, or induction without a program.
     """
@@ -143,6 +144,7 @@ def parse_proposal(mode: str, response: str, program: str | None = None) -> Pars
     messages = [block.text for block in blocks if block.tag == "message" and block.text]
     if mode != "induction":
         program, inputs = _program_block(blocks), inputs[:1]
+    inputs = inputs[-INDUCTION_INPUTS:]
     parts = {"program": program, "input": inputs, "message": mode != "induction" or messages}
     missing = next((name for name, part in parts.items() if not part), None)
     if missing:

@@ -202,6 +202,8 @@ def begin(s, propose: Callable, validate: Callable, solve: Callable) -> None:
     """What a checkpoint says; or the seed stage, the probe and the measurement of the base."""
     if s.run.resumed:
         checkpoint.load(s)
+        if s.completed >= s.config.steps:
+            console.say(f"all {s.config.steps} steps were complete before; for more of them give a larger --steps")
     # the cache of sampling takes what is free; Adam makes its moments later, at the first update
     s.policy.engine.reserve = update.moments_to_come(s.policy, s.optimizer)
     if not s.run.resumed:

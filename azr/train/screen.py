@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from azr.console import INDENT, console, duration, prose, say
+from azr.console import INDENT, console, counted, duration, prose, say
 from azr.evals.held_out import EvalResult, difference, well_formed_difference
 from azr.models import base_description
 from azr.passk import shown
@@ -53,12 +53,12 @@ def header(config, why: str, policy, environment: dict) -> None:
         f"{config.model}: {f'all {trained:,} weights, in {base}{masters}' if policy.full else lora}"
         f", on {environment['gpu'] or 'the CPU'}; {why}"
     )
-    count = 3 * config.prompts_per_mode
+    count, steps = 3 * config.prompts_per_mode, counted(config.steps, "step")
     what = {
-        "selfplay": f"recipe {config.recipe}: {config.steps} steps of {count} proposals, {config.answers} answers to "
+        "selfplay": f"recipe {config.recipe}: {steps} of {count} proposals, {config.answers} answers to "
         "each valid task",
-        "rlvr": f"rlvr on {config.data}: {config.steps} steps of {count} tasks, {config.answers} answers to each",
-        "sft": f"sft on {config.data}: {config.steps} steps of {count * config.answers} solutions",
+        "rlvr": f"rlvr on {config.data}: {steps} of {count} tasks, {config.answers} answers to each",
+        "sft": f"sft on {config.data}: {steps} of {count * config.answers} solutions",
     }[config.algorithm]
     if config.step_tokens:
         what += f", or as many as make {config.step_tokens} tokens"
@@ -259,8 +259,9 @@ def signed(gain) -> str:
 
 def training_table(first: list[dict], last: list[dict]) -> None:
     """Means over the first and the last steps of what was measured while training."""
-    steps = "step" if len(first) == 1 else f"{len(first)} steps"
-    table = Table(title=f"while training: mean of the first and the last {steps}", title_justify="left")
+    table = Table(
+        title=f"while training: mean of the first and the last {counted(len(first), 'step')}", title_justify="left"
+    )
     names = {key for row in [*first, *last] for key, value in row.items() if value is not None}
     modes = [mode for mode in (*MODES, "math") if any(f"/{mode}/" in name for name in names)]
     for name in ("", *modes):

@@ -213,3 +213,5 @@ def test_bad_input_is_one_line(tmp_path):
         assert done.returncode == 2, (flags, done.stdout)
         line = [line for line in done.stderr.splitlines() if line.startswith("analyze.py entropy: ")]
         assert len(line) == 1 and "Traceback" not in done.stderr, done.stderr
+    done = run_command("--run", tmp_path, "--model", "tiny")
+    assert done.returncode == 2 and "leave --model" in done.stderr

@@ -73,6 +73,8 @@ def test_proposals():
     ten = "".join(f"```input\n{i}\n```\n" for i in range(10)) + "```message\ndon't think\n```"
     parsed = parse_proposal("induction", f"</think><answer>{ten}</answer>", DOUBLE)
     assert parsed.reason == "ok" and parsed.value == Proposal("induction", DOUBLE, tuple("0123456789"), "don't think")
+    parsed = parse_proposal("induction", f"</think><answer>```input\n99\n```\n{ten}</answer>", DOUBLE)
+    assert parsed.reason == "ok" and parsed.value.inputs == tuple("0123456789")  # eleven: the last ten
     for text, reason in [
         (f"```python\n{DOUBLE}\n```", "no_input"),
         ("```input\n1\n```", "no_program"),

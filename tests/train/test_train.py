@@ -242,6 +242,9 @@ def test_a_directory_that_holds_another_run_is_left_alone(finished, held_out):
     done = train(out, held_out, "--steps", STEPS, "--resume", "auto", "--learning-rate", "0.5")
     assert done.returncode == 2 and "learning_rate" in done.stderr
     assert (out / "metrics.jsonl").read_bytes() == before
+    done = train(out, held_out, "--steps", STEPS, "--resume", "auto")
+    assert done.returncode == 0 and f"all {STEPS} steps were complete before" in done.stdout, done.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_non_finite_updates_are_skipped_saved_and_end_the_run(held_out, tmp_path, monkeypatch):
