@@ -62,7 +62,7 @@ def one_way(bench: Bench, train_step, s, step: int, laps: list[dict], way: str) 
         (s.policy.engine, "tables", {}),
     ]
     if way == PHASES:
-        changes.append((ahead, "possible", lambda s: False))
+        changes.append((ahead, "pays", lambda s: False))
     if way == ALL_SCORED:
         changes.append((update, "has_gradient", lambda s, sample: sample.update and not sample.from_base))
     before = checkpoint.changing(s)[0]
