@@ -92,14 +92,15 @@ def token_divergences(
     """
     import torch
 
-    from azr.policy.scoring import head_logits, micro_batches
+    from azr.policy.scoring import head_logits, micro_batches, right_padded
 
     forward, reverse = [np.empty(0)] * len(prompts), [np.empty(0)] * len(prompts)
     policy.model.eval()
     weight = policy.head.weight
     with torch.no_grad():
         for indices in micro_batches([len(p) + len(r) for p, r in zip(prompts, responses)], token_budget):
-            ids, position, counts = _batch(policy, [prompts[i] for i in indices], [responses[i] for i in indices])
+            batch = right_padded([(prompts[i], responses[i]) for i in indices], policy.pad_id)
+            ids, position = (part.to(policy.device) for part in batch)
             # both models are one set of weights: the base is the policy with its adapter switched off
             hidden = [_hidden(policy, ids, context)[position] for context in (policy.disable_adapter(), nullcontext())]
             columns = [[], []]
@@ -111,7 +112,7 @@ def token_divergences(
             # micro-batches are sorted by length; the results go back to the order of the caller
             for out, column in zip((forward, reverse), columns):
                 values = np.concatenate(column) if column else np.empty(0)
-                for i, part in zip(indices, np.split(values, np.cumsum(counts)[:-1])):
+                for i, part in zip(indices, np.split(values, np.cumsum([len(responses[i]) for i in indices])[:-1])):
                     out[i] = part
     return forward, reverse
 
@@ -120,16 +121,3 @@ def _hidden(policy: Policy, ids: torch.Tensor, context) -> torch.Tensor:
     """(batch x time, H) final hidden states of the right-padded batch."""
     with context:
         return policy.backbone(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def _batch(policy: Policy, prompts: list[list[int]], responses: list[list[int]]):
-    """(ids (batch, time), flat positions that predict the response tokens, response lengths)."""
-    import torch
-
-    length = max(len(p) + len(r) for p, r in zip(prompts, responses))
-    ids, position = torch.full((len(prompts), length), policy.pad_id), []
-    for row, (p, r) in enumerate(zip(prompts, responses)):
-        ids[row, : len(p) + len(r)] = torch.tensor(p + r)
-        # the logits at a token are about the next one: the first that counts is at the prompt's last token
-        position.extend(range(row * length + len(p) - 1, row * length + len(p) - 1 + len(r)))
-    return ids.to(policy.device), torch.tensor(position, device=policy.device), [len(r) for r in responses]

@@ -196,6 +196,20 @@ def micro_batches(lengths: list[int], token_budget: int) -> list[list[int]]:
     return batches
 
 
+def right_padded(
+    pairs: list[tuple[list[int], list[int]]], pad_id: int, most: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (samples, time) of (prompt, response) pairs, and the flat indices (tokens,) of the states that predict
+    the first `most` tokens of each response (None: all). The state at a token is about the next one."""
+    length = max(len(prompt) + len(response) for prompt, response in pairs)
+    ids, position = torch.full((len(pairs), length), pad_id), []
+    for row, (prompt, response) in enumerate(pairs):
+        ids[row, : len(prompt) + len(response)] = torch.tensor([*prompt, *response])
+        start = row * length + len(prompt) - 1
+        position += range(start, start + len(response[:most]))
+    return ids, torch.tensor(position, dtype=torch.int64)
+
+
 def share_prompts(prompts: list[list[int]], responses: list[list[int]], longest: int) -> list[list[int]]:
     """Indices of samples that go into one row: those of one prompt, as long as prompt and responses have at most
     `longest` tokens together; longest 0: every sample alone."""

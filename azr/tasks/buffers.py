@@ -83,15 +83,6 @@ class Buffers:
         rows = self._rows[mode]
         return [rows[i][2] for i in rng.sample(range(len(rows)), min(k, len(rows)))]
 
-    def newest(self, mode: str, k: int, since: int | None = None) -> list[Task]:
-        """The up to k tasks that came last, newest first; `since`: none from before that step."""
-        tasks = []
-        for _, step, task in reversed(self._rows[mode]):
-            if len(tasks) == k or (since is not None and step < since):
-                break
-            tasks.append(task)
-        return tasks
-
     def sample_program(self, rng: random.Random) -> Task:
         """A task of the deduction and abduction buffers together, uniformly: the induction proposer is asked about
         its program. The seed is drawn only while there is nothing else, since tasks about it are trivial."""

@@ -27,7 +27,7 @@ from azr.console import say, warn
 from azr.jsonl import strict_lines
 from azr.policy.load import ModelError, load_tokenizer, quiet, tokenizer_hash
 from azr.policy.policy import Policy
-from azr.policy.scoring import head_logits
+from azr.policy.scoring import head_logits, right_padded
 from azr.tasks import MODES, SEED_TASKS
 from azr.tasks.prompts import propose_prompt, solve_prompt
 
@@ -63,14 +63,8 @@ def make_batch(policy: Policy, pairs: list[tuple[str, str]]) -> Batch:
     encoded = [(policy.encode(prompt), policy.encode(response)[:RESPONSE_TOKENS]) for prompt, response in pairs]
     encoded = sorted((pair for pair in encoded if pair[0] and pair[1]), key=lambda pair: sum(map(len, pair)))
     part = [pair for i, pair in enumerate(encoded) if (i + 1) * sum(map(len, pair)) <= PADDED_TOKENS] or encoded[:1]
-    length = max(sum(map(len, pair)) for pair in part)
     each = max(1, int(LOGIT_BYTES / 4 / policy.head.weight.shape[0]) // len(part))
-    ids, positions = torch.full((len(part), length), policy.pad_id), []
-    for row, (prompt, response) in enumerate(part):
-        ids[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        start = row * length + len(prompt) - 1
-        positions += range(start, start + min(len(response), each))
-    return ids, torch.tensor(positions)
+    return right_padded(part, policy.pad_id, each)
 
 
 @torch.no_grad()

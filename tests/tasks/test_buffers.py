@@ -30,8 +30,6 @@ def test_the_oldest_leaves_and_nothing_comes_twice():
     held = [number_task(i) for i in (2, 3, 0)]
     keys = {key(task) for key in (tasks.duplicate_key, instance_key) for task in held}
     assert buffers.keys("deduction") == keys, "nothing of what has left"
-    assert buffers.newest("deduction", 2) == [number_task(0), number_task(3)]
-    assert buffers.newest("deduction", 9, since=3) == [number_task(0), number_task(3)]
     assert buffers.sample("abduction", 4, random.Random(0)) == []
     with pytest.raises(ValueError):
         Buffers(capacity=0)
