@@ -191,6 +191,13 @@ def longer(w: Window) -> str:
     return f"--max-new-tokens {(4 if most > 0.5 else 2) * (w.config.get('max_new_tokens') or 512)}"
 
 
+def was_better(w: Window, mode: str) -> bool:
+    """Whether twice as many of a mode's proposals and more were valid in the first two steps as in the last three."""
+    parts = w.first[:2], list(w.last)[-3:]
+    before, now = (w.mean(f"proposer/{mode}/valid_rate", rows) or 0 for rows in parts)
+    return before >= 2 * max(now, HARDLY_VALID)
+
+
 def remedy(w: Window, mode: str, reason: str) -> str:
     """What to try when a mode's proposals are mostly refused for a reason."""
     if (w.mean(f"proposer/{mode}/truncated_rate") or 0) >= CUT_OFF:
@@ -206,8 +213,7 @@ def remedy(w: Window, mode: str, reason: str) -> str:
     flags = [cooler(w.config)]
     if mode != "induction":  # its prompt is one given program
         flags.insert((w.config.get("temperature") or 1) > 1, more_references(w.config))
-    before = w.mean(f"proposer/{mode}/valid_rate", w.first) or 0
-    if before >= 2 * (w.mean(f"proposer/{mode}/valid_rate") or 0) and before >= 2 * HARDLY_VALID:
+    if was_better(w, mode):
         flags = [lower_rate(w.config) + " (it was better before)"]
     flags = ", or ".join(flags)
     if reason in FORM:
@@ -322,7 +328,9 @@ def no_task(w: Window, past: Callable):
     steps = [not any(rates) for rates in steps if any(rate is not None for rate in rates)]
     if over := past({"": sum(steps) / len(steps)} if steps else {}):
         what = f"{100 * over['']:.0f} % of the last steps had no valid proposal, so no new task"
-        return over, what, f"Try {cooler(w.config)}; samples.jsonl has the reasons"
+        better = any(was_better(w, mode) for mode in MODES)
+        flag = f"{lower_rate(w.config)} (it was better before)" if better else cooler(w.config)
+        return over, what, f"Try {flag}; samples.jsonl has the reasons"
 
 
 @check(0.75, steps=5)

@@ -236,7 +236,7 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
         tried += proposals
         round_of = f"seed stage, round {turn} of at most {SEED_ROUNDS}"
         prose(f"{round_of}: {buffer_sizes(s)}, of {target} each; {screen.refusals(proposals)}")
-        if turn == EARLY and (text := screen.keeps_no_form(tried)):
+        if turn == EARLY and (text := screen.keeps_no_form(tried, s.config)):
             warn(f"seed stage: {text}")
     if (sizes := buffer_sizes(s)) and min(s.buffers.size(mode) for mode in MODES) < target:
         warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {SEED_ROUNDS} rounds; going on with these")

@@ -83,15 +83,19 @@ def refusals(proposals: list[Sample]) -> str:
     return f"{valid}; {count} of {reasons.total()} refused: {reason} ({example})"
 
 
-def keeps_no_form(proposals: list[Sample]) -> str:
+def keeps_no_form(proposals: list[Sample], config: Config) -> str:
     """What to do about a model of whose first proposals hardly any is valid; "" where there is nothing to do."""
     valid = sum(sample.task is not None for sample in proposals) / max(1, len(proposals))
     if valid >= HARDLY_ANY:
         return ""
+    found = f"{100 * valid:.0f} % of {len(proposals)} proposals are valid after three rounds"
+    if sum(sample.completion.finish_reason == "length" for sample in proposals) > len(proposals) / 2:
+        return f"{found}: most end at --max-new-tokens {config.max_new_tokens}, give them more"
+    if config.temperature > 1:
+        return f"{found} at --temperature {config.temperature:g}; at 1 a model keeps the form more often"
     return (
-        f"this model does not keep the form of proposals: {100 * valid:.0f} % of {len(proposals)} are valid after "
-        "three rounds. A warm start teaches it (--algorithm sft on files of python -m azr.tasks make, then --adapter): "
-        "docs/real_model.md"
+        f"{found}: this model does not keep their form. A warm start teaches it (--algorithm sft on files of "
+        "python -m azr.tasks make, then --adapter): docs/real_model.md"
     )
 
 

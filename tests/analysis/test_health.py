@@ -311,6 +311,15 @@ def test_cut_off_later_asks_for_a_lower_rate():
     assert "At first they were not: --learning-rate 0.0005" in found.said[0].text()
 
 
+def test_no_task_that_comes_later_asks_for_a_lower_rate():
+    said = run(6, lambda step: invalid(16) if step > 2 else {}).said[0]
+    assert (
+        said.check == "no-task"
+        and said.step == 4
+        and "Try --learning-rate 0.0005 (it was better before)" in said.text()
+    )
+
+
 def test_null_and_missing_values_are_not_numbers():
     rows = [{"step": 1}, {"step": 2, "train/log_prob_gap": None}, {"step": 3, "train/log_prob_gap": math.nan}]
     found = Health({})

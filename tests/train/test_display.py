@@ -19,8 +19,10 @@ from pathlib import Path
 import pytest
 
 from azr import console
+from azr.policy.sampling import Completion
 from azr.tasks.task import Parsed, Sample, Task
 from azr.train import screen as display
+from azr.train.config import Config
 
 ROOT = Path(__file__).parents[2]
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -194,16 +196,20 @@ def test_averages_of_nothing_are_a_dash():
 
 
 def test_a_model_that_keeps_no_form_is_told_from_one_that_does():
-    def proposal(reason, task=None, detail=""):
-        parsed = Parsed(task is not None, None, reason)
-        return Sample("proposer", "deduction", "", [], None, "one\x1b[2J two", "", parsed, task, reason, detail)
+    def proposal(reason, task=None, detail="", end="stop"):
+        parsed, completion = Parsed(task is not None, None, reason), Completion([1], [0.0], end)
+        return Sample("proposer", "deduction", "", [], completion, "one\x1b[2J two", "", parsed, task, reason, detail)
 
     good = proposal("ok", Task("deduction", "def f(x):\n    return x", "1", "1"))
     bad = [proposal("no_format")] * 18 + [proposal("trivial", detail="constant")] * 2
     assert display.refusals([good]) == "100 % of 1 valid"
     assert display.refusals([good, *bad]) == "5 % of 21 valid; 18 of 20 refused: no_format (one\\x1b[2J two)"
-    assert display.keeps_no_form([good, *bad[:19]]) == ""
-    assert "5 % of 21" in display.keeps_no_form([good, *bad])
+    config = Config(max_new_tokens=8)
+    assert display.keeps_no_form([good, *bad[:19]], config) == ""
+    assert "warm start" in (text := display.keeps_no_form([good, *bad], config)) and "5 % of 21" in text
+    # no warm start for what a flag mends
+    assert "at 1 a model" in display.keeps_no_form([good, *bad], Config(temperature=2.5))
+    assert "--max-new-tokens 8" in display.keeps_no_form([proposal("no_format", end="length")] * 9 + bad[:8], config)
 
 
 def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, capsys):
