@@ -198,7 +198,7 @@ def by_mode(arms: Arms) -> str:
     size = np.array([level(task) for task in tasks()])
     masks = {m: mode == m for m in MODES} | {f"{n} st." if n < 7 else "7-8 st.": size == n for n in LEVELS}
     rows = []
-    for name in available(arms, key="sampled"):
+    for name in brief(arms):
         cells = [
             over_seeds(arms[name], lambda r, mask=mask: (greedy(r) - greedy(base))[mask].mean()) if i < 3
             else f"{np.mean([(greedy(r) - greedy(base))[mask].mean() for r in arms[name]]):+.3f}"
@@ -394,7 +394,7 @@ def verdict(interval: Interval, margin: float) -> str:
 def updates(arms: Arms) -> str:
     """Size of the update of each arm of adapters, and what of the weights is unchanged."""
     rows = []
-    for name in available(arms, key="update"):
+    for name in brief(arms):
         part = [r["update"] for r in arms[name]]
         cells = [f"{np.mean([u['U1_rms'] for u in part]):.1e}", f"{np.mean([u['U1_rel_fro'] for u in part]):.3f}"]
         cells += [f"{100 * np.mean([u['S1'] for u in part]):.1f} %"]
@@ -440,20 +440,27 @@ def forgotten(arms: Arms) -> str:
 
 
 def predictors(arms: Arms) -> str:
-    """R^2 of the loss against each predictor, the last checkpoint of every run a point."""
-    runs = [r for name in available(arms, 1, "forgetting") for r in arms[name]]
-    lost = np.array([r["forgetting"]["skill_base"] - r["forgetting"]["skill"] for r in runs])
-    columns = {
-        "forward KL on solver prompts": [r["forgetting"]["kl_forward/solver"] for r in runs],
-        "norm of the update": [r["update"]["U1_rel_fro"] for r in runs],
-        "S1": [r["update"]["S1"] for r in runs],
-        "forward KL on that skill's text (nearly the outcome itself)": [
-            r["forgetting"]["kl_forward/untrained"] for r in runs
-        ],
-    }
-    fits = {name: linear_fit(np.array(values), lost).r2 for name, values in columns.items()}
-    text = "; ".join(f"{name} {show(r2, 2, sign=False)}" for name, r2 in fits.items())
-    return f"R^2 over {len(runs)} runs, their last checkpoints: {text}."
+    """R^2 of the loss against each predictor, the last checkpoint of every run a point; with the one arm that loses
+    much, and without it."""
+    told = []
+    for without in ("", "sft-worded"):
+        runs = [r for name in available(arms, 1, "forgetting") if name != without for r in arms[name]]
+        lost = np.array([r["forgetting"]["skill_base"] - r["forgetting"]["skill"] for r in runs])
+        columns = {
+            "forward KL on solver prompts": [r["forgetting"]["kl_forward/solver"] for r in runs],
+            "norm of the update": [r["update"]["U1_rel_fro"] for r in runs],
+            "S1": [r["update"]["S1"] for r in runs],
+            "forward KL on that skill's text (nearly the outcome itself)": [
+                r["forgetting"]["kl_forward/untrained"] for r in runs
+            ],
+        }
+        fits = {name: show(linear_fit(np.array(x), lost).r2, 2, sign=False) for name, x in columns.items()}
+        if not without:
+            text = "; ".join(f"{name} {r2}" for name, r2 in fits.items())
+            told.append(f"R^2 over {len(runs)} runs, their last checkpoints: {text}.")
+        else:
+            told.append(f"Over the {len(runs)} that are not {without}: {', '.join(fits.values())}.")
+    return " ".join(told)
 
 
 TABLES = (

@@ -2,7 +2,7 @@
 
     python tests/bench_smollm2.py DIR --make               its directory (docs/real_model.md)
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
-    python results/warm_start.py measure DIR base small/121 selfplay    results/smollm2.json; what exists is skipped
+    python results/warm_start.py measure DIR base small low selfplay    results/smollm2.json; what exists is skipped
 
 `train` goes on where it was stopped; everything is fp32 on a CPU, 60 s a step of the warm start. A state is measured by
 its proposals (valid share at temperature 1, references from the generator) and by its greedy answers to held-out tasks
@@ -38,8 +38,10 @@ DATA = f"--count {COUNT} --seed 1 --solutions --proposals --style full"
 COMMON = (
     "--allow-cpu --quantization none --dtype fp32 --lora-rank 16 --max-new-tokens 256 --eval-every 0 --eval-samples 0"
 )
-SFT = "--algorithm sft --step-tokens 900 --learning-rate 1e-3 --save-every 5"
-FIRST, SECOND = 56, 121  # steps: with proposals of up to six statements, then with none of more than two
+SFT = "--algorithm sft --step-tokens 900 --save-every 5 --learning-rate"
+# Steps: with proposals of up to six statements, then with none of more than two, then at a lower rate, for the
+# cross-entropy had stood still.
+FIRST, SECOND, THIRD = 56, 121, 40
 SELFPLAY = "--prompts-per-mode 4 --answers 4 --references 2 --learning-rate 1e-4 --steps 6 --save-every 1"
 # one row a role and mode in the probe instead of 64: on a CPU those would take longer than the training
 SCRIPT = "import sys, train_azr as t; t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
@@ -65,12 +67,13 @@ def make_data(runs: Path) -> None:
 
 
 def train(model: Path, runs: Path) -> None:
-    """The data, the warm start in two parts and self-play from it, each unless it is complete."""
+    """The data, the warm start in three parts and self-play from it, each unless it is complete."""
     make_data(runs)
     for name, flags in {
-        "mixed": f"{SFT} --steps {FIRST} --data {runs / 'mixed.jsonl'}",
-        "small": f"{SFT} --steps {SECOND} --data {runs / 'small.jsonl'} --adapter {runs / 'mixed'}",
-        "selfplay": f"{SELFPLAY} --adapter {runs / 'small'}",
+        "mixed": f"{SFT} 1e-3 --steps {FIRST} --data {runs / 'mixed.jsonl'}",
+        "small": f"{SFT} 1e-3 --steps {SECOND} --data {runs / 'small.jsonl'} --adapter {runs / 'mixed'}",
+        "low": f"{SFT} 3e-4 --steps {THIRD} --data {runs / 'small.jsonl'} --adapter {runs / 'small'}",
+        "selfplay": f"{SELFPLAY} --adapter {runs / 'low'}",
     }.items():
         out = runs / name
         again = ["--resume", "auto"] if any((out / "checkpoints").glob("step_*")) else []
