@@ -103,8 +103,8 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def pulse(title: str, total: int, unit: str) -> Callable[..., None]:
-    """Gives advance(count, tokens=0, more=0), which says on stderr how far a phase is, with the time left and tokens a
-    second. more: what has come to the total.
+    """Gives advance(count, tokens=0, more=0), which says on stderr how far a phase is, from a quarter on with the time
+    left and tokens a second. more: what has come to the total.
 
     On a terminal one line that is written anew, from LIVE_SECONDS on, and gone when all is done; elsewhere a line every
     LINE_SECONDS. So a short phase shows nothing.
@@ -121,9 +121,11 @@ def pulse(title: str, total: int, unit: str) -> Callable[..., None]:
         if live and done >= total:
             print(form.format("") if last > start else "", end="", file=sys.stderr, flush=True)
         elif done and now - start >= first and now - last >= every:
-            left = duration((now - start) / done * max(0, total - done))
-            rate = f", {tokens / (now - start):,.0f} tokens/s" if tokens else ""
-            text = f"{title}: {min(done, total)} of {total} {unit}{rate}, {left} left"
+            text = f"{title}: {min(done, total)} of {total} {unit}"
+            # of samples that run side by side the first to end are the short ones: they say nothing about the others
+            if done >= total / 4:
+                rate = f", {tokens / (now - start):,.0f} tokens/s" if tokens else ""
+                text += f"{rate}, {duration((now - start) / done * max(0, total - done))} left"
             print(form.format(text[: console.width - 1] if live else text), end="", file=sys.stderr, flush=True)
             last = now
 

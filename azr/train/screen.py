@@ -263,9 +263,8 @@ def signed(gain) -> str:
 
 def training_table(first: list[dict], last: list[dict]) -> None:
     """Means over the first and the last steps of what was measured while training."""
-    table = Table(
-        title=f"while training: mean of the first and the last {counted(len(first), 'step')}", title_justify="left"
-    )
+    steps = "step" if len(first) == 1 else f"{len(first)} steps"
+    table = Table(title=f"while training: mean of the first and the last {steps}", title_justify="left")
     names = {key for row in [*first, *last] for key, value in row.items() if value is not None}
     modes = [mode for mode in (*MODES, "math") if any(f"/{mode}/" in name for name in names)]
     for name in ("", *modes):

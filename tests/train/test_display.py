@@ -230,6 +230,9 @@ def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, ca
     assert capsys.readouterr().err == ""
     advance(2)
     assert capsys.readouterr().err == "step 4, propose: 2 of 8 responses, 3:30 min left\n"
+    clock = iter([0.0, 31.0])
+    console.pulse("seed-1, propose", 12, "responses")(1, 40)  # the shortest says nothing about the others
+    assert capsys.readouterr().err == "seed-1, propose: 1 of 12 responses\n"
 
 
 def test_on_a_terminal_a_phase_has_one_line_that_goes_away(monkeypatch, capsys):
