@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from azr.analysis.checks import CHECKS, WINDOW, Finding, Window
-from azr.console import counted
 from azr.jsonl import read_object
 from azr.runs import RunError, read_metrics
 
@@ -95,7 +94,8 @@ class Health:
         """Lines for the end of a run."""
         if lines := self.warnings():
             return ["what to look at:", *(f"- {line}" for line in lines)]
-        steps = counted(self.window.count, "step")
+        count = self.window.count
+        steps = "a step" if count == 1 else f"{count} steps"
         return [f"health: nothing to warn of in {steps} (checks: python analyze.py health --limits)"]
 
 
