@@ -72,7 +72,7 @@ class RememberingSandbox(Sandbox):
 
 def pays(s) -> bool:
     """On a GPU, which waits for nothing that runs beside it. A CPU samples on the cores that the sandbox needs: a step
-    of the embedded model took 4.4 s instead of 3.3 with two threads on two cores, 4.7 instead of 3.8 with one."""
+    of the embedded model took 3.82 s instead of 3.50 with two threads on two cores, 3.69 instead of 3.57 with one."""
     return s.policy.device.type != "cpu"
 
 
