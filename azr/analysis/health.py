@@ -95,7 +95,7 @@ class Health:
         if lines := self.warnings():
             return ["what to look at:", *(f"- {line}" for line in lines)]
         count = self.window.count
-        steps = "a step" if count == 1 else f"{count} steps"
+        steps = "1 step" if count == 1 else f"{count} steps"
         return [f"health: nothing to warn of in {steps} (checks: python analyze.py health --limits)"]
 
 

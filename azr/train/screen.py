@@ -88,14 +88,15 @@ def keeps_no_form(proposals: list[Sample], config: Config) -> str:
     valid = sum(sample.task is not None for sample in proposals) / max(1, len(proposals))
     if valid >= HARDLY_ANY:
         return ""
-    found = f"{100 * valid:.0f} % of {len(proposals)} proposals are valid after three rounds"
+    first = ""  # what a flag may mend; a model that only rambles ends at the limit too
     if sum(sample.completion.finish_reason == "length" for sample in proposals) > len(proposals) / 2:
-        return f"{found}: most end at --max-new-tokens {config.max_new_tokens}, give them more"
-    if config.temperature > 1:
-        return f"{found} at --temperature {config.temperature:g}; at 1 a model keeps the form more often"
+        first = f"Most end at --max-new-tokens {config.max_new_tokens}: give them more, unless they only ramble. "
+    elif config.temperature > 1:
+        first = f"Try --temperature 1 instead of {config.temperature:g}. "
     return (
-        f"{found}: this model does not keep their form. A warm start teaches it (--algorithm sft on files of "
-        "python -m azr.tasks make, then --adapter): docs/real_model.md"
+        f"{100 * valid:.0f} % of {len(proposals)} proposals are valid after three rounds. {first}A model that does not "
+        "keep their form needs a warm start (--algorithm sft on files of python -m azr.tasks make, then --adapter): "
+        "docs/real_model.md"
     )
 
 

@@ -206,10 +206,12 @@ def test_a_model_that_keeps_no_form_is_told_from_one_that_does():
     assert display.refusals([good, *bad]) == "5 % of 21 valid; 18 of 20 refused: no_format (one\\x1b[2J two)"
     config = Config(max_new_tokens=8)
     assert display.keeps_no_form([good, *bad[:19]], config) == ""
-    assert "warm start" in (text := display.keeps_no_form([good, *bad], config)) and "5 % of 21" in text
-    # no warm start for what a flag mends
-    assert "at 1 a model" in display.keeps_no_form([good, *bad], Config(temperature=2.5))
-    assert "--max-new-tokens 8" in display.keeps_no_form([proposal("no_format", end="length")] * 9 + bad[:8], config)
+    text = display.keeps_no_form([good, *bad], config)
+    assert "5 % of 21" in text and "needs a warm start" in text and "--temperature" not in text and "Most" not in text
+    # first what a flag may mend
+    assert "Try --temperature 1 instead of 2.5. " in display.keeps_no_form([good, *bad], Config(temperature=2.5))
+    text = display.keeps_no_form([proposal("no_format", end="length")] * 9 + bad[:8], config)
+    assert "Most end at --max-new-tokens 8" in text and "needs a warm start" in text
 
 
 def test_a_long_phase_says_how_far_it_is_and_a_short_one_nothing(monkeypatch, capsys):
