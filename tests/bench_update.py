@@ -6,10 +6,11 @@ One run of `train_azr.py` on the embedded model, seed 0, whose every update is c
 `--rounds` times; the run goes on with the first. Figures are CPU seconds of an update, the least of the rounds,
 averaged over the steps. Every way must give the gradient of the first to 1e-4 of its norm (exit code 1).
 
-    as it is       shared prompts, nothing scored that has no advantage, LoRA as one function
+    as it is       one packed row, nothing scored that has no advantage, LoRA as one function, the last layer in part
     all scored     samples without an advantage are scored too, for their entropies
-    a row each     and every answer is a row with its prompt
-    PEFT           and LoRA layers compute as PEFT writes them: what a plain script does
+    rows           and answers to a prompt share a padded row of up to 512 tokens, with a mask
+    PEFT           and LoRA layers compute as PEFT writes them
+    a row each     and every answer is a row with its prompt: what a plain script does
 
 --profile: the operations of the first way that take longest. Left out: rewards, the optimizer, a GPU (bench_gpu.py).
 """
@@ -41,10 +42,13 @@ def ways(policy) -> dict[str, list]:
     from azr.train import update
 
     everything = partial(patch.object, update, "accumulate", all_scored(update.accumulate))
+    rows = partial(patch.multiple, policy, shared_row=512, packs=False, known=False)
     alone = partial(patch.object, policy, "shared_row", 0)
     plain = partial(patch.object, _Fused, "forward", Linear.forward)
-    simple = [everything, alone, plain]
-    return {"as it is": [], "all scored": simple[:1], "a row each": simple[:2], "PEFT": simple}
+    simple = [everything, rows, plain, alone]
+    return {"as it is": []} | dict(
+        zip(("all scored", "rows", "PEFT", "a row each"), (simple[:n] for n in range(1, len(simple) + 1)))
+    )
 
 
 def all_scored(accumulate):

@@ -167,7 +167,7 @@ class Preset:
     prompts_per_mode: int  # proposals a mode and step
     max_new_tokens: int  # longest response
     max_batch: int  # sequences decoded at once ("slots")
-    token_budget: int  # padded tokens of a training micro-batch
+    token_budget: int  # tokens of a training micro-batch, with their padding
     prompt_tokens: int = 2048  # longest prompt that is planned for
     answers: int = 8  # a valid task
     references: int = 6

@@ -29,17 +29,20 @@ from .decoder import Unsupported
 from .engine import Engine
 from .full import FullWeights
 from .hf_generate import HFGenerate
+from .last_layer import only_asked
 from .load import LoraSettings, ModelError, adapter_tensors, add_copy, fill_adapter, load_model
 from .opening import Opening, check_base, is_full
+from .packing import pack, packed_batches
 from .residual import keep_in_fp32
 from .sampling import Completion, Sampling
 from .scoring import ChunkedLogProb, Scored, head_logits, micro_batches, share_prompts, shared_mask
+from .tree_attention import NO_MASK, Tree, pack_attention
 
 __all__ = ["Completion", "LoraSettings", "ModelError", "Policy", "Sampling", "Scored"]
 
-# Tokens of a row that holds several answers to one prompt. On a CPU a long row costs attention over what is masked; on
-# an H200 rows of 4,096 took 0.69 of the time of rows of one answer (8 answers of 400 tokens to a prompt of 400, 3B).
-SHARED_ROW = {"cpu": 512, "cuda": 4096}
+# Tokens of a row that holds several answers to one prompt, on a GPU: on an H200 such rows took 0.69 of the time of rows
+# of one answer (8 answers of 400 tokens to a prompt of 400, 3B). A CPU packs (packing.py).
+SHARED_ROW = 4096
 
 
 class Policy:
@@ -59,9 +62,15 @@ class Policy:
         self._ran_out = False  # did memory run out in the last call of `generate` with `more`?
         # Answers to one prompt are scored in one row of at most so many tokens, the prompt once: half the tokens of a
         # step. 0: every sample alone.
-        self.shared_row = SHARED_ROW.get(self.device.type, 0)
+        self.shared_row = SHARED_ROW
         keep_in_fp32(self.backbone, base.config)
         self.engine = self._engine(engine_options)
+        self.known = isinstance(self.engine, Engine)  # are its layers written as decoder.py expects?
+        self.packs = self.known and self.device.type == "cpu"
+        if self.known:
+            only_asked(self.backbone)
+        if self.packs:
+            pack_attention(base)
 
     @classmethod
     def load(
@@ -229,11 +238,11 @@ class Policy:
         with_grad: bool = False,
         chunk: int | None = None,
     ) -> Iterator[Scored]:
-        """Log-prob and entropy of every response token, micro-batch by micro-batch, longest samples first.
+        """Log-prob and entropy of every response token, micro-batch by micro-batch.
 
-        Rows are right-padded; rows x longest row <= token_budget; chunk: see ChunkedLogProb. Call backward on
-        each micro-batch before asking for the next. Empty responses give rows without tokens. ValueError: an empty
-        prompt.
+        A micro-batch holds at most token_budget tokens, unless a sample alone has more: packed on a CPU (packing.py),
+        elsewhere as right-padded rows, padding counted, longest first. chunk: see ChunkedLogProb. Call backward on each
+        micro-batch before asking for the next. Empty responses give rows without tokens. ValueError: an empty prompt.
         """
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts but {len(responses)} responses")
@@ -245,8 +254,12 @@ class Policy:
 
     def _score(self, prompts, responses, temperature, token_budget, with_grad, chunk) -> Iterator[Scored]:
         longest = min(self.shared_row, token_budget)
-        rows = share_prompts(prompts, responses, longest)
-        lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
+        if self.packs:
+            batches = packed_batches(prompts, responses, token_budget)
+        else:
+            rows = share_prompts(prompts, responses, longest)
+            lengths = [len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows]
+            batches = [[i for number in batch for i in rows[number]] for batch in micro_batches(lengths, token_budget)]
         self.model.train(with_grad)
 
         def one(indices: list[int]) -> Scored:
@@ -256,18 +269,43 @@ class Policy:
                     indices, [prompts[i] for i in indices], [responses[i] for i in indices], temperature, chunk, longest
                 )
 
-        batches = micro_batches(lengths, token_budget)
-        yield from self.each(one, [[i for number in batch for i in rows[number]] for batch in batches], with_grad)
+        yield from self.each(one, batches, with_grad)
 
     def each(self, score: Callable[[list[int]], Scored], batches: list[list[int]], with_grad: bool) -> Iterator[Scored]:
         """score(indices) of every micro-batch, in order. Where several processes share them, this is overridden."""
         return map(score, batches)
 
     def _score_batch(self, indices, prompts, responses, temperature, chunk, longest=0) -> Scored:
+        layout = self._packed(prompts, responses) if self.packs else self._rows(prompts, responses, longest)
+        ids, states, more = layout
+        mask = torch.zeros(len(indices), max(map(len, responses)), dtype=torch.bool)
+        for i, response in enumerate(responses):
+            mask[i, : len(response)] = True
+        # a state is asked for once, though it may predict the first token of several answers
+        asked, which = torch.tensor(sum(states, []), dtype=torch.int64).unique(return_inverse=True)
+        target = torch.tensor(sum(responses, []), dtype=torch.int64)
+        ids, mask, asked, which, target = (t.to(self.device) for t in (ids, mask, asked, which, target))
+        in_part = self.known and len(asked) > 0
+        more |= {"asked": asked} if in_part else {}
+        hidden = self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
+        hidden = (hidden if in_part else hidden[asked])[which]
+        log_prob, entropy = ChunkedLogProb.apply(hidden, self.head.weight, target, temperature, chunk)
+        padded = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_prob, entropy)]
+        return Scored(indices, padded[0], padded[1], mask)
+
+    def _packed(self, prompts, responses) -> tuple[torch.Tensor, list[list[int]], dict]:
+        """(ids (1, tokens), for each sample the flat indices of the states that predict it, what the model is told)."""
+        packed, config = pack(prompts, responses), self.base.config
+        tree = Tree(packed.segments, config.num_attention_heads // config.num_key_value_heads, self.head.weight.dtype)
+        more = {"attention_mask": NO_MASK, "position_ids": packed.place[None], "tree": tree}
+        return packed.ids[None], packed.states, more
+
+    def _rows(self, prompts, responses, longest) -> tuple[torch.Tensor, list[list[int]], dict]:
+        """As `_packed`: ids (rows, time), right-padded, several responses to one prompt in a row of up to `longest`."""
         rows = share_prompts(prompts, responses, longest)
         length = max(len(prompts[row[0]]) + sum(len(responses[i]) for i in row) for row in rows)
         ids = torch.full((len(rows), length), self.pad_id)
-        spans = {}  # sample -> row, first and end of its response, length of its prompt
+        spans: list = [None] * len(prompts)  # of each sample: row, first and end of its response, length of its prompt
         for number, row in enumerate(rows):
             end = prompt = len(prompts[row[0]])
             ids[number, :prompt] = torch.tensor(prompts[row[0]])
@@ -275,29 +313,19 @@ class Policy:
                 first, end = end, end + len(responses[i])
                 ids[number, first:end] = torch.tensor(responses[i], dtype=torch.int64)
                 spans[i] = number, first, end, prompt
-        mask = torch.zeros(len(indices), max(len(r) for r in responses), dtype=torch.bool)
-        position, target = [], []  # flat index of the hidden state that predicts a token; the token
-        for i, response in enumerate(responses):
-            number, first, end, prompt = spans[i]
-            mask[i, : len(response)] = True
-            before = [prompt - 1, *range(first, end - 1)]
-            position.extend(number * length + place for place in before[: len(response)])
-            target.extend(response)
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        position = torch.tensor(position, dtype=torch.int64, device=self.device)
-        target = torch.tensor(target, dtype=torch.int64, device=self.device)
+        position = [
+            [number * length + place for place in [prompt - 1, *range(first, end - 1)][: end - first]]
+            for number, first, end, prompt in spans
+        ]
         # Rows of one response need no mask: with right padding causal attention never reads it, and SDPA keeps its fast
         # causal kernel. A Qwen can be told so; left to look for itself, transformers asks the device whether rows are
         # packed, and the host waits.
-        qwen = isinstance(self.engine, Engine) and self.base.config.model_type in ("qwen2", "qwen3")
+        qwen = self.known and self.base.config.model_type in ("qwen2", "qwen3")
         more = {"attention_mask": {"full_attention": None}} if qwen else {}
-        if len(rows) < len(indices):
-            seen, place = shared_mask(len(rows), length, list(spans.values()), self.device)
+        if len(rows) < len(prompts):
+            seen, place = shared_mask(len(rows), length, spans, self.device)
             more = {"attention_mask": seen, "position_ids": place}
-        hidden = self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)[position]
-        log_prob, entropy = ChunkedLogProb.apply(hidden, self.head.weight, target, temperature, chunk)
-        padded = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_prob, entropy)]
-        return Scored(indices, padded[0], padded[1], mask)
+        return ids, position, more
 
     def score_lists(self, prompts, responses, temperature: float = 1.0, token_budget: int = 8192):
         """As `score` without gradient: (log-probs, entropies), each a list of floats per sample, in order."""

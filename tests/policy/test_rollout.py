@@ -336,12 +336,13 @@ def test_a_tokenizer_that_reads_its_files_differently_is_refused(small, tmp_path
         Policy.load(copy, "none")
 
 
-def test_samples_of_one_prompt_share_a_row_and_change_nothing(policy):
+def test_samples_of_one_prompt_share_a_row_and_change_nothing(policy, monkeypatch):
     prompts = [p for p in prompts_of(4) for _ in range(5)]
     responses = prompts_of(20, low=1, high=25, seed=1)
     responses[7] = []
     advantage = torch.randn(20, generator=torch.Generator().manual_seed(0))
-    results = []
+    results = [(gradient(policy, prompts, responses, advantage, 200), policy.score_lists(prompts, responses, 0.9, 200))]
+    monkeypatch.setattr(policy, "packs", False)  # as on a GPU
     for policy.shared_row, budget in ((0, 100_000), (512, 100_000), (512, 120), (60, 200)):
         rows = share_prompts(prompts, responses, min(policy.shared_row, budget))
         assert sorted(i for row in rows for i in row) == list(range(20))

@@ -22,6 +22,7 @@ from azr.policy.backoff import (
     rollout_sizes,
     set_rollout_sizes,
 )
+from azr.policy.packing import pack
 from azr.policy.policy import LoraSettings, Policy, Sampling
 from azr.tasks import MODES, SEED_TASKS, Sample
 from azr.tasks.prompts import solve_prompt
@@ -97,8 +98,8 @@ def test_the_gradient_is_that_of_the_written_loss(policy, config):
 
 
 def held_at_once(prompts, responses) -> int:
-    """Tokens of a micro-batch: answers to one prompt share it."""
-    return sum(map(len, set(map(tuple, prompts)))) + sum(map(len, responses))
+    """Tokens of a micro-batch."""
+    return len(pack(prompts, responses).ids)
 
 
 def test_out_of_memory_while_scoring_leaves_the_gradient(policy, config, monkeypatch, capsys):
@@ -130,7 +131,7 @@ def test_out_of_memory_in_the_backward_pass_counts_no_gradient_twice(policy, con
     """The third backward pass fails: two micro-batches are in the gradient already. Once, and nothing is lowered: what
     was left behind is freed. Twice, and micro-batches are halved."""
     samples = sampled(policy)
-    whole, _ = gradient(policy, samples, config, Sizes(300))
+    whole, _ = gradient(policy, samples, config, Sizes(160))
     honest, calls = train_azr.ppo_loss, []
 
     def tight(s, batch):
@@ -140,9 +141,9 @@ def test_out_of_memory_in_the_backward_pass_counts_no_gradient_twice(policy, con
         return honest(s, batch)
 
     monkeypatch.setattr(train_azr, "ppo_loss", tight)
-    for failing, budget, most in (((3,), 300, 1e-9), ((3, 6), 150, 1e-5)):
+    for failing, budget, most in (((3,), 160, 1e-9), ((3, 6), update.longest(samples), 1e-5)):
         calls.clear()
-        sizes = Sizes(300)
+        sizes = Sizes(160)
         again, _ = gradient(policy, samples, config, sizes)
         assert sizes.token_budget == budget and len(calls) > failing[-1]
         assert (again - whole).norm() / whole.norm() < most
