@@ -26,8 +26,11 @@ from .backoff import free_memory
 from .cache import Group, Pages, Sequence, pages_for
 from .cpu_attention import ByPage
 from .graphs import Graphs
+from .packing import Packing
 from .sampling import Completion, Sampling, sample_tokens
 from .scheduler import Scheduler
+from .tree_attention import Tree
+from .tree_attention import attend as attend_tree
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -179,11 +182,18 @@ class Decoding:
         return bool(new.starts)
 
     def prefill(self, fresh: list[tuple[Group, list[int]]]) -> None:
-        """Keys and values of whole prompts into their pages, and the logits after the last token into the groups.
+        """Keys and values of whole prompts into their pages, and the logits after the last token into the groups."""
+        on_cpu = self.device.type == "cpu"
+        ids, position, attend, last = self._packed(fresh) if on_cpu else self._padded(fresh)
+        hidden = self.decoder.forward(ids, position, attend)
+        # The head for the last tokens only: logits of every position would be (tokens, vocabulary) in fp32.
+        for (group, _), logits in zip(fresh, self.engine.head(hidden[self._tensor(last)])):
+            group.logits = logits
 
-        Right-padded: causal attention then needs no mask, so SDPA takes its fast kernel, and no real token sees the
-        padding. What is stored for the padding is overwritten before anyone attends to it, or lies in page 0.
-        """
+    def _padded(self, fresh: list[tuple[Group, list[int]]]) -> tuple:
+        """(ids, positions (tokens,), attention, where the last token of each prompt is) of right-padded prompts:
+        causal attention then needs no mask, so SDPA takes its fast kernel, and no real token sees the padding. What is
+        stored for the padding is overwritten before anyone attends to it, or lies in page 0."""
         lengths = [len(group.tokens) for group, _ in fresh]
         rows, time = len(fresh), max(lengths)
         pad, blocks = self.engine.pad_id, pages_for(time, self.page_size)
@@ -198,11 +208,35 @@ class Decoding:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
             return out.transpose(1, 2).flatten(0, 1)
 
-        hidden = self.decoder.forward(ids.flatten(), position.repeat(rows), attend)
-        # The head for the last tokens only: logits of every position would be (rows x time, vocabulary) in fp32.
-        last = [row * time + n - 1 for row, n in enumerate(lengths)]
-        for (group, _), logits in zip(fresh, self.engine.head(hidden[self._tensor(last)])):
-            group.logits = logits
+        return ids.flatten(), position.repeat(rows), attend, [row * time + n - 1 for row, n in enumerate(lengths)]
+
+    def _packed(self, fresh: list[tuple[Group, list[int]]]) -> tuple:
+        """As `_padded`, without padding and with what prompts begin with in common once: it is computed for the first
+        of them, and its keys and values are copied to the pages of the others."""
+        packing = Packing()
+        paths = {tokens: packing.add(tokens) for tokens in sorted({tuple(group.tokens) for group, _ in fresh})}
+        packing.close()
+        places: dict[int, tuple[int, int]] = {}  # of each packed token: a page and its offset in it
+        copies: list[tuple[int, int, int, int]] = []
+        for group, pages in fresh:
+            for t, token in enumerate(paths[tuple(group.tokens)]):
+                place = pages[t // self.page_size], t % self.page_size
+                if places.setdefault(token, place) != place:
+                    copies.append((*places[token], *place))
+        where = tuple(self._tensor([places[token] for token in range(len(places))]).unbind(1))
+        source, target = self._tensor(copies).view(-1, 2, 2).unbind(1)
+        tree = Tree(packing.segments, self.decoder.heads // self.decoder.kv_heads, self.decoder.dtype)
+
+        def attend(layer, q, k, v, cos, sin, scale):
+            q, k = self._rotate_store(layer, q, k, v, cos, sin, where)
+            if copies:
+                cache = self.layers[layer]
+                cache[:, target[:, 0], target[:, 1]] = cache[:, source[:, 0], source[:, 1]]
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            return attend_tree(None, q, k, v, None, scale, tree=tree)[0][0]
+
+        last = [paths[tuple(group.tokens)][-1] for group, _ in fresh]
+        return self._tensor(packing.ids), self._tensor(packing.place), attend, last
 
     def _first_tokens(self, starts: list[tuple[Group, Sequence]]) -> None:
         """One token for each sample that starts, or goes on after it was preempted."""
