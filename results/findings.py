@@ -31,6 +31,7 @@ FEWEST = 1  # seeds of an arm that is shown; without an interval where there is 
 FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
 FEW_ARMS = ("joint", "rlvr", "sft", "sft-worded")  # where what the others show is what joint shows
 LONG = "-long"  # ends the name of an arm that has twice the steps of the others
+RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
 Arms = dict[str, list[dict]]
@@ -145,12 +146,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def available(arms: Arms, least: int = FEWEST, key: str = "greedy") -> list[str]:
     """Arms with at least so many seeds in which this was measured, joint and what it is compared with first. Not those
-    on another base, whose own untrained model is not measured, nor those of twice the steps (`longer`)."""
+    on another base, whose own untrained model is not measured, nor those of twice the steps (`longer`) or of another
+    rate (`rates`)."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
     mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
     names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if len(arms[name]) >= least and not name.endswith(LONG)]
+    return [name for name in names if len(arms[name]) >= least and not name.endswith((LONG, *RATES))]
 
 
 def brief(arms: Arms) -> list[str]:
@@ -381,6 +383,21 @@ def compared(arms: Arms) -> str:
     return f"{made}\n\nAlike: the interval lies within {MARGIN:.0%} of what joint gains, {MARGIN * gain:.3f}."
 
 
+def rates(arms: Arms) -> str:
+    """What joint and the published recipe gain at other rates, and after twice the steps."""
+    base, rows = arms["base"][0], []
+    for arm in ("joint", "azr"):
+        names = [arm if rate == "1e-3" else f"{arm}-{rate}" for rate in RATES] + [arm + LONG]
+        cells = [
+            f"{over_seeds(arms[name], lambda r: (greedy(r) - greedy(base)).mean())} ({len(arms[name])})"
+            if name in arms
+            else "-"
+            for name in names
+        ]
+        rows.append([arm, *cells])
+    return table(["greedy, less base (seeds)", *RATES, "1e-3, 160 steps"], rows)
+
+
 def verdict(interval: Interval, margin: float) -> str:
     """more, fewer, alike or cannot tell; all that an interval allows."""
     if not np.isfinite(interval.low):
@@ -471,6 +488,7 @@ TABLES = (
     frontier,
     leash,
     compared,
+    rates,
     entropy,
     proposed,
     lengths,

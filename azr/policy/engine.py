@@ -11,8 +11,8 @@ One concept a file, after nano-vllm:
 - this file: what outlives a call, which is sizes and the tables of stop tokens; and which requests can fit at all.
 
 Everything else dies with the call. Which weights and which adapters are in use is looked up anew by each call, so there
-is no synchronisation with the trainer that could be forgotten. The engine knows token ids, not tasks. Left out: prefix
-sharing between different prompts, chunked prefill, speculative decoding, several GPUs.
+is no synchronisation with the trainer that could be forgotten. The engine knows token ids, not tasks. Left out: pages
+that different prompts share, chunked prefill, speculative decoding, several GPUs.
 """
 
 from contextlib import nullcontext
