@@ -94,6 +94,7 @@ def run_continuous(policy: Policy, slots: int, prompts, lengths) -> None:
         pages = -(-max(len(p) + limit for p, limit in zip(prompts, lengths)) // PAGE) + 1
         options |= dict(page_size=PAGE, num_blocks=slots * pages, max_batch_tokens=max(512, slots))
     attention, done = policy.base.config._attn_implementation, {}
+    policy.base.set_attn_implementation("sdpa")  # it knows a paged form of this one, not of tree_attention.py's
     policy.model.eval()
     with (
         torch.no_grad(),
@@ -109,8 +110,7 @@ def run_continuous(policy: Policy, slots: int, prompts, lengths) -> None:
                 raise RuntimeError(f"continuous batching ended with {len(done)} of {len(prompts)} requests done")
             if output is not None and output.is_finished():
                 done[output.request_id] = len(output.generated_tokens)
-    if policy.base.config._attn_implementation != attention:
-        policy.base.set_attn_implementation(attention)
+    policy.base.set_attn_implementation(attention)
     assert [done[f"{i}"] for i in range(len(prompts))] == list(lengths)
 
 

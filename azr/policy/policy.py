@@ -282,7 +282,10 @@ class Policy:
         for i, response in enumerate(responses):
             mask[i, : len(response)] = True
         # a state is asked for once, though it may predict the first token of several answers
-        asked, which = torch.tensor(sum(states, []), dtype=torch.int64).unique(return_inverse=True)
+        flat = sum(states, [])
+        asked = {state: number for number, state in enumerate(sorted(set(flat)))}
+        which = torch.tensor([asked[state] for state in flat], dtype=torch.int64)
+        asked = torch.tensor(list(asked), dtype=torch.int64)
         target = torch.tensor(sum(responses, []), dtype=torch.int64)
         ids, mask, asked, which, target = (t.to(self.device) for t in (ids, mask, asked, which, target))
         in_part = self.known and len(asked) > 0
