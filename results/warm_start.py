@@ -4,9 +4,9 @@
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
     python results/warm_start.py measure DIR base small low selfplay    results/smollm2.json; what exists is skipped
 
-`train` goes on where it was stopped; everything is fp32 on a CPU, 40 s a step of the warm start. A state is measured by
-its proposals (valid share at temperature 1, references from the generator) and by its greedy answers to held-out tasks
-of one and two statements, whose programs neither occur nor have their like in what the warm start is trained on.
+`train` goes on where it was stopped; everything is fp32 on a CPU, 38 CPU s of products a step of the warm start. A
+state is measured by its proposals (valid share at temperature 1, references from the generator) and by its greedy
+answers to held-out tasks of one and two statements, whose programs neither occur nor have their like in what the warm start is trained on.
 
 Left out: a seed stage in which the untrained model proposes (not one of its proposals was valid), more than one seed.
 """

@@ -4,7 +4,7 @@
     backbone(input_ids=ids, asked=flat).last_hidden_state           # (1, asked, H); without `asked` as before
 
 Scoring reads the states before response tokens; of a prompt the last layer gives keys and values, and no more is used.
-In the embedded model, of four layers and with prompts twice as long as its answers, this is a twelfth of an update.
+In the embedded model, with four layers and prompts twice as long as its answers, that is a sixth of the MLPs' products.
 For the layers of decoder.py's architectures, which all are written like this. Left out: the queries of these tokens.
 """
 
