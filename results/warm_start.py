@@ -6,7 +6,8 @@
 
 `train` goes on where it was stopped; everything is fp32 on a CPU, 38 CPU s of products a step of the warm start. A
 state is measured by its proposals (valid share at temperature 1, references from the generator) and by its greedy
-answers to held-out tasks of one and two statements, whose programs neither occur nor have their like in what the warm start is trained on.
+answers to held-out tasks of one and two statements, whose programs neither occur nor have their like in what the warm
+start is trained on.
 
 Left out: a seed stage in which the untrained model proposes (not one of its proposals was valid), more than one seed.
 """
