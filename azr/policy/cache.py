@@ -87,6 +87,23 @@ class Pages:
             if not self.users[page]:
                 heapq.heappush(self.free, page)
 
+    def compact(self, holders: list[list[int]]) -> list[tuple[int, int]]:
+        """Renumber the pages in use, which are those in the lists of `holders`: pages of one user lie together from
+        below, pages of several from above. Changes the lists; returns (old, new) of each page that has to be copied,
+        all at once, for a new page may be another's old one."""
+        used = sorted({page for pages in holders for page in pages})
+        alone = [page for page in used if self.users[page] == 1]
+        shared = [page for page in used if self.users[page] > 1]
+        count = len(self.users) - 1
+        new = dict(zip(alone, range(1, count + 1))) | dict(zip(reversed(shared), range(count, 0, -1)))
+        users = [0] * (count + 1)
+        for page in used:
+            users[new[page]] = self.users[page]
+        self.users, self.free = users, [page for page in range(1, count + 1) if not users[page]]
+        for pages in holders:
+            pages[:] = [new[page] for page in pages]
+        return [(page, new[page]) for page in used if page != new[page]]
+
 
 def copies_pay(room: float, copies: float, full_cache: float) -> bool:
     """Whether sampling should hold unpacked copies of 4-bit weights (--rollout-weights auto). All in bytes.

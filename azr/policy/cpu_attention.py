@@ -34,13 +34,12 @@ class ByPage:
         # One entry for each (row, page) that holds keys the row attends to.
         row, column = np.nonzero(np.arange(table.shape[1]) * page_size < lengths[:, None])
         page, used = table[row, column], lengths[row] - column * page_size
-        self.rows, self.page_size, self.heads = len(lengths), page_size, heads
+        self.rows, self.page_size, self.heads, self.kv_heads = len(lengths), page_size, heads, kv_heads
         # Apart, as the two kinds are different products: one row's queries with a page, and those of many rows at once.
-        users = np.bincount(page)
-        alone = users[page] == 1
-        parts = []
+        alone = np.bincount(page)[page] == 1
+        parts, self.scattered = [], False  # scattered: pages are gathered that could be read as they lie, if closer
         if alone.any():
-            parts.append(self._alone(page[alone], row[alone], used[alone], len(users)))
+            parts.append(self._alone(page[alone], row[alone], used[alone]))
         if not alone.all():
             parts.append(self._shared(page[~alone], row[~alone]))
         # Which of the (rows + 1) x heads queries each unit multiplies, for each KV head: (units, kv_heads, m, group).
@@ -61,19 +60,23 @@ class ByPage:
         self.next += 1
         return True
 
-    def _alone(self, page, row, used, count):
+    def _alone(self, page, row, used):
         """Pages of one row each. Where most pages are, the whole range is taken as it lies, nothing is copied."""
         # A slice of the cache is a view, an index copies. Worth computing up to as many unused pages again.
-        whole = 2 * len(page) >= count
-        at, size = (page, count) if whole else (slice(None), len(page))
+        low, high = page.min(), page.max() + 1
+        whole = 2 * len(page) >= high - low
+        self.scattered |= not whole
+        at, size = (page - low, high - low) if whole else (slice(None), len(page))
         rows = np.full((size, 1), self.rows)  # pages that nobody attends to count for a row too many
         rows[at, 0] = row
-        self.bias = np.zeros((size, self.page_size), np.float32)
-        self.bias[at] = np.where(np.arange(self.page_size) < used[:, None], np.float32(0), np.float32(-np.inf))
+        bias = np.zeros((size, self.kv_heads, self.page_size), np.float32)
+        bias[at] = np.where(np.arange(self.page_size) < used[:, None, None], np.float32(0), np.float32(-np.inf))
+        self.bias = bias.reshape(-1, self.page_size)
         # Where the next key of each row counts: in its last page, the one that may be incomplete.
         last = used <= self.page_size
-        self.next = np.arange(size)[at][last] * self.page_size + used[last]
-        return slice(0, count) if whole else page, rows, self.bias
+        unit = np.arange(size)[at][last, None] * self.kv_heads + np.arange(self.kv_heads)
+        self.next = unit * self.page_size + used[last, None]
+        return slice(low, high) if whole else page, rows, self.bias
 
     def _shared(self, page, row):
         """Pages of several rows, at most SHARED_ROWS at a time."""
@@ -85,7 +88,9 @@ class ByPage:
         first = rank % SHARED_ROWS == 0
         unit, size, pages = first.cumsum() - 1, first.sum(), page[first]
         low, high = page[0], page[-1] + 1
-        if count.max() <= SHARED_ROWS and 2 * size >= high - low:  # as they lie, as above
+        whole = 2 * size >= high - low
+        self.scattered |= not whole
+        if whole and count.max() <= SHARED_ROWS:  # as they lie, as above
             unit, size, pages = page - low, high - low, slice(low, high)
         rows = np.full((size, min(SHARED_ROWS, count.max())), self.rows)
         rows[unit, rank % SHARED_ROWS] = row
@@ -96,13 +101,10 @@ class ByPage:
         rows, heads, scored = self.rows, self.heads, len(self.index)
         # One row too many, of zeros: padding and unused pages count for it, and it is dropped at the end.
         self.query = torch.zeros((rows + 1) * heads, dim)
-        self.picked, self.weighted = torch.empty(2, scored, dim)
-        self.scores, self.highest = torch.empty(scored, self.page_size), torch.empty(scored, 1)
-        self.top, self.out, self.total = (
-            torch.empty(len(self.query)),
-            torch.empty_like(self.query),
-            torch.empty(len(self.query)),
-        )
+        self.picked, self.highest = torch.empty(scored, dim), torch.empty(scored, 1)
+        self.scores, self.top = torch.empty(scored, self.page_size), torch.empty(len(self.query))
+        self.weighted, self.out = torch.empty(scored, dim), torch.empty_like(self.query)
+        self.total = torch.empty(len(self.query))
         self.real = [t.view(rows + 1, heads, -1)[:rows] for t in (self.query, self.out, self.total)]
         self.parts, start = [], 0
         for pages, unit_rows, bias in parts:
@@ -114,9 +116,9 @@ class ByPage:
                 pages = torch.from_numpy((pages[:, None] * kv_heads + np.arange(kv_heads)).ravel())
             mine = (t[start : start + units * many] for t in (self.picked, self.scores, self.weighted))
             q, s, w = (t.view(units, many, -1) for t in mine)
-            if bias is not None:
-                bias = torch.from_numpy(bias)[:, None], s.view(len(unit_rows), -1, self.page_size)
-            self.parts.append((pages, q, s, w, bias))
+            # added to the scores; where there is none, the scores stand for it, times 0
+            added = (s, 0) if bias is None else (torch.from_numpy(bias)[:, None], 1)
+            self.parts.append((pages, q, s, w, *added))
             start += units * many
 
     def __call__(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -126,12 +128,11 @@ class ByPage:
         if dtype != torch.float32:
             q = q.float()
         query, out, total = self.real
-        torch.mul(q, scale, out=query)
+        query.copy_(q)
         torch.index_select(self.query, 0, index, out=self.picked)
-        for pages, picked, scores, _, bias in self.parts:
-            torch.bmm(picked, keys[pages].float().transpose(1, 2), out=scores)
-            if bias is not None:
-                bias[1].add_(bias[0])
+        for pages, picked, scores, _, bias, beta in self.parts:
+            k = keys[pages].float().transpose(1, 2)
+            torch.baddbmm(bias, picked, k, beta=beta, alpha=scale, out=scores)
         # The largest score of each row over all of its pages, before anything is exponentiated: the sums of the pages
         # then have one scale and are simply added.
         torch.amax(self.scores, 1, True, out=highest)
@@ -141,7 +142,7 @@ class ByPage:
         self.total.zero_().index_add_(0, index, self.scores.sum(-1))
         if dtype != torch.float32:
             self.scores.copy_(self.scores.to(dtype))
-        for pages, _, p, weighted, _ in self.parts:
+        for pages, _, p, weighted, *_ in self.parts:
             torch.bmm(p, values[pages].float(), out=weighted)
         self.out.zero_().index_add_(0, index, self.weighted)
         return (out / total).to(dtype)

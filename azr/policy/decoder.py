@@ -101,30 +101,35 @@ class Projection:
     def __init__(self, modules, dtype, copy_weights: bool):
         self.bases = [m.get_base_layer() if hasattr(m, "get_base_layer") else m for m in modules]
         self.sizes = [base.out_features for base in self.bases]
+        self.outputs = sum(self.sizes)
         quantized = [getattr(base.weight, "quant_state", None) is not None for base in self.bases]
         # Stays None where a layer is in 4 bits: bitsandbytes' kernels take one packed matrix at a time.
         self.weight = self.bias = None
+        # Looked up at each call of `generate`: the frozen base is sampled from with the adapter switched off.
+        names = [_active_adapter(m) for m in modules]
+        live = [(i, m, name) for i, (m, name) in enumerate(zip(modules, names)) if name is not None]
+        low = [m.lora_A[name].weight for _, m, name in live]
+        # A reads what W reads: where both are fp32 they are one product, and A's rows lie below those of W.
+        self.with_low = bool(low) and dtype == torch.float32 and not any(quantized)
         if all(quantized) and copy_weights:
             self.weight = torch.cat([dequantized(base, dtype) for base in self.bases])
         elif not any(quantized):
-            self.weight = stacked([base.weight for base in self.bases])
+            self.weight = stacked([base.weight for base in self.bases] + low * self.with_low)
         # Qwen2 has a bias on q, k and v and on nothing else; a layer without one gets zeros, to share the product.
         biases = [base.bias for base in self.bases]
         if self.weight is not None and any(b is not None for b in biases):
             parts = [self.weight.new_zeros(n) if b is None else b.data for n, b in zip(self.sizes, biases)]
+            parts += [self.weight.new_zeros(len(self.weight) - self.outputs)]
             self.bias = torch.cat(parts).to(self.weight.dtype)
-        self._find_lora(modules, dtype)
+        self._find_lora(live, low, dtype)
         if self.weight is not None:
             self.weight = self.weight.t()  # (in, outputs): torch.mm takes it as it is, in one call less than F.linear
 
-    def _find_lora(self, modules, dtype) -> None:
+    def _find_lora(self, live: list[tuple], low: list, dtype) -> None:
         """Collect the LoRA matrices that are switched on, those that can share a product side by side."""
-        # Looked up at each call of `generate`: the frozen base is sampled from with the adapter switched off.
-        names = [_active_adapter(m) for m in modules]
-        live = [(i, m, name) for i, (m, name) in enumerate(zip(modules, names)) if name is not None]
         self.lora = []  # (which layer, B (r, out), scaling, columns of A's product)
         # One product with all A at once, since all read x. In fp32 `.to` copies nothing: the optimizer's own memory.
-        self.lora_A = stacked([m.lora_A[name].weight for _, m, name in live]).to(dtype).t() if live else None
+        self.lora_A = stacked(low).to(dtype).t() if low and not self.with_low else None
         self.lora_B = None  # of all layers at once, (columns of A's product, all outputs), where they have one scaling
         start = 0
         for i, m, name in live:
@@ -133,7 +138,7 @@ class Projection:
             start = end
         # All B in one block matrix with zeros elsewhere: launching three products costs more than the zeros do.
         if self.weight is not None and len({scaling for _, _, scaling, _ in self.lora}) == 1:
-            self.lora_B = self.lora_A.new_zeros(start, sum(self.sizes))
+            self.lora_B = self.lora[0][1].new_zeros(start, self.outputs)
             places = self.lora_B.split(self.sizes, 1)
             for i, B, _, columns in self.lora:
                 places[i][columns].copy_(B)
@@ -147,6 +152,8 @@ class Projection:
             out = [base(x) for base in self.bases]
         else:
             whole = torch.mm(x, self.weight) if self.bias is None else torch.addmm(self.bias, x, self.weight)
+            if self.with_low:
+                whole, low = torch.split_with_sizes(whole, (self.outputs, whole.shape[1] - self.outputs), 1)
             # In place and on views below: `out` are slices of `whole`, nothing is copied.
             if together:
                 whole.addmm_(low, self.lora_B, alpha=self.lora[0][2])
@@ -175,13 +182,14 @@ class Layer:
         self.gate_up = Projection([mlp.gate_proj, mlp.up_proj], dtype, copy_weights)
         self.down = Projection([mlp.down_proj], dtype, copy_weights)
 
-    def attention(self, y, cos, sin, attend, index: int, ops) -> torch.Tensor:
-        """y (tokens, hidden), normed -> what the layer's attention adds, (tokens, hidden)."""
+    def attention(self, y, cos, sin, attend, index: int, ops, asked: torch.Tensor | None = None) -> torch.Tensor:
+        """y (tokens, hidden), normed -> what the layer's attention adds, (tokens, hidden); for the `asked` alone."""
         tokens = y.shape[0]
         q, k, v = (part.view(tokens, -1, self.head_dim) for part in self.qkv(y))
         if self.q_norm is not None:  # Qwen3 norms each head's queries and keys before they are rotated
             q, k = (ops.rms_norm(t, n.weight, n.variance_epsilon) for t, n in ((q, self.q_norm), (k, self.k_norm)))
-        return self.out(attend(index, q, k, v, cos, sin, self.scale).reshape(tokens, -1))[0]
+        heads = attend(index, q, k, v, cos, sin, self.scale).reshape(tokens, -1)
+        return self.out(heads if asked is None else heads.index_select(0, asked))[0]
 
     def mlp(self, y, ops) -> torch.Tensor:
         """y (tokens, hidden), normed -> what the layer's MLP adds, (tokens, hidden)."""
@@ -230,8 +238,11 @@ class Decoder:
         """Let go of all that `prepare` made, unpacked weights among them."""
         self.layers, self.cos, self.sin = [], None, None
 
-    def forward(self, ids: torch.Tensor, position: torch.Tensor, attend) -> torch.Tensor:
-        """ids, position (tokens,) -> (tokens, hidden) after the final norm.
+    def forward(
+        self, ids: torch.Tensor, position: torch.Tensor, attend, asked: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """ids, position (tokens,) -> (tokens, hidden) after the final norm, or of the `asked` tokens alone: their flat
+        indices. The others then stop after the keys and values of the last layer.
 
         attend(layer index, q, k, v, cos, sin, scale) -> (tokens, heads, head_dim): rotates q and k, stores k and v,
         attends. q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim), cos and sin (tokens, 1, head_dim),
@@ -246,7 +257,9 @@ class Decoder:
         norms = [layer.norm for layer in self.layers] + [self.backbone.norm]
         y = ops.rms_norm(x, norms[0].weight, norms[0].variance_epsilon)
         for index, (layer, following) in enumerate(zip(self.layers, norms[1:])):
-            added, norm = layer.attention(y, cos, sin, attend, index, ops), layer.mlp_norm
+            last = asked if layer is self.layers[-1] else None
+            added, norm = layer.attention(y, cos, sin, attend, index, ops, last), layer.mlp_norm
+            x = x if last is None else x.index_select(0, last)
             y = ops.add_rms_norm(x, added, norm.weight, norm.variance_epsilon)
             y = ops.add_rms_norm(x, layer.mlp(y, ops), following.weight, following.variance_epsilon)
         return y

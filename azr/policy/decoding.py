@@ -14,9 +14,11 @@ Needs an `Engine` (engine.py) with its decoder, and the kernels of attention.py 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -153,8 +155,11 @@ class Decoding:
         inner = (d.kv_heads, self.page_size) if on_cpu else (self.page_size, d.kv_heads)
         shape = (2, len(d.layers), count + 1, *inner, d.head_dim)
         # Zeros, because some backends multiply masked values with 0: NaN from used memory would come through.
-        cache = torch.zeros(shape, dtype=d.dtype, device=self.device)
-        return cache.transpose(3, 4) if on_cpu else cache
+        if not on_cpu:
+            return torch.zeros(shape, dtype=d.dtype, device=self.device)
+        # NumPy's zeros are memory that the system has not handed out yet: pages that nobody uses cost nothing.
+        zeros = torch.from_numpy(np.zeros(math.prod(shape) * d.dtype.itemsize, np.uint8))
+        return zeros.view(d.dtype).view(shape).transpose(3, 4)
 
     def _copy_pages(self, copies: list[tuple[int, int]]) -> None:
         if copies:
@@ -185,9 +190,9 @@ class Decoding:
         """Keys and values of whole prompts into their pages, and the logits after the last token into the groups."""
         on_cpu = self.device.type == "cpu"
         ids, position, attend, last = self._packed(fresh) if on_cpu else self._padded(fresh)
-        hidden = self.decoder.forward(ids, position, attend)
         # The head for the last tokens only: logits of every position would be (tokens, vocabulary) in fp32.
-        for (group, _), logits in zip(fresh, self.engine.head(hidden[self._tensor(last)])):
+        hidden = self.decoder.forward(ids, position, attend, self._tensor(last))
+        for (group, _), logits in zip(fresh, self.engine.head(hidden)):
             group.logits = logits
 
     def _padded(self, fresh: list[tuple[Group, list[int]]]) -> tuple:
@@ -258,6 +263,10 @@ class Decoding:
         steps = min(self.engine.block, max(s.limit - len(s.ids) for s in self.scheduler.running))
         self.steps_to_look -= steps
         self.scheduler.reserve(steps)
+        if self.by_page is not None and self.by_page.scattered:
+            # Copied once they are neighbours; gathered they would be copied in every step.
+            self._copy_pages(self.scheduler.compact())
+            self.by_page.scattered = False
         running = self.scheduler.running  # after `reserve`, which may have preempted some
         table = self._page_table(running, steps)
         rows = [[s.ids[-1] for s in running], [s.cached for s in running], [len(s.ids) for s in running]]

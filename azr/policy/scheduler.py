@@ -158,6 +158,11 @@ class Scheduler:
         self.waiting.appendleft(Group(sequence.prompt + tuple(sequence.ids), deque([sequence])))
         self.full = True
 
+    def compact(self) -> list[tuple[int, int]]:
+        """Brings the pages in use together (`Pages.compact`); the pages to copy."""
+        held = [group.pages for group in self.waiting if group.pages is not None]
+        return self.pages.compact([sequence.pages for sequence in self.running] + held)
+
     def retire(self, ended: set[Sequence]) -> None:
         """Let go of the samples that ended, and of their pages."""
         for sequence in ended:

@@ -540,6 +540,20 @@ def test_attention_by_page_equals_the_softmax(users):
     assert torch.equal(stepped(q, *by_head.flatten(1, 2), 0.3), out)
 
 
+def test_scattered_pages_are_moved_together_and_no_sample_changes(policy, monkeypatch):
+    """Short samples end between long ones, which leaves gaps."""
+    prompts, moves, compact = mixed_prompts(4), [], Scheduler.compact
+    limits = [60 if i % 4 == 0 else 3 for i in range(len(prompts))]
+    work = prompts, 2, Sampling(stop=()), seeds_of(len(prompts), 2), limits
+    monkeypatch.setattr(Scheduler, "compact", lambda self: moves.append(compact(self)) or moves[-1])
+    moved = policy.engine.generate(*work)
+    assert any(moves)
+    monkeypatch.setattr(Scheduler, "compact", lambda self: [])
+    gathered = policy.engine.generate(*work)
+    assert [[c.ids for c in row] for row in moved] == [[c.ids for c in row] for row in gathered]
+    check_log_probs(policy, prompts, moved)
+
+
 # ------------------------------------------------------------------------------------------------------------- pages
 
 

@@ -89,10 +89,27 @@ def test_every_page_is_used_as_often_as_it_is_listed_and_every_sample_ends(seed)
         finished = {s for s in stepped if len(s.ids) >= s.limit}
         scheduler.retire(finished)
         ended += len(finished)
+        if rng.random() < 0.2:
+            before = [list(s.pages) for s in scheduler.running]
+            new = dict(scheduler.compact())
+            assert [s.pages for s in scheduler.running] == [[new.get(page, page) for page in row] for row in before]
         in_use = pages_in_use(scheduler)
         assert [in_use[page] for page in range(1, pages + 1)] == scheduler.pages.users[1:]
         assert len(scheduler.pages.free) == pages - len(in_use)
     assert ended == len(sequences) and len(scheduler.pages.free) == pages
+
+
+def test_compacted_pages_of_one_sample_lie_below_and_shared_ones_above():
+    scheduler = made(samples(tuple(range(9)), tuple(range(20, 28)), n=3), pages=30)
+    scheduler.admit()
+    longest = scheduler.running[0]
+    scheduler.retire({longest, scheduler.running[4]})
+    before = [list(s.pages) for s in scheduler.running]
+    new = dict(scheduler.compact())
+    assert [s.pages for s in scheduler.running] == [[new.get(page, page) for page in row] for row in before]
+    alone, shared = ({p for p, n in pages_in_use(scheduler).items() if (n > 1) == many} for many in (False, True))
+    assert alone == {1, 2} and shared == {27, 28, 29, 30}
+    assert scheduler.pages.take() == 3
 
 
 def test_scheduling_needs_no_torch():
