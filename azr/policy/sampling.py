@@ -15,6 +15,7 @@ import torch.nn.functional as F
 WORD = (1 << 64) - 1
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed integer: splitmix64's step, 2^64 over the golden ratio
 BLOCK = 128  # tokens that the first level of the inverse CDF lumps together
+SMALL = 1024  # tokens of a vocabulary that is summed at one level: the calls would cost more than the sums
 # Most probable tokens that are looked at first for top-p. A model that has learnt something puts 0.95 of its mass on
 # far fewer; where it has not, the step is done again with all of them.
 CUT = 1024
@@ -165,9 +166,12 @@ def inverse_cdf(p: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """(rows,) tokens drawn from p (rows, vocabulary), not necessarily normalised, by u (rows,) in [0, 1).
 
     Two levels: first a block of `BLOCK` tokens by its mass, then a token of that block, so that only block sums and one
-    block a row are ever held in float64. A token of probability 0 is never drawn.
+    block a row are ever held in float64; a small vocabulary has one. A token of probability 0 is never drawn.
     """
     rows, size = p.shape
+    if size <= SMALL:
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        return _first_above(cdf, u[:, None] * cdf[:, -1:]).squeeze(-1)
     if size % BLOCK:
         p = F.pad(p, (0, -size % BLOCK))
     p = p.view(rows, -1, BLOCK)
