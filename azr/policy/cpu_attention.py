@@ -19,6 +19,7 @@ import torch
 # Rows that are multiplied with a shared page at a time. One batched product needs the same number for every page, so
 # with more, a page with few rows would be multiplied with many rows of padding.
 SHARED_ROWS = 16
+SPARSE = 1.5  # a range of pages is read as it lies while so much of it, for each page that is needed, is read
 
 
 class ByPage:
@@ -64,7 +65,7 @@ class ByPage:
         """Pages of one row each. Where most pages are, the whole range is taken as it lies, nothing is copied."""
         # A slice of the cache is a view, an index copies. Worth computing up to as many unused pages again.
         low, high = page.min(), page.max() + 1
-        whole = 2 * len(page) >= high - low
+        whole = SPARSE * len(page) >= high - low
         self.scattered |= not whole
         at, size = (page - low, high - low) if whole else (slice(None), len(page))
         rows = np.full((size, 1), self.rows)  # pages that nobody attends to count for a row too many
@@ -88,7 +89,7 @@ class ByPage:
         first = rank % SHARED_ROWS == 0
         unit, size, pages = first.cumsum() - 1, first.sum(), page[first]
         low, high = page[0], page[-1] + 1
-        whole = 2 * size >= high - low
+        whole = SPARSE * size >= high - low
         self.scattered |= not whole
         if whole and count.max() <= SHARED_ROWS:  # as they lie, as above
             unit, size, pages = page - low, high - low, slice(low, high)
