@@ -54,7 +54,7 @@ from sandbox import Sandbox, SandboxError
 
 SEED_TASKS_PER_MODE = 256  # the seed stage stops there (Absolute Zero, section 3.3.1: batch size x 4)
 SEED_ROUNDS = 20  # a model that proposes nothing valid in so many rounds will not in more
-STALLED = 4  # rounds without one new task, after which the seed stage ends too: a round may take minutes
+STALLED = 4, 32  # rounds and proposals without one new task, after which it ends too: a round may take minutes
 EARLY = 3  # rounds after which a model that keeps no form is told from one that does
 PROBE = 64  # prompts and answers of each role and mode, frozen at step 0, to measure every later policy on
 NON_FINITE_LIMIT = 3  # skipped updates in a row: one is bad luck, three are a learning rate
@@ -224,8 +224,8 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
     for task in SEED_TASKS.values():
         s.buffers.add(task, 0)
     target, tried = min(SEED_TASKS_PER_MODE, 4 * s.config.prompts_per_mode), []
-    turn = fruitful = 0
-    while turn < SEED_ROUNDS and turn - fruitful < STALLED:
+    turn = fruitful = seen = 0  # fruitful: the last round that brought a task, after which `seen` had been tried
+    while turn < SEED_ROUNDS and (turn - fruitful < STALLED[0] or len(tried) - seen < STALLED[1]):
         modes = tuple(mode for mode in MODES if s.buffers.size(mode) < target)
         if not modes:
             break
@@ -236,14 +236,14 @@ def seed_stage(s, propose: Callable, validate: Callable) -> None:
         for sample in proposals:
             if sample.task and sample.parsed.well_formed and s.buffers.size(sample.mode) < target:
                 s.buffers.add(sample.task, 0)
-                fruitful = turn
+                fruitful, seen = turn, len(tried) + len(proposals)
         tried += proposals
         round_of = f"seed stage, round {turn} of at most {SEED_ROUNDS}"
         prose(f"{round_of}: {buffer_sizes(s)}, of {target} each; {screen.refusals(proposals)}")
         if turn == EARLY and (text := screen.keeps_no_form(tried, s.config)):
             warn(f"seed stage: {text}")
     if (sizes := buffer_sizes(s)) and min(s.buffers.size(mode) for mode in MODES) < target:
-        why = f", none in the last {STALLED}" if turn < SEED_ROUNDS else ""
+        why = f", none in the last {turn - fruitful}" if turn < SEED_ROUNDS else ""
         warn(f"seed stage: {target} tasks a mode wanted, {sizes} found in {turn} rounds{why}; going on with these")
 
 
