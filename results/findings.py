@@ -32,6 +32,7 @@ FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
 FEW_ARMS = ("joint", "rlvr", "sft", "sft-worded")  # where what the others show is what joint shows
 LONG = "-long"  # ends the name of an arm that has twice the steps of the others
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
+HELD = ("bonus", "minibatches", "clip-higher", "kl-cov")  # arms that are to keep entropy, and what two of them build on
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
 Arms = dict[str, list[dict]]
@@ -146,13 +147,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def available(arms: Arms, least: int = FEWEST, key: str = "greedy") -> list[str]:
     """Arms with at least so many seeds in which this was measured, joint and what it is compared with first. Not those
-    on another base, whose own untrained model is not measured, nor those of twice the steps (`longer`) or of another
-    rate (`rates`)."""
+    on another base, whose own untrained model is not measured, nor those of twice the steps (`longer`), of another rate
+    (`rates`), or with a control of entropy (`held`)."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
     mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
     names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if len(arms[name]) >= least and not name.endswith((LONG, *RATES))]
+    return [name for name in names if len(arms[name]) >= least and not name.endswith((LONG, *RATES, *HELD))]
 
 
 def brief(arms: Arms) -> list[str]:
@@ -296,6 +297,19 @@ def entropy(arms: Arms) -> str:
     head = ["arm (seeds)", "proposer, own samples, first and last 10 steps", "solver, own samples"]
     head += ["proposer less joint", "solver less joint", "probe, proposer: change", "probe, solver: change"]
     return table(head, rows)
+
+
+def held(arms: Arms) -> str:
+    """What controls of entropy do to the entropies of own samples in the last steps, and to greedy accuracy."""
+    rows = []
+    for name in HELD:
+        entropies = [last(f"{role}/all/entropy") for role in ("solver", "proposer")]
+        cells = [show(paired(arms, name, "joint", value)) for value in (*entropies, lambda r: greedy(r).mean())]
+        built = name in HELD[2:]
+        cells += [show(paired(arms, name, "minibatches", entropies[0])) if built else ""]
+        rows.append([titled(arms, name), *cells, over_seeds(arms[name], statements_change, 2)])
+    head = ["less joint (seeds)", "solver's entropy", "proposer's entropy", "greedy", "solver's, less minibatches"]
+    return table([*head, "statements: change"], rows)
 
 
 def probe_change(result: dict, role: str) -> float | None:
@@ -490,6 +504,7 @@ TABLES = (
     compared,
     rates,
     entropy,
+    held,
     proposed,
     lengths,
     longer,

@@ -3,6 +3,7 @@
     python tests/bench_smollm2.py DIR --make               its directory (docs/real_model.md)
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
     python results/warm_start.py measure DIR base small low selfplay    results/smollm2.json; what exists is skipped
+    python results/warm_start.py control DIR               RLVR on deductions after it: results/smollm2_rlvr.json
 
 `train` goes on where it was stopped; everything is fp32 on a CPU, 38 CPU s of products a step of the warm start. A
 state is measured by its proposals (valid share at temperature 1, references from the generator) and by its greedy
@@ -34,6 +35,7 @@ from azr.tasks import MODES, parse_proposal, propose_prompt, validate
 from gate_numbers import level
 
 FILE = RESULTS / "smollm2.json"
+CONTROL = RESULTS / "smollm2_rlvr.json"
 COUNT = 600  # solutions and proposals of each mode: more than are drawn
 DATA = f"--count {COUNT} --seed 1 --solutions --proposals --style full"
 COMMON = (
@@ -46,6 +48,10 @@ FIRST, SECOND, THIRD = 56, 121, 40
 SELFPLAY = "--prompts-per-mode 4 --answers 4 --references 2 --learning-rate 1e-4 --steps 6 --save-every 1"
 # one row a role and mode in the probe instead of 64: on a CPU those would take longer than the training
 SCRIPT = "import sys, train_azr as t; t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
+# Deductions alone: their answers are short, so that a step has many.
+RLVR = "--algorithm rlvr --answers 8 --step-tokens 5000 --max-new-tokens 128 --learning-rate 2e-4 --save-every 4"
+CONTROL_STEPS = 20
+DEDUCTIONS = 3000  # tasks to train on, of one and two statements
 PROPOSALS = 32  # of each mode
 A_CELL, LEVELS = 20, (1, 2)  # held-out tasks of a mode and number of statements
 
@@ -76,9 +82,14 @@ def train(model: Path, runs: Path) -> None:
         "low": f"{SFT} 3e-4 --steps {THIRD} --data {runs / 'small.jsonl'} --adapter {runs / 'small'}",
         "selfplay": f"{SELFPLAY} --adapter {runs / 'low'}",
     }.items():
-        out = runs / name
-        again = ["--resume", "auto"] if any((out / "checkpoints").glob("step_*")) else []
-        call("-c", SCRIPT, "--model", model, *COMMON.split(), *flags.split(), "--out", out, *again)
+        train_one(model, runs, name, flags)
+
+
+def train_one(model: Path, runs: Path, name: str, flags: str) -> None:
+    """A run to its end, from its last checkpoint."""
+    out = runs / name
+    again = ["--resume", "auto"] if any((out / "checkpoints").glob("step_*")) else []
+    call("-c", SCRIPT, "--model", model, *COMMON.split(), *flags.split(), "--out", out, *again)
 
 
 def adapter_of(state: str, runs: Path) -> Path | None:
@@ -137,6 +148,33 @@ def measured(model: Path, adapter: Path | None) -> dict:
     }
 
 
+def control(model: Path, runs: Path) -> None:
+    """RLVR on deductions from the end of the warm start, unless it is complete; then what was right before and after,
+    of all held-out deductions of one and two statements, as "0110...": results/smollm2_rlvr.json."""
+    from azr.evals.held_out import evaluate, load_tasks
+    from azr.policy import Policy, Sampling
+    from azr.policy.opening import newest_checkpoint
+    from azr.tasks.prompts import STOP
+    from sandbox import Sandbox
+
+    tasks = runs / "deductions.jsonl"
+    if not tasks.exists():
+        made, small = runs / "all_modes.jsonl", ["--statements", "1,2"]
+        call("-m", "azr.tasks", "make", "tiny", made, "--count", DEDUCTIONS, "--seed", 7, *small)
+        tasks.write_text("".join(x for x in made.read_text().splitlines(True) if '"mode": "deduction"' in x))
+    train_one(model, runs, "rlvr", f"{RLVR} --steps {CONTROL_STEPS} --data {tasks} --adapter {runs / 'low'}")
+    asked = [t for t in load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl") if t.mode == "deduction"]
+    asked = [task for task in asked if level(task) in LEVELS]
+    greedy = Sampling(temperature=0.0, max_new_tokens=128, stop=(STOP,))
+    for state in ("low", "rlvr"):
+        policy = Policy.load(model, "none", adapter=newest_checkpoint(runs / state), device="cpu")
+        with Sandbox() as sandbox:
+            answers = evaluate(policy, asked, 1, greedy, "azr", sandbox, seed=0).tasks
+        found = json.loads(CONTROL.read_text()) if CONTROL.exists() else {}
+        found[state] = "".join(str(answer.correct) for answer in answers)
+        CONTROL.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def table(found: dict[str, dict]) -> str:
     """Markdown: valid proposals and right answers of each state, with 95 % intervals."""
 
@@ -156,7 +194,7 @@ def table(found: dict[str, dict]) -> str:
 def main() -> int:
     """Trains or measures; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "measure"))
+    parser.add_argument("command", choices=("train", "measure", "control"))
     parser.add_argument("model", type=Path, help="the directory of SmolLM2")
     parser.add_argument("states", nargs="*", help="base, sft, selfplay, or RUN/STEP")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "warm", help="where the runs go")
@@ -164,8 +202,8 @@ def main() -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     model, runs = options.model.resolve(), options.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
-    if options.command == "train":
-        train(model, runs)
+    if options.command != "measure":
+        {"train": train, "control": control}[options.command](model, runs)
         return 0
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for state in options.states:
