@@ -302,10 +302,10 @@ def entropy(arms: Arms) -> str:
 def held(arms: Arms) -> str:
     """What controls of entropy do to the entropies of own samples in the last steps, and to greedy accuracy."""
     rows = []
-    for name in HELD:
+    for name in (name for name in HELD if name in arms):
         entropies = [last(f"{role}/all/entropy") for role in ("solver", "proposer")]
         cells = [show(paired(arms, name, "joint", value)) for value in (*entropies, lambda r: greedy(r).mean())]
-        built = name in HELD[2:]
+        built = name in HELD[2:] and "minibatches" in arms
         cells += [show(paired(arms, name, "minibatches", entropies[0])) if built else ""]
         rows.append([titled(arms, name), *cells, over_seeds(arms[name], statements_change, 2)])
     head = ["less joint (seeds)", "solver's entropy", "proposer's entropy", "greedy", "solver's, less minibatches"]
