@@ -50,7 +50,7 @@ SELFPLAY = "--prompts-per-mode 4 --answers 4 --references 2 --learning-rate 1e-4
 SCRIPT = "import sys, train_azr as t; t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
 # Deductions alone: their answers are short, so that a step has many.
 RLVR = "--algorithm rlvr --answers 8 --step-tokens 5000 --max-new-tokens 128 --learning-rate 2e-4 --save-every 4"
-CONTROL_STEPS = 20
+CONTROL_STEPS = 25
 DEDUCTIONS = 3000  # tasks to train on, of one and two statements
 PROPOSALS = 32  # of each mode
 A_CELL, LEVELS = 20, (1, 2)  # held-out tasks of a mode and number of statements
@@ -150,7 +150,7 @@ def measured(model: Path, adapter: Path | None) -> dict:
 
 def control(model: Path, runs: Path) -> None:
     """RLVR on deductions from the end of the warm start, unless it is complete; then what was right before and after,
-    of all held-out deductions of one and two statements, as "0110...": results/smollm2_rlvr.json."""
+    of all held-out deductions of one and two statements, greedily and at temperature 1, as "0110...": CONTROL."""
     from azr.evals.held_out import evaluate, load_tasks
     from azr.policy import Policy, Sampling
     from azr.policy.opening import newest_checkpoint
@@ -165,13 +165,15 @@ def control(model: Path, runs: Path) -> None:
     train_one(model, runs, "rlvr", f"{RLVR} --steps {CONTROL_STEPS} --data {tasks} --adapter {runs / 'low'}")
     asked = [t for t in load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl") if t.mode == "deduction"]
     asked = [task for task in asked if level(task) in LEVELS]
-    greedy = Sampling(temperature=0.0, max_new_tokens=128, stop=(STOP,))
     for state in ("low", "rlvr"):
         policy = Policy.load(model, "none", adapter=newest_checkpoint(runs / state), device="cpu")
-        with Sandbox() as sandbox:
-            answers = evaluate(policy, asked, 1, greedy, "azr", sandbox, seed=0).tasks
         found = json.loads(CONTROL.read_text()) if CONTROL.exists() else {}
-        found[state] = "".join(str(answer.correct) for answer in answers)
+        for temperature in (0.0, 1.0):
+            settings = Sampling(temperature=temperature, max_new_tokens=128, stop=(STOP,))
+            with Sandbox() as sandbox:
+                answers = evaluate(policy, asked, 1, settings, "azr", sandbox, seed=0).tasks
+            right = "".join(str(answer.correct) for answer in answers)
+            found.setdefault(state, {})[f"{temperature:g}"] = right
         CONTROL.write_text(json.dumps(found, indent=1) + "\n")
 
 
