@@ -32,7 +32,8 @@ FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
 FEW_ARMS = ("joint", "rlvr", "sft", "sft-worded")  # where what the others show is what joint shows
 LONG = "-long"  # ends the name of an arm that has twice the steps of the others
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
-HELD = ("bonus", "minibatches", "clip-higher", "kl-cov")  # arms that are to keep entropy, and what two of them build on
+# Arms that are to keep entropy, between what half the rate keeps and what the last two build on.
+HELD = ("joint-5e-4", "bonus", "minibatches", "clip-higher", "kl-cov")
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
 Arms = dict[str, list[dict]]
@@ -305,7 +306,7 @@ def held(arms: Arms) -> str:
     for name in (name for name in HELD if name in arms):
         entropies = [last(f"{role}/all/entropy") for role in ("solver", "proposer")]
         cells = [show(paired(arms, name, "joint", value)) for value in (*entropies, lambda r: greedy(r).mean())]
-        built = name in HELD[2:] and "minibatches" in arms
+        built = name in HELD[-2:] and "minibatches" in arms
         cells += [show(paired(arms, name, "minibatches", entropies[0])) if built else ""]
         rows.append([titled(arms, name), *cells, over_seeds(arms[name], statements_change, 2)])
     head = ["less joint (seeds)", "solver's entropy", "proposer's entropy", "greedy", "solver's, less minibatches"]

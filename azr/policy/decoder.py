@@ -114,7 +114,7 @@ class Projection:
         if all(quantized) and copy_weights:
             self.weight = torch.cat([dequantized(base, dtype) for base in self.bases])
         elif not any(quantized):
-            self.weight = stacked([base.weight for base in self.bases] + low * self.with_low)
+            self.weight = stacked([base.weight for base in self.bases] + (low if self.with_low else []))
         # Qwen2 has a bias on q, k and v and on nothing else; a layer without one gets zeros, to share the product.
         biases = [base.bias for base in self.bases]
         if self.weight is not None and any(b is not None for b in biases):
