@@ -203,6 +203,15 @@ def test_what_counts_as_out_of_memory():
     assert is_out_of_memory(torch.OutOfMemoryError("x")) and is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert not is_out_of_memory(RuntimeError("shapes differ")) and not is_out_of_memory(ValueError("out of memory"))
+    words = "CUDA error: operation failed due to a previous error during capture (cudaErrorStreamCaptureInvalidated)"
+    for first, expected in ((torch.OutOfMemoryError("x"), True), (RuntimeError("shapes differ"), False)):
+        with pytest.raises(RuntimeError) as second:
+            try:
+                raise first
+            finally:  # as torch.cuda.graph ends its capture
+                raise RuntimeError(words)
+        assert is_out_of_memory(second.value) == expected
+    assert not is_out_of_memory(RuntimeError(words))
     with pytest.raises(RuntimeError, match="mat"):  # another error is not retried
         retry(lambda: torch.zeros(2, 2) @ torch.zeros(3, 3), lambda: "", "a test")
 
