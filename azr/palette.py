@@ -48,6 +48,7 @@ PROPOSERS = {
     "sft": Style(BLACK, "*"),
     "azr": Style(GRAY, "h"),
 }
+TEACHERS = {"sft-traces": Style(SKY, "<")}  # other text for sft
 OFF_POLICY = {
     "off-policy": Style(GRAY, "X"),
     "off-policy-more": Style(BLUE, "<"),
@@ -73,7 +74,7 @@ REWARDS = {
     "above-chance": Style(BLACK, "^"),
     "random": Style(GRAY, "D"),
 }
-GROUPS = (MODELS, COMPARISON, MODES, ROLES, PROPOSERS, OFF_POLICY, CONTROLS, REWARDS)
+GROUPS = (MODELS, COMPARISON, MODES, ROLES, PROPOSERS, TEACHERS, OFF_POLICY, CONTROLS, REWARDS)
 STYLES = {name: pair for group in GROUPS for name, pair in group.items()}
 
 

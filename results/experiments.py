@@ -25,7 +25,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
@@ -69,10 +69,11 @@ ARMS = {
     "sft": Arm(f"{SFT}/gold.jsonl", 3, 3),
     "sft-traces": Arm(f"{SFT}/traces.jsonl"),
     "sft-worded": Arm(f"{SFT}/worded.jsonl"),
-    "rlvr-easy": Arm(f"{RLVR}/easy.jsonl", light=True),
-    "rlvr-hard": Arm(f"{RLVR}/hard.jsonl", light=True),
+    "rlvr-easy": Arm(f"{RLVR}/easy.jsonl", 5, light=True),
+    "rlvr-hard": Arm(f"{RLVR}/hard.jsonl", 5, light=True),
     "uniform": Arm("--proposer-reward uniform", light=True),
-    "half-peak": Arm("--proposer-reward half-peak", light=True),
+    "half-peak": Arm("--proposer-reward half-peak", 5, light=True),
+    "ends": Arm("--ends-penalty 0.5", light=True),
     "azr": Arm("--recipe azr", 5, light=True),
     # azr trains on a third of joint's tokens: is it behind at its best rate too, and after twice the steps?
     "azr-5e-4": Arm("--recipe azr --learning-rate 5e-4", light=True),
@@ -117,7 +118,12 @@ FULL = {
     for rate in ("1e-6", "1e-5", "1e-4")
     for name in ("joint", "rlvr", "sft", "sft-worded")
 }
-ALL = ARMS | FULL
+EARLY_STEPS = 25  # by step 80 every arm has learned the one skill that there is: who has it sooner?
+EARLY = {
+    f"{name}-{EARLY_STEPS}": replace(ARMS[name], seeds=5, wide=0, steps=EARLY_STEPS, light=True)
+    for name in ("joint", "rlvr-easy", "rlvr-hard", "half-peak", "uniform")
+}
+ALL = ARMS | EARLY | FULL
 
 
 def order() -> Iterator[tuple[str, int]]:

@@ -27,13 +27,15 @@ from gate_numbers import LEVELS, STYLES, TRACED, Counts, level, stratified
 MODES = ("deduction", "abduction", "induction")
 KS = (1, 2, 4, 8, 16, 32)
 WINDOW = 10  # steps, as measure.py has them
-FEWEST = 1  # seeds of an arm that is shown; without an interval where there is one
 FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
-FEW_ARMS = ("joint", "rlvr", "sft", "sft-worded")  # where what the others show is what joint shows
+FEW_ARMS = ("joint", "rlvr", "sft", "sft-traces", "sft-worded")  # where what the others show is what joint shows
 LONG = "-long"  # ends the name of an arm that has twice the steps of the others
+EARLY = "-25"  # and of one that has so many steps
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
 # Arms that are to keep entropy, between what half the rate keeps and what the last two build on.
 HELD = ("joint-5e-4", "bonus", "minibatches", "clip-higher", "kl-cov")
+OFF = ("off-policy", "off-policy-more", "off-policy-shuffled", "off-policy-gold")  # foreign solutions, and controls
+OFTEN = 0.01  # share of the right answers of a task that is solved more than by chance
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
 Arms = dict[str, list[dict]]
@@ -146,20 +148,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def available(arms: Arms, least: int = FEWEST, key: str = "greedy") -> list[str]:
-    """Arms with at least so many seeds in which this was measured, joint and what it is compared with first. Not those
-    on another base, whose own untrained model is not measured, nor those of twice the steps (`longer`), of another rate
-    (`rates`), or with a control of entropy (`held`)."""
+def available(arms: Arms, key: str = "greedy") -> list[str]:
+    """Arms in which this was measured, joint and what it is compared with first. Not those on another base, whose own
+    untrained model is not measured, nor those of other steps (`longer`, `early`), of another rate (`rates`), with a
+    control of entropy (`held`) or with foreign solutions (`off_policy`)."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
     mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
     names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if len(arms[name]) >= least and not name.endswith((LONG, *RATES, *HELD))]
+    return [name for name in names if not name.endswith((LONG, EARLY, *RATES, *HELD, *OFF))]
 
 
 def brief(arms: Arms) -> list[str]:
     """Of the arms that were sampled from, those of FEW_ARMS."""
-    return [name for name in available(arms, key="sampled") if name in FEW_ARMS]
+    return [name for name in available(arms, "sampled") if name in FEW_ARMS]
 
 
 def is_full(name: str) -> bool:
@@ -179,7 +181,7 @@ def learned(arms: Arms) -> str:
     """Greedy accuracy against the untrained model greedy, at its best temperature and made to think in full."""
     base, (best, at_best), full = arms["base"][0], best_temperature(), gate("forced", "full T0").of("deduction")
     rows = []
-    for name in available(arms):
+    for name in (name for name in available(arms) if arms[name][0]["sampled"] or name == "azr"):
         results = arms[name]
         gain = np.mean([greedy(result) for result in results], axis=0) - greedy(base)
         cells = [over_seeds(results, lambda r: greedy(r).mean(), sign=False)]
@@ -216,7 +218,7 @@ def coverage(arms: Arms) -> str:
     """pass@k at temperature 1, less the untrained model's."""
     base = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in KS}
     rows = [["base", *(f"{base[k].mean():.3f}" for k in KS), ""]]
-    for name in available(arms, key="sampled"):
+    for name in available(arms, "sampled"):
         results = arms[name]
         cells = [over_seeds(results, lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in KS]
         tasks_too = show(difference_interval(np.mean([solved(r, 32) for r in results], axis=0) - base[32]))
@@ -227,7 +229,7 @@ def coverage(arms: Arms) -> str:
 def frontier(arms: Arms) -> str:
     """pass@1 against pass@16 at every temperature."""
     rows = []
-    for name in ("base", *available(arms, 1, "sampled")):
+    for name in ("base", *available(arms, "sampled")):
         wide = [result for result in arms[name] if len(result["sampled"]) > 1]
         if wide:
             points = [[np.mean([solved(r, k, t).mean() for r in wide]) for k in (1, 16)] for t in TEMPERATURES]
@@ -241,48 +243,62 @@ def controls(arms: Arms) -> str:
     rows = []
 
     def row(what: str, names: Sequence[str], cell: Callable[[], str], should: str) -> None:
-        if all(len(arms.get(name, [])) >= FEWEST for name in names):
+        if all(name in arms for name in names):
             rows.append([what, str(min(len(arms[name]) for name in names)), cell(), should])
 
     row("RLVR on fixed tasks, greedy, less the base at its best temperature", ["rlvr"],
         lambda: over_seeds(arms["rlvr"], lambda r: less(r, at_best)), "above 0")  # fmt: skip
     row("RLVR on tasks of four or five statements less RLVR on tasks of one, greedy", ["rlvr-hard", "rlvr-easy"],
         lambda: show(paired(arms, "rlvr-hard", "rlvr-easy", lambda r: greedy(r).mean())), "not 0")  # fmt: skip
-    row("the same, held-out tasks of four statements or more", ["rlvr-hard", "rlvr-easy"],
-        lambda: show(paired(arms, "rlvr-hard", "rlvr-easy", on_long_programs)), "not 0")  # fmt: skip
+    row(f"the same after {EARLY[1:]} steps", ["rlvr-hard-25", "rlvr-easy-25"],
+        lambda: show(paired(arms, "rlvr-hard-25", "rlvr-easy-25", lambda r: greedy(r).mean())), "not 0")  # fmt: skip
     row("entropy bonus of .03 less joint: entropy of the solver's own samples", ["bonus", "joint"],
         lambda: show(paired(arms, "bonus", "joint", last("solver/all/entropy"))), "above 0")  # fmt: skip
     return table(["control", "seeds", "measured", "should be"], rows)
 
 
-def on_long_programs(result: dict) -> float:
-    """Greedy accuracy on tasks of four statements or more."""
-    return float(greedy(result)[np.array([level(task) >= 4 for task in tasks()])].mean())
+def early(arms: Arms) -> str:
+    """After few steps: who has learned more by then?"""
+    base, rows, joint = arms["base"][0], [], f"joint{EARLY}"
+    for name in sorted((name for name in arms if name.endswith(EARLY)), key=lambda name: name != joint):
+        cells = []
+        for value in (lambda r: greedy(r).mean() - greedy(base).mean(), traced):
+            cells += [over_seeds(arms[name], value, sign=value is not traced)]
+            cells += ["" if name == joint else show(paired(arms, name, joint, value))]
+        rows.append([titled(arms, name).replace(EARLY, ""), *cells])
+    head = [f"after {EARLY[1:]} steps (seeds)", "greedy, less base", "less joint", "worked-out thoughts", "less joint"]
+    return table(head, rows)
 
 
-def leash(arms: Arms) -> str:
-    """Of the tasks that the untrained model never solved in all its tries: how many an arm solves at least once."""
-    rows_of_base = json.loads((RESULTS / "tiny" / "base.json").read_text())["parts"]["reach"]
-    tries = max(n for _, n, _ in rows_of_base)
-    never = {index for index, n, right in rows_of_base if n == tries and right == 0}
-    mask = np.array([index in never for index in few_tasks()])
+def leash(_arms: Arms) -> str:
+    """Of the tasks that the untrained model never solved in all its tries: what training solves, or being made to
+    think. `results/reach.py` measured them."""
+    parts = json.loads((RESULTS / "reach.json").read_text())["parts"]
+    search = parts.pop("base")["rows"]
+    most, mode = max(n for _, n, _ in search), {place: tasks()[place].mode for place, _, _ in search}
+    never = {m: [place for place, _, right in search if not right and mode[place] == m] for m in MODES}
     rows = []
-    for name in ("base", *brief(arms)):
-        # the first sample of the base is among the tries by which the tasks were chosen
-        results = arms[name][1:] if name == "base" else arms[name]
-        if results:
-            right = [np.array(r["sampled"]["1"]["right"])[mask] for r in results]
-            counts = [f"{np.mean([(x >= least).sum() for x in right]):.1f}" for least in (1, 4)]
-            label = f"base, another sample ({len(results)})" if name == "base" else titled(arms, name)
-            rows.append([label, *counts, str(int((np.sum(right, axis=0) > 0).sum()))])
-    made = table(["arm (seeds)", "solved once or more in 64 answers", "in 4 or more", "by any seed"], rows)
-    return f"{made}\n\n{mask.sum()} of {len(mask)} tasks, none right of the untrained model's {tries} at temperature 1."
+    names = dict.fromkeys(name.partition("/")[0] for name in parts)
+    for name in sorted(names, key=lambda name: not name.startswith("base")):
+        runs = [part for key, part in parts.items() if key.partition("/")[0] == name]
+        right = [{place: (r, n) for place, n, r in run["rows"]} for run in runs]
+        cells = [str(right[0][next(iter(right[0]))][1]), f"{np.mean([run['tokens'] for run in runs]):.0f}"]
+        for m in MODES:
+            made = [[run[place] for place in never[m] if place in run] for run in right]
+            some, often = (np.mean([sum(r >= least(n) for r, n in run) for run in made])
+                           for least in (lambda n: 1, lambda n: OFTEN * n))  # fmt: skip
+            cells.append(f"{some:.1f}, {often:.1f}" if made[0] else "-")
+        rows.append([f"{name} ({len(runs)})", *cells])
+    head = ["who (samples or seeds)", "answers a task", "tokens an answer"]
+    made = table([*head, *(f"{len(never[m])} {m}s: once, in {OFTEN:.0%}" for m in MODES)], rows)
+    asked = ", ".join(f"{sum(value == m for value in mode.values())} {m}s" for m in MODES)
+    return f"{made}\n\nTasks that the untrained model solved in none of {most:,} answers at temperature 1; of {asked}."
 
 
 def entropy(arms: Arms) -> str:
     """Entropy of each role on its own samples and on the frozen probe, and less joint's at the end."""
     rows = []
-    for name in available(arms, key="probe"):
+    for name in available(arms, "probe"):
         cells = []
         for role in ("proposer", "solver"):
             series = f"{role}/all/entropy"
@@ -338,7 +354,21 @@ def proposed(arms: Arms) -> str:
         rows.append([titled(arms, name), first[0], change[0], first[1], change[1], start, rate, less_joint])
     head = ["arm (seeds)", "statements", "change", "depth of the tree", "change"]
     head += ["the untrained model solves", "change", "change less joint's"]
-    return table(head, rows)
+    return f"{table(head, rows)}\n\n{goes_with_accuracy(arms)}"
+
+
+def goes_with_accuracy(arms: Arms) -> str:
+    """R^2 of a run's greedy accuracy against what its proposals and its thoughts became."""
+    runs = [r for name in available(arms) for r in arms[name] if r["proposals"]]
+    columns = {
+        "the change of statements": statements_change,
+        "how much more often the untrained model solves them": rate_change,
+        "the share of worked-out thoughts": traced,
+    }
+    y = [greedy(r).mean() for r in runs]
+    fits = [f"{what} {show(linear_fit([np.nan if (x := of(r)) is None else x for r in runs], y).r2, 2, sign=False)}"
+            for what, of in columns.items()]  # fmt: skip
+    return f"R^2 of the greedy accuracy of the {len(runs)} runs of these arms: {'; '.join(fits)}."
 
 
 def rate_change(result: dict) -> float | None:
@@ -396,6 +426,15 @@ def compared(arms: Arms) -> str:
     head = ["less joint", "seeds", "greedy", "verdict", "pass@1, T 1", "pass@32, T 1", "trained tokens a step"]
     made = table(head, rows)
     return f"{made}\n\nAlike: the interval lies within {MARGIN:.0%} of what joint gains, {MARGIN * gain:.3f}."
+
+
+def off_policy(arms: Arms) -> str:
+    """What solutions of others do, less joint."""
+    values = [lambda r: greedy(r).mean(), *(lambda r, k=k: solved_or_none(r, k) for k in (1, 32))]
+    values += [last("solver/all/entropy")]
+    names = [name for name in OFF if name in arms]
+    rows = [[titled(arms, name), *(show(paired(arms, name, "joint", of)) for of in values)] for name in names]
+    return table(["less joint (seeds)", "greedy", "pass@1, T 1", "pass@32, T 1", "solver's entropy"], rows)
 
 
 def rates(arms: Arms) -> str:
@@ -462,7 +501,7 @@ def _rate_first(name: str) -> tuple[str, str, str]:
 def forgotten(arms: Arms) -> str:
     """What was lost of a skill that no arm trains, and what goes with it over runs."""
     rows = []
-    for name in available(arms, key="forgetting"):
+    for name in available(arms, "forgetting"):
         cells = [over_seeds(arms[name], lambda r: 100 * (r["forgetting"]["skill_base"] - r["forgetting"]["skill"]), 1)]
         for key in ("kl_forward/solver", "kl_forward/untrained"):
             cells.append(over_seeds(arms[name], lambda r, key=key: r["forgetting"][key], sign=False))
@@ -476,7 +515,7 @@ def predictors(arms: Arms) -> str:
     much, and without it."""
     told = []
     for without in ("", "sft-worded"):
-        runs = [r for name in available(arms, 1, "forgetting") if name != without for r in arms[name]]
+        runs = [r for name in available(arms, "forgetting") if name != without for r in arms[name]]
         lost = np.array([r["forgetting"]["skill_base"] - r["forgetting"]["skill"] for r in runs])
         columns = {
             "forward KL on solver prompts": [r["forgetting"]["kl_forward/solver"] for r in runs],
@@ -503,6 +542,8 @@ TABLES = (
     frontier,
     leash,
     compared,
+    early,
+    off_policy,
     rates,
     entropy,
     held,

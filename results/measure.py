@@ -189,8 +189,10 @@ def of_run(run: Path, model: str, steps: int, temperatures: Sequence[float], asi
         raise ValueError(f"{adapter}: no such checkpoint; train it first")
     with Lab(model, adapter) as lab:
         found = answers(lab, temperatures)
-    with Lab(model) as base:
-        found["proposals"] = proposals(run, base)
+    found["proposals"] = None
+    if steps >= 2 * EDGE:  # or the first and the last proposals are the same
+        with Lab(model) as base:
+            found["proposals"] = proposals(run, base)
     found["series"] = series(run)
     return found | (digest(analysed(run, model, aside)) if temperatures else {})
 

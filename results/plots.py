@@ -15,7 +15,7 @@ from azr.fits import over_runs
 from azr.palette import style
 from findings import KS, TEMPERATURES, WINDOW, Arms, available, is_full, solved
 
-SHOWN = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")  # arms that are drawn, besides the base
+SHOWN = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft", "sft-traces")  # what is drawn
 
 
 def look(name: str) -> dict:
@@ -30,9 +30,9 @@ def band(axes, x, columns: list, name: str) -> None:
     axes.fill_between(x, [i.low for i in intervals], [i.high for i in intervals], alpha=0.12, color=style(name).color)
 
 
-def shown(arms: Arms, least: int = 2, key: str = "sampled") -> list[str]:
-    """The arms that have a colour, enough seeds and this measurement."""
-    return [name for name in available(arms, least, key) if name in SHOWN]
+def shown(arms: Arms, key: str = "sampled") -> list[str]:
+    """The arms that have a colour and this measurement."""
+    return [name for name in available(arms, key) if name in SHOWN]
 
 
 def coverage(arms: Arms):
@@ -52,7 +52,7 @@ def coverage(arms: Arms):
 def frontier(arms: Arms):
     """pass@16 against pass@1, a point a temperature."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for name in ("base", *shown(arms, 1)):
+    for name in ("base", *shown(arms)):
         wide = [result for result in arms[name] if len(result["sampled"]) > 1]
         if wide:
             points = [[np.mean([solved(r, k, t).mean() for r in wide]) for k in (1, 16)] for t in TEMPERATURES[:-1]]
@@ -100,7 +100,7 @@ def proposals(arms: Arms):
 def sparsity(arms: Arms):
     """Unchanged share against the size of the update: arms of adapters and trainings of every weight."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
-    for name in (*shown(arms, 1, "update"), *filter(is_full, arms)):
+    for name in (*shown(arms, "update"), *filter(is_full, arms)):
         arm = name.removeprefix("full-").rsplit("-", 3)[0] if is_full(name) else name
         color, marker = style("sft" if arm.startswith("sft") else arm)
         filled = "none" if is_full(name) else color

@@ -17,6 +17,7 @@ import experiments
 import findings
 import gate_base
 import measure
+import reach
 import seed_references
 from azr.fits import over_runs
 from azr.passk import Interval
@@ -112,7 +113,8 @@ def test_tables_and_plots_of_the_page_from_files(tmp_path, monkeypatch):
     """Every table has its place in RESULTS.md; a planted gain comes back in the first one, bold."""
     (tmp_path / "RESULTS.md").write_text((ROOT / "RESULTS.md").read_text())
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "tiny").symlink_to(ROOT / "results" / "tiny")
+    for name in ("tiny", "reach.json"):
+        (tmp_path / "results" / name).symlink_to(ROOT / "results" / name)
     (tmp_path / "azr").symlink_to(ROOT / "azr")
     gains = {"joint": 0.2, "rlvr": 0.2} | dict.fromkeys(("base", "no-update", "uniform"), 0)
     for arm, gain in gains.items():
@@ -134,6 +136,35 @@ def test_tables_and_plots_of_the_page_from_files(tmp_path, monkeypatch):
     assert len(list((tmp_path / "results" / "plots").glob("*.png"))) == 5
     with pytest.raises(ValueError, match="no <!-- learned -->"):
         findings.fill("", "learned", "")
+
+
+def test_tasks_out_of_reach(tmp_path, monkeypatch):
+    """With few tries: tasks never solved are asked again, of another sample and of the base made to think."""
+    monkeypatch.setattr(reach, "LOOKS", [1, 2])
+    monkeypatch.setattr(reach, "TRIES", 3)
+    monkeypatch.setattr(reach, "OTHERS", (0.6,))
+    monkeypatch.setattr(reach, "asked", lambda lab: [i for i in lab.part(1) if lab.tasks[i].mode != "induction"])
+    reach.measure({}, tmp_path / "reach.json")
+    text = (tmp_path / "reach.json").read_text()
+    parts = json.loads(text)["parts"]
+    found = {place: (n, right) for place, n, right in parts["base"]["rows"]}
+    never = [place for place, (_, right) in found.items() if not right]
+    assert len(found) == 14 and {n for n, _ in found.values()} == {1, 2} == {found[place][0] for place in never} | {1}
+    assert [(place, n) for place, n, _ in parts["base again"]["rows"]] == [(place, 2) for place in never]
+    forced = parts["base made to think"]["rows"]
+    assert [place for place, *_ in forced] == [i for i in never if findings.tasks()[i].mode == "deduction"]
+    reach.measure({}, tmp_path / "reach.json")  # nothing is made again
+    assert (tmp_path / "reach.json").read_text() == text
+
+    planted = {"base": {"rows": [[0, 16, 3], [1, 1024, 0], [2, 1024, 0], [700, 1024, 0]]}}
+    planted["joint/0"] = {"rows": [[1, 256, 1], [2, 256, 3], [700, 256, 0]], "tokens": 40.0}
+    planted["joint/1"] = {"rows": [[1, 256, 0], [2, 256, 3], [700, 256, 0]], "tokens": 50.0}
+    monkeypatch.setattr(findings, "RESULTS", tmp_path)
+    (tmp_path / "reach.json").write_text(json.dumps({"parts": planted}))
+    monkeypatch.setattr(findings, "MODES", ("deduction", "abduction"))
+    modes = [findings.tasks()[i].mode for i in (0, 1, 2, 700)]
+    assert modes == ["deduction"] * 3 + ["abduction"]
+    assert "| joint (2) | 256 | 45 | 1.5, 1.0 | 0.0, 0.0 |" in findings.leash({})
 
 
 def test_the_page_is_what_the_files_say():
