@@ -71,7 +71,7 @@ ARMS = {
     "sft-worded": Arm(f"{SFT}/worded.jsonl"),
     "rlvr-easy": Arm(f"{RLVR}/easy.jsonl", 5, light=True),
     "rlvr-hard": Arm(f"{RLVR}/hard.jsonl", 5, light=True),
-    "uniform": Arm("--proposer-reward uniform", light=True),
+    "uniform": Arm("--proposer-reward uniform", 5, light=True),
     "half-peak": Arm("--proposer-reward half-peak", 5, light=True),
     "ends": Arm("--ends-penalty 0.5", light=True),
     "azr": Arm("--recipe azr", 5, light=True),

@@ -34,7 +34,6 @@ EARLY = "-25"  # and of one that has so many steps
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
 # Arms that are to keep entropy, between what half the rate keeps and what the last two build on.
 HELD = ("joint-5e-4", "bonus", "minibatches", "clip-higher", "kl-cov")
-OFF = ("off-policy", "off-policy-more", "off-policy-shuffled", "off-policy-gold")  # foreign solutions, and controls
 OFTEN = 0.01  # share of the right answers of a task that is solved more than by chance
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
@@ -150,13 +149,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def available(arms: Arms, key: str = "greedy") -> list[str]:
     """Arms in which this was measured, joint and what it is compared with first. Not those on another base, whose own
-    untrained model is not measured, nor those of other steps (`longer`, `early`), of another rate (`rates`), with a
-    control of entropy (`held`) or with foreign solutions (`off_policy`)."""
+    untrained model is not measured, nor those of other steps (`longer`, `early`), of another rate (`rates`), or with a
+    control of entropy (`held`)."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
     mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
     names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if not name.endswith((LONG, EARLY, *RATES, *HELD, *OFF))]
+    return [name for name in names if not name.endswith((LONG, EARLY, *RATES, *HELD))]
 
 
 def brief(arms: Arms) -> list[str]:
@@ -428,15 +427,6 @@ def compared(arms: Arms) -> str:
     return f"{made}\n\nAlike: the interval lies within {MARGIN:.0%} of what joint gains, {MARGIN * gain:.3f}."
 
 
-def off_policy(arms: Arms) -> str:
-    """What solutions of others do, less joint."""
-    values = [lambda r: greedy(r).mean(), *(lambda r, k=k: solved_or_none(r, k) for k in (1, 32))]
-    values += [last("solver/all/entropy")]
-    names = [name for name in OFF if name in arms]
-    rows = [[titled(arms, name), *(show(paired(arms, name, "joint", of)) for of in values)] for name in names]
-    return table(["less joint (seeds)", "greedy", "pass@1, T 1", "pass@32, T 1", "solver's entropy"], rows)
-
-
 def rates(arms: Arms) -> str:
     """What joint and the published recipe gain at other rates, and after twice the steps."""
     base, rows = arms["base"][0], []
@@ -485,9 +475,11 @@ def every_weight(arms: Arms) -> str:
         share = [f"{100 * u[key]:.1f} %" for key in ("S0", "S1", "S2")]
         end = accuracy[max(accuracy, key=int)] if accuracy else None
         _, rate, dtype = _rate_first(name)
+        # what bf16 has stored is rounded already: scaled, it would say how often, not how much
+        share += [f"{100 * u['at_rms_3e-5']['S1']:.1f} %" if dtype == "fp32" else "-"]
         cells = [f"{u['U1_rms']:.1e}", *share, f"{end:.3f}" if end else "-"]
         rows.append([result["arm"].removeprefix("full-").rsplit("-", 3)[0], rate, dtype, *cells])
-    head = ["arm", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "greedy"]
+    head = ["arm", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "S1 at RMS 3e-5", "greedy"]
     return table(head, rows)
 
 
@@ -543,7 +535,6 @@ TABLES = (
     leash,
     compared,
     early,
-    off_policy,
     rates,
     entropy,
     held,
