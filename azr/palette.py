@@ -48,7 +48,7 @@ PROPOSERS = {
     "sft": Style(BLACK, "*"),
     "azr": Style(GRAY, "h"),
 }
-TEACHERS = {"sft-traces": Style(SKY, "<")}  # other text for sft
+TEACHERS = {"sft-traces": Style(SKY, "<"), "sft-worded": Style(GRAY, ">")}  # other text for sft
 OFF_POLICY = {
     "off-policy": Style(GRAY, "X"),
     "off-policy-more": Style(BLUE, "<"),

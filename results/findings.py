@@ -298,18 +298,17 @@ def entropy(arms: Arms) -> str:
     """Entropy of each role on its own samples and on the frozen probe, and less joint's at the end."""
     rows = []
     for name in available(arms, "probe"):
-        cells = []
+        own, less_joint, probe = [], [], []
         for role in ("proposer", "solver"):
             series = f"{role}/all/entropy"
-            if series in arms[name][0]["series"]:
+            if series in arms[name][0]["series"] and not name.startswith("sft"):  # whose series is about given text
                 first = np.mean([r["series"][series][0] for r in arms[name]])
-                cells.append(f"{first:.3f} -> {over_seeds(arms[name], last(series), sign=False)}")
+                own.append(f"{first:.3f} -> {over_seeds(arms[name], last(series), sign=False)}")
+                less_joint.append("" if name == "joint" else show(paired(arms, name, "joint", last(series))))
             else:
-                cells.append("-")
-        cells += ["" if name == "joint" else show(paired(arms, name, "joint", last(f"{role}/all/entropy")))
-                  for role in ("proposer", "solver")]  # fmt: skip
-        cells += [over_seeds(arms[name], lambda r, role=role: probe_change(r, role)) for role in ("proposer", "solver")]
-        rows.append([titled(arms, name), *cells])
+                own, less_joint = [*own, "-"], [*less_joint, "-"]
+            probe.append(over_seeds(arms[name], lambda r, role=role: probe_change(r, role)))
+        rows.append([titled(arms, name), *own, *less_joint, *probe])
     head = ["arm (seeds)", "proposer, own samples, first and last 10 steps", "solver, own samples"]
     head += ["proposer less joint", "solver less joint", "probe, proposer: change", "probe, solver: change"]
     return table(head, rows)

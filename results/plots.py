@@ -84,8 +84,8 @@ def entropy(arms: Arms):
         arms,
         ("proposer/all/entropy", "solver/all/entropy"),
         ("Proposer, own samples", "Solver, own samples"),
-        lambda result, name: result["series"].get(name),
-    )
+        lambda result, name: None if result["arm"].startswith("sft") else result["series"].get(name),
+    )  # of sft the series is about the given text
     figure.axes[0].set_ylabel("entropy, nats a token")
     return figure
 
@@ -102,7 +102,7 @@ def sparsity(arms: Arms):
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for name in (*shown(arms, "update"), *filter(is_full, arms)):
         arm = name.removeprefix("full-").rsplit("-", 3)[0] if is_full(name) else name
-        color, marker = style("sft" if arm.startswith("sft") else arm)
+        color, marker = style(arm)
         filled = "none" if is_full(name) else color
         for r in arms[name]:
             x, y = r["update"]["U1_rms"], 100 * r["update"]["S1"]
