@@ -59,7 +59,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if "capture" in str(error) and error.__context__ is not None:
-        # What fails while a CUDA graph is captured also spoils the end of the capture, whose error then hides the first.
+        # What fails while a CUDA graph is captured spoils the end of the capture too, whose error then hides the first.
         return is_out_of_memory(error.__context__)
     # cuBLAS, bitsandbytes and Triton raise a plain RuntimeError, and torch's CPU allocator does too.
     words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
