@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,7 +46,7 @@ def search(lab: Lab) -> dict:
     return {"rows": list(found.values())}
 
 
-def tries(lab: Lab, index: list[int], n: int, prefixes: list[str] = (), temperature: float = 1.0) -> dict:
+def tries(lab: Lab, index: list[int], n: int, prefixes: Sequence[str] = (), temperature: float = 1.0) -> dict:
     """n answers to each of these tasks."""
     rows = lab.answer(index, n, temperature, prefixes)
     tokens = sum(cell[2] for row in rows for cell in row[1].values())

@@ -58,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: of a GPU, of the CPU's allocator, or inside a library that reports it in words."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    if "capture" in str(error) and error.__context__ is not None:
+    if "StreamCaptureInvalidated" in str(error) and error.__context__ is not None:
         # What fails while a CUDA graph is captured spoils the end of the capture too, whose error then hides the first.
         return is_out_of_memory(error.__context__)
     # cuBLAS, bitsandbytes and Triton raise a plain RuntimeError, and torch's CPU allocator does too.
