@@ -59,9 +59,9 @@ FOUR = "--minibatches 4 --learning-rate 2.5e-4"  # four steps of AdamW, so that 
 RLVR = f"--algorithm rlvr --step-tokens {STEP_TOKENS} --data {{runs}}"
 SFT = f"--algorithm sft --step-tokens {STEP_TOKENS} --data {{runs}}"
 ARMS = {
-    "joint": Arm("", 5, 3),
+    "joint": Arm("", 10, 3),
     "no-update": Arm("--proposer no-update", 5),
-    "frozen-base": Arm("--proposer frozen-base", 5),
+    "frozen-base": Arm("--proposer frozen-base", 10),
     "separate": Arm("--proposer separate", 5),
     "rlvr": Arm(f"{RLVR}/tasks.jsonl", 5, 3),
     "joint-long": Arm("", steps=LONG),
@@ -69,6 +69,7 @@ ARMS = {
     "sft": Arm(f"{SFT}/gold.jsonl", 3, 3),
     "sft-traces": Arm(f"{SFT}/traces.jsonl"),
     "sft-worded": Arm(f"{SFT}/worded.jsonl"),
+    "sft-operations": Arm(f"{SFT}/operations.jsonl"),
     "rlvr-easy": Arm(f"{RLVR}/easy.jsonl", 5, light=True),
     "rlvr-hard": Arm(f"{RLVR}/hard.jsonl", 5, light=True),
     "uniform": Arm("--proposer-reward uniform", 5, light=True),
@@ -85,7 +86,7 @@ ARMS = {
     "fresh": Arm("--solver-tasks fresh", light=True),
     "seed-references": Arm("--solver-tasks fresh", script="results/seed_references.py", light=True),
     "no-update-matched": Arm("--proposer no-update-matched", 5),
-    "off-policy": Arm(f"{OFF} base", 5),
+    "off-policy": Arm(f"{OFF} base"),
     "off-policy-more": Arm(f"{OFF} base --off-policy-control on-policy"),
     "off-policy-shuffled": Arm(f"{OFF} base --off-policy-control shuffled"),
     "off-policy-gold": Arm(f"{OFF} {{runs}}/gold.jsonl --off-policy-weight luffy"),
@@ -121,7 +122,7 @@ FULL = {
 EARLY_STEPS = 25  # by step 80 every arm has learned the one skill that there is: who has it sooner?
 EARLY = {
     f"{name}-{EARLY_STEPS}": replace(ARMS[name], seeds=5, wide=0, steps=EARLY_STEPS, light=True)
-    for name in ("joint", "rlvr-easy", "rlvr-hard", "half-peak", "uniform")
+    for name in ("joint", "rlvr", "rlvr-easy", "rlvr-hard", "half-peak", "uniform")
 }
 ALL = ARMS | EARLY | FULL
 
@@ -167,6 +168,9 @@ def prepare(runs: Path) -> None:
         if not (runs / f"{name}.jsonl").exists():
             file = runs / f"{name}.jsonl"
             call(runs / "prepare.log", "-m", "azr.tasks", "make", "tiny", file, "--count", 3000, *more.split())
+    if not (runs / "operations.jsonl").exists():
+        make = ["results/other_operations.py", "make", "tiny", runs / "operations.jsonl", "--count", 3000]
+        call(runs / "prepare.log", *make, "--solutions")
     if not (runs / "worded.jsonl").exists():
         reword(runs / "traces.jsonl", runs / "worded.jsonl")
     if not (runs / "tiny-nf4").exists():

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,161 +17,49 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
 
-from azr.evals.held_out import load_tasks
 from azr.fits import linear_fit, over_runs
-from azr.passk import Interval, difference_interval, pass_at_k
-from gate_numbers import LEVELS, STYLES, TRACED, Counts, level, stratified
+from azr.passk import Interval, difference_interval
+from gate_numbers import LEVELS, level
+from measured import (
+    EARLY,
+    HELD,
+    KS,
+    LONG,
+    MODES,
+    RATES,
+    TEMPERATURES,
+    Arms,
+    accuracy,
+    available,
+    best_temperature,
+    gate,
+    greedy,
+    is_full,
+    last,
+    less,
+    load,
+    over_seeds,
+    paired,
+    show,
+    solved,
+    solved_or_none,
+    table,
+    tasks,
+    titled,
+    traced,
+)
 
-MODES = ("deduction", "abduction", "induction")
-KS = (1, 2, 4, 8, 16, 32)
-WINDOW = 10  # steps, as measure.py has them
-FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
 FEW_ARMS = ("joint", "rlvr", "sft", "sft-traces", "sft-worded")  # where what the others show is what joint shows
-LONG = "-long"  # ends the name of an arm that has twice the steps of the others
-EARLY = "-25"  # and of one that has so many steps
-RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
-# Arms that are to keep entropy, between what half the rate keeps and what the last two build on.
-HELD = ("joint-5e-4", "bonus", "minibatches", "clip-higher", "kl-cov")
 OFTEN = 0.01  # of its answers are right: a task that is solved more than now and then
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
-TEMPERATURES = ("1", "0.8", "0.6", "0.4", "0.2", "0")
-Arms = dict[str, list[dict]]
 
 
-def load() -> Arms:
-    """Results of each arm, in the order of their seeds."""
-    arms: Arms = {}
-    for path in (RESULTS / "arms").glob("*.json"):
-        result = json.loads(path.read_text())
-        arms.setdefault(result["arm"], []).append(result)
-    return {arm: sorted(results, key=lambda result: result["seed"]) for arm, results in sorted(arms.items())}
-
-
-# ---------------------------------------------------------------- numbers of a run
-
-
-def greedy(result: dict) -> np.ndarray:
-    """(tasks,) 1 where the greedy answer is right."""
-    return np.array([int(digit) for digit in result["greedy"]["right"]])
-
-
-def traced(result: dict) -> float:
-    """Share of the greedy answers whose thought is worked out."""
-    worked_out = {str(STYLES.index(style)) for style in TRACED}
-    return float(np.mean([digit in worked_out for digit in result["greedy"]["style"]]))
-
-
-def solved(result: dict, k: int, temperature: str = "1") -> np.ndarray:
-    """(few tasks,) pass@k of each; at temperature 0 the greedy answer whatever k."""
-    if temperature == "0":
-        few = few_tasks()
-        return greedy(result)[few].astype(float)
-    part = result["sampled"][temperature]
-    return pass_at_k(part["n"], part["right"], k)
-
-
-def solved_or_none(result: dict, k: int) -> float | None:
-    """Mean pass@k at temperature 1; None where it was not measured."""
-    return solved(result, k).mean() if result["sampled"] else None
-
-
-@cache
-def tasks() -> list:
-    """The held-out tasks, in order."""
-    return load_tasks(RESULTS.parent / "azr" / "tiny" / "held_out.jsonl")
-
-
-@cache
-def few_tasks() -> list[int]:
-    """Places of the tasks that are answered many times."""
-    return stratified(tasks(), FEW_A_CELL)
-
-
-@cache
-def gate(name: str, part: str) -> Counts:
-    """What the gates measured of the untrained model (results/tiny): base or forced."""
-    return Counts.from_json(json.loads((RESULTS / "tiny" / f"{name}.json").read_text())["parts"][part], tasks())
-
-
-def best_temperature() -> tuple[str, Counts]:
-    """The temperature at which the untrained model is best, and its answers there."""
-    found = {t: gate("base", f"T{t}") for t in TEMPERATURES}
-    index = found["1"].index
-    best = max(found, key=lambda t: float(found[t].among(index).accuracy.mean()))
-    return best, found[best]
-
-
-def less(result: dict, counts: Counts) -> float:
-    """Greedy accuracy less that of the untrained model in `counts`, over the tasks that it answered."""
-    return float(np.mean(greedy(result)[counts.index] - counts.accuracy))
-
-
-def paired(arms: Arms, name: str, other: str, value: Callable[[dict], float | None]) -> Interval:
-    """value of an arm minus that of another, over the seeds that both have."""
-    a, b = ({result["seed"]: value(result) for result in arms[arm]} for arm in (name, other))
-    both = [a[seed] - b[seed] for seed in a if seed in b and None not in (a[seed], b[seed])]
-    return over_runs(both) if both else Interval(np.nan, np.nan, np.nan)
-
-
-def last(name: str) -> Callable[[dict], float | None]:
-    """The mean of a metric over the last window of steps."""
-    return lambda result: result["series"][name][-1] if name in result["series"] else None
-
-
-# ---------------------------------------------------------------- text
-
-
-def show(interval: Interval, digits: int = 3, sign: bool = True) -> str:
-    """`+.045 [+.031, +.058]`, bold where the interval leaves zero out and `sign` says that this matters."""
-    form = f"{{:+.{digits}f}}" if sign else f"{{:.{digits}f}}"
-    short = lambda x: form.format(x).replace("0.", ".", 1) if abs(x) < 1 else form.format(x)  # noqa: E731
-    if not np.isfinite(interval.mean):
-        return "-"
-    if not np.isfinite(interval.low):
-        return short(interval.mean)
-    text = f"{short(interval.mean)} [{short(interval.low)}, {short(interval.high)}]"
-    return f"**{text}**" if sign and (interval.low > 0 or interval.high < 0) else text
-
-
-def over_seeds(results: Sequence[dict], value: Callable[[dict], float | None], digits: int = 3, sign=True) -> str:
-    """The mean over seeds with its interval; a dash without values."""
-    values = [x for x in map(value, results) if x is not None]
-    return show(over_runs(values), digits, sign) if values else "-"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def available(arms: Arms, key: str = "greedy") -> list[str]:
-    """Arms in which this was measured, joint and what it is compared with first. Not those on another base, whose own
-    untrained model is not measured, nor those of other steps (`longer`, `early`), of another rate (`rates`), or with a
-    control of entropy (`held`)."""
-    first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
-    mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
-    names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
-    names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if not name.endswith((LONG, EARLY, *RATES, *HELD))]
+# ---------------------------------------------------------------- the tables
 
 
 def brief(arms: Arms) -> list[str]:
     """Of the arms that were sampled from, those of FEW_ARMS."""
     return [name for name in available(arms, "sampled") if name in FEW_ARMS]
-
-
-def is_full(name: str) -> bool:
-    """Whether every weight was trained."""
-    return name.startswith("full-")
-
-
-def titled(arms: Arms, name: str) -> str:
-    """The arm with its seeds."""
-    return f"{name} ({len(arms[name])})"
-
-
-# ---------------------------------------------------------------- the tables
 
 
 def learned(arms: Arms) -> str:
@@ -183,7 +69,7 @@ def learned(arms: Arms) -> str:
     for name in (name for name in available(arms) if arms[name][0]["sampled"] or name == "azr"):
         results = arms[name]
         gain = np.mean([greedy(result) for result in results], axis=0) - greedy(base)
-        cells = [over_seeds(results, lambda r: greedy(r).mean(), sign=False)]
+        cells = [over_seeds(results, accuracy, sign=False)]
         cells += [over_seeds(results, lambda r: (greedy(r) - greedy(base)).mean()), show(difference_interval(gain))]
         cells += [over_seeds(results, lambda r: less(r, at_best)), over_seeds(results, lambda r: less(r, full))]
         cells += [f"{np.mean([traced(r) for r in results]):.2f}"]
@@ -204,11 +90,10 @@ def by_mode(arms: Arms) -> str:
     masks = {m: mode == m for m in MODES} | {f"{n} st." if n < 7 else "7-8 st.": size == n for n in LEVELS}
     rows = []
     for name in brief(arms):
-        cells = [
-            over_seeds(arms[name], lambda r, mask=mask: (greedy(r) - greedy(base))[mask].mean()) if i < 3
-            else f"{np.mean([(greedy(r) - greedy(base))[mask].mean() for r in arms[name]]):+.3f}"
-            for i, mask in enumerate(masks.values())
-        ]  # fmt: skip
+        cells = []
+        for what, mask in masks.items():
+            gains = [(greedy(r) - greedy(base))[mask].mean() for r in arms[name]]
+            cells.append(show(over_runs(gains)) if what in MODES else f"{np.mean(gains):+.3f}")
         rows.append([titled(arms, name), *cells])
     return table(["arm (seeds)", *masks], rows)
 
@@ -241,19 +126,19 @@ def controls(arms: Arms) -> str:
     _, at_best = best_temperature()
     rows = []
 
-    def row(what: str, names: Sequence[str], cell: Callable[[], str], should: str) -> None:
-        if all(name in arms for name in names):
-            rows.append([what, str(min(len(arms[name]) for name in names)), cell(), should])
-
-    row("RLVR on fixed tasks, greedy, less the base at its best temperature", ["rlvr"],
-        lambda: over_seeds(arms["rlvr"], lambda r: less(r, at_best)), "above 0")  # fmt: skip
-    row("RLVR on tasks of four or five statements less RLVR on tasks of one, greedy", ["rlvr-hard", "rlvr-easy"],
-        lambda: show(paired(arms, "rlvr-hard", "rlvr-easy", lambda r: greedy(r).mean())), "not 0")  # fmt: skip
+    best = "RLVR on fixed tasks, greedy, less the base at its best temperature"
+    hard = "RLVR on tasks of four or five statements less RLVR on tasks of one, greedy"
+    planted = "entropy bonus of .03 less joint: entropy of the solver's own samples"
     sooner = [f"rlvr-hard{EARLY}", f"rlvr-easy{EARLY}"]
-    row(f"the same after {EARLY[1:]} steps", sooner,
-        lambda: show(paired(arms, *sooner, lambda r: greedy(r).mean())), "not 0")  # fmt: skip
-    row("entropy bonus of .03 less joint: entropy of the solver's own samples", ["bonus", "joint"],
-        lambda: show(paired(arms, "bonus", "joint", last("solver/all/entropy"))), "above 0")  # fmt: skip
+    for what, names, value, should in (
+        (best, ["rlvr"], lambda r: less(r, at_best), "above 0"),
+        (hard, ["rlvr-hard", "rlvr-easy"], accuracy, "not 0"),
+        (f"the same after {EARLY[1:]} steps", sooner, accuracy, "not 0"),
+        (planted, ["bonus", "joint"], last("solver/all/entropy"), "above 0"),
+    ):
+        if all(name in arms for name in names):
+            cell = show(paired(arms, *names, value)) if names[1:] else over_seeds(arms[names[0]], value)
+            rows.append([what, str(min(len(arms[name]) for name in names)), cell, should])
     return table(["control", "seeds", "measured", "should be"], rows)
 
 
@@ -262,7 +147,7 @@ def early(arms: Arms) -> str:
     base, rows, joint = arms["base"][0], [], f"joint{EARLY}"
     for name in sorted((name for name in arms if name.endswith(EARLY)), key=lambda name: name != joint):
         cells = []
-        for value in (lambda r: greedy(r).mean() - greedy(base).mean(), traced):
+        for value in (lambda r: accuracy(r) - accuracy(base), traced):
             cells += [over_seeds(arms[name], value, sign=value is not traced)]
             cells += ["" if name == joint else show(paired(arms, name, joint, value))]
         rows.append([titled(arms, name).replace(EARLY, ""), *cells])
@@ -285,8 +170,8 @@ def leash(_arms: Arms) -> str:
         cells = [str(right[0][next(iter(right[0]))][1]), f"{np.mean([run['tokens'] for run in runs]):.0f}"]
         for m in MODES:
             made = [[run[place] for place in never[m] if place in run] for run in right]
-            some, often = (np.mean([sum(r >= least(n) for r, n in run) for run in made])
-                           for least in (lambda n: 1, lambda n: OFTEN * n))  # fmt: skip
+            some = np.mean([sum(r > 0 for r, _ in run) for run in made])
+            often = np.mean([sum(r >= OFTEN * n for r, n in run) for run in made])
             cells.append(f"{some:.1f}, {often:.1f}" if made[0] else "-")
         rows.append([f"{name} ({len(runs)})", *cells])
     head = ["who (samples or seeds)", "answers a task", "tokens an answer"]
@@ -320,7 +205,7 @@ def held(arms: Arms) -> str:
     rows = []
     for name in (name for name in HELD if name in arms):
         entropies = [last(f"{role}/all/entropy") for role in ("solver", "proposer")]
-        cells = [show(paired(arms, name, "joint", value)) for value in (*entropies, lambda r: greedy(r).mean())]
+        cells = [show(paired(arms, name, "joint", value)) for value in (*entropies, accuracy)]
         built = name in HELD[-2:] and "minibatches" in arms
         cells += [show(paired(arms, name, "minibatches", entropies[0])) if built else ""]
         rows.append([titled(arms, name), *cells, over_seeds(arms[name], statements_change, 2)])
@@ -364,9 +249,11 @@ def goes_with_accuracy(arms: Arms) -> str:
         "how much more often the untrained model solves them": rate_change,
         "the share of worked-out thoughts": traced,
     }
-    y = [greedy(r).mean() for r in runs]
-    fits = [f"{what} {show(linear_fit([np.nan if (x := of(r)) is None else x for r in runs], y).r2, 2, sign=False)}"
-            for what, of in columns.items()]  # fmt: skip
+    y = [accuracy(r) for r in runs]
+    fits = []
+    for what, of in columns.items():
+        x = [np.nan if (value := of(r)) is None else value for r in runs]
+        fits.append(f"{what} {show(linear_fit(x, y).r2, 2, sign=False)}")
     return f"R^2 of the greedy accuracy of the {len(runs)} runs of these arms: {'; '.join(fits)}."
 
 
@@ -412,12 +299,12 @@ def lengths(arms: Arms) -> str:
 def compared(arms: Arms) -> str:
     """Each arm less joint, by pairs of one seed."""
     base = arms["base"][0]
-    gain = np.mean([greedy(r).mean() for r in arms["joint"]]) - greedy(base).mean()
+    gain = np.mean([accuracy(r) for r in arms["joint"]]) - accuracy(base)
     rows = []
     for name in available(arms):
         if name != "joint":
             both = {r["seed"] for r in arms[name]} & {r["seed"] for r in arms["joint"]}
-            one = paired(arms, name, "joint", lambda r: greedy(r).mean())
+            one = paired(arms, name, "joint", accuracy)
             cells = [show(one), verdict(one, MARGIN * gain)]
             cells += [show(paired(arms, name, "joint", lambda r, k=k: solved_or_none(r, k))) for k in (1, 32)]
             tokens = [np.mean(r["series"]["train/tokens"]) for r in arms[name]]
@@ -568,7 +455,7 @@ def filled(text: str, arms: Arms) -> str:
 
 def main() -> int:
     """Makes the tables of RESULTS.md and the plots anew; returns the exit code, 2 without base and joint."""
-    arms = load()
+    arms = load(RESULTS / "arms")
     if not {"base", "joint"} <= arms.keys():
         print("results/findings.py: no results of base and joint; python results/experiments.py run", file=sys.stderr)
         return 2

@@ -35,10 +35,11 @@ from azr.models import model_path
 from azr.passk import Interval, difference_interval, pass_at_k
 from azr.runs import read_metrics, step_directories
 from azr.tasks import MODES
-from findings import fill, show, table
+from findings import fill
 from gate_base import prefix
 from gate_lab import Lab, Store
 from gate_numbers import BEYOND, TRACED, Counts, level
+from measured import show, table
 
 TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2, 0.0)
 THINKING = (1.0, 0.0)  # temperatures of the base made to think

@@ -157,8 +157,9 @@ def digest(found: dict[str, dict]) -> dict:
     """probe, update and forgetting of what `analysed` gives."""
     (probed,) = found["entropy"]["runs"].values()
     steps = sorted(probed["probe"], key=int)
-    groups = {step: {group: row["token_mean"]["mean"] for group, row in probed["probe"][step].items() if row}
-              for step in (steps[0], steps[-1])}  # fmt: skip
+    groups = {}
+    for step in (steps[0], steps[-1]):
+        groups[step] = {group: row["token_mean"]["mean"] for group, row in probed["probe"][step].items() if row}
     (entry,) = found["forgetting"]["runs"].values()
     last = entry["checkpoints"][max(entry["checkpoints"], key=int)]
     kl = {name: value["mean"] for name, value in last.items() if name.startswith("kl_")}

@@ -1,4 +1,4 @@
-"""The plots of RESULTS.md, from what findings.py loads. Bands: 95 % over training seeds (Student's t)."""
+"""The plots of RESULTS.md, from what measured.py loads. Bands: 95 % over training seeds (Student's t)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from azr.fits import over_runs
 from azr.palette import style
-from findings import KS, TEMPERATURES, WINDOW, Arms, available, is_full, solved
+from measured import KS, TEMPERATURES, WINDOW, Arms, available, is_full, solved
 
 SHOWN = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft", "sft-traces")  # what is drawn
 

@@ -3,7 +3,9 @@
 import json
 import random
 import re
+import subprocess
 import sys
+from dataclasses import replace
 from math import comb
 from pathlib import Path
 
@@ -17,22 +19,27 @@ import experiments
 import findings
 import gate_base
 import measure
+import measured
+import other_operations
 import reach
 import seed_references
 from azr.fits import over_runs
 from azr.passk import Interval
-from azr.tasks import Buffers, Task
+from azr.tasks import Buffers, Task, judge
+from azr.tiny import operations
+from azr.tiny.operations import kind_of
 from azr.train.config import Config, parse, resolve
+from sandbox import Sandbox
 
-FEW = len(findings.few_tasks())
-TASKS = len(findings.tasks())
+FEW = len(measured.few_tasks())
+TASKS = len(measured.tasks())
 
 
 @pytest.mark.parametrize("arm", experiments.ALL)
 def test_every_arm_is_a_command(arm, tmp_path):
     (tmp_path / "tiny-half").symlink_to(ROOT / "azr" / "tiny")
     (tmp_path / "tiny-nf4").symlink_to(ROOT / "azr" / "tiny")
-    for name in (*experiments.FILES, "worded"):
+    for name in (*experiments.FILES, "worded", "operations"):
         (tmp_path / f"{name}.jsonl").touch()
     settings = experiments.ALL[arm]
     flags = ["--model", settings.model.format(runs=tmp_path), "--steps", str(settings.steps), *experiments.COMMON]
@@ -67,6 +74,22 @@ def test_a_wording_that_the_base_never_saw(tmp_path):
     experiments.reword(tmp_path / "traces.jsonl", tmp_path / "worded.jsonl")
     (made,) = map(json.loads, (tmp_path / "worded.jsonl").read_text().splitlines())
     assert made["response"] == row["response"].replace("p=5+3=8", "8=5+3=p") and made["mode"] == "deduction"
+
+
+def test_other_operations_are_right_and_other(tmp_path):
+    """What their texts do in the sandbox is what their functions say; the embedded model saw none of them."""
+    tables = ("OPERATIONS", "LOOPS", "TESTS")
+    kinds = [{kind_of(entry) for name in tables for entry in getattr(m, name)} for m in (other_operations, operations)]
+    assert not kinds[0] & kinds[1]
+    file = tmp_path / "others.jsonl"
+    command = [sys.executable, ROOT / "results" / "other_operations.py", "make", "tiny", file, "--count", "60"]
+    subprocess.run(command, check=True, capture_output=True)
+    made = [Task.from_json(json.loads(line)) for line in file.read_text().splitlines()]
+    pairs = [(task, task.program) for task in made if task.mode == "induction"]
+    # the output of a deduction would be believed: its program is run, as for an abduction
+    pairs += [(replace(task, mode="abduction"), task.input) for task in made if task.mode != "induction"]
+    with Sandbox(workers=1) as sandbox:
+        assert all(verdict.ok for verdict in judge(pairs, sandbox)) and len(pairs) == 180
 
 
 # ---------------------------------------------------------------- tables
@@ -125,12 +148,12 @@ def test_tables_and_plots_of_the_page_from_files(tmp_path, monkeypatch):
         measure.write(tmp_path / "results" / "arms" / f"{name}-0.json", full(name))
     monkeypatch.setattr(findings, "RESULTS", tmp_path / "results")
     assert findings.main() == 0
-    page, arms = (tmp_path / "RESULTS.md").read_text(), findings.load()
+    page, arms = (tmp_path / "RESULTS.md").read_text(), measured.load(findings.RESULTS / "arms")
     assert page == findings.filled(page, arms)
     for make in findings.TABLES:
         assert len(page.partition(f"<!-- {make.__name__} -->")[2].partition("<!-- end -->")[0]) > 100, make
-    base = np.mean(findings.greedy(arms["base"][0]))
-    joint, still = (np.mean([findings.greedy(r).mean() for r in arms[arm]]) - base for arm in ("joint", "no-update"))
+    base = np.mean(measured.greedy(arms["base"][0]))
+    joint, still = (np.mean([measured.greedy(r).mean() for r in arms[arm]]) - base for arm in ("joint", "no-update"))
     assert joint == pytest.approx(0.2, abs=0.03) and still == pytest.approx(0, abs=0.03)
     assert f"**+{joint:.3f} [".replace("0.", ".") in page and "| no-update | 3 | **-" in page
     assert len(list((tmp_path / "results" / "plots").glob("*.png"))) == 5
@@ -152,7 +175,7 @@ def test_tasks_out_of_reach(tmp_path, monkeypatch):
     assert len(found) == 14 and {n for n, _ in found.values()} == {1, 2} == {found[place][0] for place in never} | {1}
     assert [(place, n) for place, n, _ in parts["base again"]["rows"]] == [(place, 2) for place in never]
     forced = parts["base made to think"]["rows"]
-    assert [place for place, *_ in forced] == [i for i in never if findings.tasks()[i].mode == "deduction"]
+    assert [place for place, *_ in forced] == [i for i in never if measured.tasks()[i].mode == "deduction"]
     reach.measure({}, tmp_path / "reach.json")  # nothing is made again
     assert (tmp_path / "reach.json").read_text() == text
 
@@ -162,17 +185,17 @@ def test_tasks_out_of_reach(tmp_path, monkeypatch):
     monkeypatch.setattr(findings, "RESULTS", tmp_path)
     (tmp_path / "reach.json").write_text(json.dumps({"parts": planted}))
     monkeypatch.setattr(findings, "MODES", ("deduction", "abduction"))
-    modes = [findings.tasks()[i].mode for i in (0, 1, 2, 700)]
+    modes = [measured.tasks()[i].mode for i in (0, 1, 2, 700)]
     assert modes == ["deduction"] * 3 + ["abduction"]
     assert "| joint (2) | 256 | 45 | 1.5, 1.0 | 0.0, 0.0 |" in findings.leash({})
 
 
 def test_the_page_is_what_the_files_say():
     """What stands in RESULTS.md was made from the results."""
-    arms, text = findings.load(), (ROOT / "RESULTS.md").read_text()
+    arms, text = measured.load(findings.RESULTS / "arms"), (ROOT / "RESULTS.md").read_text()
     assert all(text.count(f"<!-- {make.__name__} -->") == 1 for make in findings.TABLES)
     assert text == findings.filled(text, arms)
-    assert (findings.FEW_A_CELL, findings.WINDOW) == (gate_base.FEW_A_CELL, measure.WINDOW)  # copied: no torch there
+    assert (measured.FEW_A_CELL, measured.WINDOW) == (gate_base.FEW_A_CELL, measure.WINDOW)  # copied: no torch there
 
 
 def test_ten_numbers_of_the_page_come_back_from_the_files():
@@ -204,12 +227,12 @@ def test_numbers_are_short_and_come_back(tmp_path):
 
 def test_pairs_of_seeds_and_what_an_interval_allows():
     arms = {"a": [{"seed": 0, "x": 1.0}, {"seed": 2, "x": 4.0}], "b": [{"seed": s, "x": float(s)} for s in range(3)]}
-    assert findings.paired(arms, "a", "b", lambda r: r["x"]) == over_runs([1.0, 2.0])
+    assert measured.paired(arms, "a", "b", lambda r: r["x"]) == over_runs([1.0, 2.0])
     cases = {(0.1, 0.05, 0.2): "more", (-0.1, -0.2, -0.05): "less", (0, -0.02, 0.02): "alike"}
     cases |= {(0, -0.1, 0.1): "cannot tell", (0.02, 0.01, 0.025): "more, and alike within the margin"}
     assert {ends: findings.verdict(Interval(*ends), 0.03) for ends in cases} == cases
-    assert findings.show(Interval(0.1, 0.05, 0.2)) == "**+.100 [+.050, +.200]**"
-    assert findings.show(Interval(np.nan, 0, 0)) == "-" and findings.show(Interval(-0.5, np.nan, np.nan)) == "-.500"
+    assert measured.show(Interval(0.1, 0.05, 0.2)) == "**+.100 [+.050, +.200]**"
+    assert measured.show(Interval(np.nan, 0, 0)) == "-" and measured.show(Interval(-0.5, np.nan, np.nan)) == "-.500"
 
 
 def test_depth_of_a_program():

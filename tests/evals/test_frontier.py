@@ -107,7 +107,7 @@ def figure(mean, half=0.02):
         (0.1, 0.1, 8, 0.5, ("above", None), "No claim about coverage: that takes k = 16 or more, and n >= 2k samples"),
         (0.1, None, None, 0.5, ("above", None), "No claim about coverage"),
     ],
-)  # fmt: off
+)
 def test_what_is_said_of_both_at_their_best(one, many, k, base, verdicts, words):
     at = {"base_temperature": 0.4, "tuned_temperature": 0.0, "base": {"mean": base}}
     pairs = {"pass@1": at | {"difference": figure(one)}}
