@@ -41,9 +41,9 @@ BASES = 2  # samples of the untrained model
 
 @dataclass(frozen=True)
 class Arm:
-    """Flags of train_azr.py ({runs} is the --runs directory) and training seeds; `wide`: seeds whose answers are
-    sampled at colder temperatures too; `light`: only greedy answers, curves and proposals are measured; `script`: what
-    takes the flags instead, a script with one more arm."""
+    """Flags of train_azr.py ({runs} is the --runs directory) and how many training seeds, from `first` on; `wide`:
+    seeds whose answers are sampled at colder temperatures too; `light`: only greedy answers, curves and proposals are
+    measured; `script`: what takes the flags instead, a script with one more arm."""
 
     flags: str
     seeds: int = 3
@@ -52,6 +52,11 @@ class Arm:
     steps: int = STEPS
     light: bool = False
     script: str = "train_azr.py"
+    first: int = 0
+
+    def all_seeds(self) -> range:
+        """The training seeds."""
+        return range(self.first, self.first + self.seeds)
 
 
 OFF = "--off-policy-gamma 0.25 --off-policy-source"
@@ -64,6 +69,8 @@ ARMS = {
     "frozen-base": Arm("--proposer frozen-base", 10),
     "separate": Arm("--proposer separate", 5),
     "rlvr": Arm(f"{RLVR}/tasks.jsonl", 5, 3),
+    # on what joint of the same seed proposed: the seeds are the latest of joint's, whose runs were still there
+    "rlvr-proposed": Arm(f"{RLVR}/proposed-{{seed}}.jsonl", first=5),
     "joint-long": Arm("", steps=LONG),
     "rlvr-long": Arm(f"{RLVR}/tasks.jsonl", steps=LONG),
     "sft": Arm(f"{SFT}/gold.jsonl", 3, 3),
@@ -130,7 +137,7 @@ ALL = ARMS | EARLY | FULL
 def order() -> Iterator[tuple[str, int]]:
     """(arm, seed): the base, then arm by arm as they are listed."""
     yield from (("base", seed) for seed in range(BASES))
-    yield from ((arm, seed) for arm, settings in ALL.items() for seed in range(settings.seeds))
+    yield from ((arm, seed) for arm, settings in ALL.items() for seed in settings.all_seeds())
 
 
 def result(arm: str, seed: int) -> Path:
@@ -215,7 +222,9 @@ def train(arm: str, seed: int, runs: Path) -> Path:
     run, settings = runs / f"{arm}-{seed}", ALL[arm]
     if not (run / "checkpoints" / f"step_{settings.steps}").exists():
         model = ["--model", settings.model.format(runs=runs), "--seed", seed, "--steps", settings.steps]
-        flags = settings.flags.format(runs=runs).split()
+        flags = settings.flags.format(runs=runs, seed=seed).split()
+        if (proposed := str(runs / f"proposed-{seed}.jsonl")) in flags and not Path(proposed).exists():
+            call(runs / "prepare.log", "-m", "azr.tasks", "make", "run", train("joint", seed, runs), proposed)
         again = ["--resume", "auto"] if any((run / "checkpoints").glob("step_*")) else []
         call(runs / f"{arm}-{seed}.log", settings.script, *model, *COMMON, *flags, "--out", run, *again)
     return run
@@ -281,7 +290,7 @@ def main() -> int:
     if arguments.command == "list":
         with contextlib.suppress(BrokenPipeError):  # `| head`
             for arm, settings in ALL.items():
-                count = sum(result(arm, seed).exists() for seed in range(settings.seeds))
+                count = sum(result(arm, seed).exists() for seed in settings.all_seeds())
                 print(f"{arm:20s} {count}/{settings.seeds}  {settings.flags}", flush=True)
         return 0
     given = [name.split("/") for name in arguments.names]

@@ -203,7 +203,7 @@ def of_full(run: Path, model: str, steps: int, aside: Path) -> dict:
     path = aside / "sparsity.json"
     aside.mkdir(parents=True, exist_ok=True)
     tuned = run / "checkpoints" / f"step_{steps}"
-    if analyze.main(["sparsity", "--base", model, "--tuned", str(tuned), "--json", str(path)]):
+    if analyze.main(["sparsity", "--base", model, "--tuned", str(tuned), "--spectral", "--json", str(path)]):
         raise RuntimeError(f"analyze.py sparsity of {tuned} failed")
     rows = [row for row in read_metrics(run) if row.get("held_out/all/accuracy") is not None]
     accuracy = {row["step"]: row["held_out/all/accuracy"] for row in rows}

@@ -39,11 +39,11 @@ TASKS = len(measured.tasks())
 def test_every_arm_is_a_command(arm, tmp_path):
     (tmp_path / "tiny-half").symlink_to(ROOT / "azr" / "tiny")
     (tmp_path / "tiny-nf4").symlink_to(ROOT / "azr" / "tiny")
-    for name in (*experiments.FILES, "worded", "operations"):
+    for name in (*experiments.FILES, "worded", "operations", "proposed-5"):
         (tmp_path / f"{name}.jsonl").touch()
     settings = experiments.ALL[arm]
     flags = ["--model", settings.model.format(runs=tmp_path), "--steps", str(settings.steps), *experiments.COMMON]
-    config, _ = resolve(parse(flags + settings.flags.format(runs=tmp_path).split(), ""))
+    config, _ = resolve(parse(flags + settings.flags.format(runs=tmp_path, seed=settings.first).split(), ""))
     assert config.steps == settings.steps and (arm in experiments.FULL) == (config.train == "full")
 
 
