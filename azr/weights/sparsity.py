@@ -81,10 +81,17 @@ def measure(update, name: str, factor: float, spectral: bool) -> Measured:
         result.ranks = spectra.rank_summary(change.singular, change.rank)
         if size.energy:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            result.null = sizes.null_draws(w0, change.singular, factor, generator, masks)
+            rounded = delta if change.stored is None and stored_in_bf16(update, name) else None
+            result.null = sizes.null_draws(w0, change.singular, factor, generator, masks, rounded)
     result.stripes = stripes(delta, result.null)
     result.overlaps = mask_overlaps(w0, delta, masks, result.null)
     return result
+
+
+def stored_in_bf16(update, name: str) -> bool:
+    """Whether the update is the difference of two bf16 tensors: what was too small for bf16 is not in it."""
+    pair = () if update.tuned is None else (update.base, update.tuned)
+    return bool(pair) and all(checkpoint.entries[name].dtype == torch.bfloat16 for checkpoint in pair)
 
 
 def check_finite(update, name: str, size: sizes.Sizes) -> None:
@@ -181,8 +188,9 @@ def group_excess(parts: list[Measured], shares, matched) -> tuple[dict | None, d
         return None, None
     still, excesses = shares.n - sum(part.size.n for part in with_null), []
     for observed, kind in ((shares, "spectrum"), (matched, "matched"), (shares, "flat")):
-        null = sum(part.size.n * getattr(part.null, kind) for part in with_null) + still
-        excesses.append(sizes.excess(observed.s1, null / shares.n))
+        draws = [part.size.n * values for part in with_null if (values := getattr(part.null, kind)) is not None]
+        null = (sum(draws) + still) / shares.n if len(draws) == len(with_null) else None
+        excesses.append(sizes.excess(observed.s1, null))
     return {**excesses[0], "flat": excesses[2]}, excesses[1]
 
 
@@ -344,6 +352,7 @@ def about(args, base: Checkpoint, update, notes: list[str], factor: float) -> di
         "kind": kind,
         "quantization": update.reference.quantization,
         "reference": str(update.reference),
+        "rounded": update.reference.quantization == "none" and any(stored_in_bf16(update, n) for n in update.adapted),
         "parameters": base.parameters,
         "matrices": len(update.adapted),
         "matched_factor": factor,

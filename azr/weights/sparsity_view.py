@@ -42,7 +42,7 @@ def lines(report: dict) -> list[str]:
         f"against {report['base']}, held as {report['reference']}",
     ]
     if adapted["U1_rms"]:
-        out += [*size_part(adapted, report["whole"]), *structure_part(adapted)]
+        out += [*size_part(adapted, report["whole"], report["rounded"]), *structure_part(adapted, report["rounded"])]
         if "R2_margin" in adapted:
             out += spectral_part(adapted)
         out += table(report)
@@ -51,7 +51,10 @@ def lines(report: dict) -> list[str]:
     return out + [f"not counted: {name} ({why})" for name, why in report["excluded"].items()]
 
 
-def size_part(adapted: dict, whole: dict) -> list[str]:
+ROUNDED = "  (both are stored in bf16: what was too small for it is gone, and scaled it does not come back)"
+
+
+def size_part(adapted: dict, whole: dict, rounded: bool) -> list[str]:
     """Returns the lines about the size of the update (U1), the share that stays unchanged (S0, S1, S2, U2), and a merge
     back into 4 bits (S3)."""
     changed = f"{percent(1 - adapted['S1'])} / {percent(1 - whole['S1'])}"
@@ -68,6 +71,7 @@ def size_part(adapted: dict, whole: dict) -> list[str]:
         fact("unchanged before any rounding", percent(adapted["S0"]), "S0"),
         fact("the same update scaled to RMS 3e-5: unchanged in bf16", percent(matched["S1"]), f"S1 {MATCHED}"),
         fact("  and within the tolerance", percent(matched["S2"]), f"S2 {MATCHED}"),
+        *([ROUNDED] if rounded else []),
         "the share of unchanged weights for any tolerance (U2)",
         "  |change| at most  " + "".join(f"{tolerance:>11.0e}" for tolerance in curve["tolerance"][::2]),
     ]
@@ -84,7 +88,7 @@ def size_part(adapted: dict, whole: dict) -> list[str]:
     return out
 
 
-def structure_part(adapted: dict) -> list[str]:
+def structure_part(adapted: dict, rounded: bool) -> list[str]:
     """Returns the lines about chance (S5), concentration (S6) and rank (R1)."""
     shape, excess, out = adapted["S6"], adapted["S5"], ["is it more concentrated than chance?"]
     if excess is None:
@@ -98,9 +102,11 @@ def structure_part(adapted: dict) -> list[str]:
         out += [
             fact(verdict, interval(excess), "S5 [95 %], S1 less the null's"),
             fact("  against a flat spectrum, which takes rank for structure", interval(excess["flat"]), "flat"),
-            fact("  the same at RMS 3e-5", interval(adapted[MATCHED]["S5"]), f"S5 {MATCHED}"),
         ]
-    words = "energy in the largest 1 % of the entries (Gaussian: 8.5 %)"
+        if not rounded:
+            out.append(fact("  the same at RMS 3e-5", interval(adapted[MATCHED]["S5"]), f"S5 {MATCHED}"))
+    chance = "rounding does that" if rounded else "Gaussian: 8.5 %"
+    words = f"energy in the largest 1 % of the entries ({chance})"
     out.append(fact(words, percent(shape["top_1%_energy"]), f"S6, Gini {shape['gini']:.3f} (0.637)"))
     if shape.get("rows_striped_share") is not None:
         striped = f"{percent(shape['rows_striped_share'], 0)} / {percent(shape['columns_striped_share'], 0)}"

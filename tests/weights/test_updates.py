@@ -230,6 +230,44 @@ def test_structureless_updates_have_no_excess(decay):
     assert outside <= 5
 
 
+def stored(w0, delta):
+    """What bf16 keeps of an update: the difference of the two stored tensors."""
+    return (w0.float() + delta).bfloat16().float() - w0.float()
+
+
+def excess_as_stored(w0, delta):
+    change = stored(w0, delta)
+    generator = torch.Generator().manual_seed(11)
+    draws = sizes.null_draws(w0, torch.linalg.svdvals(change), 1.0, generator, rounded=change)
+    assert draws.matched is None  # scaled, what is gone does not come back
+    return sizes.excess(sizes.compare(w0, change, w0).s1, draws.spectrum)
+
+
+@pytest.mark.parametrize("rms, rank", [(3e-6, 96), (3e-5, 96), (3e-5, 16), (5e-4, 16)])
+def test_rounding_is_no_structure(rms, rank):
+    """What bf16 stores of a random update, most of which is too small for it, has no excess; see the test above. The
+    plain null, which is not rounded, says of the same update that more is changed than chance changes."""
+    outside = 0
+    for seed in range(30):
+        w0 = (SIGMA * gaussian(128, 96, seed=seed)).bfloat16()
+        delta, _ = low_rank(128, 96, rank, rms, seed=300 + seed)
+        found = excess_as_stored(w0, delta)
+        outside += not found["low"] <= 0 <= found["high"]
+    assert outside <= 5
+    plain = excess_of(w0, stored(w0, delta), torch.linalg.svdvals(stored(w0, delta)))[0]
+    assert rms > 1e-4 or plain["high"] < 0
+
+
+def test_a_sparse_update_is_found_behind_the_rounding():
+    w0 = (SIGMA * gaussian(256, 192)).bfloat16()
+    delta, _ = low_rank(256, 192, 192, 1e-4)
+    planted = delta * (gaussian(1, 192, seed=5) > 1)  # a sixth of the columns
+    assert excess_as_stored(w0, planted)["low"] > 0.05
+    # what rounding hides is a very low rank, whose entries have heavier tails: it reads as a little sparsity
+    delta, _ = low_rank(256, 192, 4, 3e-5)
+    assert 0 < excess_as_stored(w0, delta)["excess"] < 0.03
+
+
 def test_rank_looks_like_structure_to_a_flat_null():
     w0 = (SIGMA * gaussian(512, 512)).bfloat16()
     delta, s = low_rank(512, 512, 16, 1e-4, decay=1e-6)  # rank one in truth
