@@ -49,7 +49,8 @@ from measured import (
     traced,
 )
 
-FEW_ARMS = ("joint", "rlvr", "sft", "sft-traces", "sft-worded")  # where what the others show is what joint shows
+FEW_ARMS = ("joint", "rlvr", "sft", "sft-traces")  # where what the others show is what joint shows
+FOREIGN = ("sft-operations", "sft-worded")  # their text is foreign to the model: only what they do to it is of interest
 OFTEN = 0.01  # of its answers are right: a task that is solved more than now and then
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 
@@ -57,9 +58,14 @@ MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 # ---------------------------------------------------------------- the tables
 
 
-def brief(arms: Arms) -> list[str]:
-    """Of the arms that were sampled from, those of FEW_ARMS."""
-    return [name for name in available(arms, "sampled") if name in FEW_ARMS]
+def brief(arms: Arms, *more: str) -> list[str]:
+    """Of the arms that were sampled from, those of FEW_ARMS and others by name."""
+    return [name for name in available(arms, "sampled") if name in (*FEW_ARMS, *more)]
+
+
+def familiar(arms: Arms, key: str) -> list[str]:
+    """The arms in which this was measured, but for FOREIGN."""
+    return [name for name in available(arms, key) if name not in FOREIGN]
 
 
 def learned(arms: Arms) -> str:
@@ -74,13 +80,13 @@ def learned(arms: Arms) -> str:
         cells += [over_seeds(results, lambda r: less(r, at_best)), over_seeds(results, lambda r: less(r, full))]
         cells += [f"{np.mean([traced(r) for r in results]):.2f}"]
         rows.append([titled(arms, name), *cells])
-    head = ["arm (seeds)", "greedy, 2,100 tasks", "less base greedy, over seeds", "the same, over tasks"]
+    head = [f"arm (seeds); base: {accuracy(base):.3f}", "greedy, 2,100 tasks", "less base greedy, over seeds"]
+    head += ["the same, over tasks"]
     head += [
         f"less base at its best, T {best}, {len(at_best)} tasks",
         f"less base forced to think, {len(full)} deductions",
     ]
-    made = table([*head, "worked-out thoughts"], rows)
-    return f"{made}\n\nThe untrained model, greedy: {greedy(base).mean():.3f}; worked-out thoughts {traced(base):.3f}."
+    return table([*head, f"worked-out thoughts; base: {traced(base):.3f}"], rows)
 
 
 def by_mode(arms: Arms) -> str:
@@ -102,7 +108,7 @@ def coverage(arms: Arms) -> str:
     """pass@k at temperature 1, less the untrained model's."""
     base = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in KS}
     rows = [["base", *(f"{base[k].mean():.3f}" for k in KS), ""]]
-    for name in available(arms, "sampled"):
+    for name in familiar(arms, "sampled"):
         results = arms[name]
         cells = [over_seeds(results, lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in KS]
         tasks_too = show(difference_interval(np.mean([solved(r, 32) for r in results], axis=0) - base[32]))
@@ -183,7 +189,7 @@ def leash(_arms: Arms) -> str:
 def entropy(arms: Arms) -> str:
     """Entropy of each role on its own samples and on the frozen probe, and less joint's at the end."""
     rows = []
-    for name in available(arms, "probe"):
+    for name in familiar(arms, "probe"):
         own, less_joint, probe = [], [], []
         for role in ("proposer", "solver"):
             series = f"{role}/all/entropy"
@@ -301,7 +307,7 @@ def compared(arms: Arms) -> str:
     base = arms["base"][0]
     gain = np.mean([accuracy(r) for r in arms["joint"]]) - accuracy(base)
     rows = []
-    for name in available(arms):
+    for name in available(arms, aside=True):
         if name != "joint":
             both = {r["seed"] for r in arms[name]} & {r["seed"] for r in arms["joint"]}
             one = paired(arms, name, "joint", accuracy)
@@ -309,9 +315,13 @@ def compared(arms: Arms) -> str:
             cells += [show(paired(arms, name, "joint", lambda r, k=k: solved_or_none(r, k))) for k in (1, 32)]
             tokens = [np.mean(r["series"]["train/tokens"]) for r in arms[name]]
             rows.append([name, str(len(both)), *cells, f"{np.mean(tokens):,.0f}"])
-    head = ["less joint", "seeds", "greedy", "verdict", "pass@1, T 1", "pass@32, T 1", "trained tokens a step"]
-    made = table(head, rows)
-    return f"{made}\n\nAlike: the interval lies within {MARGIN:.0%} of what joint gains, {MARGIN * gain:.3f}."
+    head = [
+        "less joint",
+        "seeds",
+        "greedy",
+        f"verdict (alike: within {MARGIN * gain:.3f}, {MARGIN:.0%} of joint's gain)",
+    ]
+    return table([*head, "pass@1, T 1", "pass@32, T 1", "trained tokens a step"], rows)
 
 
 def rates(arms: Arms) -> str:
@@ -342,7 +352,7 @@ def verdict(interval: Interval, margin: float) -> str:
 def updates(arms: Arms) -> str:
     """Size of the update of each arm of adapters, and what of the weights is unchanged."""
     rows = []
-    for name in brief(arms):
+    for name in brief(arms, *FOREIGN):
         part = [r["update"] for r in arms[name]]
         cells = [f"{np.mean([u['U1_rms'] for u in part]):.1e}", f"{np.mean([u['U1_rel_fro'] for u in part]):.3f}"]
         cells += [f"{100 * np.mean([u['S1'] for u in part]):.1f} %"]
@@ -364,9 +374,10 @@ def every_weight(arms: Arms) -> str:
         _, rate, dtype = _rate_first(name)
         # what bf16 has stored is rounded already: scaled, it would say how often, not how much
         share += [f"{100 * u['at_rms_3e-5']['S1']:.1f} %" if dtype == "fp32" else "-"]
+        share += [f"{u['S5']['excess']:+.4f}" if u["S5"] else "-"]
         cells = [f"{u['U1_rms']:.1e}", *share, f"{end:.3f}" if end else "-"]
         rows.append([result["arm"].removeprefix("full-").rsplit("-", 3)[0], rate, dtype, *cells])
-    head = ["arm", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "S1 at RMS 3e-5", "greedy"]
+    head = ["arm", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "S1 at RMS 3e-5", "S5", "greedy"]
     return table(head, rows)
 
 
@@ -390,16 +401,17 @@ def forgotten(arms: Arms) -> str:
 
 
 def predictors(arms: Arms) -> str:
-    """R^2 of the loss against each predictor, the last checkpoint of every run a point; with the one arm that loses
-    much, and without it."""
+    """R^2 of the loss against each predictor, the last checkpoint of every run a point; with the arms whose text is
+    foreign to the model, which lose much, and without them."""
     told = []
-    for without in ("", "sft-worded"):
-        runs = [r for name in available(arms, "forgetting") if name != without for r in arms[name]]
+    for without in ((), FOREIGN):
+        runs = [r for name in available(arms, "forgetting") if name not in without for r in arms[name]]
         lost = np.array([r["forgetting"]["skill_base"] - r["forgetting"]["skill"] for r in runs])
         columns = {
             "forward KL on solver prompts": [r["forgetting"]["kl_forward/solver"] for r in runs],
             "norm of the update": [r["update"]["U1_rel_fro"] for r in runs],
             "S1": [r["update"]["S1"] for r in runs],
+            "S5": [r["update"]["S5"]["excess"] for r in runs],
             "forward KL on that skill's text (nearly the outcome itself)": [
                 r["forgetting"]["kl_forward/untrained"] for r in runs
             ],
@@ -409,7 +421,8 @@ def predictors(arms: Arms) -> str:
             text = "; ".join(f"{name} {r2}" for name, r2 in fits.items())
             told.append(f"R^2 over {len(runs)} runs, their last checkpoints: {text}.")
         else:
-            told.append(f"Over the {len(runs)} that are not {without}: {', '.join(fits.values())}.")
+            names = " or ".join(name for name in without if name in arms)
+            told.append(f"Over the {len(runs)} that are not {names}: {', '.join(fits.values())}.")
     return " ".join(told)
 
 

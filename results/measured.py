@@ -26,7 +26,7 @@ KS = (1, 2, 4, 8, 16, 32)
 WINDOW = 10  # steps, as measure.py has them
 FEW_A_CELL = 10  # of each mode and level, as gate_base.py has it
 LONG = "-long"  # ends the name of an arm that has twice the steps of the others
-OFF = "off-policy"  # begins the name of an arm that trains on solutions that the policy did not write, or a control's
+ASIDE = ("off-policy", "rlvr-proposed")  # begin the name of an arm that is only compared with joint
 EARLY = "-25"  # and of one that has so many steps
 RATES = ("5e-4", "1e-3", "2e-3", "3e-3")  # that end the name of an arm; every other has 1e-3
 # Arms that are to keep entropy, between what half the rate keeps and what the last two build on.
@@ -147,15 +147,19 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def available(arms: Arms, key: str = "greedy") -> list[str]:
+def available(arms: Arms, key: str = "greedy", aside: bool = False) -> list[str]:
     """Arms in which this was measured, joint and what it is compared with first. Not those on another base, whose own
-    untrained model is not measured, nor those of other steps (`longer`, `early`), of another rate (`rates`), with a
-    control of entropy (`held`) or with solutions that the policy did not write (`off_policy`)."""
+    untrained model is not measured, nor those of other steps (`longer`, `early`), of another rate (`rates`) or with a
+    control of entropy (`held`); those of ASIDE only if `aside`."""
     first = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft")
     mine = {name: results[0] for name, results in arms.items() if name != "base" and not is_full(name)}
     names = [name for name, result in mine.items() if result.get(key) and result["model"] == "tiny"]
     names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [name for name in names if not name.endswith((LONG, EARLY, *RATES, *HELD)) and not name.startswith(OFF)]
+    return [
+        name
+        for name in names
+        if not name.endswith((LONG, EARLY, *RATES, *HELD)) and (aside or not name.startswith(ASIDE))
+    ]
 
 
 def is_full(name: str) -> bool:
