@@ -68,7 +68,7 @@ def read_rows(path: str | Path, limit: int | None = None) -> list[Row]:
         if limit and len(rows) >= limit:
             break
     for line in notes:
-        warn(f"{path.parent.name}/{line}")
+        warn(f"{path}{line.removeprefix(path.name)}")  # tolerant_lines gives the bare name
     if not rows:
         raise ValueError(f"{path}: no line has a prompt and a response")
     return rows
