@@ -209,9 +209,9 @@ def sentence(f: Figures) -> str:
     tokens = [f"{f.tokens(name, 0).mean():.0f}" for name in ("base", "after")]
     greedy, best, made = (short(f.solved(*of).mean()) for of in (("after", 0), ("base", f.best), (FORCED, 0)))
     many = [short(f.solved(name, 1, f.n).mean()) for name in ("base", "after")]
-    seeds = f"{len(each)} training seed{'s' if len(each) > 1 else ''}"
+    seeds = ", ".join(name.removeprefix("seed ") for name in f.seeds)
     return (
-        f"After `python train_azr.py` ({seeds}) the embedded model solves {greedy} of the held-out tasks greedily: "
+        f"After `python train_azr.py --seed S` (S = {seeds}) the embedded model solves {greedy} of the held-out tasks greedily: "
         f"**{verdict(over_best)} the base at its best temperature** ({named(f.best)}: {best}; "
         f"{show(over_best)}{spread}), and **{verdict(over_forced)} the base made to think in full** ({made}; "
         f"{show(over_forced)}). Greedy answers that were worked out step by step: {worked[0]} before, {worked[1]} "
