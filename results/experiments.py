@@ -64,9 +64,9 @@ FOUR = "--minibatches 4 --learning-rate 2.5e-4"  # four steps of AdamW, so that 
 RLVR = f"--algorithm rlvr --step-tokens {STEP_TOKENS} --data {{runs}}"
 SFT = f"--algorithm sft --step-tokens {STEP_TOKENS} --data {{runs}}"
 ARMS = {
-    "joint": Arm("", 10, 3),
+    "joint": Arm("", 8, 3),
     "no-update": Arm("--proposer no-update", 5),
-    "frozen-base": Arm("--proposer frozen-base", 10),
+    "frozen-base": Arm("--proposer frozen-base", 8),
     "separate": Arm("--proposer separate", 5),
     "rlvr": Arm(f"{RLVR}/tasks.jsonl", 5, 3),
     # on what joint of the same seed proposed: the seeds are the latest of joint's, whose runs were still there
