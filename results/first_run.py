@@ -211,8 +211,8 @@ def sentence(f: Figures) -> str:
     many = [short(f.solved(name, 1, f.n).mean()) for name in ("base", "after")]
     seeds = ", ".join(name.removeprefix("seed ") for name in f.seeds)
     return (
-        f"After `python train_azr.py --seed S` (S = {seeds}) the embedded model solves {greedy} of the held-out tasks greedily: "
-        f"**{verdict(over_best)} the base at its best temperature** ({named(f.best)}: {best}; "
+        f"After `python train_azr.py --seed S` (S = {seeds}) the embedded model solves {greedy} of the held-out tasks "
+        f"greedily: **{verdict(over_best)} the base at its best temperature** ({named(f.best)}: {best}; "
         f"{show(over_best)}{spread}), and **{verdict(over_forced)} the base made to think in full** ({made}; "
         f"{show(over_forced)}). Greedy answers that were worked out step by step: {worked[0]} before, {worked[1]} "
         f"after; tokens an answer: {tokens[0]} and {tokens[1]}. Within {f.n} tries at temperature 1 it is "

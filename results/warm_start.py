@@ -3,7 +3,7 @@
     python tests/bench_smollm2.py DIR --make               its directory (docs/real_model.md)
     python results/warm_start.py train DIR                 sft on tasks and proposals of the generator, then self-play
     python results/warm_start.py measure DIR base small low selfplay    results/smollm2.json; what exists is skipped
-    python results/warm_start.py control DIR               RLVR on deductions after it: results/smollm2_rlvr.json
+    python results/warm_start.py longer DIR                25 steps of RLVR, of self-play: results/smollm2_longer.json
 
 `train` goes on where it was stopped; everything is fp32 on a CPU, 38 CPU s of products a step of the warm start. A
 state is measured by its proposals (valid share at temperature 1, references from the generator) and by its greedy
@@ -35,7 +35,7 @@ from azr.tasks import MODES, parse_proposal, propose_prompt, validate
 from gate_numbers import level
 
 FILE = RESULTS / "smollm2.json"
-CONTROL = RESULTS / "smollm2_rlvr.json"
+LONGER = RESULTS / "smollm2_longer.json"
 COUNT = 600  # solutions and proposals of each mode: more than are drawn
 DATA = f"--count {COUNT} --seed 1 --solutions --proposals --style full"
 COMMON = (
@@ -50,7 +50,9 @@ SELFPLAY = "--prompts-per-mode 4 --answers 4 --references 2 --learning-rate 1e-4
 SCRIPT = "import sys, train_azr as t; t.loop.PROBE = 1; sys.exit(t.main(sys.argv[1:]))"
 # Deductions alone: their answers are short, so that a step has many.
 RLVR = "--algorithm rlvr --answers 8 --step-tokens 5000 --max-new-tokens 128 --learning-rate 2e-4 --save-every 4"
-CONTROL_STEPS = 25
+# As many response tokens in as many steps: 125,000 and 134,000.
+JOINT = "--prompts-per-mode 4 --answers 8 --references 2 --learning-rate 2e-4 --save-every 2"
+LONGER_STEPS, TEMPERATURES = 25, (0.0, 0.4, 1.0)
 DEDUCTIONS = 3000  # tasks to train on, of one and two statements
 PROPOSALS = 32  # of each mode
 A_CELL, LEVELS = 20, (1, 2)  # held-out tasks of a mode and number of statements
@@ -148,9 +150,10 @@ def measured(model: Path, adapter: Path | None) -> dict:
     }
 
 
-def control(model: Path, runs: Path) -> None:
-    """RLVR on deductions from the end of the warm start, unless it is complete; then what was right before and after,
-    of all held-out deductions of one and two statements, greedily and at temperature 1, as "0110...": CONTROL."""
+def longer(model: Path, runs: Path) -> None:
+    """RLVR on deductions and self-play from the end of the warm start, unless they are complete; then what is right
+    before and after, of all held-out deductions of one and two statements, at each temperature, as "0110..." (LONGER).
+    """
     from azr.evals.held_out import evaluate, load_tasks
     from azr.policy import Policy, Sampling
     from azr.policy.opening import newest_checkpoint
@@ -162,19 +165,21 @@ def control(model: Path, runs: Path) -> None:
         made, small = runs / "all_modes.jsonl", ["--statements", "1,2"]
         call("-m", "azr.tasks", "make", "tiny", made, "--count", DEDUCTIONS, "--seed", 7, *small)
         tasks.write_text("".join(x for x in made.read_text().splitlines(True) if '"mode": "deduction"' in x))
-    train_one(model, runs, "rlvr", f"{RLVR} --steps {CONTROL_STEPS} --data {tasks} --adapter {runs / 'low'}")
+    from_low = f"--steps {LONGER_STEPS} --adapter {runs / 'low'}"
+    train_one(model, runs, "rlvr", f"{RLVR} --data {tasks} {from_low}")
+    train_one(model, runs, "joint", f"{JOINT} {from_low}")
     asked = [t for t in load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl") if t.mode == "deduction"]
     asked = [task for task in asked if level(task) in LEVELS]
-    for state in ("low", "rlvr"):
+    for state in ("low", "rlvr", "joint"):
         policy = Policy.load(model, "none", adapter=newest_checkpoint(runs / state), device="cpu")
-        found = json.loads(CONTROL.read_text()) if CONTROL.exists() else {}
-        for temperature in (0.0, 1.0):
+        found = json.loads(LONGER.read_text()) if LONGER.exists() else {}
+        for temperature in TEMPERATURES:
             settings = Sampling(temperature=temperature, max_new_tokens=128, stop=(STOP,))
             with Sandbox() as sandbox:
                 answers = evaluate(policy, asked, 1, settings, "azr", sandbox, seed=0).tasks
             right = "".join(str(answer.correct) for answer in answers)
             found.setdefault(state, {})[f"{temperature:g}"] = right
-        CONTROL.write_text(json.dumps(found, indent=1) + "\n")
+        LONGER.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def table(found: dict[str, dict]) -> str:
@@ -196,7 +201,7 @@ def table(found: dict[str, dict]) -> str:
 def main() -> int:
     """Trains or measures; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("train", "measure", "control"))
+    parser.add_argument("command", choices=("train", "measure", "longer"))
     parser.add_argument("model", type=Path, help="the directory of SmolLM2")
     parser.add_argument("states", nargs="*", help="base, sft, selfplay, or RUN/STEP")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "warm", help="where the runs go")
@@ -205,7 +210,7 @@ def main() -> int:
     model, runs = options.model.resolve(), options.runs.resolve()
     runs.mkdir(parents=True, exist_ok=True)
     if options.command != "measure":
-        {"train": train, "control": control}[options.command](model, runs)
+        {"train": train, "longer": longer}[options.command](model, runs)
         return 0
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for state in options.states:
