@@ -256,7 +256,8 @@ def measured(arm: str, seed: int, runs: Path) -> None:
             found |= measure.of_full(run, model, settings.steps, aside)
         else:
             temperatures = () if settings.light else measure.TEMPERATURES[: None if seed < settings.wide else 1]
-            found |= measure.of_run(run, model, settings.steps, temperatures, aside)
+            foreign = runs / "operations.jsonl" if "operations.jsonl" in settings.flags else None
+            found |= measure.of_run(run, model, settings.steps, temperatures, aside, foreign)
     measure.write(result(arm, seed), found)
 
 

@@ -393,11 +393,17 @@ def forgotten(arms: Arms) -> str:
     rows = []
     for name in available(arms, "forgetting"):
         cells = [over_seeds(arms[name], lambda r: 100 * (r["forgetting"]["skill_base"] - r["forgetting"]["skill"]), 1)]
-        for key in ("kl_forward/solver", "kl_forward/untrained"):
-            cells.append(over_seeds(arms[name], lambda r, key=key: r["forgetting"][key], sign=False))
+        cells += [over_seeds(arms[name], new_task, sign=False)]
+        cells += [over_seeds(arms[name], lambda r: r["forgetting"]["kl_forward/untrained"], sign=False)]
         rows.append([titled(arms, name), *cells])
-    head = ["arm (seeds)", "skill lost, points", "forward KL, solver prompts", "forward KL, that skill's text"]
+    head = ["arm (seeds)", "skill lost, points", "forward KL, new task", "forward KL, that skill's text"]
     return f"{table(head, rows)}\n\n{predictors(arms)}"
+
+
+def new_task(result: dict) -> float:
+    """KL(base || policy) a token on the prompts that were trained on: the probe's solver prompts are such, but for an
+    arm whose tasks are others."""
+    return result["forgetting"].get("kl_forward/new", result["forgetting"]["kl_forward/solver"])
 
 
 def predictors(arms: Arms) -> str:
@@ -408,7 +414,7 @@ def predictors(arms: Arms) -> str:
         runs = [r for name in available(arms, "forgetting") if name not in without for r in arms[name]]
         lost = np.array([r["forgetting"]["skill_base"] - r["forgetting"]["skill"] for r in runs])
         columns = {
-            "forward KL on solver prompts": [r["forgetting"]["kl_forward/solver"] for r in runs],
+            "forward KL on the new task": [new_task(r) for r in runs],
             "norm of the update": [r["update"]["U1_rel_fro"] for r in runs],
             "S1": [r["update"]["S1"] for r in runs],
             "S5": [r["update"]["S5"]["excess"] for r in runs],

@@ -13,7 +13,8 @@ A file has these keys (T: temperature; rows are held-out tasks in the order of h
                  model solves those of the first and of the last EDGE steps, with its interval over tasks
     probe        entropy of each role on the frozen probe, before and after
     update       size and sparsity of what was added to the adapted weights
-    forgetting   KL to the base and the skill that no arm trains, before and after
+    forgetting   KL to the base (kl_forward/new: on a run's own tasks, where they are unlike the probe's) and the
+                 skill that no arm trains, before and after
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from pathlib import Path
 import numpy as np
 
 import analyze
+from azr.analysis.divergence import token_divergences
+from azr.evals.held_out import sample_seed
 from azr.passk import share_interval
 from azr.runs import read_metrics, read_samples
 from azr.tasks import MODES, Task
+from azr.tasks.prompts import solve_prompt
 from gate_base import FEW_A_CELL
 from gate_lab import Lab
 from gate_numbers import LEVELS, STYLES, statements
@@ -42,6 +46,7 @@ TEMPERATURES = (1.0, 0.8, 0.6, 0.4, 0.2)  # the colder ones for the frontier of 
 ANSWERS, COLDER_ANSWERS = 64, 32  # 64 so that pass@32 has two tries for each of its k
 WINDOW, EDGE = 10, 20  # steps
 PROPOSALS, TRIES = 128, 8  # proposals at either end of a run that the base tries to solve, and how often each
+KL_TASKS = 64  # of each mode
 SERIES = [f"{role}/{mode}/entropy" for role in ("proposer", "solver") for mode in (*MODES, "all")]
 SERIES += [f"proposer/{mode}/{name}" for mode in MODES for name in ("valid_rate", "solve_rate", "learnable_rate")]
 SERIES += [f"solver/{mode}/{name}" for mode in MODES for name in ("accuracy", "response_tokens")]
@@ -182,9 +187,11 @@ def of_base(model: str, seed: int) -> dict:
         return answers(lab, TEMPERATURES)
 
 
-def of_run(run: Path, model: str, steps: int, temperatures: Sequence[float], aside: Path) -> dict:
-    """Everything about a finished training; without temperatures the cheap part alone. ValueError if its last
-    checkpoint is missing."""
+def of_run(
+    run: Path, model: str, steps: int, temperatures: Sequence[float], aside: Path, foreign: Path | None = None
+) -> dict:
+    """Everything about a finished training; without temperatures the cheap part alone. `foreign`: its tasks, where they
+    are unlike those of the probe. ValueError if its last checkpoint is missing."""
     adapter = run / "checkpoints" / f"step_{steps}"
     if not adapter.is_dir():
         raise ValueError(f"{adapter}: no such checkpoint; train it first")
@@ -195,7 +202,22 @@ def of_run(run: Path, model: str, steps: int, temperatures: Sequence[float], asi
         with Lab(model) as base:
             found["proposals"] = proposals(run, base)
     found["series"] = series(run)
-    return found | (digest(analysed(run, model, aside)) if temperatures else {})
+    found |= digest(analysed(run, model, aside)) if temperatures else {}
+    if temperatures and foreign:
+        found["forgetting"]["kl_forward/new"] = kl_on(model, adapter, foreign)
+    return found
+
+
+def kl_on(model: str, adapter: Path, file: Path) -> float:
+    """KL(base || policy) a token, on what the base answers to the first KL_TASKS of each mode."""
+    tasks = [Task.from_json(json.loads(line)) for line in file.read_text().splitlines()]
+    tasks = [task for mode in MODES for task in [t for t in tasks if t.mode == mode][:KL_TASKS]]
+    with Lab(model) as base, Lab(model, adapter) as tuned:
+        prompts = [base.policy.encode(solve_prompt(task, base.template)) for task in tasks]
+        seeds = [[sample_seed(0, task.hash, 0)] for task in tasks]
+        responses = [row[0].ids for row in base.generate(prompts, 1, 1.0, seeds)]
+        forward, _ = token_divergences(tuned.policy, prompts, responses)
+    return float(np.concatenate(forward).mean())
 
 
 def of_full(run: Path, model: str, steps: int, aside: Path) -> dict:

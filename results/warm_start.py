@@ -95,23 +95,23 @@ def train_one(model: Path, runs: Path, name: str, flags: str) -> None:
 
 
 def adapter_of(state: str, runs: Path) -> Path | None:
-    """The checkpoint that a state names: base, RUN (its newest) or RUN/STEP."""
+    """The checkpoint that a state names: base, RUN (its newest) or RUN/STEP, each perhaps with @TEMPERATURE."""
     from azr.policy.opening import newest_checkpoint
 
-    run, _, step = state.partition("/")
+    run, _, step = state.partition("@")[0].partition("/")
     if state == "base":
         return None
     return runs / run / "checkpoints" / f"step_{step}" if step else newest_checkpoint(runs / run)
 
 
-def proposed(policy, sandbox) -> dict[str, dict[str, int]]:
-    """The reasons of PROPOSALS proposals of each mode at temperature 1; "ok" are the valid ones."""
+def proposed(policy, sandbox, temperature: float) -> dict[str, dict[str, int]]:
+    """The reasons of PROPOSALS proposals of each mode; "ok" are the valid ones."""
     from azr.evals.held_out import sample_seed
     from azr.policy.sampling import Sampling
     from azr.tasks.prompts import STOP
     from azr.tiny.documents import draw_proposal
 
-    reasons, sampling = {}, Sampling(temperature=1.0, max_new_tokens=256, stop=(STOP,))
+    reasons, sampling = {}, Sampling(temperature=temperature, max_new_tokens=256, stop=(STOP,))
     for mode in MODES:
         rng = random.Random(f"warm start/{mode}")
         references = [draw_proposal(mode, rng, most=max(LEVELS)).references[:2] for _ in range(PROPOSALS)]
@@ -126,14 +126,17 @@ def proposed(policy, sandbox) -> dict[str, dict[str, int]]:
     return reasons
 
 
-def measured(model: Path, adapter: Path | None) -> dict:
-    """Proposals, and greedy answers to held-out tasks: {mode: {right, tasks}}."""
+def measured(model: Path, adapter: Path | None, temperature: str) -> dict:
+    """Proposals at a temperature and greedy answers to held-out tasks; at a temperature that is given the first alone."""
     from azr.evals.held_out import evaluate, load_tasks
     from azr.policy import Policy, Sampling
     from azr.tasks.prompts import STOP
     from sandbox import Sandbox
 
     policy = Policy.load(model, "none", adapter=adapter, device="cpu")
+    if temperature:
+        with Sandbox() as sandbox:
+            return {"proposals": proposed(policy, sandbox, float(temperature)), "right": {}}
     held_out = load_tasks(ROOT / "azr" / "tiny" / "held_out.jsonl")
     tasks = []
     for mode in MODES:
@@ -141,7 +144,7 @@ def measured(model: Path, adapter: Path | None) -> dict:
             tasks += [task for task in held_out if task.mode == mode and level(task) == size][:A_CELL]
     greedy = Sampling(temperature=0.0, max_new_tokens=256, stop=(STOP,))
     with Sandbox() as sandbox:
-        reasons = proposed(policy, sandbox)
+        reasons = proposed(policy, sandbox, 1.0)
         answers = evaluate(policy, tasks, 1, greedy, "azr", sandbox, seed=0).tasks
     return {
         "proposals": reasons,
@@ -193,7 +196,8 @@ def table(found: dict[str, dict]) -> str:
     for state, row in found.items():
         valid = sum(reasons.get("ok", 0) for reasons in row["proposals"].values())
         cells = [share(valid, len(MODES) * PROPOSALS)]
-        cells += [share(row["right"][mode].count("1"), len(row["right"][mode])) for mode in MODES]
+        right = [row["right"].get(mode) for mode in MODES]
+        cells += [share(bits.count("1"), len(bits)) if bits else "-" for bits in right]
         lines.append(f"| {state} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -203,7 +207,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("train", "measure", "longer"))
     parser.add_argument("model", type=Path, help="the directory of SmolLM2")
-    parser.add_argument("states", nargs="*", help="base, sft, selfplay, or RUN/STEP")
+    parser.add_argument("states", nargs="*", help="base, RUN or RUN/STEP; RUN@0.4: its proposals there")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "warm", help="where the runs go")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -215,7 +219,7 @@ def main() -> int:
     found = json.loads(FILE.read_text()) if FILE.exists() else {}
     for state in options.states:
         if state not in found:
-            row = measured(model, adapter_of(state, runs))
+            row = measured(model, adapter_of(state, runs), state.partition("@")[2])
             found = (json.loads(FILE.read_text()) if FILE.exists() else {}) | {state: row}
             FILE.write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))
