@@ -127,7 +127,7 @@ def proposed(policy, sandbox, temperature: float) -> dict[str, dict[str, int]]:
 
 
 def measured(model: Path, adapter: Path | None, temperature: str) -> dict:
-    """Proposals at a temperature and greedy answers to held-out tasks; at a temperature that is given the first alone."""
+    """Proposals at a temperature and greedy answers to held-out tasks; at a temperature given, proposals alone."""
     from azr.evals.held_out import evaluate, load_tasks
     from azr.policy import Policy, Sampling
     from azr.tasks.prompts import STOP
