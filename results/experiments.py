@@ -2,6 +2,7 @@
 
     python results/experiments.py list                      the arms, their flags, what is done
     python results/experiments.py run joint/0               one run: data, training, measurements
+    python results/experiments.py measure joint/5 --temperature 1.2     one more temperature of a run that is measured
     python results/experiments.py run --jobs 2              everything that is missing, in the order of the list
     python results/findings.py                              tables and plots of RESULTS.md from results/arms/*.json
     python -m azr.tiny.make --hidden 64 --out runs/experiments/tiny-half --work runs/half    once, for the half-* arms
@@ -261,6 +262,18 @@ def measured(arm: str, seed: int, runs: Path) -> None:
     measure.write(result(arm, seed), found)
 
 
+def hotter(arm: str, seed: int, runs: Path, temperature: float) -> None:
+    """Adds answers at one more temperature to the file of results of a run that is measured."""
+    import measure
+    from gate_lab import Lab
+
+    found = json.loads(result(arm, seed).read_text())
+    run = runs / f"{arm}-{seed}" / "checkpoints" / f"step_{found.get('steps')}"
+    with Lab("tiny", None if arm == "base" else run, seed=seed if arm == "base" else 0) as lab:
+        found["sampled"][f"{temperature:g}"] = measure.sampled(lab, temperature, measure.ANSWERS)
+    measure.write(result(arm, seed), found)
+
+
 # ---------------------------------------------------------------- the script
 
 
@@ -285,6 +298,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("list", "run", "measure"))
     parser.add_argument("names", nargs="*", metavar="ARM/SEED", help="default: all that is missing")
+    parser.add_argument("--temperature", type=float, help="measure: only this one, beside what is measured")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core each")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments", help="where the runs go")
     arguments = parser.parse_args()
@@ -304,7 +318,7 @@ def main() -> int:
     try:
         if arguments.command == "measure":
             for name in names:
-                measured(*name, runs)
+                measured(*name, runs) if arguments.temperature is None else hotter(*name, runs, arguments.temperature)
             return 0
         prepare(runs)
     except (RuntimeError, ValueError, OSError) as error:

@@ -120,7 +120,7 @@ def frontier(arms: Arms) -> str:
     """pass@1 against pass@16 at every temperature."""
     rows = []
     for name in ("base", *available(arms, "sampled")):
-        wide = [result for result in arms[name] if len(result["sampled"]) > 1]
+        wide = [result for result in arms[name] if set(TEMPERATURES) <= {*result["sampled"], "0"}]
         if wide:
             points = [[np.mean([solved(r, k, t).mean() for r in wide]) for k in (1, 16)] for t in TEMPERATURES]
             rows.append([f"{name} ({len(wide)})", *(f"{one:.3f}, {many:.3f}" for one, many in points)])

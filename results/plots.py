@@ -53,7 +53,7 @@ def frontier(arms: Arms):
     """pass@16 against pass@1, a point a temperature."""
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for name in ("base", *shown(arms)):
-        wide = [result for result in arms[name] if len(result["sampled"]) > 1]
+        wide = [result for result in arms[name] if set(TEMPERATURES) <= {*result["sampled"], "0"}]
         if wide:
             points = [[np.mean([solved(r, k, t).mean() for r in wide]) for k in (1, 16)] for t in TEMPERATURES[:-1]]
             axes.plot(*zip(*points), **look(name))

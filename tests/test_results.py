@@ -220,6 +220,16 @@ def test_ten_numbers_of_the_page_come_back_from_the_files():
             assert numbers(row("coverage", arm))[place] == pytest.approx(gain, abs=6e-4)
 
 
+def test_one_more_temperature_beside_what_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    before = made_up("base", 0, 0.0)
+    measure.write(tmp_path / "arms" / "base-0.json", before)
+    monkeypatch.setattr(measure, "sampled", lambda lab, temperature, n: {"n": n, "T": temperature, "by": lab.seed})
+    experiments.hotter("base", 0, tmp_path, 1.2)
+    after = json.loads((tmp_path / "arms" / "base-0.json").read_text())
+    assert after["sampled"].pop("1.2") == {"n": measure.ANSWERS, "T": 1.2, "by": 0} and after == before
+
+
 def test_numbers_are_short_and_come_back(tmp_path):
     measure.write(tmp_path / "x.json", {"a": 1 / 3, "b": [{"c": 2.0}], "d": float("nan")})
     assert json.loads((tmp_path / "x.json").read_text()) == {"a": 0.3333, "b": [{"c": 2.0}], "d": None}
