@@ -82,14 +82,14 @@ def test_other_operations_are_right_and_other(tmp_path):
     kinds = [{kind_of(entry) for name in tables for entry in getattr(m, name)} for m in (other_operations, operations)]
     assert not kinds[0] & kinds[1]
     file = tmp_path / "others.jsonl"
-    command = [sys.executable, ROOT / "results" / "other_operations.py", "make", "tiny", file, "--count", "60"]
+    command = [sys.executable, ROOT / "results" / "other_operations.py", "make", "tiny", file, "--count", "30"]
     subprocess.run(command, check=True, capture_output=True)
     made = [Task.from_json(json.loads(line)) for line in file.read_text().splitlines()]
     pairs = [(task, task.program) for task in made if task.mode == "induction"]
     # the output of a deduction would be believed: its program is run, as for an abduction
     pairs += [(replace(task, mode="abduction"), task.input) for task in made if task.mode != "induction"]
     with Sandbox(workers=1) as sandbox:
-        assert all(verdict.ok for verdict in judge(pairs, sandbox)) and len(pairs) == 180
+        assert all(verdict.ok for verdict in judge(pairs, sandbox)) and len(pairs) == 90
 
 
 # ---------------------------------------------------------------- tables

@@ -245,15 +245,15 @@ def excess_as_stored(w0, delta):
 
 @pytest.mark.parametrize("rms, rank", [(3e-6, 96), (3e-5, 96), (3e-5, 16), (5e-4, 16)])
 def test_rounding_is_no_structure(rms, rank):
-    """What bf16 stores of a random update, most of which is too small for it, has no excess; see the test above. The
-    plain null, which is not rounded, says of the same update that more is changed than chance changes."""
+    """What bf16 stores of a random update, most of which is too small for it, has no excess; see the test above (of 12
+    at most 3: p = .002). The plain null, which is not rounded, says of the same that chance changes less."""
     outside = 0
-    for seed in range(30):
+    for seed in range(12):
         w0 = (SIGMA * gaussian(128, 96, seed=seed)).bfloat16()
         delta, _ = low_rank(128, 96, rank, rms, seed=300 + seed)
         found = excess_as_stored(w0, delta)
         outside += not found["low"] <= 0 <= found["high"]
-    assert outside <= 5
+    assert outside <= 3
     plain = excess_of(w0, stored(w0, delta), torch.linalg.svdvals(stored(w0, delta)))[0]
     assert rms > 1e-4 or plain["high"] < 0
 
