@@ -99,7 +99,7 @@ def adapter_of(state: str, runs: Path) -> Path | None:
     from azr.policy.opening import newest_checkpoint
 
     run, _, step = state.partition("@")[0].partition("/")
-    if state == "base":
+    if run == "base":
         return None
     return runs / run / "checkpoints" / f"step_{step}" if step else newest_checkpoint(runs / run)
 

@@ -291,7 +291,10 @@ class Policy:
         in_part = self.known and len(asked) > 0
         more |= {"asked": asked} if in_part else {}
         hidden = self.backbone(input_ids=ids, use_cache=False, **more).last_hidden_state.flatten(0, 1)
-        hidden = (hidden if in_part else hidden[asked])[which]
+        hidden = hidden if in_part else hidden[asked]
+        # `which` repeats a state, so its gradient is a sum: on a CPU index_select adds in one order where indexing adds
+        # from all threads at once, and a run would not repeat; on CUDA it is the other way round.
+        hidden = hidden.index_select(0, which) if hidden.device.type == "cpu" else hidden[which]
         log_prob, entropy = ChunkedLogProb.apply(hidden, self.head.weight, target, temperature, chunk)
         padded = [x.new_zeros(mask.shape).masked_scatter(mask, x) for x in (log_prob, entropy)]
         return Scored(indices, padded[0], padded[1], mask)

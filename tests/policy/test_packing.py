@@ -123,3 +123,29 @@ def test_the_last_layer_computes_what_is_asked_for_and_nothing_else():
         part = policy.backbone(input_ids=ids, asked=asked).last_hidden_state
     assert torch.allclose(part[0], whole[asked], atol=1e-6) and part.shape[:2] == (1, 3)
     assert [tuple(shape[:2]) for shape in seen] == [(2, 4), (1, 3)]
+
+
+def test_a_state_that_predicts_many_tokens_has_one_gradient():
+    """Equal answers share their states; with two threads the gradient of one is still a sum in one order."""
+    policy = Policy.load(model_path("tiny"), "none", lora=LoraSettings(), device="cpu")
+    with torch.no_grad():  # or A has no gradient
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(1))
+    prompt, response = policy.encode("User: solve deduction\n"), policy.encode("p=5+3=8;q=max(8, 9)=9;r=9+9=18;")
+    weights, threads = [p for p in policy.model.parameters() if p.requires_grad], torch.get_num_threads()
+    # different weights of the samples, or the order would not matter
+    share = torch.linspace(0.1, 1.7, 64)[:, None]
+
+    def gradient():
+        policy.model.zero_grad()
+        for part in policy.score([prompt] * 64, [response] * 64, with_grad=True):
+            (share[part.indices] * part.log_prob * part.mask).sum().backward()
+        return torch.cat([p.grad.flatten() for p in weights])
+
+    try:
+        torch.set_num_threads(2)
+        first = gradient()
+        assert first.norm() > 0 and all(torch.equal(gradient(), first) for _ in range(10))
+    finally:
+        torch.set_num_threads(threads)
