@@ -65,15 +65,18 @@ FOUR = "--minibatches 4 --learning-rate 2.5e-4"  # four steps of AdamW, so that 
 RLVR = f"--algorithm rlvr --step-tokens {STEP_TOKENS} --data {{runs}}"
 SFT = f"--algorithm sft --step-tokens {STEP_TOKENS} --data {{runs}}"
 ARMS = {
-    "joint": Arm("", 8, 3),
-    "no-update": Arm("--proposer no-update", 5),
-    "frozen-base": Arm("--proposer frozen-base", 8),
-    "separate": Arm("--proposer separate", 5),
+    "joint": Arm("", 10, 3),
+    "no-update": Arm("--proposer no-update", 10),
+    "frozen-base": Arm("--proposer frozen-base", 10),
+    "separate": Arm("--proposer separate", 10),
     "rlvr": Arm(f"{RLVR}/tasks.jsonl", 5, 3),
     # on what joint of the same seed proposed: the seeds are the latest of joint's, whose runs were still there
     "rlvr-proposed": Arm(f"{RLVR}/proposed-{{seed}}.jsonl", first=5),
     "joint-long": Arm("", steps=LONG),
     "rlvr-long": Arm(f"{RLVR}/tasks.jsonl", steps=LONG),
+    "frozen-base-long": Arm("--proposer frozen-base", steps=LONG),
+    "separate-long": Arm("--proposer separate", steps=LONG),
+    "sft-traces-long": Arm(f"{SFT}/traces.jsonl", steps=LONG),
     "sft": Arm(f"{SFT}/gold.jsonl", 3, 3),
     "sft-traces": Arm(f"{SFT}/traces.jsonl"),
     "sft-worded": Arm(f"{SFT}/worded.jsonl"),
@@ -83,6 +86,8 @@ ARMS = {
     "uniform": Arm("--proposer-reward uniform", 5, light=True),
     "half-peak": Arm("--proposer-reward half-peak", 5, light=True),
     "ends": Arm("--ends-penalty 0.5", light=True),
+    "half-peak-ends": Arm("--proposer-reward half-peak --ends-penalty 0.5", light=True),
+    "uniform-ends": Arm("--proposer-reward uniform --ends-penalty 0.5", light=True),
     "azr": Arm("--recipe azr", 5, light=True),
     # azr trains on a third of joint's tokens: is it behind at its best rate too, and after twice the steps?
     "azr-5e-4": Arm("--recipe azr --learning-rate 5e-4", light=True),
@@ -121,7 +126,7 @@ ARMS = {
 FULL_STEPS = 40  # of a training of every weight, whose weights alone are looked at
 FULL = {
     f"full-{name}-{rate}-{dtype}": Arm(
-        f"{ARMS[name].flags} --train full --dtype {dtype} --learning-rate {rate}".strip(), 1, steps=FULL_STEPS
+        f"{ARMS[name].flags} --train full --dtype {dtype} --learning-rate {rate}".strip(), 3, steps=FULL_STEPS
     )
     for dtype in ("bf16", "fp32")
     for rate in ("1e-6", "1e-5", "1e-4")
