@@ -1,6 +1,6 @@
 """Self-play training of one model that proposes small Python tasks and solves them (Absolute Zero, arXiv 2505.03335).
 
-    python train_azr.py                          the embedded tiny model, on a laptop: four to six minutes, no GPU
+    python train_azr.py                          the embedded tiny model, on a laptop: two to six minutes, no GPU
     python train_azr.py --model qwen-3b          4-bit base + LoRA on one GPU
     torchrun --nproc-per-node 4 train_azr.py --model qwen-3b      the same run on four (docs/several-gpus.md)
     python train_azr.py --out runs/a --resume auto     go on after a stop, a crash or a kill

@@ -271,9 +271,9 @@ def rate_change(result: dict) -> float | None:
 
 
 def longer(arms: Arms) -> str:
-    """What twice the steps change: of self-play and of RLVR, beside the arm of the usual length."""
+    """What twice the steps change, of self-play and of RLVR, beside the arm of the usual length."""
     base, rows = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in (16, 32)}, []
-    for name in (name for arm in ("joint", "rlvr") for name in (arm, arm + LONG) if name in arms):
+    for name in (name for arm in ("joint", "frozen-base", "rlvr") for name in (arm, arm + LONG) if name in arms):
         cells = [over_seeds(arms[name], lambda r: (greedy(r) - greedy(arms["base"][0])).mean())]
         cells += [f"{np.mean([traced(r) for r in arms[name]]):.2f}"]
         cells += [over_seeds(arms[name], lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in base]
@@ -364,21 +364,21 @@ def updates(arms: Arms) -> str:
 
 
 def every_weight(arms: Arms) -> str:
-    """The same for trainings of every weight, by learning rate and dtype."""
+    """The same for trainings of every weight, by learning rate and dtype; means over seeds."""
     rows = []
     for name in sorted((n for n in arms if is_full(n)), key=_rate_first):
-        (result,) = arms[name][:1]
-        u, accuracy = result["update"], result["accuracy"]
-        share = [f"{100 * u[key]:.1f} %" for key in ("S0", "S1", "S2")]
-        end = accuracy[max(accuracy, key=int)] if accuracy else None
-        _, rate, dtype = _rate_first(name)
+        part, _, rate, dtype = [r["update"] for r in arms[name]], *_rate_first(name)
+        share = [f"{100 * np.mean([u[key] for u in part]):.1f} %" for key in ("S0", "S1", "S2")]
         # what bf16 has stored is rounded already: scaled, it would say how often, not how much
-        share += [f"{100 * u['at_rms_3e-5']['S1']:.1f} %" if dtype == "fp32" else "-"]
-        share += [f"{u['S5']['excess']:+.4f}" if u["S5"] else "-"]
-        cells = [f"{u['U1_rms']:.1e}", *share, f"{end:.3f}" if end else "-"]
-        rows.append([result["arm"].removeprefix("full-").rsplit("-", 3)[0], rate, dtype, *cells])
-    head = ["arm", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "S1 at RMS 3e-5", "S5", "greedy"]
-    return table(head, rows)
+        scaled = [u["at_rms_3e-5"]["S1"] for u in part if dtype == "fp32"]
+        share += [f"{100 * np.mean(scaled):.1f} %" if scaled else "-"]
+        share += [over_seeds(part, lambda u: u["S5"] and u["S5"]["excess"], 4)]
+        ends = [accuracy[max(accuracy, key=int)] for r in arms[name] if (accuracy := r["accuracy"])]
+        cells = [f"{np.mean([u['U1_rms'] for u in part]):.1e}", *share, f"{np.mean(ends):.3f}" if ends else "-"]
+        arm = name.removeprefix("full-").rsplit("-", 3)[0]
+        rows.append([f"{arm} ({len(part)})", rate, dtype, *cells])
+    head = ["arm (seeds)", "learning rate", "weights", "RMS of the change", "S0", "S1", "S2", "S1 at RMS 3e-5", "S5"]
+    return table([*head, "greedy"], rows)
 
 
 def _rate_first(name: str) -> tuple[str, str, str]:

@@ -133,6 +133,7 @@ def differences(one: Path, other: Path, steps: int) -> list[str]:
         return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))} for row in rows]
 
     names = ["samples.jsonl", "probe.jsonl", "eval/held_out.jsonl", "eval/base.json", f"eval/step_{steps}.json"]
+    names += ["eval/greedy_base.json", f"eval/greedy_step_{steps}.json"]
     names += [f"checkpoints/step_{steps}/{name}" for name in ("adapter_model.safetensors", "state/tensors.safetensors")]
     names += ["checkpoints/best.json"]
     different = [] if metrics(one) == metrics(other) else ["metrics.jsonl"]

@@ -84,7 +84,8 @@ class Entry:
     run: RunData
     digest: Digest | None
     dynamics: dict | None
-    passes: tuple[EvalResult, EvalResult, int] | None  # base, trained, its step
+    greedy: tuple[EvalResult, EvalResult, int] | None  # base, trained, its step: one greedy answer a task
+    passes: tuple[EvalResult, EvalResult, int] | None  # many answers a task
     extra: dict  # what other instruments left: a key of EXTRAS -> what its file holds
     warnings: list[str] = field(default_factory=list)
     facts: list[str] = field(default_factory=list)
@@ -109,7 +110,8 @@ def read_entry(path: str) -> Entry:
         run.notes.append(f"{error}; what is made of samples is left out")
         digest = changes = None
     extra = {name: optional(run, place) for name, (place, _) in EXTRAS.items()}
-    entry = Entry(run, digest, changes, _passes(run), {name: value for name, value in extra.items() if value})
+    extra = {name: value for name, value in extra.items() if value}
+    entry = Entry(run, digest, changes, before_and_after(run, "greedy_"), before_and_after(run, ""), extra)
     entry.warnings, entry.facts = warnings_of(entry), facts_of(entry)
     return entry
 
@@ -123,19 +125,29 @@ def optional(run: RunData, place: str) -> dict | None:
         return None
 
 
-def _passes(run: RunData) -> tuple[EvalResult, EvalResult, int] | None:
-    """base.json and the newest step_N.json of RUN/eval, if they are comparable."""
-    steps = [int(m[1]) for p in (run.path / "eval").glob("step_*.json") if (m := re.fullmatch(r"step_(\d+)", p.stem))]
-    files = [optional(run, f"eval/{name}.json") for name in ("base", f"step_{max(steps)}")] if steps else [None]
-    if None in files:
-        return None
+def answers_in(run: RunData, name: str) -> EvalResult | None:
+    """RUN/eval/NAME.json; None, and if it is damaged a note, if there is none."""
+    stored = optional(run, f"eval/{name}.json")
     try:
-        base, newest = map(EvalResult.from_json, files)
-        difference(base, newest)
+        return EvalResult.from_json(stored) if stored else None
     except ValueError as error:
-        run.notes.append(f"eval/: pass@k is left out ({error})")
+        run.notes.append(f"eval/{name}.json: left out ({error})")
         return None
-    return base, newest, max(steps)
+
+
+def before_and_after(run: RunData, kind: str) -> tuple[EvalResult, EvalResult, int] | None:
+    """KINDbase.json and the newest KINDstep_N.json of RUN/eval, if they are comparable."""
+    found = [re.fullmatch(rf"{kind}step_(\d+)", path.stem) for path in (run.path / "eval").glob("*.json")]
+    if not (steps := [int(match[1]) for match in found if match]):
+        return None
+    base, newest = (answers_in(run, f"{kind}{name}") for name in ("base", f"step_{max(steps)}"))
+    try:
+        if base and newest:
+            difference(base, newest)
+    except ValueError as error:
+        run.notes.append(f"eval/: before and after are left out ({error})")
+        return None
+    return (base, newest, max(steps)) if base and newest else None
 
 
 # ------------------------------------------------------------------------------------------------------- words
@@ -157,14 +169,14 @@ def warnings_of(entry: Entry) -> list[str]:
 def facts_of(entry: Entry) -> list[str]:
     """What happened, in sentences with n and intervals."""
     run, sentences = entry.run, []
-    if entry.passes:
-        base, trained, step = entry.passes
-        for k in entry.ks:
-            before, after, gain = base.pass_at_k(k), trained.pass_at_k(k), difference(base, trained, k)
-            sentences.append(
-                f"pass@{k} on {len(base.tasks)} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after "
-                f"{step} steps, difference {shown(gain, sign=True)}."
-            )
+    measured = [(entry.greedy, 1, "Greedy accuracy")] if entry.greedy else []
+    measured += [(entry.passes, k, f"pass@{k}") for k in (entry.ks if entry.passes else ())]
+    for (base, trained, step), k, what in measured:
+        before, after, gain = base.pass_at_k(k), trained.pass_at_k(k), difference(base, trained, k)
+        sentences.append(
+            f"{what} on {len(base.tasks)} held-out tasks: {before.mean:.3f} before, {after.mean:.3f} after "
+            f"{step} steps, difference {shown(gain, sign=True)}."
+        )
     for role in ROLES:
         if pair := mean_ends(run, role):
             first, last = pair
@@ -288,6 +300,8 @@ def across_runs(entries: list[Entry]) -> str:
         for k in entry.ks if entry.passes else ():
             gain = difference(entry.passes[0], entry.passes[1], k).mean
             columns.setdefault(f"pass@{k}, after minus before", []).append(gain)
+        if entry.greedy:
+            columns.setdefault("greedy accuracy, likewise", []).append(difference(*entry.greedy[:2], 1).mean)
         for role in ROLES:
             if pair := mean_ends(entry.run, role):
                 change = pair[1].mean() - pair[0].mean()
@@ -433,6 +447,9 @@ def held_out(run: RunData, mode: str) -> tuple[list[int], list[dict]]:
     tasks = tolerant_lines(path, []) if path.is_file() else ()
     n = sum(mode in ("all", row.get("mode")) for row in tasks)
     steps, rows = [], []
+    if before := answers_in(run, "greedy_base"):
+        right = before.column("correct", None if mode == "all" else mode)
+        steps, rows = ([0], [mean_row(right, share_interval)]) if len(right) else ([], [])
     for step, value in zip(run.steps.tolist(), values.tolist()):
         if np.isfinite(value):
             # each task was right or wrong

@@ -1,8 +1,9 @@
 """What a training run is measured on: held-out tasks fixed when it starts, greedy accuracy, answers for pass@k.
 
     evaluation = Evaluation(config, policy, sandbox, template, sampling, run_dir)
+    base = evaluation.greedy_answers("base")                # EvalResult, made once and kept in eval/greedy_base.json
     metrics = evaluation.greedy()                           # every --eval-every steps
-    base = evaluation.pass_at_k_samples("base")             # EvalResult, made once and kept in eval/base.json
+    base = evaluation.pass_at_k_samples("base")             # many answers a task, likewise in eval/base.json
 
 The embedded model's file has 2,100 tasks, too many for a run: greedy accuracy is measured on GREEDY for each mode and
 difficulty from 1 to 6 statements, and of these SAMPLED are answered many times, evenly spread over the file in both
@@ -16,6 +17,7 @@ import dataclasses
 import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,20 +115,37 @@ class Evaluation:
 
     def greedy(self) -> dict[str, float]:
         """Metrics of one greedy answer to each task."""
-        greedy = dataclasses.replace(self.sampling, temperature=0.0)
-        return evaluate(self.policy, self.tasks(), 1, greedy, self.template, self.sandbox, 0).metrics()
+        return self._answers(self.tasks(), 1, 0.0).metrics()
+
+    def greedy_answers(self, name: str) -> EvalResult | None:
+        """One greedy answer to each task, kept in eval/greedy_NAME.json, made only once. None with --eval-every 0."""
+        if not self.config.eval_every:
+            return None
+        return self._kept(f"greedy_{name}", f"greedy answers, {name}", self.tasks(), 1, 0.0)
 
     def pass_at_k_samples(self, name: str) -> EvalResult | None:
         """--eval-samples answers to each task (tiny: a part of them); kept in eval/NAME.json, made only once. None if
         there are to be none."""
-        path, n = self.run_dir / "eval" / f"{name}.json", self.config.eval_samples
+        n = self.config.eval_samples
         if not n:
             return None
-        if not path.exists():
-            with console.bar(f"held-out tasks, {n} answers each, {name}") as advance:
-                settings = self.sampling, self.template, self.sandbox, 0, advance
-                tasks = evenly(self.tasks(), SAMPLED) if self.own else self.tasks()
-                result = evaluate(self.policy, tasks, n, *settings)
+        tasks = evenly(self.tasks(), SAMPLED) if self.own else self.tasks()
+        return self._kept(name, f"{n} answers each, {name}", tasks, n, self.sampling.temperature)
+
+    def _answers(self, tasks: list[Task], n: int, temperature: float, advance: Callable | None = None) -> EvalResult:
+        sampling = dataclasses.replace(self.sampling, temperature=temperature)
+        return evaluate(self.policy, tasks, n, sampling, self.template, self.sandbox, 0, advance)
+
+    def has(self, name: str) -> bool:
+        """Whether eval/NAME.json is there."""
+        return (self.run_dir / "eval" / f"{name}.json").exists()
+
+    def _kept(self, name: str, what: str, tasks: list[Task], n: int, temperature: float) -> EvalResult:
+        """What eval/NAME.json holds, made first if it is not there."""
+        path = self.run_dir / "eval" / f"{name}.json"
+        if not self.has(name):
+            with console.bar(f"held-out tasks, {what}") as advance:
+                result = self._answers(tasks, n, temperature, advance)
             write_json_atomic(path, result.to_json())
         return EvalResult.from_json(json.loads(path.read_text()))
 

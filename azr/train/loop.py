@@ -216,6 +216,8 @@ def begin(s, propose: Callable, validate: Callable, solve: Callable) -> None:
     if not s.completed:  # each is made once, so what a stop has left out is made up for
         freeze_probe(s, propose, solve)
         s.evaluation.freeze(s.buffers)
+        if greedy := s.evaluation.greedy_answers("base"):
+            screen.held_out(greedy.metrics(), "before the first step: ")
         s.evaluation.pass_at_k_samples("base")
 
 
@@ -373,13 +375,17 @@ def conclude(s, watch) -> None:
     rows = [row for row in read_metrics(s.run.dir) if row["step"] > 0]
     count = min(10, max(1, len(rows) // 2))
     screen.training_table(rows[:count], rows[-count:])
-    base, trained = (s.evaluation.pass_at_k_samples(name) for name in ("base", f"step_{s.completed}"))
-    if base and trained and s.ranks.leads:
-        ks = powers_of_two(s.config.eval_samples)
-        screen.before_after(base, trained, ks)
+    names, greedy = ("base", f"step_{s.completed}"), []
+    if s.evaluation.has("greedy_base"):  # else the run is older than this measurement, and it is too late for it
+        greedy = [s.evaluation.greedy_answers(name) for name in names]
+    sampled = [result for name in names if (result := s.evaluation.pass_at_k_samples(name))]
+    ks = powers_of_two(s.config.eval_samples) if sampled else [1]
+    if (greedy or sampled) and s.ranks.leads:
+        screen.before_after(greedy, sampled, ks)
+    if sampled and s.ranks.leads:
         plot = s.run.dir / "plots" / "pass_at_k.png"
         plot.parent.mkdir(exist_ok=True)
-        plot.write_bytes(png(plot_pass_at_k(base, trained, NAMES[s.config.algorithm], ks)))
+        plot.write_bytes(png(plot_pass_at_k(*sampled, NAMES[s.config.algorithm], ks)))
         console.say(f"pass@k, base against trained: {plot}")
     if best := s.evaluation.mark_best():
         console.say(best)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,8 +145,7 @@ class StepLines:
         lines = step_lines(metrics, self.steps, left, price)
         say(next((line for line in lines if not console.is_terminal or len(line) < console.width), lines[-1]))
         if "held_out/deduction/accuracy" in metrics or "held_out/all/accuracy" in metrics:
-            held = [metrics.get(f"held_out/{mode}/accuracy", float("nan")) for mode in MODES]
-            say(f"{INDENT}held-out greedy accuracy in % ({INITIALS}): {percent(held)}")
+            held_out(metrics, INDENT)
         moved = {role: metrics.get(f"{role}/all/probe_kl") for role in ("proposer", "solver")}
         if moved := ", ".join(f"{role} {kl:.4f}" for role, kl in moved.items() if kl is not None):
             say(f"{INDENT}KL from step 0, nats a token: {moved}")
@@ -225,34 +225,34 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.expandtabs(4))
 
 
-def before_after(base: EvalResult, trained: EvalResult, ks: list[int]) -> None:
-    """pass@k on the held-out tasks, base against trained, with 95 % intervals paired over the tasks."""
-    samples, temperature = base.settings["samples"], base.settings["sampling"]["temperature"]
-    table = Table(
-        title=f"held-out tasks, {samples} answers each, T {temperature:g}; intervals over tasks, * without 0",
-        title_justify="left",
-    )
+def held_out(metrics: dict, before: str) -> None:
+    """The line of what is solved greedily."""
+    held = [metrics.get(f"held_out/{mode}/accuracy", float("nan")) for mode in MODES]
+    say(f"{before}held-out greedy accuracy in % ({INITIALS}): {percent(held)}")
+
+
+def before_after(greedy: Sequence[EvalResult], sampled: Sequence[EvalResult], ks: list[int]) -> None:
+    """Base against trained on the held-out tasks, each pair or nothing: greedy accuracy, pass@k, with 95 % intervals
+    paired over the tasks."""
+    said = [f"{len(greedy[0].tasks)} greedily"] if greedy else []
+    if sampled:
+        samples, temperature = sampled[0].settings["samples"], sampled[0].settings["sampling"]["temperature"]
+        said += [f"{len(sampled[0].tasks)} with {samples} answers at T {temperature:g}"]
+    table = Table(title=f"held-out tasks: {', '.join(said)}; * without 0", title_justify="left")
     for name in ("mode", "what", "base", "trained", "difference [95 %]"):
         table.add_column(name, justify="left" if name in ("mode", "what") else "right")
-    for mode in [*base.modes, None]:
-        for k in dict.fromkeys((1, ks[-1])):
-            gain = difference(base, trained, k, mode)
-            table.add_row(
-                mode or "all",
-                f"pass@{k}",
-                f"{base.pass_at_k(k, mode).mean:.3f}",
-                f"{trained.pass_at_k(k, mode).mean:.3f}",
-                signed(gain),
-            )
-        name = ("correct_well_formed", "well_formed", mode)
-        table.add_row(
-            "",
-            "@1, well-formed",
-            f"{base.share(*name):.3f}",
-            f"{trained.share(*name):.3f}",
-            signed(well_formed_difference(base, trained, mode)),
-            end_section=True,
-        )
+    for mode in [*(greedy or sampled)[0].modes, None]:
+        measured = [("greedy", greedy, 1)] if greedy else []
+        measured += [(f"pass@{k}", sampled, k) for k in dict.fromkeys((1, ks[-1]))] if sampled else []
+        rows = [
+            (what, *(f"{result.pass_at_k(k, mode).mean:.3f}" for result in pair), signed(difference(*pair, k, mode)))
+            for what, pair, k in measured
+        ]
+        if sampled:
+            shares = (f"{result.share('correct_well_formed', 'well_formed', mode):.3f}" for result in sampled)
+            rows.append(("@1, well-formed", *shares, signed(well_formed_difference(*sampled, mode))))
+        for row in rows:
+            table.add_row(mode or "all", *row, end_section=row is rows[-1])
     console.print(table)
 
 

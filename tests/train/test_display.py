@@ -63,7 +63,7 @@ display.training_table([row(1)], [row(2)])
 settings = {"samples": 64, "sampling": {"temperature": 1.0}}
 base, trained = (EvalResult([TaskResult(str(i), mode, 64, correct * (i + 1), 60, correct, 2, 0, 0)
                              for mode in MODES for i in range(5)], settings) for correct in (2, 9))
-display.before_after(base, trained, [1, 64])
+display.before_after([base, trained], [base, trained], [1, 64])
 with console.bar("held-out tasks, 64 answers each, step_120") as advance:
     advance(19200, 38400)
     advance(38400, 38400)

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,12 +84,20 @@ def test_the_embedded_model_is_measured_on_a_part_of_its_file(held_out, tmp_path
 def test_many_answers_are_for_a_part_of_that_part(held_out, tmp_path):
     config, policy = resolve(Config(eval_samples=2))[0], Policy.load(str(TINY), "none", max_batch=512)
     with Sandbox(1) as sandbox:
-        short = Sampling(1.0, max_new_tokens=3)
+        short = Sampling(1.0, max_new_tokens=24)
         own = Evaluation(config, policy, sandbox, "tiny", short, tmp_path)
         own.freeze(Buffers())
         base = own.pass_at_k_samples("base")
+        greedy = own.greedy_answers("base")
+        accuracy = own.greedy()["held_out/all/accuracy"]
     assert [row.hash for row in base.tasks] == [task.hash for task in evenly(held_out, 5)]
     assert base.settings["samples"] == 2 and own.pass_at_k_samples("base") == base  # read, not made again
+    own.sandbox = None
+    assert own.greedy_answers("base") == greedy and len(greedy.tasks) == 360 and greedy.settings["samples"] == 1
+    assert greedy.pass_at_k(1).mean == accuracy > 0.05 and greedy.settings["sampling"]["temperature"] == 0
+    assert not own.has("greedy_step_80")
+    own.config = replace(config, eval_every=0)
+    assert own.greedy_answers("base") is None
 
 
 def test_a_file_is_taken_whole_and_stays_as_it_was(held_out, tmp_path):

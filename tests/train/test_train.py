@@ -78,8 +78,10 @@ def test_a_run_leaves_what_it_promises(finished):
     probe = [json.loads(line) for line in (out / "probe.jsonl").read_text().splitlines()]
     assert len({(row["role"], row["mode"]) for row in probe}) == 6
     assert (out / "plots/pass_at_k.png").stat().st_size > 10_000
-    for words in ("step 3/3", "held-out tasks, 2 answers each", "pass@1"):
+    for words in ("step 3/3", "before the first step: held-out", "greedily, ", " with 2 answers at T 1", "pass@1"):
         assert words in shown
+    before, after = (json.loads((out / f"eval/greedy_{name}.json").read_text())["tasks"] for name in ("base", "step_3"))
+    assert [task["hash"] for task in before] == [task["hash"] for task in after] and {t["n"] for t in before} == {1}
 
 
 def test_a_resumed_run_on_4_bits_goes_on_as_if_nothing_had_happened(finished, held_out, tmp_path):
@@ -90,9 +92,11 @@ def test_a_resumed_run_on_4_bits_goes_on_as_if_nothing_had_happened(finished, he
     out = tmp_path / "run"
     shutil.copytree(whole, out)
     shutil.rmtree(out / f"checkpoints/step_{STEPS}")
+    (out / "eval/greedy_base.json").unlink()  # as in a run that began before it was measured: the base is gone
     done = train(out, held_out, "--steps", STEPS, "--quantization", quantization, "--resume", "auto")
     assert done.returncode == 0 and f"step {STEPS}/{STEPS}" in done.stdout, done.stderr
     assert reproducible(out) == reproducible(whole)
+    assert "greedily" not in done.stdout and not (out / "eval/greedy_base.json").exists()
     for name in ("adapter_model.safetensors", "state/tensors.safetensors"):
         assert (out / f"checkpoints/step_{STEPS}" / name).read_bytes() == (
             whole / f"checkpoints/step_{STEPS}" / name
