@@ -7,7 +7,7 @@
     python results/findings.py                              tables and plots of RESULTS.md from results/arms/*.json
     python -m azr.tiny.make --hidden 64 --out runs/experiments/tiny-half --work runs/half    once, for the half-* arms
 
-A run takes six minutes on one CPU core and its measurements three. Stop it at any time: training goes on from its last
+A run takes two to six minutes on one CPU core and its measurements one to three. Stop it at any time: training goes on from its last
 checkpoint. Runs (adapters, samples) stay in --runs, so that later questions need no new training, and can be deleted;
 the small JSON files that are committed hold what the tables need (measure.py says what). Every arm is a few flags of
 train_azr.py, the rest is COMMON. base/SEED is the untrained model: another seed is another sample of its answers.

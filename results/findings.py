@@ -127,27 +127,6 @@ def frontier(arms: Arms) -> str:
     return table(["pass@1, pass@16 of (seeds)", *(f"T {t}" for t in TEMPERATURES)], rows)
 
 
-def controls(arms: Arms) -> str:
-    """What must be seen before "no difference" means anything."""
-    _, at_best = best_temperature()
-    rows = []
-
-    best = "RLVR on fixed tasks, greedy, less the base at its best temperature"
-    hard = "RLVR on tasks of four or five statements less RLVR on tasks of one, greedy"
-    planted = "entropy bonus of .03 less joint: entropy of the solver's own samples"
-    sooner = [f"rlvr-hard{EARLY}", f"rlvr-easy{EARLY}"]
-    for what, names, value, should in (
-        (best, ["rlvr"], lambda r: less(r, at_best), "above 0"),
-        (hard, ["rlvr-hard", "rlvr-easy"], accuracy, "not 0"),
-        (f"the same after {EARLY[1:]} steps", sooner, accuracy, "not 0"),
-        (planted, ["bonus", "joint"], last("solver/all/entropy"), "above 0"),
-    ):
-        if all(name in arms for name in names):
-            cell = show(paired(arms, *names, value)) if names[1:] else over_seeds(arms[names[0]], value)
-            rows.append([what, str(min(len(arms[name]) for name in names)), cell, should])
-    return table(["control", "seeds", "measured", "should be"], rows)
-
-
 def early(arms: Arms) -> str:
     """After few steps: who has learned more by then?"""
     base, rows, joint = arms["base"][0], [], f"joint{EARLY}"
@@ -434,7 +413,6 @@ def predictors(arms: Arms) -> str:
 
 TABLES = (
     learned,
-    controls,
     by_mode,
     coverage,
     frontier,
