@@ -7,10 +7,11 @@
     python results/findings.py                              tables and plots of RESULTS.md from results/arms/*.json
     python -m azr.tiny.make --hidden 64 --out runs/experiments/tiny-half --work runs/half    once, for the half-* arms
 
-A run takes two to six minutes on one CPU core and its measurements one to three. Stop it at any time: training goes on from its last
-checkpoint. Runs (adapters, samples) stay in --runs, so that later questions need no new training, and can be deleted;
-the small JSON files that are committed hold what the tables need (measure.py says what). Every arm is a few flags of
-train_azr.py, the rest is COMMON. base/SEED is the untrained model: another seed is another sample of its answers.
+A run takes two to six minutes on one CPU core and its measurements one to three. Stop it at any time: training goes on
+from its last checkpoint. Runs (adapters, samples) stay in --runs, so that later questions need no new training, and can
+be deleted; the small JSON files that are committed hold what the tables need (measure.py says what). Every arm is a few
+flags of train_azr.py, the rest is COMMON. base/SEED is the untrained model: another seed is another sample of its
+answers.
 
 Left out: sharding over machines; give each a list of ARM/SEED instead.
 """
@@ -74,7 +75,10 @@ ARMS = {
     "rlvr-proposed": Arm(f"{RLVR}/proposed-{{seed}}.jsonl", first=5),
     "joint-long": Arm("", 6, steps=LONG),
     "rlvr-long": Arm(f"{RLVR}/tasks.jsonl", 6, steps=LONG),
+    "no-update-long": Arm("--proposer no-update", steps=LONG),
     "frozen-base-long": Arm("--proposer frozen-base", steps=LONG),
+    "separate-long": Arm("--proposer separate", steps=LONG),
+    "sft-traces-long": Arm(f"{SFT}/traces.jsonl", steps=LONG),
     "sft": Arm(f"{SFT}/gold.jsonl", 3, 3),
     "sft-traces": Arm(f"{SFT}/traces.jsonl"),
     "sft-worded": Arm(f"{SFT}/worded.jsonl"),

@@ -51,6 +51,7 @@ from measured import (
 
 FEW_ARMS = ("joint", "rlvr", "sft", "sft-traces")  # where what the others show is what joint shows
 FOREIGN = ("sft-operations", "sft-worded")  # their text is foreign to the model: only what they do to it is of interest
+LONGER = ("joint", "no-update", "frozen-base", "separate", "rlvr", "sft-traces")  # ran for twice the steps too
 OFTEN = 0.01  # of its answers are right: a task that is solved more than now and then
 MARGIN = 0.2  # two arms are called alike within this share of what joint gains
 
@@ -250,18 +251,18 @@ def rate_change(result: dict) -> float | None:
 
 
 def longer(arms: Arms) -> str:
-    """What twice the steps change, of self-play and of RLVR, beside the arm of the usual length."""
-    base, rows = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in (16, 32)}, []
-    for name in (name for arm in ("joint", "frozen-base", "rlvr") for name in (arm, arm + LONG) if name in arms):
-        cells = [over_seeds(arms[name], lambda r: (greedy(r) - greedy(arms["base"][0])).mean())]
-        cells += [f"{np.mean([traced(r) for r in arms[name]]):.2f}"]
-        cells += [over_seeds(arms[name], lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in base]
-        cells += [over_seeds(arms[name], statements_change, 2), over_seeds(arms[name], rate_change)]
-        cells += [over_seeds(arms[name], lambda r, role=role: probe_change(r, role)) for role in ("proposer", "solver")]
-        rows.append([titled(arms, name), *cells])
-    head = ["arm (seeds)", "greedy, less base", "worked-out thoughts", "k = 16, less base", "k = 32, less base"]
-    head += ["statements: change", "the untrained model solves: change", "probe, proposer: change", "solver"]
-    return table(head, rows)
+    """After twice the steps, of self-play, RLVR and SFT: less the base, and less the same arm after the usual ones."""
+    base, rows = {k: np.mean([solved(result, k) for result in arms["base"]], axis=0) for k in (1, 32)}, []
+    for name in sorted((name for name in LONGER if name + LONG in arms), key=LONGER.index):
+        runs = arms[name + LONG]
+        cells = [over_seeds(runs, lambda r: (greedy(r) - greedy(arms["base"][0])).mean())]
+        cells += [over_seeds(runs, lambda r, k=k: (solved(r, k) - base[k]).mean()) for k in base]
+        cells += [show(paired(arms, name + LONG, name, lambda r: solved_or_none(r, 32)))]
+        cells += [over_seeds(runs, statements_change, 2), over_seeds(runs, rate_change)]
+        cells += [over_seeds(runs, lambda r, role=role: probe_change(r, role)) for role in ("proposer", "solver")]
+        rows.append([titled(arms, name + LONG), *cells])
+    head = ["less base (seeds)", "greedy", "k = 1", "k = 32", "k = 32, less 80 steps", "statements: change"]
+    return table([*head, "the untrained model solves: change", "probe, proposer: change", "solver"], rows)
 
 
 def statements_change(result: dict) -> float | None:
