@@ -347,7 +347,8 @@ def every_weight(arms: Arms) -> str:
     """The same for trainings of every weight, by learning rate and dtype; means over seeds."""
     rows = []
     for name in sorted((n for n in arms if is_full(n)), key=_rate_first):
-        part, _, rate, dtype = [r["update"] for r in arms[name]], *_rate_first(name)
+        part = [r["update"] for r in arms[name]]
+        _, rate, dtype = _rate_first(name)
         share = [f"{100 * np.mean([u[key] for u in part]):.1f} %" for key in ("S0", "S1", "S2")]
         # what bf16 has stored is rounded already: scaled, it would say how often, not how much
         scaled = [u["at_rms_3e-5"]["S1"] for u in part if dtype == "fp32"]

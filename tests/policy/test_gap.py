@@ -87,7 +87,7 @@ def test_gap_in_bf16_stays_below_what_it_was(quantization):
 def test_gap_in_fp16_is_several_times_smaller():
     """Below .0015 nats on one kind of CPU (Zen 3), .00153 on another (Zen 5)."""
     mean, outside = sampled_gap(load(dtype=torch.float16))
-    assert mean < 2e-3 and outside == 0
+    assert mean < 1.6e-3 and outside == 0
 
 
 def test_the_residual_is_fp32_in_half_precision_only():
